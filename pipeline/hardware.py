@@ -1,0 +1,69 @@
+"""What this machine has: devices, processors, memory, and how much of it this process used."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def device_kind() -> str:
+    """`cpu`, or `cuda` where torch sees an NVIDIA GPU."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return "cpu"  # without the two seconds that importing torch takes
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def processors() -> list[int]:
+    """The processors this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def memory_gib() -> float:
+    """Memory of the machine, or of the control group this process is in where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total / 2**30
+
+
+def peak_memory_gib() -> float:
+    """Most memory so far: of the GPU where there is one, else resident memory of this process."""
+    if device_kind() == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def describe() -> dict[str, Any]:
+    """The hardware for provenance.json."""
+    found: dict[str, Any] = {
+        "device": device_kind(),
+        "processor": _processor_name(),
+        "processors": len(processors()),
+        "memory_gib": round(memory_gib(), 1),
+        "platform": platform.platform(),
+    }
+    if device_kind() == "cuda":
+        import torch
+
+        found["gpus"] = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return found
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

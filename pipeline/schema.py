@@ -1,0 +1,161 @@
+"""The tables that pass between stages: the only place where a column of an artifact is spelled.
+
+Tables are written with pyarrow (zstd, floats byte-stream-split, page checksums) and durably; reading checks the schema
+and refuses a file that does not fit, it never infers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import durable
+from pipeline.errors import DataError
+
+_ids = pa.list_(pa.int32())
+_logps = pa.list_(pa.float32())
+
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("topic", pa.string()),
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("prompt_ids", _ids),
+        ("chosen_ids", _ids),
+        ("rejected_ids", _ids),
+        ("ref_chosen_logps", _logps),
+        ("ref_rejected_logps", _logps),
+        ("ref_chosen_logp", pa.float64()),
+        ("ref_rejected_logp", pa.float64()),
+    ]
+)
+DROPPED = pa.schema(
+    [("source", pa.string()), ("source_row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
+)
+SCORES = pa.schema(
+    [
+        pa.field("key", pa.binary(32), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("response_tokens", pa.int32(), nullable=False),
+        pa.field("logps", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
+        pa.field("logp", pa.float64(), nullable=False),
+    ]
+)
+TRAIN_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+METRICS = pa.schema(
+    [("step", pa.int64())]
+    + [(name, pa.float64()) for name in TRAIN_METRICS]
+    + [(name, pa.float64()) for name in ("grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib")]
+    + [(f"eval_{name}", pa.float64()) for name in TRAIN_METRICS]
+)
+SAMPLES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("model", pa.string()),
+        ("topic", pa.string()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("response_ids", _ids),
+        ("finish_reason", pa.string()),
+        ("tokens", pa.int32()),
+    ]
+)
+JUDGEMENTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("judge", pa.string()),
+        ("order", pa.string()),
+        ("winner", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
+
+
+def write_table(path: Path, table: pa.Table, about: dict[str, Any] | None = None) -> None:
+    """Write `table` durably; `about` is kept as JSON in the file's metadata under `refscore`."""
+    with durable.replacing(path) as temporary:
+        write_parquet(temporary, table, about)
+
+
+def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = None) -> None:
+    """Write `table` in this project's encoding, without any protocol around it."""
+    if about is not None:
+        metadata = {**(table.schema.metadata or {}), b"refscore": json.dumps(about, sort_keys=True).encode()}
+        table = table.replace_schema_metadata(metadata)
+    floats = [name for name, kind in _leaves(table.schema) if pa.types.is_floating(kind)]
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=[name for name, kind in _leaves(table.schema) if pa.types.is_string(kind)],
+        use_byte_stream_split=floats,
+        write_page_checksum=True,
+        row_group_size=8192,
+    )
+
+
+def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read `path`, which must hold exactly `schema`'s columns and types; `columns` reads a part.
+
+    Raises DataError where the file is missing, damaged or of another schema.
+    """
+    try:
+        found = pq.read_schema(path)
+        _must_equal(path, found, schema)
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: run the stage that writes it first") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}): make it again") from None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The JSON kept in the file's metadata; empty where there is none or no such file."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (FileNotFoundError, pa.ArrowException, OSError):
+        return {}
+    about: dict[str, Any] = json.loads(metadata.get(b"refscore", b"{}"))
+    return about
+
+
+def _must_equal(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+    problems = [
+        f"{field.name}: wanted {field.type}, found {found.field(field.name).type if field.name in found.names else 'none'}"
+        for field in wanted
+        if field.name not in found.names or found.field(field.name).type != field.type
+    ]
+    problems += [f"{name}: not a column of this table" for name in found.names if name not in wanted.names]
+    if problems:
+        raise DataError(f"{path} has another schema ({'; '.join(problems)}): make it again with this version")
+
+
+def _leaves(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    # Parquet names the leaf of a list column column.list.<element>
+    found = []
+    for field in schema:
+        if pa.types.is_list(field.type):
+            found.append((f"{field.name}.list.element", field.type.value_type))
+        else:
+            found.append((field.name, field.type))
+    return found

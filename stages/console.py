@@ -1,0 +1,96 @@
+"""What a stage shows: lines, tables, warnings, one progress bar. Plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_EVERY_SECONDS = 10.0
+
+
+def say(text: str) -> None:
+    """One line of ordinary output; `text` is shown as it is."""
+    out.print(escape(text))
+
+
+def fail(text: str) -> None:
+    """One error on the error stream."""
+    err.print(f"[bold red]error:[/] {escape(text)}")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A small table; every column after the first is aligned right."""
+    shown = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
+
+
+def show_warnings() -> None:
+    """Send the library's log records to the error stream; other packages' only from warnings on."""
+    handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for name in ("pipeline", "stages"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+class Ticker:
+    """Progress of one task: `advance` by units done, with a text that says what they were."""
+
+    def __init__(self, title: str, total: int, bar: Progress | None) -> None:
+        self._title, self._total, self._bar = title, total, bar
+        self._task = bar.add_task(title, total=total, text="") if bar else None
+        self._done, self._spoke = 0, 0.0
+        self.started = time.monotonic()
+
+    def advance(self, units: int, text: str) -> None:
+        """`units` more are done; `text` describes the state."""
+        self._done += units
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=units, text=escape(text))
+            return
+        now = time.monotonic()
+        if self._done >= self._total or now - self._spoke >= _EVERY_SECONDS:
+            self._spoke = now
+            left = (now - self.started) / max(1, self._done) * (self._total - self._done)
+            say(f"{self._title} {self._done}/{self._total}  {text}  {duration(left)} left")
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Ticker]:
+    """A progress bar on a terminal, a line every ten seconds elsewhere."""
+    if not out.is_terminal:
+        yield Ticker(title, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=out) as bar:
+        yield Ticker(title, total, bar)
+
+
+def duration(seconds: float) -> str:
+    """A time span as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,87 @@
+"""Stage one: score chosen and rejected under the reference model, once, and write pairs.parquet."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.config import Config
+from pipeline.pairs import count_reasons
+from pipeline.precompute import Plan, about_pairs, join_scores, make_plan, score_missing
+from pipeline.runs import Run, record
+from pipeline.schema import write_table
+from pipeline.scoring import start_scorer
+from stages import console
+
+
+def run(config: Config, run: Run, *, plan_only: bool) -> None:
+    """Plan; score what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written."""
+    plan = make_plan(config)
+    show_plan(plan)
+    if plan_only:
+        return
+
+    if plan.missing:
+        _score(plan, config)
+    else:
+        console.say("nothing to score: every sequence is in the store; no engine is started")
+
+    write_pairs(plan, config, run)
+    console.say(f"pairs     {run.pairs}")
+
+
+def write_pairs(plan: Plan, config: Config, run: Run) -> None:
+    """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json."""
+    about = about_pairs(plan, config)
+    write_table(run.dropped, plan.pairs.dropped_table())
+    write_table(run.pairs, join_scores(plan), about)
+    record(
+        run,
+        config,
+        "precompute",
+        reference_id=plan.identity.reference_id,
+        reference=plan.identity.described(),
+        sequences=plan.sequences,
+        scored=len(plan.missing),
+        digests={"data": plan.pairs.digests, "reference_weights": plan.identity.weights_digest},
+    )
+
+
+def show_plan(plan: Plan) -> None:
+    """Rows, drops, hits, misses and tokens of a plan."""
+    pairs = plan.pairs.pairs
+    for name, format_name in plan.pairs.formats.items():
+        console.say(f"data      {name}: {format_name}")
+    train = sum(pair.split == "train" for pair in pairs)
+    console.say(f"rows      {len(pairs) + len(plan.pairs.dropped)} read, {len(pairs)} pairs: {train} train, {len(pairs) - train} eval")
+    for reason, count in count_reasons(plan.pairs.dropped).items():
+        console.say(f"dropped   {count} x {reason}")
+    numerics = plan.identity.numerics
+    console.say(
+        f"reference {plan.identity.reference_id[:12]}  {numerics.engine} {numerics.engine_version}, "
+        f"{numerics.dtype} on {numerics.device}"
+    )
+    console.say(
+        f"store     {plan.sequences} sequences: {plan.sequences - len(plan.missing)} hits, {len(plan.missing)} misses, "
+        f"{plan.missing_tokens} tokens to score"
+    )
+
+
+def _score(plan: Plan, config: Config) -> None:
+    console.say(f"starting {config.reference.engine} ...")
+    begun = time.monotonic()
+    scorer = start_scorer(config.reference, plan.directory, plan.identity.numerics, max(map(len, plan.missing.values())))
+    console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
+    done = tokens = 0
+    try:
+        with console.progress("scoring", len(plan.missing)) as ticker:
+
+            def on_shard(sequences: int, shard_tokens: int) -> None:
+                nonlocal done, tokens
+                done, tokens = done + sequences, tokens + shard_tokens
+                seconds = time.monotonic() - ticker.started
+                ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
+
+            score_missing(plan, config.reference, scorer, on_shard)
+    except KeyboardInterrupt:
+        console.say(f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there")
+        raise
