@@ -101,7 +101,7 @@ class TrainConfig(_Section):
     per_device_train_batch_size: int = Field(4, ge=1, description="pairs in one forward pass")
     per_device_eval_batch_size: int = Field(8, ge=1, description="pairs in one forward pass of evaluation")
     gradient_accumulation_steps: int = Field(2, ge=1, description="forward passes in one optimizer step")
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as the epochs give")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     seed: int = Field(0, ge=0, description="order of the pairs, dropout")
@@ -167,17 +167,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), got {type(content).__name__}")
-    problems: list[str] = []
-    for override in overrides:
-        problem = _apply(content, override)
-        if problem:
-            problems.append(problem)
+    return load_overrides(content, overrides, str(path))
+
+
+def load_overrides(
+    content: dict[str, Any], overrides: list[str] | tuple[str, ...], name: str = "configuration"
+) -> Config:
+    """Apply overrides to plain values and validate; `name` says in messages where the values are from."""
+    problems = [problem for override in overrides if (problem := _apply(content, override))]
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
         problems += [_explain(dict(item)) for item in error.errors()]
     if problems:
-        raise ConfigError(f"{path}: " + _listed(problems))
+        raise ConfigError(f"{name}: {_listed(problems)}")
     return config
 
 

@@ -63,7 +63,9 @@ def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = tor
         return torch.autocast(device.type, torch.bfloat16) if precision == torch.bfloat16 else nullcontext()
 
     def forward(trees: Sequence[Tree]) -> list[list[torch.Tensor]]:
-        laid = trees if layout == "tree" else [Tree(tree.trunk, (branch,)) for tree in trees for branch in tree.branches]
+        laid = (
+            trees if layout == "tree" else [Tree(tree.trunk, (branch,)) for tree in trees for branch in tree.branches]
+        )
         batch = _lay_out(laid, device)
         with autocast():
             hidden_BTH = model.base_model(
@@ -74,7 +76,7 @@ def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = tor
             ).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.rows_N]
         logps_N = _chunked_logps(hidden_NH, batch.targets_N, to_logits, int(model.config.get_text_config().vocab_size))
-        flat = iter(logps_N.split([len(branch) for tree in trees for branch in tree.branches]))
+        flat = iter(torch.split(logps_N, [len(branch) for tree in trees for branch in tree.branches]))
         return [[next(flat) for _ in tree.branches] for tree in trees]
 
     return forward
@@ -132,7 +134,7 @@ def _as_model_wants(
     if mask_BTT is None:
         return None
     mask = mask_BTT[:, None]
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa":  # noqa: SLF001  # transformers has no public name
         return mask
     dtype = precision if precision == torch.bfloat16 else next(model.parameters()).dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -198,7 +200,7 @@ def _chunked_logps(
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
     size = max(1, LOGITS_BYTES // (4 * vocabulary))
-    chunks = zip(hidden_NH.split(size), targets_N.split(size), strict=True)
+    chunks = zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([logps_of(*chunk) for chunk in chunks])
     logps = [checkpoint(logps_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

@@ -20,7 +20,15 @@ from pipeline.digests import files_sha256
 
 VERSION = 1
 # what config.json says without changing a single logit
-_COSMETIC = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "pad_token_id"}
+_COSMETIC = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "pad_token_id",
+}
 
 
 @dataclass(frozen=True)

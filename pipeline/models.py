@@ -73,7 +73,9 @@ def locate(spec: ModelSpec) -> Path:
             f"the embedded models are {', '.join(f'embedded:{known}' for known in EMBEDDED)}"
         )
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"model {name!r}: {directory} has no config.json, so it is not a model in Hugging Face layout")
+        raise ConfigError(
+            f"model {name!r}: {directory} has no config.json, so it is not a model in Hugging Face layout"
+        )
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
             f"model {name!r}: {directory} holds no *.safetensors. Other weight files are pickles and are not opened: "
@@ -155,7 +157,9 @@ def _must_be_as_made(directory: Path) -> None:
         raise DataError(f"{directory} is not complete: remove it, it is made again") from None
     changed = [path.name for path, digest in found.items() if digest != made[path.name]]
     if changed:
-        raise DataError(f"{directory}: {', '.join(changed)} changed since it was made: remove the directory, it is made again")
+        raise DataError(
+            f"{directory}: {', '.join(changed)} changed since it was made: remove the directory, it is made again"
+        )
 
 
 def _convert(embedded: Embedded, directory: Path) -> None:
@@ -190,7 +194,10 @@ def _convert(embedded: Embedded, directory: Path) -> None:
                 tokenizer_class="PreTrainedTokenizerFast",
             )
             digests = files_sha256(sorted(temporary.iterdir()))
-            record = {"made_from": embedded.file_sha256, "files": {path.name: digest for path, digest in digests.items()}}
+            record = {
+                "made_from": embedded.file_sha256,
+                "files": {path.name: digest for path, digest in digests.items()},
+            }
             durable.write_json(temporary / RECORD, record)
             for file in temporary.iterdir():
                 durable.flush(file)

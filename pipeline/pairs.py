@@ -165,13 +165,12 @@ def _encoder(
             rendered: list[Preference | Dropped] = []
             texts: list[str] = []
             for item in chunk:
-                if isinstance(item, Preference):
-                    three = render(item, tokenizer)
-                    if isinstance(three, Dropped):
-                        item = three
-                    else:
-                        texts += three
-                rendered.append(item)
+                three = item if isinstance(item, Dropped) else render(item, tokenizer)
+                if isinstance(three, Dropped):
+                    rendered.append(three)
+                else:
+                    rendered.append(item)
+                    texts += three
             ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
             for item in rendered:
                 if isinstance(item, Dropped):

@@ -19,8 +19,8 @@ from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
 from pipeline.identity import ReferenceIdentity, identify, key_of, weight_digests
 from pipeline.models import load_tokenizer, locate
-from pipeline.pairs import Pair, PairSet, build_pairs, prompt_text
-from pipeline.schema import PAIRS
+from pipeline.pairs import Pair, PairSet, build_pairs, prompt_text, source_digests
+from pipeline.schema import PAIRS, read_about
 from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.store import Scored, Store, logps_problem
 from pipeline.vocabulary import vocabulary_digest
@@ -61,7 +61,7 @@ def make_plan(config: Config) -> Plan:
     pairs = build_pairs(config.data, tokenizer)
     identity = identify(directory, numerics)
     store = Store(Path(reference.store), identity)
-    requests = {key: request for key, request in _requests(identity.reference_id, pairs.pairs)}
+    requests = dict(_requests(identity.reference_id, pairs.pairs))
     held = store.held(list(requests))
     return Plan(
         directory=directory,
@@ -85,10 +85,14 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
         for key, logps in zip(shard, scores, strict=True):
             request = plan.missing[key]
             if problem := logps_problem(logps, len(request.response_ids)):
-                raise CheckError(f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)")
+                raise CheckError(
+                    f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
+                )
             rows.append(Scored(key, len(request.prompt_ids), logps))
         if weight_digests(plan.directory) != plan.identity.weights:
-            raise CheckError(f"the weights in {plan.directory} changed while they were scored: nothing of this shard is kept")
+            raise CheckError(
+                f"the weights in {plan.directory} changed while they were scored: nothing of this shard is kept"
+            )
         plan.store.publish(rows)
         on_shard(len(shard), sum(len(plan.missing[key]) for key in shard))
 
@@ -151,11 +155,25 @@ def inputs_digest(config: Config) -> str:
     return digest(config.data, reference)
 
 
+def is_current(path: Path, config: Config) -> bool:
+    """Whether `path` was made from this configuration and from the bytes that its data files have now.
+
+    A source that is gone or is no file (a Hub data set) is taken to be unchanged.
+    """
+    about = read_about(path)
+    if not about or about.get("inputs_digest") != inputs_digest(config):
+        return False
+    return all(
+        digest in (None, about["source_digests"].get(name)) for name, digest in source_digests(config.data).items()
+    )
+
+
 def about_pairs(plan: Plan, config: Config) -> dict[str, object]:
     """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
     return {
         "reference_id": plan.identity.reference_id,
         "weights_digest": plan.identity.weights_digest,
+        "dtype": plan.identity.numerics.dtype,
         "inputs_digest": inputs_digest(config),
         "source_digests": plan.pairs.digests,
         "vocabulary": plan.vocabulary,

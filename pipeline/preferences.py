@@ -81,9 +81,7 @@ class Source:
         convert = FORMATS[self.format][1]
         for number, row in enumerate(self.rows()):
             try:
-                if self.columns:
-                    row = _renamed(row, self.columns)
-                prompt, chosen, rejected = convert(row)
+                prompt, chosen, rejected = convert(_renamed(row, self.columns) if self.columns else row)
                 _must_be_usable(prompt, chosen, rejected)
                 topic = row.get("topic")
                 yield Preference(self.name, number, prompt, chosen, rejected, topic if isinstance(topic, str) else "")
@@ -104,9 +102,10 @@ def open_source(name: str, data: DataConfig) -> Source:
             break
     if not first:
         raise DataError(f"{name} holds no rows")
-    if data.columns:
-        _check_columns(name, first[0], data.columns)
-        first = [_renamed(row, data.columns, missing_ok=True) for row in first]
+    columns = {str(wanted): given for wanted, given in data.columns.items()}
+    if columns:
+        _check_columns(name, first[0], columns)
+        first = [_renamed(row, columns, missing_ok=True) for row in first]
     limit = data.max_rows
 
     def limited() -> Iterator[Row]:
@@ -115,7 +114,7 @@ def open_source(name: str, data: DataConfig) -> Source:
                 return
             yield row
 
-    return Source(name, detect_format(name, first), digest, limited, dict(data.columns))
+    return Source(name, detect_format(name, first), digest, limited, columns)
 
 
 def detect_format(name: str, rows: list[Row]) -> str:
@@ -212,7 +211,7 @@ def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[],
         ) from None
     except ValueError as error:
         raise DataError(f"{name}: {_first_line(error)} (data.split is {split!r})") from None
-    return lambda: iter(table), hashlib.sha256(table._fingerprint.encode()).hexdigest()
+    return lambda: iter(table), hashlib.sha256(table._fingerprint.encode()).hexdigest()  # noqa: SLF001  # no public name
 
 
 def _file_digest(path: Path) -> str:
@@ -263,7 +262,11 @@ def _from_sharegpt(row: Row) -> tuple[list[Message], str, str]:
 
 
 def _is_ultrafeedback(row: Row) -> bool:
-    return isinstance(row.get("prompt"), str) and _starts_with_prompt(row, "chosen") and _starts_with_prompt(row, "rejected")
+    return (
+        isinstance(row.get("prompt"), str)
+        and _starts_with_prompt(row, "chosen")
+        and _starts_with_prompt(row, "rejected")
+    )
 
 
 def _starts_with_prompt(row: Row, column: str) -> bool:
@@ -305,7 +308,7 @@ def _is_implicit_strings(row: Row) -> bool:
 def _from_implicit_strings(row: Row) -> tuple[list[Message], str, str]:
     chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
     # the prompt ends at the last white space before the texts part, as a word must not be cut in two
-    common = len(os.path.commonprefix([chosen, rejected]))
+    common = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071  # characters are meant
     if common < min(len(chosen), len(rejected)):
         while common and not chosen[common - 1].isspace():
             common -= 1
@@ -342,7 +345,7 @@ def _branching(chosen: list[Message], rejected: list[Message]) -> tuple[list[Mes
 
 
 def _response(row: Row, column: str) -> str:
-    value = row[column] if column in row else None
+    value = row.get(column)
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -405,7 +408,7 @@ def _must_be_usable(prompt: list[Message], chosen: str, rejected: str) -> None:
         raise RowProblem("identical_responses")
 
 
-def _renamed(row: Row, columns: dict[str, str], missing_ok: bool = False) -> Row:
+def _renamed(row: Row, columns: dict[str, str], *, missing_ok: bool = False) -> Row:
     renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
     for wanted, given in columns.items():
         if given in row:

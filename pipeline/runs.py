@@ -89,7 +89,9 @@ class Run:
 def open_run(name: str) -> Run:
     """The run of that name; its directory need not exist. Raises ConfigError for a name that is no plain name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"run name {name!r}: letters, digits, '.', '_' and '-' only, beginning with a letter or digit")
+        raise ConfigError(
+            f"run name {name!r}: letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
+        )
     return Run(RUNS / name)
 
 

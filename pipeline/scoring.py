@@ -55,7 +55,9 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
                 "'cpu' or 'cuda'), or set reference.engine=transformers"
             )
     else:
-        version = f"transformers {importlib.metadata.version('transformers')}, torch {importlib.metadata.version('torch')}"
+        version = (
+            f"transformers {importlib.metadata.version('transformers')}, torch {importlib.metadata.version('torch')}"
+        )
     return Numerics(reference.engine, version, device, dtype, logits_dtype="float32")
 
 

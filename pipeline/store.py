@@ -8,6 +8,7 @@ there: its rows are scored again, a wrong number is never returned.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -104,20 +106,40 @@ class Store:
             if problem is None:
                 sound.append(shard)
             else:
-                self._set_aside(shard, problem)
+                set_aside(shard, problem)
         return sound
 
-    def _set_aside(self, shard: Path, problem: str) -> None:
-        corrupt = self.directory / "corrupt"
-        try:
-            corrupt.mkdir(exist_ok=True)
-            shard.rename(corrupt / shard.name)
-            log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
-        except OSError:
-            log.warning("%s: %s; it cannot be moved, its rows count as not scored", shard, problem)
+
+def set_aside(shard: Path, problem: str) -> None:
+    """Move a damaged shard to `corrupt/`, where no reader looks, and say so once."""
+    corrupt = shard.parent / "corrupt"
+    try:
+        corrupt.mkdir(exist_ok=True)
+        shard.rename(corrupt / shard.name)
+        log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
+    except OSError:
+        log.warning("%s: %s; it cannot be moved, its rows count as not scored", shard, problem)
 
 
-def read_reference(directory: Path) -> dict[str, object]:
+def check_shard(shard: Path) -> str | None:
+    """What is wrong with a shard, every byte and value looked at; None if nothing is."""
+    with shard.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    problem = _shard_problem(shard, digest)
+    if problem:
+        return problem
+    table = pq.read_table(shard, page_checksum_verification=True)
+    tokens = table["response_tokens"].to_numpy()
+    for row, logps in enumerate(table["logps"]):
+        values = logps.values.to_numpy(zero_copy_only=False)
+        if problem := logps_problem(values, int(tokens[row])):
+            return f"row {row}: {problem}"
+        if abs(values.sum(dtype=np.float64) - table["logp"][row].as_py()) > 1e-9 * (1 + abs(values.sum())):
+            return f"row {row}: logp is not the sum of logps"
+    return None
+
+
+def read_reference(directory: Path) -> dict[str, Any]:
     """The content of a reference's reference.json; DataError where it cannot be read."""
     try:
         content = json.loads((directory / "reference.json").read_text(encoding="utf-8"))

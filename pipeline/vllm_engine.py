@@ -71,7 +71,7 @@ class VllmScorer:
 
 
 def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options: Any) -> LLM:
-    """vLLM's LLM on `directory`, eager, in this process.
+    """VLLM's LLM on `directory`, eager, in this process.
 
     Raises ConfigError where the model cannot be loaded by vLLM.
     """
@@ -84,7 +84,7 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
     try:
         return LLM(
             model=str(directory),
-            dtype=dtype,  # type: ignore[arg-type]  # a str of ours, a Literal of vLLM's
+            dtype=dtype,
             enforce_eager=True,
             disable_log_stats=True,
             seed=0,

@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the experiment.", show_default=True)]
-RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run; default: the configuration's file name.")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Name of the run; default: the configuration's file name.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. train.beta=0.05; repeatable.")]
 DEMO = Path("pipeline/presets/demo.yaml")
 
@@ -44,6 +46,93 @@ def precompute(
     from stages import precompute as stage
 
     stage.run(resolved, opened, plan_only=plan)
+
+
+@app.command()
+def train(
+    config: ConfigOption = DEMO,
+    run: RunOption = None,
+    set_: SetOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier training of this run away.")] = False,
+) -> None:
+    """Stage 2: train the policy alone against pairs.parquet; resumes an interrupted training."""
+    resolved, opened = _open(config, run, set_)
+    from stages import train as stage
+
+    stage.run(resolved, opened, restart=restart)
+
+
+@app.command(name="eval")
+def evaluate(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
+    """Stage 3: generate with policy and reference on held-out prompts, judge, report."""
+    resolved, opened = _open(config, run, set_)
+    from stages import eval as stage
+
+    stage.run(resolved, opened)
+
+
+@app.command()
+def show(path: Annotated[Path, typer.Argument(help="A run, a store, or any file in them.")]) -> None:
+    """Any artifact, readable: schema, rows, summary."""
+    from stages import show as stage
+
+    stage.run(path)
+
+
+@app.command()
+def validate(
+    data: Annotated[str, typer.Argument(help="Preference data: a file, a folder or a Hub data set id.")],
+    set_: SetOption = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Tokenise as for this model too: lengths, boundaries, truncation.")
+    ] = None,
+) -> None:
+    """Format, counts and every problem of preference data, with its row; loads no model."""
+    from stages import validate as stage
+
+    stage.run(data, set_ or [], model)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Pairs to score again.")] = 20,
+) -> None:
+    """Score a sample again with transformers in float32 and report the difference to the stored scores."""
+    from pipeline.runs import open_run
+    from stages import verify as stage
+
+    stage.run(open_run(run), rows)
+
+
+@app.command()
+def compare(runs: Annotated[list[str], typer.Argument(help="Names of runs.")]) -> None:
+    """Experiments side by side: settings that differ, and their figures."""
+    from pipeline.runs import open_run
+    from stages import compare as stage
+
+    stage.run([open_run(name) for name in runs])
+
+
+store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the store.")]
+
+
+@store_app.command(name="ls")
+def store_ls(store: StoreOption = Path("data/store")) -> None:
+    """References in the store: sequences, tokens, bytes, and which runs use them."""
+    from stages import store as stage
+
+    stage.ls(store)
+
+
+@store_app.command(name="verify")
+def store_verify(store: StoreOption = Path("data/store")) -> None:
+    """Check every shard's bytes, schema and values; damaged ones are set aside."""
+    from stages import store as stage
+
+    stage.verify(store)
 
 
 @app.command()
@@ -104,7 +193,9 @@ def _report_bug(error: Exception) -> None:
         where = f"details are in {path}; please report them"
     except (RefscoreError, OSError):
         where = "run again with REFSCORE_DEBUG=1 for details"
-    console.fail(f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'} - a bug in refscore: {where}")
+    console.fail(
+        f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'} - a bug in refscore: {where}"
+    )
 
 
 if __name__ == "__main__":

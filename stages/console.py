@@ -31,7 +31,9 @@ def fail(text: str) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A small table; every column after the first is aligned right."""
-    shown = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    shown = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2)
+    )
     for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
@@ -53,7 +55,7 @@ class Ticker:
     def __init__(self, title: str, total: int, bar: Progress | None) -> None:
         self._title, self._total, self._bar = title, total, bar
         self._task = bar.add_task(title, total=total, text="") if bar else None
-        self._done, self._spoke = 0, 0.0
+        self._done, self._tokens, self._spoke = 0, 0, 0.0
         self.started = time.monotonic()
 
     def advance(self, units: int, text: str) -> None:
@@ -67,6 +69,11 @@ class Ticker:
             self._spoke = now
             left = (now - self.started) / max(1, self._done) * (self._total - self._done)
             say(f"{self._title} {self._done}/{self._total}  {text}  {duration(left)} left")
+
+    def advance_tokens(self, units: int, tokens: int) -> None:
+        """`units` more are done, of `tokens` tokens together."""
+        self._tokens += tokens
+        self.advance(units, f"{self._tokens / (time.monotonic() - self.started):.0f} tokens/s")
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def show_plan(plan: Plan) -> None:
     for name, format_name in plan.pairs.formats.items():
         console.say(f"data      {name}: {format_name}")
     train = sum(pair.split == "train" for pair in pairs)
-    console.say(f"rows      {len(pairs) + len(plan.pairs.dropped)} read, {len(pairs)} pairs: {train} train, {len(pairs) - train} eval")
+    console.say(
+        f"rows      {len(pairs) + len(plan.pairs.dropped)} read, {len(pairs)} pairs: {train} train, {len(pairs) - train} eval"
+    )
     for reason, count in count_reasons(plan.pairs.dropped).items():
         console.say(f"dropped   {count} x {reason}")
     numerics = plan.identity.numerics
@@ -69,7 +71,9 @@ def show_plan(plan: Plan) -> None:
 def _score(plan: Plan, config: Config) -> None:
     console.say(f"starting {config.reference.engine} ...")
     begun = time.monotonic()
-    scorer = start_scorer(config.reference, plan.directory, plan.identity.numerics, max(map(len, plan.missing.values())))
+    scorer = start_scorer(
+        config.reference, plan.directory, plan.identity.numerics, max(map(len, plan.missing.values()))
+    )
     console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
     done = tokens = 0
     try:
@@ -83,5 +87,7 @@ def _score(plan: Plan, config: Config) -> None:
 
             score_missing(plan, config.reference, scorer, on_shard)
     except KeyboardInterrupt:
-        console.say(f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there")
+        console.say(
+            f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
+        )
         raise

@@ -1,0 +1,59 @@
+# make precompute train eval: the pipeline. Variables: CONFIG, RUN, SET="train.beta=0.05 train.max_steps=10".
+CONFIG ?= pipeline/presets/demo.yaml
+RUN ?= $(basename $(notdir $(CONFIG)))
+SET ?=
+
+refscore = .venv/bin/refscore
+options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(override)')
+declared = pyproject.toml $(wildcard requirements/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup precompute plan train eval test check bench demo-data requirements clean
+# the stages build on one another: never side by side
+.NOTPARALLEL:
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo '  variables        CONFIG=$(CONFIG) RUN=$(RUN) SET="section.field=value ..."'
+
+setup: .venv/.run ## install what the stages need into .venv (the other targets do it by themselves)
+
+precompute: .venv/.run ## stage 1: score chosen and rejected under the reference, once
+	@$(refscore) precompute $(options)
+
+plan: .venv/.run ## what stage 1 would score; loads no model
+	@$(refscore) precompute --plan $(options)
+
+train: .venv/.run ## stage 2: train the policy alone against the stored scores
+	@$(refscore) train $(options)
+
+eval: .venv/.run ## stage 3: generate, judge, report
+	@$(refscore) eval $(options)
+
+test: .venv/.test ## the tests (real vLLM on CPU; about ten minutes on two cores)
+	@.venv/bin/python -m pytest
+
+check: .venv/.test ## lint and strict types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+bench: .venv/.test ## speed and memory of scoring and training on the demo data
+	@.venv/bin/python -m tests.benchmarks.stages
+
+demo-data: .venv/.run ## remake data/demo's pairs from its prompts
+	@.venv/bin/python -m stages.demo_data
+
+requirements: .venv/.run ## compile requirements/*.txt from pyproject.toml again
+	@requirements/compile
+
+clean: ## remove .venv and everything made below data/ but the store of scores and the runs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache data/cache data/models
+
+.venv/.run: $(declared)
+	@requirements/install run
+	@touch $@
+
+.venv/.test: $(declared)
+	@requirements/install test
+	@touch .venv/.run $@

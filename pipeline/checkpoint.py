@@ -1,0 +1,115 @@
+"""Checkpoints: everything a resumed training needs, as safetensors and JSON, published atomically.
+
+`step_000050/` holds model.safetensors and optimizer.safetensors (float32, random state included) and state.json, written
+last, with the digest of both. A directory is whole or it is ignored: the newest whole one wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import durable
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its directory, the steps done, and the digest of the training it belongs to."""
+
+    directory: Path
+    step: int
+    training: str
+
+
+def save_checkpoint(
+    root: Path, step: int, training: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Write the state after `step` steps and remove all but the `keep` newest checkpoints."""
+    final = root / f"step_{step:06d}"
+    temporary = durable.temporary_beside(final)
+    try:
+        with durable.explaining_disk(final):
+            temporary.mkdir(parents=True)
+            save_file(
+                {name: p.detach().contiguous() for name, p in model.named_parameters()}, temporary / "model.safetensors"
+            )
+            save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            files = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
+            state = {"step": step, "training": training, "files": files}
+            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            for file in temporary.iterdir():
+                durable.flush(file)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            durable.flush(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in sorted(root.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The whole checkpoint with the most steps; damaged ones are named in a warning and passed over."""
+    for directory in sorted(root.glob("step_*"), reverse=True):
+        try:
+            state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+            damaged = [name for name, digest in state["files"].items() if _sha256(directory / name) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s is not whole (%s): passed over", directory, error)
+            continue
+        if damaged:
+            log.warning("%s: %s changed since it was saved: passed over", directory, ", ".join(damaged))
+            continue
+        return Checkpoint(directory, int(state["step"]), str(state["training"]))
+    return None
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights, optimizer and random state back, bit for bit. Raises DataError where they do not fit the model."""
+    weights = load_file(checkpoint.directory / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        raise DataError(f"{checkpoint.directory} was saved from another model: start again with --restart")
+    tensors = load_file(checkpoint.directory / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+            fields = {
+                key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")
+            }
+            # the fused optimizer keeps its step counter on the device too
+            optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in fields.items()}
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{field}"] = value.detach().contiguous()
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,62 @@
+"""metrics.parquet and TensorBoard files of one training: rows by step, whole on disk at any time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.schema import METRICS, read_table, write_table
+
+_FLUSH_SECONDS = 5.0
+
+
+class Metrics:
+    """Collects one row a step and keeps metrics.parquet current; `resumed_at` drops rows after that step."""
+
+    def __init__(self, path: Path, tensorboard: Path, resumed_at: int | None) -> None:
+        self._path = path
+        self._rows: dict[int, dict[str, float]] = {}
+        if resumed_at is not None and path.exists():
+            for row in read_table(path, METRICS).to_pylist():
+                if row["step"] <= resumed_at:
+                    self._rows[row.pop("step")] = {name: value for name, value in row.items() if value is not None}
+        self._board = SummaryWriter(str(tensorboard), purge_step=None if resumed_at is None else resumed_at + 1)
+        self._flushed = time.monotonic()
+
+    def add(self, step: int, values: dict[str, float], prefix: str = "") -> None:
+        """Add `values` (names of METRICS without `prefix`) to the row of `step`."""
+        named = {f"{prefix}{name}": value for name, value in values.items()}
+        unknown = named.keys() - set(METRICS.names)
+        if unknown:
+            raise KeyError(f"not columns of metrics.parquet: {sorted(unknown)}")
+        self._rows.setdefault(step, {}).update(named)
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write every row now."""
+        rows = [{"step": step, **values} for step, values in sorted(self._rows.items())]
+        columns = {name: [row.get(name) for row in rows] for name in METRICS.names}
+        write_table(self._path, pa.table(columns, schema=METRICS))
+        self._board.flush()
+        self._flushed = time.monotonic()
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a column."""
+        return next(
+            (self._rows[step][name] for step in sorted(self._rows, reverse=True) if name in self._rows[step]), None
+        )
+
+    def first(self, name: str) -> float | None:
+        """The oldest value of a column."""
+        return next((self._rows[step][name] for step in sorted(self._rows) if name in self._rows[step]), None)
+
+    def close(self) -> None:
+        """Write what is left and close the TensorBoard file."""
+        self.flush()
+        self._board.close()

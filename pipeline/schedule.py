@@ -1,0 +1,62 @@
+"""What happens at which step: the order of the pairs and the learning rate, as pure functions of the step.
+
+Nothing here has state, so resuming needs the step's number and nothing else, and scoring beforehand cannot disturb the
+order of training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipeline.config import TrainConfig
+
+
+def total_steps(pairs: int, train: TrainConfig) -> int:
+    """Optimizer steps of the whole training; the last one may hold fewer pairs."""
+    if train.max_steps > 0:
+        return train.max_steps
+    return math.ceil(pairs * train.num_train_epochs / pairs_per_step(train))
+
+
+def pairs_per_step(train: TrainConfig) -> int:
+    """Pairs whose mean loss makes one optimizer step."""
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+
+def pairs_of_step(step: int, pairs: int, train: TrainConfig) -> list[int]:
+    """Positions of the pairs of optimizer step `step` (from 0): every epoch is a permutation drawn from seed and epoch."""
+    size = pairs_per_step(train)
+    last = pairs * math.ceil(train.num_train_epochs) if train.max_steps <= 0 else (step + 1) * size
+    if train.max_steps <= 0:
+        last = min(last, math.ceil(pairs * train.num_train_epochs))
+    found: list[int] = []
+    for at in range(step * size, min((step + 1) * size, last)):
+        epoch, offset = divmod(at, pairs)
+        found.append(int(_epoch_order(train.seed, epoch, pairs)[offset]))
+    return found
+
+
+def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear warm-up that never is 0, then linear, cosine or constant."""
+    warmup = round(train.warmup_ratio * steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    if train.lr_scheduler_type == "linear":
+        return train.learning_rate * (1 - done)
+    if train.lr_scheduler_type == "cosine":
+        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return train.learning_rate
+
+
+_orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _epoch_order(seed: int, epoch: int, pairs: int) -> np.ndarray:
+    key = (seed, epoch, pairs)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = np.random.default_rng([seed, epoch]).permutation(pairs)
+    return _orders[key]

@@ -1,0 +1,133 @@
+"""Tiny real models and data that the tests make themselves; the shared preference data where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# set before any test imports torch or vLLM, as the command line does
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works below a directory of its own: `data/` is relative to where one stands."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and a byte-level tokenizer trained on a few sentences."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(directory: Path, seed: int = 0, **config: object) -> Path:
+    """Save a tiny Llama and its tokenizer in Hugging Face layout."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tiny_tokenizer()
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+        **config,
+    }
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_tiny_tokenizer():
+    """A byte-level BPE with a chat template, three special tokens and about 300 entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ran", "how do I cook rice well today"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def preference_rows(number: int) -> list[dict]:
+    """Small rows whose responses differ in length and words."""
+    return [
+        {
+            "prompt": f"How do I cook rice number {at}?",
+            "chosen": f"Rinse it, then boil it for {10 + at % 7} minutes." + " Stir well." * (at % 3),
+            "rejected": f"The cat sat on mat {at}." + " The dog ran and ran" * (1 + at % 4),
+        }
+        for at in range(number)
+    ]
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "preferences.jsonl", preference_rows(24))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real preference pairs that lie beside a developer's checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared/data beside this checkout: real preference data is not part of the project")
+    return SHARED
+
+
+def experiment(tmp_path: Path, model: Path, data: Path, **sections: dict) -> Path:
+    """A configuration file for the tiny model."""
+    import yaml
+
+    content: dict = {
+        "data": {"path": str(data), "eval_fraction": 0.25, "max_length": 256},
+        "reference": {"model": str(model), "engine": "transformers"},
+        "policy": {"model": str(model)},
+        "train": {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_steps": 4, "precision": "float32"},
+        "generate": {"max_tokens": 16},
+    }
+    for name, values in sections.items():
+        if isinstance(values, dict):
+            content.setdefault(name, {}).update(values)
+        else:
+            content[name] = values
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path

@@ -1,0 +1,117 @@
+"""The forward pass against transformers' own, and its layouts against each other."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pipeline.errors import ConfigError
+from pipeline.forward import Tree, forward_of
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+PLAIN = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+MODELS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma": GemmaConfig(**SIZES),
+    "granite": GraniteConfig(**SIZES, logits_scaling=3.0),
+    "phi": PhiConfig(**PLAIN),
+    "gpt_neox": GPTNeoXConfig(**PLAIN),
+}
+TREES = [
+    Tree([5, 6, 7, 8], ([9, 10, 11], [9, 12])),
+    Tree([3], ([4], [90, 91, 92, 93, 94])),
+    Tree([20, 21, 22, 23, 24, 25, 26], ([1, 2], [1, 2, 3], [2])),
+]
+
+
+def build(config):
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def oracle(model, trunk, branch):
+    """A plain forward and cross-entropy on one sequence."""
+    ids = torch.tensor([[*trunk, *branch]])
+    logits = model(input_ids=ids).logits[0, len(trunk) - 1 : -1]
+    return -torch.nn.functional.cross_entropy(logits, ids[0, len(trunk) :], reduction="none")
+
+
+def flat(found):
+    return torch.cat([logps for tree in found for logps in tree])
+
+
+@pytest.mark.parametrize("layout", ["tree", "separate"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logps_and_gradients_equal_a_plain_forward(name, layout):
+    model = build(MODELS[name])
+    ours = flat(forward_of(model, layout)(TREES))
+    plain = torch.cat([oracle(model, tree.trunk, branch) for tree in TREES for branch in tree.branches])
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+    weights = torch.linspace(-1, 1, len(ours))
+    grads = []
+    for logps in (ours, plain):
+        model.zero_grad()
+        (logps * weights).sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_no_branch_sees_another():
+    model = build(MODELS["llama"])
+    forward = forward_of(model, "tree")
+    before = forward([Tree([5, 6], ([7, 8, 9], [10, 11]))])[0][1]
+    after = forward([Tree([5, 6], ([50, 60, 70], [10, 11]))])[0][1]
+    assert torch.equal(before, after)
+
+
+def test_packing_and_order_of_trees_change_nothing():
+    forward = forward_of(build(MODELS["llama"]), "tree")
+    alone = [forward([tree])[0] for tree in TREES]
+    for together in (forward(TREES), forward(TREES[::-1])[::-1]):
+        for mine, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(torch.cat(mine), torch.cat(theirs), atol=1e-5, rtol=0)
+
+
+def test_the_output_layer_runs_in_chunks_with_equal_results(monkeypatch):
+    model = build(MODELS["llama"])
+    whole = flat(forward_of(model, "tree")(TREES))
+    monkeypatch.setattr("pipeline.forward.LOGITS_BYTES", 4 * 97 * 3)
+    torch.testing.assert_close(flat(forward_of(model, "tree")(TREES)), whole, atol=1e-6, rtol=0)
+
+
+def test_an_output_layer_that_does_more_is_refused():
+    model = build(MODELS["llama"])
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: head(hidden) * 1.5
+    with pytest.raises(ConfigError, match="not supported"):
+        forward_of(model, "tree")
+
+
+def test_sliding_windows_go_to_separate_sequences_and_the_log_says_so(caplog):
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    model = build(config)
+    ours = flat(forward_of(model, "tree")(TREES))
+    assert "separate sequences" in caplog.text
+    plain = torch.cat([oracle(model, tree.trunk, branch) for tree in TREES for branch in tree.branches])
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)

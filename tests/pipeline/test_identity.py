@@ -1,0 +1,81 @@
+"""Keys: golden vectors, and what must and must not move them."""
+
+import json
+import shutil
+
+import pytest
+
+from pipeline.identity import Numerics, ReferenceIdentity, identify, key_of
+
+NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
+GOLDEN = ReferenceIdentity({"model.safetensors": "ab" * 32}, {"model_type": "llama", "hidden_size": 64}, NUMERICS)
+
+
+def test_golden_vectors():
+    """Written down once: a change here throws every user's store away."""
+    assert GOLDEN.reference_id == "9d9466bee38c34c8558a37a689d36d1658f8575722a393d2651e0694acdd6ea8"
+    assert (
+        key_of("00" * 32, [1, 2, 3], [4, 5]).hex() == "39b1b243f980e2f6be61057fa3551a83fe0612dfd2e29255538efc9239376606"
+    )
+    assert (
+        key_of("00" * 32, [], [2**31 - 1]).hex() == "4958264ea7126728f54e64c87ac5f8cdf76ca52cd02cb101b9d419b5f2d88133"
+    )
+
+
+def test_the_key_knows_the_boundary_the_order_and_every_token():
+    base = key_of("00" * 32, [1, 2, 3], [4, 5])
+    others = [
+        key_of("00" * 32, [1, 2], [3, 4, 5]),
+        key_of("00" * 32, [1, 2, 3, 4], [5]),
+        key_of("00" * 32, [4, 5], [1, 2, 3]),
+        key_of("00" * 32, [1, 2, 3], [4, 6]),
+        key_of("00" * 31 + "01", [1, 2, 3], [4, 5]),
+    ]
+    assert len({base, *others}) == 6
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def test_one_bit_of_the_weights_changes_the_reference(model):
+    before = identify(model, NUMERICS).reference_id
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert identify(model, NUMERICS).reference_id != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "bfloat16"},
+        {"engine": "transformers"},
+        {"engine_version": "0.33.0"},
+        {"device": "cuda"},
+        {"quantization": "fp8"},
+    ],
+)
+def test_numerics_change_the_reference(model, change):
+    other = Numerics(**{**vars(NUMERICS), **change})
+    assert identify(model, other).reference_id != identify(model, NUMERICS).reference_id
+
+
+def edit(model, **values):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_the_architecture_says_changes_the_reference_and_cosmetics_do_not(model):
+    before = identify(model, NUMERICS).reference_id
+    edit(model, _name_or_path="elsewhere", transformers_version="9", use_cache=False)
+    assert identify(model, NUMERICS).reference_id == before
+    edit(model, rms_norm_eps=1e-3)
+    assert identify(model, NUMERICS).reference_id != before
+
+
+def test_copying_or_renaming_the_directory_changes_nothing(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "a copy with spaces")
+    assert identify(copy, NUMERICS).reference_id == identify(model, NUMERICS).reference_id

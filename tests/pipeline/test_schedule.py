@@ -1,0 +1,49 @@
+"""Order of pairs and learning rate, as functions of the step."""
+
+import pytest
+
+from pipeline.config import TrainConfig
+from pipeline.schedule import learning_rate, pairs_of_step, total_steps
+
+
+def test_an_epoch_sees_every_pair_once_and_the_last_step_may_be_short():
+    train = TrainConfig(per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    steps = total_steps(20, train)
+    seen = [pairs_of_step(step, 20, train) for step in range(steps)]
+    assert [len(rows) for rows in seen] == [6, 6, 6, 2]
+    assert sorted(row for rows in seen for row in rows) == list(range(20))
+
+
+def test_epochs_differ_and_the_seed_decides_them():
+    train = TrainConfig(per_device_train_batch_size=10, gradient_accumulation_steps=1, num_train_epochs=2, seed=3)
+    first, second = pairs_of_step(0, 10, train), pairs_of_step(1, 10, train)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first == pairs_of_step(0, 10, train)
+    assert first != pairs_of_step(0, 10, train.model_copy(update={"seed": 4}))
+
+
+def test_max_steps_goes_on_into_further_epochs():
+    train = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=7)
+    rows = [row for step in range(total_steps(10, train)) for row in pairs_of_step(step, 10, train)]
+    assert len(rows) == 28
+    assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
+
+
+def test_the_split_into_micro_batches_does_not_change_a_step():
+    one = TrainConfig(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    many = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert pairs_of_step(1, 40, one) == pairs_of_step(1, 40, many)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", [0.5] + [1.0] * 9),
+        ("cosine", [0.5, 1.0, 1.0, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
+    ],
+)
+def test_learning_rates_by_hand(kind, expected):
+    train = TrainConfig(learning_rate=1.0, warmup_ratio=0.2, lr_scheduler_type=kind)
+    assert [learning_rate(step, 10, train) for step in range(10)] == pytest.approx(expected, abs=1e-4)
