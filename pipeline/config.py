@@ -116,7 +116,7 @@ class GenerateConfig(_Section):
 
     max_tokens: int = Field(256, ge=1, description="longest response, in tokens")
     temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="below 1: from the likeliest tokens only; slow on CPU")
     samples: int = Field(1, ge=1, description="responses for each prompt and model")
     seed: int = Field(0, ge=0)
     max_prompts: int | None = Field(None, ge=1, description="at most so many held-out prompts")

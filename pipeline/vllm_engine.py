@@ -87,6 +87,7 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
             dtype=dtype,
             enforce_eager=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=0,
             **options,
         )
@@ -118,7 +119,9 @@ def prepare_environment() -> None:
         "VLLM_CONFIG_ROOT": str(Path("data/cache/vllm").absolute()),
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    # loggers below "vllm" take its level only after vLLM has set itself up; this one speaks before
+    for name in ("vllm", "vllm.triton_utils.importing"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
 
 

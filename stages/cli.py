@@ -152,9 +152,12 @@ def main() -> None:
     except RefscoreError as error:
         console.fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.fail("interrupted")
-        sys.exit(1)
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into 130
+        if stop.code == 130:
+            console.fail("interrupted")
+            sys.exit(1)
+        raise
     except BrokenPipeError:
         # the reader of our output went away (refscore show ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

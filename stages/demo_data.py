@@ -21,9 +21,9 @@ from stages import console
 
 DEMO = Path("data/demo")
 MARGIN = 0.25
-EVAL_EVERY = 4  # every fourth prompt of a topic is held out
+EVAL_EVERY = 5  # every fifth prompt of a topic is held out
 PER_TOPIC = {"train": 19, "eval": 7}
-SETTINGS = GenerateConfig(max_tokens=160, temperature=0.7, top_p=0.95, samples=6, seed=20)
+SETTINGS = GenerateConfig(max_tokens=160, temperature=0.7, samples=8, seed=20)
 
 
 def run() -> None:

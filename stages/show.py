@@ -13,14 +13,14 @@ from stages import console
 
 def run(path: Path) -> None:
     """Print a table, a document, or a directory's artifacts. Raises DataError for what is none of these."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
     if path.is_dir():
         _directory(path)
     elif path.suffix == ".parquet":
         _parquet(path)
     elif path.suffix in (".json", ".yaml", ".yml", ".md", ".jinja", ".txt", ".jsonl"):
         console.say(path.read_text(encoding="utf-8").rstrip())
-    elif not path.exists():
-        raise DataError(f"{path} does not exist")
     else:
         raise DataError(f"{path}: directories, Parquet, JSON, YAML and text files can be shown")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,33 @@ def experiment(tmp_path: Path, model: Path, data: Path, **sections: dict) -> Pat
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+def refscore(where: Path, *arguments: object, code: int = 0, **environment: str) -> str:
+    """Run the command line in `where`; returns stdout and stderr together. The exit code must be `code`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.cli", *map(str, arguments)],
+        cwd=where,
+        env={**os.environ, "COLUMNS": "160", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def pipeline_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, str]]:
+    """A directory in which all three stages have run once on the tiny model with real vLLM, and what they printed."""
+    where = tmp_path_factory.mktemp("pipeline")
+    data = write_rows(
+        where / "preferences.jsonl", [*preference_rows(24), {"prompt": "Hi?", "chosen": "", "rejected": "x"}]
+    )
+    config = experiment(where, tiny_model, data, reference={"engine": "vllm"})
+    said = {
+        stage: refscore(where, stage, "--config", config, "--run", "first") for stage in ("precompute", "train", "eval")
+    }
+    return where, said

@@ -1,0 +1,50 @@
+"""The marks of a response, by hand."""
+
+import pytest
+
+from pipeline import rules
+from pipeline.pairing import best_and_worst
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("Boil it.", True),
+        ("Boil it", False),
+        ("", False),
+        ("Here is a list:", False),
+        ("**Boil it.**", True),
+        ('He said "boil it."', True),
+        ("Steps:\n1. Boil\n2. Stir", True),
+        ("Dear Ann,\nthank you.\nBest wishes", True),
+        ("A first line.\nand then a very long last line that goes on and on and is not yet at its", False),
+    ],
+)
+def test_an_ending_is_seen(text, ends):
+    assert rules.ends_well(text) is ends
+
+
+def test_repetition_counts_repeated_four_grams():
+    assert rules.repetition("one two three four five") == 0.0
+    # five grams of which the last repeats the first
+    assert rules.repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert rules.repetition("a b c") == 0.0
+
+
+def test_relevance_matches_content_words_whatever_their_ending():
+    assert rules.relevance("How do I boil eggs?", "Boiling an egg takes time.") == 1.0
+    assert rules.relevance("How do I boil eggs in salted water?", "An egg.") == pytest.approx(0.5)
+    assert rules.relevance("How do I boil eggs?", "Paint the wall.") == 0.0
+    assert rules.relevance("What is it?", "Anything.") == 1.0
+
+
+def test_concision_falls_from_half_the_limit_to_nothing():
+    assert rules.concision("w " * 75) == 1.0
+    assert rules.concision("w " * 120) == pytest.approx(0.4)
+    assert rules.concision("w " * 150) == 0.0
+
+
+def test_best_and_worst_leaves_near_ties_out():
+    assert best_and_worst([0.5, 0.9, 0.2, 0.9], 0.3).__dict__ == {"chosen": 1, "rejected": 2, "margin": 0.9 - 0.2}
+    assert best_and_worst([0.5, 0.6], 0.3) is None
+    assert best_and_worst([1.0], 0.0) is None

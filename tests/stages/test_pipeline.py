@@ -1,0 +1,237 @@
+"""All three stages on a tiny model with real vLLM: artifacts, reuse, and what each stage says."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import schema
+from tests.conftest import refscore
+
+pytestmark = pytest.mark.engine
+
+ARTIFACTS = {
+    "pairs.parquet": schema.PAIRS,
+    "dropped.parquet": schema.DROPPED,
+    "metrics.parquet": schema.METRICS,
+    "samples.parquet": schema.SAMPLES,
+    "judgements.parquet": schema.JUDGEMENTS,
+}
+
+
+@pytest.fixture
+def run(pipeline_run):
+    return pipeline_run[0] / "data" / "runs" / "first"
+
+
+def set_up(pipeline_run, tmp_path):
+    """A copy of the directory, to change things in."""
+    return shutil.copytree(pipeline_run[0], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_every_table_has_its_columns_and_polars_reads_it(run, name):
+    assert pq.read_schema(run / name).remove_metadata().equals(ARTIFACTS[name])
+    assert len(pl.read_parquet(run / name)) > 0
+
+
+def test_the_other_artifacts_are_there(run):
+    for name in ("config.yaml", "provenance.json", "gate.json", "eval.json", "report.html", "model/model.safetensors"):
+        assert (run / name).stat().st_size > 0
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000004"]
+    assert list((run / "tensorboard").glob("events.*"))
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert len(provenance["reference_id"]) == 64
+    assert provenance["stages"].keys() == {"precompute", "train", "eval"}
+
+
+def test_no_pickle_is_written(run):
+    assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_vllm_scores_equal_a_plain_transformers_forward(run, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for row in pl.read_parquet(run / "pairs.parquet").iter_rows(named=True):
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1]
+            plain = -torch.nn.functional.cross_entropy(
+                logits, torch.tensor(row[f"{side}_ids"]), reduction="none"
+            ).numpy()
+            stored = np.array(row[f"ref_{side}_logps"], dtype=np.float32)
+            assert np.abs(stored - plain).max() < 1e-4
+            assert abs(stored.astype(np.float64).sum() - row[f"ref_{side}_logp"]) < 1e-9
+
+
+def test_what_was_dropped_is_said_and_kept(pipeline_run, run):
+    assert "dropped   1 x empty_response" in pipeline_run[1]["precompute"]
+    assert pl.read_parquet(run / "dropped.parquet").row(0, named=True)["reason"] == "empty_response"
+
+
+def test_the_gate_passed_with_figures_near_nothing(run):
+    gate = json.loads((run / "gate.json").read_text())
+    assert gate["passed"]
+    assert gate["numerics"] == "float32"
+    assert gate["mean_absolute_difference"] < 1e-4
+
+
+def test_training_moved_the_model(run):
+    metrics = pl.read_parquet(run / "metrics.parquet")
+    assert metrics["step"].to_list() == [0, 1, 2, 3, 4]
+    assert metrics["eval_loss"][0] == pytest.approx(np.log(2), abs=1e-4)
+    assert metrics["eval_loss"][-1] < metrics["eval_loss"][0]
+
+
+def test_the_saved_model_loads_and_is_not_the_reference(run, tiny_model):
+    saved = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert any(not torch.equal(saved[name], base[name]) for name in base)
+    assert (
+        AutoTokenizer.from_pretrained(run / "model").chat_template
+        == AutoTokenizer.from_pretrained(tiny_model).chat_template
+    )
+    card = (run / "model" / "README.md").read_text()
+    assert "eval_rewards/accuracies" in card
+    assert "More information needed" not in card
+
+
+def test_the_report_comes_last_and_holds_the_verdict(pipeline_run, run):
+    assert re.search(r"report +data/runs/first/report.html$", pipeline_run[1]["eval"].strip())
+    page = (run / "report.html").read_text()
+    # the page escapes what it shows; the verdict has nothing to escape
+    assert json.loads((run / "eval.json").read_text())["verdict"] in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_a_second_precompute_scores_nothing_and_starts_no_engine(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    said = refscore(where, "precompute", "--config", "experiment.yaml", "--run", "first")
+    assert "nothing to score" in said
+    assert "starting" not in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.beta=0.5",
+        "train.learning_rate=1e-4",
+        "train.seed=7",
+        "train.per_device_train_batch_size=3",
+        "data.eval_fraction=0.5",
+    ],
+)
+def test_training_settings_and_splits_score_nothing(pipeline_run, tmp_path, change):
+    said = refscore(pipeline_run[0], "precompute", "--plan", "--config", "experiment.yaml", "--set", change)
+    assert " 0 misses" in said
+
+
+@pytest.mark.parametrize("change", ["reference.dtype=bfloat16", "reference.engine=transformers", "data.max_length=60"])
+def test_numerics_and_other_tokens_are_misses(pipeline_run, change):
+    said = refscore(
+        pipeline_run[0],
+        "precompute",
+        "--plan",
+        "--config",
+        "experiment.yaml",
+        "--set",
+        change,
+        "--set",
+        "data.too_long=truncate_response",
+    )
+    assert " 0 misses" not in said
+
+
+def test_a_sweep_needs_no_precompute(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    said = refscore(where, "train", "--config", "experiment.yaml", "--run", "beta05", "--set", "train.beta=0.5")
+    assert " 0 misses" in said
+    assert "starting" not in said
+    assert (where / "data/runs/beta05/model/model.safetensors").exists()
+    table = refscore(where, "compare", "first", "beta05")
+    assert re.search(r"train\.beta +0\.1 +0\.5", table)
+
+
+def test_a_finished_training_is_not_repeated_and_another_one_is_not_mixed_in(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    options = ("--config", "experiment.yaml", "--run", "first")
+    assert "nothing to train" in refscore(where, "train", *options)
+    said = refscore(where, "train", *options, "--set", "train.beta=0.5", code=2)
+    assert "train.beta: 0.1 -> 0.5" in said
+    assert "--restart" in said
+
+
+def test_samples_made_before_are_used_again(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    said = refscore(where, "eval", "--config", "experiment.yaml", "--run", "first")
+    assert said.count("made before under the same settings") == 2
+
+
+def test_show_prints_every_artifact(pipeline_run, run):
+    for path in [
+        run,
+        run / "pairs.parquet",
+        run / "eval.json",
+        run / "config.yaml",
+        *run.parent.parent.glob("store/*/*.parquet"),
+    ]:
+        assert refscore(pipeline_run[0], "show", path).strip()
+    assert "ref_chosen_logps (length)" in refscore(pipeline_run[0], "show", run / "pairs.parquet")
+
+
+def test_the_store_is_listed_and_verified(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    assert "first" in refscore(where, "store", "ls")
+    assert "0 damaged" in refscore(where, "store", "verify")
+    (shard,) = where.glob("data/store/*/scores-*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "1 damaged" in refscore(where, "store", "verify", code=4)
+    # what was set aside is a miss, and training says what to do
+    (where / "data/runs/first/pairs.parquet").unlink()
+    said = refscore(where, "train", "--config", "experiment.yaml", "--run", "first", code=2)
+    assert "run 'refscore precompute'" in said
+
+
+def test_verify_scores_again_and_finds_a_wrong_reference(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    assert "passed" in refscore(where, "verify", "--run", "first")
+    shift_reference(where / "data/runs/first/pairs.parquet", 0.5)
+    assert "differ by 0.5" in refscore(where, "verify", "--run", "first", code=4)
+
+
+def test_the_gate_closes_on_a_wrong_reference(pipeline_run, tmp_path):
+    where = set_up(pipeline_run, tmp_path)
+    shift_reference(where / "data/runs/first/pairs.parquet", 0.5)
+    said = refscore(where, "train", "--config", "experiment.yaml", "--run", "first", "--restart", code=4)
+    assert "the gate is closed" in said
+    assert not json.loads((where / "data/runs/first/gate.json").read_text())["passed"]
+
+
+def test_the_stored_reference_is_what_the_loss_uses(pipeline_run, tmp_path):
+    """A shift within the gate's tolerance must still move the loss."""
+    where = set_up(pipeline_run, tmp_path)
+    before = pl.read_parquet(where / "data/runs/first/metrics.parquet")["loss"][1]
+    shift_reference(where / "data/runs/first/pairs.parquet", 0.0005, sides=("chosen",))
+    refscore(where, "train", "--config", "experiment.yaml", "--run", "first", "--restart")
+    after = pl.read_parquet(where / "data/runs/first/metrics.parquet")["loss"][1]
+    assert abs(after - before) > 1e-4
+
+
+def shift_reference(path, amount, sides=("chosen", "rejected")):
+    """Lower stored logps by `amount` nats a token, sums included."""
+    table = pq.read_table(path)
+    frame = pl.from_arrow(table)
+    for side in sides:
+        moved = frame[f"ref_{side}_logps"].list.eval(pl.element() - amount)
+        frame = frame.with_columns(moved.alias(f"ref_{side}_logps"))
+        sums = [float(np.asarray(row, dtype=np.float32).sum(dtype=np.float64)) for row in moved.to_list()]
+        frame = frame.with_columns(pl.Series(f"ref_{side}_logp", sums))
+    schema.write_table(path, frame.to_arrow().cast(schema.PAIRS).replace_schema_metadata(table.schema.metadata))

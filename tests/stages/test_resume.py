@@ -1,0 +1,125 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit; a kill loses at most the shard being written."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import experiment, preference_rows, refscore, write_rows
+
+SETTLED = pl.exclude("tokens_per_second", "peak_memory_gib")
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model):
+    data = write_rows(tmp_path / "preferences.jsonl", preference_rows(24))
+    train = {"max_steps": 8, "save_steps": 2, "eval_steps": 3, "save_total_limit": 2, "precision": "bfloat16"}
+    return experiment(tmp_path, tiny_model, data, train=train)
+
+
+def test_the_same_configuration_gives_the_same_metrics_and_resuming_changes_no_bit(tmp_path, config):
+    refscore(tmp_path, "precompute", "--config", config, "--run", "whole")
+    refscore(tmp_path, "train", "--config", config, "--run", "whole")
+    refscore(tmp_path, "train", "--config", config, "--run", "again")
+    killed_after(tmp_path, config, "killed", step=5)
+    kept = sorted(path.name for path in (tmp_path / "data/runs/killed/checkpoints").glob("step_*"))
+    assert kept[-1] == "step_000004"
+    # the newest checkpoint is damaged, so the one before it is taken
+    weights = tmp_path / "data/runs/killed/checkpoints/step_000004/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    said = refscore(tmp_path, "train", "--config", config, "--run", "killed")
+    assert "passed over" in said
+    assert "resuming after step 2" in said
+    frames = {
+        name: pl.read_parquet(tmp_path / f"data/runs/{name}/metrics.parquet").select(SETTLED)
+        for name in ("whole", "again", "killed")
+    }
+    assert frames["whole"].equals(frames["again"])
+    assert frames["whole"].equals(frames["killed"])
+    models = [
+        load_file(tmp_path / f"data/runs/{name}/model/model.safetensors") for name in ("whole", "again", "killed")
+    ]
+    for name, tensor in models[0].items():
+        assert all(bool((tensor == other[name]).all()) for other in models[1:])
+    assert len(list((tmp_path / "data/runs/whole/checkpoints").iterdir())) == 2
+
+
+def killed_after(where, config, run, step):
+    """Start training and send SIGKILL once the line of `step` was printed."""
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-c", PATCHED.format(step=step), "train", "--config", str(config), "--run", run],
+        cwd=where,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = child.communicate(timeout=120)[0]
+    assert child.returncode == -signal.SIGKILL, output
+
+
+PATCHED = """
+import os, signal, sys
+import stages.train
+from stages.cli import main
+inner = stages.train.train_step
+count = 0
+def counting(*args):
+    global count
+    count += 1
+    if count == {step} + 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*args)
+stages.train.train_step = counting
+main()
+"""
+
+SCORING = """
+import os, signal, sys, time
+import pipeline.transformers_engine as engine
+from stages.cli import main
+inner = engine.TransformersScorer.score
+count = 0
+def counting(self, sequences):
+    global count
+    count += 1
+    if count == 4:
+        {action}
+    return inner(self, sequences)
+engine.TransformersScorer.score = counting
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "action", ["os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT); time.sleep(5)"]
+)
+def test_interrupted_scoring_goes_on_where_the_last_shard_ended(tmp_path, config, action):
+    options = ["precompute", "--config", str(config), "--set", "reference.tokens_per_shard=300"]
+    child = subprocess.run(
+        [sys.executable, "-c", SCORING.format(action=action), *options],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "Traceback" not in child.stdout
+    if "SIGINT" in action:
+        assert child.returncode == 1
+        assert "the same command goes on from there" in child.stdout
+    else:
+        assert child.returncode == -signal.SIGKILL
+    shards = list(tmp_path.glob("data/store/*/scores-*.parquet"))
+    assert len(shards) == 3
+    published = pl.read_parquet(shards).height
+    said = refscore(tmp_path, *options)
+    hits, misses = map(int, re.search(r"(\d+) hits, (\d+) misses", said).groups())
+    assert (hits, hits + misses) == (published, 48)
+    assert "0 misses" in refscore(tmp_path, *options)

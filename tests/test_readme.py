@@ -1,0 +1,44 @@
+"""What the README says is so: snippets run, links lead somewhere, make targets exist."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.engine
+def test_the_polars_snippets_run_one_after_the_other(pipeline_run):
+    code = "\n".join(SNIPPETS).replace("data/runs/demo", "data/runs/first")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pipeline_run[0], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shape:") == len(re.findall(r"^print\(", "\n".join(SNIPPETS), re.MULTILINE)) >= 4
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_make_target_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for line in re.findall(r"(?:^|`)make ([a-z -]+)", README, re.MULTILINE):
+        for target in line.split():
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_source_file_stands_in_the_tree():
+    for path in (ROOT / "pipeline").glob("*.py"):
+        assert path.name == "__init__.py" or path.name in README, path.name
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "`make test`" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
