@@ -12,7 +12,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,23 +44,33 @@ def save_checkpoint(
     try:
         with durable.explaining_disk(final):
             temporary.mkdir(parents=True)
+            durable.reached("checkpoint: begun")
             save_file(
                 {name: p.detach().contiguous() for name, p in model.named_parameters()}, temporary / "model.safetensors"
             )
+            durable.reached("checkpoint: weights written")
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            durable.reached("checkpoint: optimizer written")
             files = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
-            state = {"step": step, "training": training, "files": files}
+            state: dict[str, Any] = {"step": step, "training": training, "files": files}
+            state["digest"] = _digest_of(state)
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            durable.reached("checkpoint: state written")
             for file in temporary.iterdir():
                 durable.flush(file)
+            durable.reached("checkpoint: flushed")
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
+            durable.reached("checkpoint: renamed")
             durable.flush(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in sorted(root.glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    for leftover in root.glob(f"{durable.TEMPORARY}*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    durable.reached("checkpoint: done")
     return final
 
 
@@ -69,8 +79,10 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
     for directory in sorted(root.glob("step_*"), reverse=True):
         try:
             state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+            if state.pop("digest") != _digest_of(state):
+                raise ValueError("state.json changed since it was saved")
             damaged = [name for name, digest in state["files"].items() if _sha256(directory / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is not whole (%s): passed over", directory, error)
             continue
         if damaged:
@@ -108,6 +120,10 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
         for field, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{field}"] = value.detach().contiguous()
     return tensors
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -63,7 +63,10 @@ class ReferenceConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU; on a GPU bfloat16, with a float32 output layer"
     )
-    store: str = Field("data/store", description="directory of the scores, shared by experiments")
+    store: OneOrMore = Field(
+        default=["data/store"],
+        description="directories or URLs (s3://...) of the scores, shared by experiments: the first is written, all are read",
+    )
     tokens_per_shard: int | None = Field(
         None, ge=1, description="tokens scored between two publications; default 16384 on CPU, 1048576 on a GPU"
     )

@@ -56,14 +56,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def reached(point: str) -> None:
+    """A named moment of a protocol. It does nothing: the fault tests put themselves here, to die at just that moment."""
+
+
 @contextmanager
-def explaining_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only directory or missing rights into a message with the path."""
+def explaining_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a full disk, a read-only directory or missing rights into a message with the path and the bytes `needed`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RefscoreError(f"no space left to write {path}: free some, or choose another place") from None
+            space = f"about {needed:,} bytes are needed" if needed else "more is needed"
+            raise RefscoreError(
+                f"no space left to write {path}: {space}. What was published before stays; free some space, or choose "
+                "another place, and run the same command again"
+            ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RefscoreError(f"{path} cannot be written ({error.strerror}): choose another place") from None
         raise

@@ -6,9 +6,11 @@ filled from it alone, so an interrupted run goes on after its last published sha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -30,26 +32,44 @@ from pipeline.vocabulary import vocabulary_digest
 class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
-    `keys` has two entries a pair, chosen then rejected; `missing` holds each absent key once.
+    `keys` has two entries a pair, chosen then rejected; `missing` are positions in it, one for each absent key.
     """
 
     directory: Path
     pairs: PairSet
     identity: ReferenceIdentity
     store: Store
-    keys: list[bytes]
-    missing: dict[bytes, Request]
+    keys: pl.Series
+    missing: list[int]
     vocabulary: str
+    template: str
 
     @property
     def sequences(self) -> int:
         """Distinct sequences of the data."""
-        return len(set(self.keys))
+        return self.keys.n_unique()
 
     @property
     def missing_tokens(self) -> int:
         """Tokens that scoring has to read, prompt included."""
-        return sum(map(len, self.missing.values()))
+        return sum(len(self.request(position)) for position in self.missing)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Texts and tokens of a pair under their names in pairs.parquet."""
+        pair = self.pairs.pairs[number]
+        return {
+            "prompt": prompt_text(pair.preference.prompt),
+            "chosen": pair.preference.chosen,
+            "rejected": pair.preference.rejected,
+            "prompt_ids": pair.prompt_ids,
+            "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids,
+        }
+
+    def request(self, position: int) -> Request:
+        """The sequence whose key stands at `position` of `keys`."""
+        pair = self.pairs.pairs[position // 2]
+        return Request(pair.prompt_ids, pair.rejected_ids if position % 2 else pair.chosen_ids)
 
 
 def make_plan(config: Config) -> Plan:
@@ -60,18 +80,38 @@ def make_plan(config: Config) -> Plan:
     tokenizer = load_tokenizer(directory, reference)
     pairs = build_pairs(config.data, tokenizer)
     identity = identify(directory, numerics)
-    store = Store(Path(reference.store), identity)
-    requests = dict(_requests(identity.reference_id, pairs.pairs))
-    held = store.held(list(requests))
+    store = Store(reference.store, identity)
+    keys = keys_of(identity.reference_id, pairs.pairs)
     return Plan(
         directory=directory,
         pairs=pairs,
         identity=identity,
         store=store,
-        keys=[key for key, _ in _requests(identity.reference_id, pairs.pairs)],
-        missing={key: request for key, request in requests.items() if key not in held},
+        keys=keys,
+        missing=first_positions(keys, store.missing(keys)),
         vocabulary=vocabulary_digest(tokenizer),
+        template=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
     )
+
+
+def keys_of(reference_id: str, pairs: list[Pair]) -> pl.Series:
+    """Keys of the pairs' sequences, chosen then rejected of each pair, as a Binary series."""
+    return pl.Series(
+        (
+            key_of(reference_id, pair.prompt_ids, response)
+            for pair in pairs
+            for response in (pair.chosen_ids, pair.rejected_ids)
+        ),
+        dtype=pl.Binary,
+    )
+
+
+def first_positions(keys: pl.Series, wanted: pl.Series) -> list[int]:
+    """Where each of `wanted` first stands in `keys`, ascending."""
+    positions = pl.DataFrame({"key": keys}).with_row_index("position").unique("key", keep="first", maintain_order=True)
+    return positions.join(pl.DataFrame({"key": wanted}), on="key", how="semi", maintain_order="left")[
+        "position"
+    ].to_list()
 
 
 def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]) -> None:
@@ -79,34 +119,36 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
 
     Raises CheckError for scores that cannot be true, or when the weights change meanwhile.
     """
-    for shard in shards_of(plan.missing, reference.tokens_per_shard or default_tokens_per_shard()):
-        scores = scorer.score([plan.missing[key] for key in shard])
+    for shard in shards_of(plan, reference.tokens_per_shard or default_tokens_per_shard()):
+        requests = [plan.request(position) for position in shard]
         rows = []
-        for key, logps in zip(shard, scores, strict=True):
-            request = plan.missing[key]
+        for position, request, logps in zip(shard, requests, scorer.score(requests), strict=True):
             if problem := logps_problem(logps, len(request.response_ids)):
                 raise CheckError(
                     f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
                 )
-            rows.append(Scored(key, len(request.prompt_ids), logps))
+            rows.append(Scored(plan.keys[position], len(request.prompt_ids), logps))
         if weight_digests(plan.directory) != plan.identity.weights:
             raise CheckError(
                 f"the weights in {plan.directory} changed while they were scored: nothing of this shard is kept"
             )
         plan.store.publish(rows)
-        on_shard(len(shard), sum(len(plan.missing[key]) for key in shard))
+        on_shard(len(shard), sum(map(len, requests)))
 
 
-def shards_of(missing: dict[bytes, Request], tokens: int) -> Iterator[list[bytes]]:
-    """Keys in groups of about `tokens` tokens: similar lengths together, longest first, so that a lack of memory shows at once."""
-    shard: list[bytes] = []
+def shards_of(plan: Plan, tokens: int) -> Iterator[list[int]]:
+    """Missing positions in groups of about `tokens` tokens: similar lengths together, longest first, so that a lack of
+    memory shows at once.
+    """
+    shard: list[int] = []
     filled = 0
-    for key in sorted(missing, key=lambda key: (-len(missing[key]), key)):
-        if shard and filled + len(missing[key]) > tokens:
+    for position in sorted(plan.missing, key=lambda position: (-len(plan.request(position)), position)):
+        length = len(plan.request(position))
+        if shard and filled + length > tokens:
             yield shard
             shard, filled = [], 0
-        shard.append(key)
-        filled += len(missing[key])
+        shard.append(position)
+        filled += length
     if shard:
         yield shard
 
@@ -118,15 +160,15 @@ def default_tokens_per_shard() -> int:
 
 def join_scores(plan: Plan) -> pa.Table:
     """pairs.parquet's content: every pair with its scores from the store. CheckError where one is not there."""
-    scores = plan.store.found(plan.keys)
-    position = dict(zip(scores["key"].to_list(), range(len(scores)), strict=True))
-    absent = [number // 2 for number, key in enumerate(plan.keys) if key not in position]
+    scores = plan.store.found(plan.keys).select("key", "logps", "logp")
+    joined = pl.DataFrame({"key": plan.keys}).join(scores, on="key", how="left", maintain_order="left")
+    absent = joined["logp"].is_null().arg_true().to_list()
     if absent:
-        ids = ", ".join(plan.pairs.pairs[number].pair_id for number in absent[:10])
+        ids = ", ".join(plan.pairs.pairs[position // 2].pair_id for position in absent[:10])
         raise CheckError(f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}")
-    table = scores.to_arrow().cast(_scores_schema(scores))
-    chosen = table.take(pa.array([position[key] for key in plan.keys[0::2]]))
-    rejected = table.take(pa.array([position[key] for key in plan.keys[1::2]]))
+    # Polars' lists have 64-bit offsets, PAIRS' columns 32-bit ones
+    kinds = pa.schema([("logps", PAIRS.field("ref_chosen_logps").type), ("logp", pa.float64())])
+    chosen, rejected = (joined.select("logps", "logp")[side::2].to_arrow().cast(kinds) for side in (0, 1))
     _must_cover(plan.pairs.pairs, chosen, rejected)
     pairs = plan.pairs.pairs
     columns: dict[str, object] = {
@@ -177,13 +219,8 @@ def about_pairs(plan: Plan, config: Config) -> dict[str, object]:
         "inputs_digest": inputs_digest(config),
         "source_digests": plan.pairs.digests,
         "vocabulary": plan.vocabulary,
+        "template": plan.template,
     }
-
-
-def _requests(reference_id: str, pairs: list[Pair]) -> Iterator[tuple[bytes, Request]]:
-    for pair in pairs:
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            yield key_of(reference_id, pair.prompt_ids, response), Request(pair.prompt_ids, response)
 
 
 def _must_cover(pairs: list[Pair], chosen: pa.Table, rejected: pa.Table) -> None:
@@ -193,10 +230,3 @@ def _must_cover(pairs: list[Pair], chosen: pa.Table, rejected: pa.Table) -> None
         if not np.array_equal(wanted, lengths):
             row = int(np.argmax(wanted != lengths))
             raise CheckError(f"{side} of pair {pairs[row].pair_id} has {wanted[row]} tokens but {lengths[row]} scores")
-
-
-def _scores_schema(scores: pl.DataFrame) -> pa.Schema:
-    # Polars has 64-bit list offsets; PAIRS' columns have 32-bit ones
-    kinds = {"logps": pa.list_(pa.float32()), "logp": pa.float64(), "key": pa.binary()}
-    arrow = scores.to_arrow().schema
-    return pa.schema([pa.field(field.name, kinds.get(field.name, field.type)) for field in arrow])

@@ -135,6 +135,33 @@ def store_verify(store: StoreOption = Path("data/store")) -> None:
     stage.verify(store)
 
 
+@store_app.command(name="gc")
+def store_gc(
+    store: StoreOption = Path("data/store"),
+    apply: Annotated[bool, typer.Option("--apply", help="Do it: remove leftovers, merge small shards.")] = False,
+    unreferenced: Annotated[
+        bool, typer.Option("--unreferenced", help="With --apply: delete references that no run in data/runs uses.")
+    ] = False,
+) -> None:
+    """Leftovers of killed writers, unused references, small shards to merge; changes nothing without --apply."""
+    from stages import store as stage
+
+    stage.gc(store, apply=apply, unreferenced=unreferenced)
+
+
+@store_app.command(name="explain")
+def store_explain(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    row: Annotated[int | None, typer.Option("--row", min=0, help="Only the pair from this row of its source.")] = None,
+) -> None:
+    """Hit or miss for a configuration or a row, and on a miss what differs from the nearest that is stored."""
+    from pipeline.config import load_config
+    from stages import store as stage
+
+    stage.explain(load_config(config, set_ or []), row)
+
+
 @app.command()
 def doctor() -> None:
     """What this machine has, and what is missing, with the fix."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pipeline.config import Config
+from pipeline.errors import RefscoreError
 from pipeline.pairs import count_reasons
 from pipeline.precompute import Plan, about_pairs, join_scores, make_plan, score_missing
 from pipeline.runs import Run, record
@@ -21,6 +22,11 @@ def run(config: Config, run: Run, *, plan_only: bool) -> None:
         return
 
     if plan.missing:
+        if problem := plan.store.why_not_writable():
+            raise RefscoreError(
+                f"{len(plan.missing)} of {plan.sequences} sequences must be scored, but the store cannot be written "
+                f"({problem}): put a directory of your own first, --set 'reference.store=[data/store, THIS ONE]'"
+            )
         _score(plan, config)
     else:
         console.say("nothing to score: every sequence is in the store; no engine is started")
@@ -72,7 +78,7 @@ def _score(plan: Plan, config: Config) -> None:
     console.say(f"starting {config.reference.engine} ...")
     begun = time.monotonic()
     scorer = start_scorer(
-        config.reference, plan.directory, plan.identity.numerics, max(map(len, plan.missing.values()))
+        config.reference, plan.directory, plan.identity.numerics, max(len(plan.request(at)) for at in plan.missing)
     )
     console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
     done = tokens = 0

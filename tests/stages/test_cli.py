@@ -22,6 +22,8 @@ COMMANDS = [
     ("store",),
     ("store", "ls"),
     ("store", "verify"),
+    ("store", "gc"),
+    ("store", "explain"),
 ]
 
 

@@ -1,0 +1,154 @@
+"""Why a sequence is not in the store: which field of the reference, or which part of the row, differs from before.
+
+The store knows keys only, by design. What a key stood for is known from the runs that used it: their pairs.parquet
+holds the tokens and texts, dropped.parquet what was left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline.errors import DataError
+from pipeline.precompute import Plan
+from pipeline.runs import Run
+from pipeline.schema import DROPPED, PAIRS, read_about, read_table
+from pipeline.store import read_reference
+
+Row = dict[str, Any]
+_WORDS = {"weights": "weights of", "architecture": "config.json:", "numerics": "numerics:", "version": "key format"}
+
+
+@dataclass
+class Memory:
+    """What earlier runs knew: pairs and drops by source and row, and pairs by prompt text."""
+
+    by_row: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
+    by_prompt: dict[str, Row] = field(default_factory=dict)
+    dropped: dict[tuple[str, int], Row] = field(default_factory=dict)
+
+
+def nearest_reference(described: Row, places: Iterable[Path]) -> tuple[Path, list[str]] | None:
+    """The reference in the stores at `places` that differs least from `described`, and the differences in words."""
+    found = []
+    for place in places:
+        for path in sorted(place.glob("*/reference.json")):
+            try:
+                found.append((path.parent, differences(read_reference(path.parent), described)))
+            except DataError:
+                continue
+    return min(found, key=lambda item: (len(item[1]), item[0].name), default=None)
+
+
+def differences(stored: Row, wanted: Row) -> list[str]:
+    """Every field in which two described references differ, in words: stored value -> wanted value."""
+    words = []
+    for section in sorted(stored.keys() | wanted.keys()):
+        before, after = stored.get(section, {}), wanted.get(section, {})
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            if before != after:
+                words.append(f"{_WORDS.get(section, section)} {before!r} -> {after!r}")
+            continue
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                was, now = (_short(value.get(name)) for value in (before, after))
+                words.append(f"{_WORDS.get(section, section)} {name} {was} -> {now}")
+    return words
+
+
+def remember(runs: Sequence[Run]) -> Memory:
+    """Read what earlier runs held; unreadable artifacts are passed over."""
+    memory = Memory()
+    columns = ["source", "source_row", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"]
+    for run in runs:
+        about = read_about(run.pairs)
+        try:
+            pairs, dropped = read_table(run.pairs, PAIRS, columns), read_table(run.dropped, DROPPED)
+        except DataError:
+            continue
+        for row in pairs.to_pylist():
+            row |= {"run": run.name, "about": about}
+            memory.by_row.setdefault((row["source"], row["source_row"]), []).append(row)
+            memory.by_prompt.setdefault(row["prompt"], row)
+        for row in dropped.to_pylist():
+            memory.dropped.setdefault((row["source"], row["source_row"]), row | {"run": run.name})
+    return memory
+
+
+def explain_miss(plan: Plan, position: int, memory: Memory) -> str:
+    """Why the sequence at `position` of the plan's keys is not in the store, in words."""
+    pair = plan.pairs.pairs[position // 2]
+    side = "rejected" if position % 2 else "chosen"
+    place = (pair.preference.source, pair.preference.row)
+    candidates = memory.by_row.get(place, [])
+    if not candidates and place in memory.dropped:
+        before = memory.dropped[place]
+        return f"run {before['run']} dropped the row as {before['reason']} ({before['detail']})"
+    now = plan.row(position // 2)
+    known = memory.by_prompt.get(now["prompt"])
+    candidates = candidates or ([known] if known else [])
+    if not candidates:
+        return "no run holds a row with this prompt: it is new"
+    # the candidate that differs in least
+    return min((_differences(plan, now, side, before) for before in candidates), key=len)[0]
+
+
+def _differences(plan: Plan, now: Row, side: str, before: Row) -> list[str]:
+    words = []
+    if before["prompt_ids"] != now["prompt_ids"]:
+        words.append(_prompt_difference(plan, now, before))
+    if before[f"{side}_ids"] != now[f"{side}_ids"]:
+        words.append(_response_difference(now, side, before))
+    if not words:
+        if before["about"].get("reference_id") != plan.identity.reference_id:
+            return [f"run {before['run']} scored these very tokens, for another reference"]
+        return [f"run {before['run']} used its score; the shard that held it is gone or was set aside"]
+    return [" and ".join(words), *words[1:]]
+
+
+def _prompt_difference(plan: Plan, now: Row, before: Row) -> str:
+    if before["prompt"] != now["prompt"]:
+        if _without_system(before["prompt"]) == _without_system(now["prompt"]):
+            return f"the system prompt differs from run {before['run']}'s"
+        return f"the prompt's text differs from run {before['run']}'s"
+    if before["about"].get("template") != plan.template:
+        return f"the chat template was edited since run {before['run']}"
+    if before["about"].get("vocabulary") != plan.vocabulary:
+        return f"the tokenizer's vocabulary is not run {before['run']}'s"
+    return f"the prompt's tokens differ from run {before['run']}'s (data.template?)"
+
+
+def _response_difference(now: Row, side: str, before: Row) -> str:
+    if before[side] != now[side]:
+        return f"the {side} response was edited since run {before['run']}"
+    was, is_now = before[f"{side}_ids"], now[f"{side}_ids"]
+    shorter, longer = sorted((was, is_now), key=len)
+    if longer[: len(shorter)] == shorter:
+        return f"the {side} response is cut at {len(is_now)} tokens, in run {before['run']} at {len(was)} (data.max_length)"
+    return f"the {side} response's tokens differ from run {before['run']}'s though its text is the same (tokenizer, template)"
+
+
+def _without_system(prompt: str) -> str:
+    if prompt.startswith("system: "):
+        prompt = prompt.partition("\n\n")[2]
+    return prompt.removeprefix("user: ")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return "absent" if value is None else repr(value)
+
+
+def causes(plan: Plan, positions: Sequence[int], memory: Memory) -> pl.DataFrame:
+    """One row for each of `positions`: source, source_row, side and cause."""
+    rows = []
+    for position in positions:
+        preference = plan.pairs.pairs[position // 2].preference
+        side = "rejected" if position % 2 else "chosen"
+        rows.append((preference.source, preference.row, side, explain_miss(plan, position, memory)))
+    return pl.DataFrame(rows, schema=["source", "source_row", "side", "cause"], orient="row")

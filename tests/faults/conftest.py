@@ -1,0 +1,102 @@
+"""An oracle of scores, child processes that die at a named moment, and the table of what was tried."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.identity import Numerics, ReferenceIdentity, key_of
+from pipeline.store import Scored, Store
+
+REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
+TABLE = Path(__file__).parent / "README.md"
+CASES: Counter[str] = Counter()
+
+
+def oracle(number: int) -> Scored:
+    """The one true score of sequence `number`: a function of the number alone."""
+    logps = -np.random.default_rng(number).random(20 + number % 7, dtype=np.float32)
+    return Scored(key_of(REFERENCE.reference_id, [number], range(len(logps))), 1, logps)
+
+
+def open_store(where: Path) -> Store:
+    return Store([str(where)], REFERENCE)
+
+
+def keys_of(numbers) -> pl.Series:
+    return pl.Series([oracle(number).key for number in numbers], dtype=pl.Binary)
+
+
+def found_numbers(where: Path, numbers) -> set[int]:
+    """Which of `numbers` the store returns; every returned value must be the oracle's, every key returned once."""
+    numbers = list(numbers)
+    by_key = {oracle(number).key: number for number in numbers}
+    rows = open_store(where).found(keys_of(numbers))
+    for key, logps, logp in rows.select("key", "logps", "logp").iter_rows():
+        truth = oracle(by_key[key]).logps
+        assert np.array_equal(np.array(logps, dtype=np.float32), truth)
+        assert logp == truth.sum(dtype=np.float64)
+    assert rows["key"].n_unique() == len(rows)
+    return {by_key[key] for key in rows["key"]}
+
+
+PREAMBLE = """
+import os, resource, signal, sys
+from pathlib import Path
+import pipeline.durable as durable
+from tests.faults.conftest import oracle, open_store
+def die_at(point, count=1):
+    seen = [0]
+    def reached(name):
+        if name == point:
+            seen[0] += 1
+            if seen[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+    durable.reached = reached
+"""
+
+
+def child(code: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a Python process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", PREAMBLE + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+        **options,
+    )
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest):
+    """Count a passed case under its title in the table."""
+    titles: list[str] = []
+    yield titles.append
+    if not getattr(request.node, "failed", False):
+        CASES.update(titles)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if outcome.get_result().failed:
+        item.failed = True
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    """`make faults` writes the table of cases beside these tests."""
+    if os.environ.get("REFSCORE_WRITE_FAULT_TABLE") and CASES and exitstatus == 0:
+        rows = "".join(f"| {title} | {count} |\n" for title, count in sorted(CASES.items()))
+        TABLE.write_text(
+            "# Faults\n\n`make faults` runs these cases and writes this table. In every one: no traceback, no published key "
+            "lost, no\nvalue other than the oracle's, and the next run goes on.\n\n"
+            f"| case | times |\n|---|---:|\n{rows}\n{sum(CASES.values())} cases.\n"
+        )
