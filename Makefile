@@ -8,7 +8,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval test check bench demo-data requirements clean
+.PHONY: help setup precompute plan train eval test faults check bench bench-store demo-data requirements clean
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -37,6 +37,12 @@ check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/README.md
+	@REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults
+
+bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
+	@.venv/bin/python -m tests.benchmarks.store
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages

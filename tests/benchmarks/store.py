@@ -1,0 +1,91 @@
+"""The store at size: planning, opening a run's rows, compaction; three sizes, each step in a fresh process: `make bench-store`.
+
+Synthetic: random keys and logps of about 200 tokens. SEQUENCES=... sets the largest store (default two million); the
+plan asks for as many keys (a pair has two), half of which are stored.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.compaction import compact
+from pipeline.identity import Numerics, ReferenceIdentity
+from pipeline.precompute import first_positions
+from pipeline.schema import SCORES
+from pipeline.shelf import shard_files
+from pipeline.store import Store
+from tests.benchmarks.stages import measure
+
+REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
+PER_SHARD = 50_000
+TOKENS = 200
+
+
+def main() -> None:
+    """Build stores of three sizes and time each step on them."""
+    largest = int(os.environ.get("SEQUENCES", "2000000"))
+    print(f"{'stored':>10}{'asked':>10}  {'step':22}{'seconds':>9}{'peak GiB':>10}")
+    for size in (largest // 4, largest // 2, largest):
+        with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as where:
+            build(Path(where), size)
+            for step in ("plan", "plan again", "open 20,000 rows", "compact 8 shards"):
+                seconds, peak = measure(
+                    [sys.executable, "-m", "tests.benchmarks.store", step, where, str(size)], str(Path.cwd())
+                )
+                print(f"{size:10,}{size:10,}  {step:22}{seconds:9.1f}{peak:10.2f}", flush=True)
+
+
+def build(where: Path, size: int) -> None:
+    """Shards of PER_SHARD sequences, and a file of keys of which half are stored."""
+    generator = np.random.default_rng(0)
+    store = Store([str(where)], REFERENCE)
+    asked = []
+    for start in range(0, size, PER_SHARD):
+        rows = min(PER_SHARD, size - start)
+        keys = generator.bytes(32 * rows)
+        lengths = generator.integers(TOKENS // 2, 3 * TOKENS // 2, rows, dtype=np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        values = -generator.random(int(offsets[-1]), dtype=np.float32)
+        columns = [
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), rows, [None, pa.py_buffer(keys)]),
+            pa.array(np.full(rows, 100, np.int32)),
+            pa.array(lengths),
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=SCORES.field("logps").type),
+            pa.array(np.add.reduceat(values.astype(np.float64), offsets[:-1])),
+        ]
+        store.publish_table(pa.table(columns, schema=SCORES))
+        asked.append(keys[: 32 * (rows // 2)] + generator.bytes(32 * (rows - rows // 2)))
+    joined = b"".join(asked)
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), size, [None, pa.py_buffer(joined)])
+    pl.DataFrame({"key": pl.from_arrow(column.cast(pa.binary()))}).sample(
+        fraction=1, shuffle=True, seed=1
+    ).write_parquet(where / "asked.parquet")
+
+
+def run(step: str, where: Path, size: int) -> None:
+    """One step, in this process; what it finds is checked."""
+    store = Store([str(where)], REFERENCE)
+    keys = pl.read_parquet(where / "asked.parquet")["key"]
+    if step.startswith("plan"):
+        missing = first_positions(keys, store.missing(keys))
+        assert abs(len(missing) - size / 2) <= size / PER_SHARD + 1
+    elif step.startswith("open"):
+        rows = store.found(keys.head(20_000))
+        assert abs(len(rows) - 10_000) < 500
+    else:
+        directory = where / REFERENCE.reference_id
+        assert compact(directory, shard_files(directory)[:8]) == min(8 * PER_SHARD, size)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main()
