@@ -14,7 +14,8 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline import durable
-from pipeline.identity import Numerics, ReferenceIdentity
+from pipeline.errors import DataError
+from pipeline.identity import ReferenceIdentity
 from pipeline.schema import SCORES
 from pipeline.shelf import set_aside, shard_files
 from pipeline.store import Store, check_shard, read_reference
@@ -92,5 +93,7 @@ def _as_scores(frame: pl.DataFrame) -> pa.Table:
 
 
 def _identity(directory: Path) -> ReferenceIdentity:
-    described = read_reference(directory)
-    return ReferenceIdentity(described["weights"], described["architecture"], Numerics(**described["numerics"]))
+    identity = ReferenceIdentity.from_described(read_reference(directory))
+    if identity.reference_id != directory.name:
+        raise DataError(f"{directory}/reference.json does not describe this directory: it is left as it is")
+    return identity

@@ -59,6 +59,7 @@ class ReferenceConfig(_Section):
     model: str = Field("embedded:smollm2-135m-instruct", description="local directory, Hub id or embedded:<name>")
     revision: str | None = Field(None, description="Hub revision")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; needs a full revision")
+    adapter: str | None = Field(None, description="directory of a PEFT adapter, merged into the model before scoring")
     engine: Literal["vllm", "transformers"] = Field("vllm", description="what computes the scores")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU; on a GPU bfloat16, with a float32 output layer"

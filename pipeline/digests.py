@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import durable
 from pipeline.errors import RefscoreError
 
+_BLOCK = 8 * 2**20
 MEMORY = Path("data/cache/digests.json")
 
 
@@ -19,23 +21,33 @@ def file_sha256(path: Path) -> str:
     return files_sha256([path])[path]
 
 
-def files_sha256(paths: list[Path]) -> dict[Path, str]:
-    """Like `file_sha256` for many files, read in parallel."""
+def unread_bytes(paths: list[Path]) -> int:
+    """Bytes that `files_sha256` would have to read."""
+    remembered = _remembered()
+    return sum(path.stat().st_size for path in paths if _stamp(path) not in remembered)
+
+
+def files_sha256(paths: list[Path], on_bytes: Callable[[int], None] = lambda _: None) -> dict[Path, str]:
+    """Like `file_sha256` for many files, read in parallel; `on_bytes` hears of every block that was read."""
     remembered = _remembered()
     stamps = {path: _stamp(path) for path in paths}
     known = {path: remembered[stamp] for path, stamp in stamps.items() if stamp in remembered}
     missing = [path for path in paths if path not in known]
     if missing:
         with ThreadPoolExecutor() as pool:
-            fresh = dict(zip(missing, pool.map(_sha256, missing), strict=True))
+            fresh = dict(zip(missing, pool.map(lambda path: _sha256(path, on_bytes), missing), strict=True))
         known |= fresh
         _remember({stamps[path]: digest for path, digest in fresh.items()})
     return known
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
+    state = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            state.update(block)
+            on_bytes(len(block))
+    return state.hexdigest()
 
 
 def _stamp(path: Path) -> str:

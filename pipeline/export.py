@@ -8,22 +8,11 @@ from typing import TYPE_CHECKING
 
 from pipeline import __version__, durable
 from pipeline.config import Config
+from pipeline.models import copy_tokenizer
 from pipeline.runs import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "*.model",
-)
 
 
 def save_model(model: PreTrainedModel, base: Path, directory: Path, card: str) -> None:
@@ -32,9 +21,7 @@ def save_model(model: PreTrainedModel, base: Path, directory: Path, card: str) -
     try:
         with durable.explaining_disk(directory):
             model.save_pretrained(temporary)
-            for pattern in _TOKENIZER_FILES:
-                for file in base.glob(pattern):
-                    shutil.copyfile(file, temporary / file.name)
+            copy_tokenizer(base, temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             for file in temporary.iterdir():
                 durable.flush(file)

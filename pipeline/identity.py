@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,12 @@ class Numerics:
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What was hashed, in clear. `weights` maps safetensors file names to sha256."""
+    """What was hashed, in clear. `weights` and `adapter` map safetensors file names to sha256."""
 
     weights: dict[str, str]
     architecture: dict[str, Any]
     numerics: Numerics
+    adapter: dict[str, str] = field(default_factory=dict)
 
     @property
     def reference_id(self) -> str:
@@ -59,21 +60,37 @@ class ReferenceIdentity:
     @property
     def weights_digest(self) -> str:
         """sha256 (hex) of the weights alone: equal for a reference and a policy that starts from it."""
-        return hashlib.sha256(_canonical(self.weights).encode()).hexdigest()
+        return hashlib.sha256(
+            _canonical([self.weights, self.adapter] if self.adapter else self.weights).encode()
+        ).hexdigest()
 
     def described(self) -> dict[str, Any]:
         """The content of reference.json."""
         return {
             "version": VERSION,
             "weights": self.weights,
+            **({"adapter": self.adapter} if self.adapter else {}),
             "architecture": self.architecture,
             "numerics": dict(vars(self.numerics)),
         }
 
+    @classmethod
+    def from_described(cls, content: dict[str, Any]) -> ReferenceIdentity:
+        """The inverse of `described`."""
+        numerics = Numerics(**content["numerics"])
+        return cls(content["weights"], content["architecture"], numerics, content.get("adapter", {}))
 
-def identify(directory: Path, numerics: Numerics) -> ReferenceIdentity:
-    """Read a model directory's identity; hashes weights not seen before."""
-    return ReferenceIdentity(weight_digests(directory), architecture(directory), numerics)
+
+def identify(directory: Path, numerics: Numerics, adapter: Path | None = None) -> ReferenceIdentity:
+    """Read a model directory's identity, and its adapter's; hashes weights not seen before."""
+    digests = adapter_digests(adapter) if adapter else {}
+    return ReferenceIdentity(weight_digests(directory), architecture(directory), numerics, digests)
+
+
+def adapter_digests(adapter: Path) -> dict[str, str]:
+    """sha256 of a PEFT adapter's weights and of its configuration, which scales them."""
+    digests = files_sha256([*sorted(adapter.glob("*.safetensors")), adapter / "adapter_config.json"])
+    return {path.name: digest for path, digest in digests.items()}
 
 
 def weight_digests(directory: Path) -> dict[str, str]:

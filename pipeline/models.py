@@ -6,17 +6,20 @@ set-up as a Python package. Weights must be safetensors: no pickle is ever opene
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline import durable
+from pipeline.config import ReferenceConfig
 from pipeline.digests import file_sha256, files_sha256
 from pipeline.errors import ConfigError, DataError
+from pipeline.identity import adapter_digests
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +27,17 @@ if TYPE_CHECKING:
 
 MODELS = Path("data/models")
 RECORD = "refscore.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "*.model",
+)
 
 
 class ModelSpec(Protocol):
@@ -82,6 +96,55 @@ def locate(spec: ModelSpec) -> Path:
             "convert them with transformers' save_pretrained on a machine where you trust them"
         )
     return directory
+
+
+class ReferencePaths(NamedTuple):
+    """Where a reference's bytes lie: the model, its adapter, and what an engine loads."""
+
+    base: Path
+    adapter: Path | None
+    merged: Path
+
+
+def locate_reference(reference: ReferenceConfig) -> ReferencePaths:
+    """Directories of the configured reference, its adapter merged if there is one."""
+    base = locate(reference)
+    adapter = Path(reference.adapter).expanduser() if reference.adapter else None
+    return ReferencePaths(base, adapter, merge_adapter(base, reference, adapter) if adapter else base)
+
+
+def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
+    """A directory with `adapter` merged into `base`, made once for these bytes. ConfigError where it is no adapter."""
+    if not (adapter / "adapter_config.json").is_file() or not any(adapter.glob("*.safetensors")):
+        raise ConfigError(f"{adapter} is no PEFT adapter: adapter_config.json and adapter_model.safetensors are wanted")
+    made_of = sorted([*files_sha256(sorted(base.glob("*.safetensors"))).values(), *adapter_digests(adapter).values()])
+    directory = MODELS / f"merged-{hashlib.sha256(''.join(made_of).encode()).hexdigest()[:16]}"
+    if directory.is_dir():
+        _must_be_as_made(directory)
+        return directory
+    import torch
+    from peft import PeftModel
+
+    temporary = durable.temporary_beside(directory)
+    try:
+        with durable.explaining_disk(directory):
+            # merged in float32, so that nothing of a small adapter is rounded away
+            model = PeftModel.from_pretrained(load_causal_lm(base, spec, torch.float32), adapter).merge_and_unload()
+            model.save_pretrained(temporary)
+            copy_tokenizer(base, temporary)
+            _publish(temporary, directory, {"base": str(base), "adapter": str(adapter)})
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"the adapter {adapter} does not fit {base} ({_first_line(error)})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def copy_tokenizer(base: Path, directory: Path) -> None:
+    """Copy the tokenizer's files byte for byte: saving them anew may change them."""
+    for pattern in _TOKENIZER_FILES:
+        for file in base.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
 
 
 def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -193,18 +256,7 @@ def _convert(embedded: Embedded, directory: Path) -> None:
                 drop=("is_local", "local_files_only"),
                 tokenizer_class="PreTrainedTokenizerFast",
             )
-            digests = files_sha256(sorted(temporary.iterdir()))
-            record = {
-                "made_from": embedded.file_sha256,
-                "files": {path.name: digest for path, digest in digests.items()},
-            }
-            durable.write_json(temporary / RECORD, record)
-            for file in temporary.iterdir():
-                durable.flush(file)
-            # two processes may convert at once: whoever comes second finds the same bytes already there
-            if not directory.exists():
-                temporary.rename(directory)
-                durable.flush(directory.parent)
+            _publish(temporary, directory, {"made_from": embedded.file_sha256})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -215,6 +267,17 @@ def _tokenizer_class(directory: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return content.get("tokenizer_class") if (directory / "tokenizer.json").is_file() else None
+
+
+def _publish(temporary: Path, directory: Path, record: dict[str, Any]) -> None:
+    digests = files_sha256(sorted(temporary.iterdir()))
+    durable.write_json(temporary / RECORD, record | {"files": {path.name: digest for path, digest in digests.items()}})
+    for file in temporary.iterdir():
+        durable.flush(file)
+    # two processes may make it at once: whoever comes second finds the same bytes already there
+    if not directory.exists():
+        temporary.rename(directory)
+        durable.flush(directory.parent)
 
 
 def _edit(file: Path, drop: tuple[str, ...], **values: str) -> None:

@@ -19,8 +19,8 @@ import pyarrow as pa
 from pipeline.config import Config, ReferenceConfig, digest
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
-from pipeline.identity import ReferenceIdentity, identify, key_of, weight_digests
-from pipeline.models import load_tokenizer, locate
+from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pairs import Pair, PairSet, build_pairs, prompt_text, source_digests
 from pipeline.schema import PAIRS, read_about
 from pipeline.scoring import Request, Scorer, numerics_of
@@ -35,7 +35,7 @@ class Plan:
     `keys` has two entries a pair, chosen then rejected; `missing` are positions in it, one for each absent key.
     """
 
-    directory: Path
+    paths: ReferencePaths
     pairs: PairSet
     identity: ReferenceIdentity
     store: Store
@@ -76,14 +76,14 @@ def make_plan(config: Config) -> Plan:
     """Read the data, tokenise, and ask the store; loads no model."""
     reference = config.reference
     numerics = numerics_of(reference)
-    directory = locate(reference)
-    tokenizer = load_tokenizer(directory, reference)
+    paths = locate_reference(reference)
+    tokenizer = load_tokenizer(paths.merged, reference)
     pairs = build_pairs(config.data, tokenizer)
-    identity = identify(directory, numerics)
+    identity = identify(paths.base, numerics, paths.adapter)
     store = Store(reference.store, identity)
     keys = keys_of(identity.reference_id, pairs.pairs)
     return Plan(
-        directory=directory,
+        paths=paths,
         pairs=pairs,
         identity=identity,
         store=store,
@@ -128,9 +128,9 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
                     f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
                 )
             rows.append(Scored(plan.keys[position], len(request.prompt_ids), logps))
-        if weight_digests(plan.directory) != plan.identity.weights:
+        if identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter) != plan.identity:
             raise CheckError(
-                f"the weights in {plan.directory} changed while they were scored: nothing of this shard is kept"
+                f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
             )
         plan.store.publish(rows)
         on_shard(len(shard), sum(map(len, requests)))
@@ -193,7 +193,7 @@ def join_scores(plan: Plan) -> pa.Table:
 
 def inputs_digest(config: Config) -> str:
     """Digest of every configuration field that decides pairs.parquet; the data files' bytes are digested apart."""
-    reference = config.reference.model_dump(mode="json", include={"model", "revision", "engine", "dtype"})
+    reference = config.reference.model_dump(mode="json", include={"model", "revision", "adapter", "engine", "dtype"})
     return digest(config.data, reference)
 
 

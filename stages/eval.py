@@ -25,7 +25,7 @@ from pipeline.evaluation import (
     worst_first,
 )
 from pipeline.judges import IMPLICIT, Judgement
-from pipeline.models import ModelSpec, locate
+from pipeline.models import ModelSpec, locate_reference
 from pipeline.report import verdict, write_report
 from pipeline.runs import Run, record
 from pipeline.schema import write_table
@@ -69,7 +69,7 @@ def _samples(config: Config, run: Run, prompts: list[Prompt]) -> pa.Table:
     """samples.parquet with both models; what was generated before under the same key is not generated again."""
     specs: dict[str, tuple[Path, ModelSpec]] = {
         "policy": (run.model, config.policy),
-        "reference": (locate(config.reference), config.reference),
+        "reference": (locate_reference(config.reference).merged, config.reference),
     }
     keys = {model: generation_key(specs[model][0], prompts, config) for model in MODELS}
     tables: dict[str, pa.Table] = {}

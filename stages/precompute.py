@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 from pipeline.config import Config
+from pipeline.digests import files_sha256, unread_bytes
 from pipeline.errors import RefscoreError
+from pipeline.models import locate_reference
 from pipeline.pairs import count_reasons
 from pipeline.precompute import Plan, about_pairs, join_scores, make_plan, score_missing
 from pipeline.runs import Run, record
@@ -13,9 +15,12 @@ from pipeline.schema import write_table
 from pipeline.scoring import start_scorer
 from stages import console
 
+_WORTH_A_BAR = 2**30  # bytes: a second or two of reading
+
 
 def run(config: Config, run: Run, *, plan_only: bool) -> None:
     """Plan; score what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written."""
+    _hash_weights(config)
     plan = make_plan(config)
     show_plan(plan)
     if plan_only:
@@ -74,11 +79,21 @@ def show_plan(plan: Plan) -> None:
     )
 
 
+def _hash_weights(config: Config) -> None:
+    """Hash weights that were not seen before, with a bar where that takes a while; the plan then finds them known."""
+    files = sorted(locate_reference(config.reference).base.glob("*.safetensors"))
+    unread = unread_bytes(files)
+    if unread < _WORTH_A_BAR:
+        return
+    with console.progress("hashing weights, MiB", unread // 2**20) as ticker:
+        files_sha256(files, lambda read: ticker.advance(read // 2**20, ""))
+
+
 def _score(plan: Plan, config: Config) -> None:
     console.say(f"starting {config.reference.engine} ...")
     begun = time.monotonic()
     scorer = start_scorer(
-        config.reference, plan.directory, plan.identity.numerics, max(len(plan.request(at)) for at in plan.missing)
+        config.reference, plan.paths.merged, plan.identity.numerics, max(len(plan.request(at)) for at in plan.missing)
     )
     console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
     done = tokens = 0

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline import durable
 from pipeline.config import Config
 from pipeline.errors import CheckError, ConfigError
-from pipeline.models import locate
+from pipeline.models import locate_reference
 from pipeline.runs import Run, read_saved_config
 from pipeline.scoring import Request, numerics_of, start_scorer
 from pipeline.training import TOLERANCES, Pairs, load_pairs
@@ -44,7 +44,7 @@ def run(run: Run, rows: int) -> None:
 def _compare(config: Config, pairs: Pairs, sample: list[int]) -> dict[str, Any]:
     oracle = config.reference.model_copy(update={"engine": "transformers", "dtype": "float32"})
     requests = [Request(pairs.trees[row].trunk, branch) for row in sample for branch in pairs.trees[row].branches]
-    scorer = start_scorer(oracle, locate(oracle), numerics_of(oracle), max(map(len, requests)))
+    scorer = start_scorer(oracle, locate_reference(oracle).merged, numerics_of(oracle), max(map(len, requests)))
     again = scorer.score(requests)
     stored = [logps for row in sample for logps in (pairs.ref_chosen_logps[row], pairs.ref_rejected_logps[row])]
     differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(stored, again, strict=True)]

@@ -79,3 +79,59 @@ def test_what_the_architecture_says_changes_the_reference_and_cosmetics_do_not(m
 def test_copying_or_renaming_the_directory_changes_nothing(model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "a copy with spaces")
     assert identify(copy, NUMERICS).reference_id == identify(model, NUMERICS).reference_id
+
+
+def make_adapter(model, where, scale=1.0):
+    """A LoRA adapter in PEFT's layout with weights that do something."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * scale)
+    adapted.save_pretrained(where)
+    return where
+
+
+def test_an_adapter_is_part_of_the_identity(model, tmp_path):
+    adapter = make_adapter(model, tmp_path / "adapter")
+    with_it = identify(model, NUMERICS, adapter)
+    assert with_it.reference_id != identify(model, NUMERICS).reference_id
+    assert ReferenceIdentity.from_described(with_it.described()) == with_it
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    assert identify(model, NUMERICS, adapter).reference_id != with_it.reference_id
+
+
+def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.config import ReferenceConfig
+    from pipeline.errors import ConfigError
+    from pipeline.models import locate_reference
+    from pipeline.scoring import Request, numerics_of, start_scorer
+
+    adapter = make_adapter(model, tmp_path / "adapter")
+    reference = ReferenceConfig(model=str(model), adapter=str(adapter), engine="transformers")
+    paths = locate_reference(reference)
+    assert locate_reference(reference).merged == paths.merged
+    request = Request([1, 5, 9], [20, 21, 22])
+    (ours,) = start_scorer(reference, paths.merged, numerics_of(reference), 10).score([request])
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter
+    ).eval()
+    ids = torch.tensor([[1, 5, 9, 20, 21, 22]])
+    with torch.no_grad():
+        logps = adapted(ids).logits[0].log_softmax(-1)[2:5].gather(1, ids[0, 3:, None])[:, 0]
+        adapted.disable_adapter_layers()
+        plain = adapted(ids).logits[0].log_softmax(-1)[2:5].gather(1, ids[0, 3:, None])[:, 0]
+    assert abs(logps - torch.tensor(ours)).max() < 1e-4
+    assert abs(logps - plain).max() > 1e-2
+    with pytest.raises(ConfigError, match="no PEFT adapter"):
+        locate_reference(reference.model_copy(update={"adapter": str(model)}))
