@@ -4,10 +4,9 @@ A tree is a prompt (trunk) and the responses to it (branches). Laid out as one s
 the trunk is read once: positions of every branch go on where the trunk ends, and no branch sees another. A tree with one
 branch is an ordinary causal sequence, so the `separate` layout is the same code on single-branch trees.
 
-Only response positions reach the output layer, in chunks, with logits in float32 inside a chunk and recomputed in the
-backward pass: no [tokens, vocabulary] tensor stands in memory.
+Only response positions reach the output layer (`pipeline.output_layer`).
 
-Shapes: B sequences of a batch, T their padded length, N scored tokens, H hidden size, V vocabulary.
+Shapes: B sequences of a batch, T their padded length, N scored tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.errors import ConfigError
+from pipeline.output_layer import output_layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-LOGITS_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = tor
     if layout == "tree" and (reason := _why_not_trees(model)):
         log.warning("layout: separate sequences instead of trees, as %s", reason)
         layout = "separate"
-    to_logits = _logits_of(model)
+    layer = output_layer_of(model)
     device = next(model.parameters()).device
 
     def autocast() -> AbstractContextManager[object]:
@@ -75,7 +71,7 @@ def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = tor
                 use_cache=False,
             ).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.rows_N]
-        logps_N = _chunked_logps(hidden_NH, batch.targets_N, to_logits, int(model.config.get_text_config().vocab_size))
+        logps_N = layer.logps(hidden_NH, batch.targets_N, precision)
         flat = iter(torch.split(logps_N, [len(branch) for tree in trees for branch in tree.branches]))
         return [[next(flat) for _ in tree.branches] for tree in trees]
 
@@ -150,58 +146,3 @@ def _why_not_trees(model: PreTrainedModel) -> str | None:
     if not getattr(model, "_supports_sdpa", False):
         return f"{config.model_type} takes no attention mask of its own"
     return None
-
-
-# --- output layer
-
-
-def _logits_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """float32 logits [n, V] of hidden states [n, H], as the model's own head computes them."""
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, 3
-    factor = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    factor /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-
-    def to_logits(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
-            if factor != 1.0:
-                logits = logits * factor
-            return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    _must_equal_own_head(model, to_logits)
-    return to_logits
-
-
-@torch.no_grad()
-def _must_equal_own_head(model: PreTrainedModel, to_logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    training = model.training
-    model.eval()
-    ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    ours = to_logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(training)
-    scale = float(own.abs().max()) + 1.0
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
-    if float((own - ours).abs().max()) > tolerance * scale:
-        raise ConfigError(
-            f"the output layer of {type(model).__name__} does something refscore does not know, "
-            "so its log-probabilities would be wrong: this architecture is not supported"
-        )
-
-
-def _chunked_logps(
-    hidden_NH: torch.Tensor, targets_N: torch.Tensor, to_logits: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
-) -> torch.Tensor:
-    def logps_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = to_logits(hidden)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
-    size = max(1, LOGITS_BYTES // (4 * vocabulary))
-    chunks = zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([logps_of(*chunk) for chunk in chunks])
-    logps = [checkpoint(logps_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.cat(logps)

@@ -96,8 +96,70 @@ def test_packing_and_order_of_trees_change_nothing():
 def test_the_output_layer_runs_in_chunks_with_equal_results(monkeypatch):
     model = build(MODELS["llama"])
     whole = flat(forward_of(model, "tree")(TREES))
-    monkeypatch.setattr("pipeline.forward.LOGITS_BYTES", 4 * 97 * 3)
+    monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 4 * 97 * 3)
     torch.testing.assert_close(flat(forward_of(model, "tree")(TREES)), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma"])
+def test_bfloat16_products_give_the_same_gradients_but_for_their_digits(name):
+    from pipeline.output_layer import output_layer_of
+
+    layer = output_layer_of(build(MODELS[name]))
+    generator = torch.Generator().manual_seed(0)
+    hidden, targets = torch.randn(50, 32, generator=generator), torch.randint(97, (50,), generator=generator)
+    found = []
+    for coarse in (torch.float32, torch.bfloat16):
+        leaf = hidden.clone().requires_grad_()
+        layer.weight_VH.grad = None
+        logps = layer.logps(leaf, targets, coarse)
+        (logps * torch.linspace(-1, 1, 50)).sum().backward()
+        found.append((logps.detach(), leaf.grad, layer.weight_VH.grad.clone()))
+    # the values themselves are float32 in both
+    assert torch.equal(found[0][0], found[1][0])
+    for exact, coarse in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.cosine_similarity(exact.flatten(), coarse.flatten(), dim=0) > 0.9995
+
+
+def test_a_soft_cap_is_derived_by_hand():
+    from pipeline.output_layer import OutputLayer
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(11, 4, generator=generator) * 3)
+    bias = torch.nn.Parameter(torch.randn(11, generator=generator))
+    hidden = torch.randn(6, 4, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 3, 10, 3, 5, 6])
+    layer = OutputLayer(weight, bias, 0.7, 5.0)
+    logits = 5.0 * torch.tanh(0.7 * (hidden @ weight.T + bias) / 5.0)
+    plain = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    grads = []
+    for logps in (layer.logps(hidden, targets, torch.float32), plain):
+        grads.append(torch.autograd.grad((logps**2).sum(), (hidden, weight, bias)))
+        torch.testing.assert_close(logps, plain)
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_alive(monkeypatch):
+    """With 150,000 entries and 400 tokens the full logits would be 240 MB; the peak must stay near the chunk."""
+    from pipeline.output_layer import OutputLayer
+
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel() * tensor.element_size())
+            return result
+
+    monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 8 * 2**20)
+    weight = torch.nn.Parameter(torch.randn(150_000, 8))
+    hidden = torch.randn(400, 8, requires_grad=True)
+    with Watch():
+        OutputLayer(weight, None, 1.0, None).logps(hidden, torch.arange(400), torch.float32).sum().backward()
+    assert largest <= 8 * 2**20
 
 
 def test_an_output_layer_that_does_more_is_refused():

@@ -1,0 +1,146 @@
+"""From hidden states to the log-probabilities of given tokens, without a [tokens, vocabulary] tensor.
+
+Logits exist in chunks of LOGITS_BYTES, in float32. The backward pass computes each chunk's logits again and turns them
+into gradients at once; there the matrix products may run in bfloat16, as the layers below do under autocast, because a
+gradient needs no more digits than the layers give it. Soft-capping (Gemma) and logit scales (Cohere, Granite) included.
+
+Shapes: N scored tokens, n tokens of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """logits = cap * tanh(factor * (h W^T + b) / cap), or factor * (h W^T + b) without a cap."""
+
+    weight_VH: torch.nn.Parameter
+    bias_V: torch.nn.Parameter | None
+    factor: float
+    cap: float | None
+
+    def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
+        """float32 logits [n, V]."""
+        bias = None if self.bias_V is None else self.bias_V.float()
+        return self.finish(torch.nn.functional.linear(hidden_nH.float(), self.weight_VH.float(), bias))
+
+    def finish(self, product_nV: torch.Tensor) -> torch.Tensor:
+        """What comes after the matrix product."""
+        logits = product_nV * self.factor if self.factor != 1.0 else product_nV
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def logps(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, coarse: torch.dtype) -> torch.Tensor:
+        """float32 log-probabilities [N] of `targets_N`; gradients are computed with `coarse` matrix products."""
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            found: torch.Tensor = _Logps.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+                hidden_NH, self.weight_VH, self.bias_V, targets_N, self, coarse
+            )
+        return found
+
+
+def output_layer_of(model: PreTrainedModel) -> OutputLayer:
+    """The model's output layer. ConfigError where its head does something that is not reproduced here."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    factor = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    layer = OutputLayer(head.weight, head.bias, factor, getattr(config, "final_logit_softcapping", None))
+    _must_equal_own_head(model, layer)
+    return layer
+
+
+class _Logps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        layer: OutputLayer,
+        coarse: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
+        ctx.layer, ctx.coarse = layer, coarse
+        weight = weight_VH.float()
+        logps = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
+        for rows in _chunks(len(targets_N), weight):
+            logits = _product(hidden_NH[rows].float(), weight, bias_V)
+            logits = layer.finish(logits)
+            logps[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - logits.logsumexp(1)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_N,) = gradients
+        hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
+        layer, coarse = ctx.layer, ctx.coarse
+        weight = weight_VH.to(coarse)
+        hidden_gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for rows in _chunks(len(targets_N), weight_VH):
+            hidden = hidden_NH[rows].to(coarse)
+            logits = layer.finish(_product(hidden, weight, bias_V).float())
+            # d logp / d logits = onehot(target) - softmax(logits)
+            change = torch.softmax(logits, 1).mul_(-gradient_N[rows, None])
+            change.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
+            if layer.cap is not None:
+                change.mul_(1 - (logits / layer.cap) ** 2)
+            if layer.factor != 1.0:
+                change.mul_(layer.factor)
+            if bias_gradient is not None:
+                bias_gradient += change.sum(0)
+            change = change.to(coarse)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = (change @ weight).to(hidden_gradient.dtype)
+            if weight_gradient is not None:
+                weight_gradient += change.T @ hidden
+        return (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight_VH.dtype),
+            None if bias_gradient is None else bias_gradient.to(bias_V.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
+    size = max(1, LOGITS_BYTES // (4 * len(weight_VH)))
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def _product(hidden_nH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(hidden_nH, weight_VH, None if bias_V is None else bias_V.to(hidden_nH.dtype))
+
+
+@torch.no_grad()
+def _must_equal_own_head(model: PreTrainedModel, layer: OutputLayer) -> None:
+    training = model.training
+    model.eval()
+    ids = torch.arange(1, 5, device=layer.weight_VH.device)[None]
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = layer.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    model.train(training)
+    scale = float(own.abs().max()) + 1.0
+    tolerance = 1e-4 if layer.weight_VH.dtype == torch.float32 else 3e-2
+    if float((own - ours).abs().max()) > tolerance * scale:
+        raise ConfigError(
+            f"the output layer of {type(model).__name__} does something refscore does not know, "
+            "so its log-probabilities would be wrong: this architecture is not supported"
+        )
