@@ -18,7 +18,7 @@ from pipeline.config import GenerateConfig
 from pipeline.errors import ConfigError
 from pipeline.models import ModelSpec, load_tokenizer
 from pipeline.pairs import end_of_turn_id, prompt_id_of
-from pipeline.vllm_engine import kv_cache_bytes_per_token, read_config, start_engine, stop_engine
+from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, read_config, start_engine, stop_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +50,7 @@ def generate(
 
     Raises ConfigError where prompt and response together are longer than the model reads.
     """
+    prepare_environment()
     from vllm import SamplingParams, TokensPrompt
 
     tokenizer = load_tokenizer(directory, spec)

@@ -116,11 +116,11 @@ def compare(runs: Annotated[list[str], typer.Argument(help="Names of runs.")]) -
 
 store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
-StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]
 
 
 @store_app.command(name="ls")
-def store_ls(store: StoreOption = Path("data/store")) -> None:
+def store_ls(store: StoreOption = "data/store") -> None:
     """References in the store: sequences, tokens, bytes, and which runs use them."""
     from stages import store as stage
 
@@ -128,7 +128,7 @@ def store_ls(store: StoreOption = Path("data/store")) -> None:
 
 
 @store_app.command(name="verify")
-def store_verify(store: StoreOption = Path("data/store")) -> None:
+def store_verify(store: StoreOption = "data/store") -> None:
     """Check every shard's bytes, schema and values; damaged ones are set aside."""
     from stages import store as stage
 
@@ -137,7 +137,7 @@ def store_verify(store: StoreOption = Path("data/store")) -> None:
 
 @store_app.command(name="gc")
 def store_gc(
-    store: StoreOption = Path("data/store"),
+    store: StoreOption = "data/store",
     apply: Annotated[bool, typer.Option("--apply", help="Do it: remove leftovers, merge small shards.")] = False,
     unreferenced: Annotated[
         bool, typer.Option("--unreferenced", help="With --apply: delete references that no run in data/runs uses.")

@@ -9,7 +9,7 @@ import polars as pl
 
 from pipeline.compaction import compact, look
 from pipeline.config import Config
-from pipeline.errors import CheckError, DataError
+from pipeline.errors import CheckError, ConfigError, DataError
 from pipeline.explain import causes, nearest_reference, remember
 from pipeline.precompute import make_plan
 from pipeline.runs import RUNS, existing_runs, open_run, read_json
@@ -18,11 +18,16 @@ from pipeline.store import check_shard, read_reference
 from stages import console
 
 
-def ls(store: Path) -> None:
+def ls(store: str) -> None:
     """A row for each reference."""
     used: dict[str, list[str]] = {}
+    last: dict[str, str] = {}
     for name in existing_runs():
-        used.setdefault(str(read_json(open_run(name).provenance).get("reference_id")), []).append(name)
+        provenance = read_json(open_run(name).provenance)
+        reference = str(provenance.get("reference_id"))
+        used.setdefault(reference, []).append(name)
+        times = [stage.get("finished", "") for stage in provenance.get("stages", {}).values()]
+        last[reference] = max([last.get(reference, ""), *times])
     rows = []
     for directory in _references(store):
         about = read_reference(directory)["numerics"]
@@ -39,17 +44,20 @@ def ls(store: Path) -> None:
                 f"{tokens:,}",
                 str(len(shards)),
                 f"{sum(shard.stat().st_size for shard in shards):,}",
+                last.get(directory.name, "")[:10] or "never",
                 ", ".join(used.get(directory.name, [])) or "none",
             ]
         )
-    console.table(str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "runs"], rows)
+    console.table(
+        str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows
+    )
 
 
-def gc(store: Path, *, apply: bool, unreferenced: bool) -> None:
+def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
     """Say what could be tidied; with `apply` do it, with `unreferenced` delete what no run here uses too."""
     _references(store)
     used = {str(read_json(open_run(name).provenance).get("reference_id")) for name in existing_runs()}
-    found = look(store, used)
+    found = look(Path(store), used)
     for path in found.leftovers:
         console.say(f"leftover of a killed writer: {path} ({path.stat().st_size:,} bytes)")
     for directory in found.unreferenced:
@@ -106,7 +114,7 @@ def explain(config: Config, row: int | None) -> None:
         console.say(f"  {len(rows)} x {cause}: {shown}{' ...' if len(rows) > 5 else ''}")
 
 
-def verify(store: Path) -> None:
+def verify(store: str) -> None:
     """Check every shard whole. Raises CheckError where some were damaged; those are set aside."""
     bad = checked = 0
     for directory in _references(store):
@@ -124,7 +132,11 @@ def verify(store: Path) -> None:
         )
 
 
-def _references(store: Path) -> list[Path]:
-    if not store.is_dir():
+def _references(store: str) -> list[Path]:
+    if is_url(store):
+        raise ConfigError(
+            f"{store}: only directories are listed and tidied here; a bucket's own tools do that for a URL"
+        )
+    if not Path(store).is_dir():
         raise DataError(f"store {store} does not exist: 'refscore precompute' makes it, or name another with --store")
-    return sorted(path.parent for path in store.glob("*/reference.json"))
+    return sorted(path.parent for path in Path(store).glob("*/reference.json"))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, write_rows
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def scored(tmp_path_factory):
     make_tiny_model(where / "model")
     data = write_rows(where / "d.jsonl", preference_rows(8))
     config = experiment(where, where / "model", data)
-    refscore(where, "precompute", "--config", config, "--run", "first")
+    refscore_here(where, "precompute", "--config", config, "--run", "first")
     return where
 
 
@@ -26,12 +26,12 @@ def where(scored, tmp_path):
     copy = shutil.copytree(scored, tmp_path / "copy")
     text = (copy / "experiment.yaml").read_text().replace(f"{scored}/", "")
     (copy / "experiment.yaml").write_text(text)
-    refscore(copy, "precompute", "--config", "experiment.yaml", "--run", "first")
+    refscore_here(copy, "precompute", "--config", "experiment.yaml", "--run", "first")
     return copy
 
 
 def explain(where, *options):
-    return refscore(where, "store", "explain", "--config", "experiment.yaml", *options)
+    return refscore_here(where, "store", "explain", "--config", "experiment.yaml", *options)
 
 
 def edit_json(path, **values):
@@ -99,7 +99,7 @@ def test_other_max_length(where):
 def test_a_row_that_an_earlier_run_dropped_for_its_length(where):
     shutil.rmtree(where / "data" / "store")
     options = ["--config", "experiment.yaml", "--run", "first", "--set", "data.max_length=70"]
-    refscore(where, "precompute", *options)
+    refscore_here(where, "precompute", *options)
     assert re.search(r"run first dropped the row as too_long \(\d+ tokens, data\.max_length is 70\)", explain(where))
 
 
@@ -134,7 +134,7 @@ def test_a_lost_shard(where):
 
 def test_a_union_of_data_sets_scores_only_what_is_new(where):
     write_rows(where / "more.jsonl", preference_rows(12)[4:])
-    said = refscore(
+    said = refscore_here(
         where, "precompute", "--config", "experiment.yaml", "--run", "union", "--set", "data.path=[d.jsonl, more.jsonl]"
     )
     assert "24 sequences: 16 hits, 8 misses" in said
@@ -142,15 +142,17 @@ def test_a_union_of_data_sets_scores_only_what_is_new(where):
 
 
 def test_gc_says_then_does(where):
-    refscore(where, "precompute", "--config", "experiment.yaml", "--run", "other", "--set", "reference.dtype=bfloat16")
+    refscore_here(
+        where, "precompute", "--config", "experiment.yaml", "--run", "other", "--set", "reference.dtype=bfloat16"
+    )
     shutil.rmtree(where / "data" / "runs" / "other")
-    said = refscore(where, "store", "gc")
+    said = refscore_here(where, "store", "gc")
     assert "used by no run" in said
     assert "nothing was changed" in said
     assert len(list(where.glob("data/store/*"))) == 2
-    refscore(where, "store", "gc", "--apply")
+    refscore_here(where, "store", "gc", "--apply")
     assert len(list(where.glob("data/store/*"))) == 2
-    refscore(where, "store", "gc", "--apply", "--unreferenced")
+    refscore_here(where, "store", "gc", "--apply", "--unreferenced")
     assert len(list(where.glob("data/store/*"))) == 1
     assert "16 hits, 0 misses" in explain(where)
 
@@ -158,9 +160,9 @@ def test_gc_says_then_does(where):
 def test_gc_merges_small_shards(where):
     options = ["--config", "experiment.yaml", "--run", "small", "--set", "reference.tokens_per_shard=200"]
     shutil.rmtree(where / "data" / "store")
-    refscore(where, "precompute", *options)
+    refscore_here(where, "precompute", *options)
     assert len(list(where.glob("data/store/*/scores-*"))) > 3
-    assert "merged" in refscore(where, "store", "gc", "--apply")
+    assert "merged" in refscore_here(where, "store", "gc", "--apply")
     assert len(list(where.glob("data/store/*/scores-*"))) == 1
     assert "16 hits, 0 misses" in explain(where)
 

@@ -1,0 +1,67 @@
+"""The saved model is the trained one: transformers and vLLM give the trainer's own log-probabilities."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# in a process of its own, as vLLM pins the threads of the process it runs in
+COMPARE = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from pipeline.config import ReferenceConfig
+from pipeline.forward import forward_of
+from pipeline.scoring import Request, numerics_of, start_scorer
+from pipeline.training import load_pairs
+
+def main():
+    run, count = Path(sys.argv[1]), int(sys.argv[2])
+    pairs = load_pairs(run / "pairs.parquet", "eval")
+    trees = pairs.trees[:count]
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    # the trainer's last weights, from its checkpoint, in the trainer's own forward pass
+    (last,) = sorted((run / "checkpoints").glob("step_*"))[-1:]
+    weights = load_file(last / "model.safetensors")
+    own = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            parameter.copy_(weights[name])
+        ours = [logps for tree in forward_of(own, "tree")(trees) for logps in tree]
+        plain = []
+        for tree in trees:
+            for branch in tree.branches:
+                ids = torch.tensor([[*tree.trunk, *branch]])
+                logits = model(ids).logits[0, len(tree.trunk) - 1 : -1]
+                plain.append(-torch.nn.functional.cross_entropy(logits, torch.tensor(branch), reduction="none"))
+    spec = ReferenceConfig(model=str(run / "model"), engine="vllm", dtype="float32")
+    requests = [Request(tree.trunk, branch) for tree in trees for branch in tree.branches]
+    vllm = start_scorer(spec, run / "model", numerics_of(spec), max(map(len, requests))).score(requests)
+    print("RESULT", json.dumps({
+        "sequences": len(ours),
+        "transformers": max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True)),
+        "vllm": max(float((a - torch.tensor(b)).abs().max()) for a, b in zip(ours, vllm, strict=True)),
+    }))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.engine
+def test_transformers_and_vllm_load_it_and_agree_with_the_trainer(pipeline_run):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE, "data/runs/first", "4"],
+        cwd=pipeline_run[0],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.split("RESULT ")[1])
+    assert found["sequences"] == 8
+    assert found["transformers"] < 1e-4
+    assert found["vllm"] < 1e-4
