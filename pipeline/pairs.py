@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from pipeline.config import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.preferences import Dropped, Message, Preference, open_source, source_digest
+from pipeline.formats import Message
+from pipeline.preferences import Dropped, Preference, open_source
+from pipeline.rows import source_digest
 from pipeline.schema import DROPPED
 
 if TYPE_CHECKING:

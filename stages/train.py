@@ -70,6 +70,9 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
         load_checkpoint(checkpoint, model, optimizer)
         first = checkpoint.step
         console.say(f"resuming after step {first} from {checkpoint.directory}")
+    else:
+        # what a training that was killed before its first checkpoint left behind
+        shutil.rmtree(run.tensorboard, ignore_errors=True)
     metrics = Metrics(run.metrics, run.tensorboard, resumed_at=first or None)
     console.say(f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {_pairs_text(config)}")
 
