@@ -24,7 +24,7 @@ from pipeline.store import Store
 from tests.benchmarks.stages import measure
 
 REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
-PER_SHARD = 50_000
+SHARDS = 40
 TOKENS = 200
 
 
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def build(where: Path, size: int) -> None:
-    """Shards of PER_SHARD sequences, and a file of keys of which half are stored."""
+    """SHARDS shards, and a file of keys of which half are stored."""
     generator = np.random.default_rng(0)
     store = Store([str(where)], REFERENCE)
     asked = []
-    for start in range(0, size, PER_SHARD):
-        rows = min(PER_SHARD, size - start)
+    for start in range(0, size, per_shard(size)):
+        rows = min(per_shard(size), size - start)
         keys = generator.bytes(32 * rows)
         lengths = generator.integers(TOKENS // 2, 3 * TOKENS // 2, rows, dtype=np.int32)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -69,19 +69,24 @@ def build(where: Path, size: int) -> None:
     ).write_parquet(where / "asked.parquet")
 
 
+def per_shard(size: int) -> int:
+    """Sequences in one shard."""
+    return size // SHARDS
+
+
 def run(step: str, where: Path, size: int) -> None:
     """One step, in this process; what it finds is checked."""
     store = Store([str(where)], REFERENCE)
     keys = pl.read_parquet(where / "asked.parquet")["key"]
     if step.startswith("plan"):
         missing = first_positions(keys, store.missing(keys))
-        assert abs(len(missing) - size / 2) <= size / PER_SHARD + 1
+        assert abs(len(missing) - size / 2) <= SHARDS + 1
     elif step.startswith("open"):
         rows = store.found(keys.head(20_000))
         assert abs(len(rows) - 10_000) < 500
     else:
         directory = where / REFERENCE.reference_id
-        assert compact(directory, shard_files(directory)[:8]) == min(8 * PER_SHARD, size)
+        assert compact(directory, shard_files(directory)[:8]) == 8 * per_shard(size)
 
 
 if __name__ == "__main__":
