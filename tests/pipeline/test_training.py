@@ -1,0 +1,162 @@
+"""A step is the mean over its pairs however it is split; the stored reference stands for a live one; bad rows are refused."""
+
+import copy
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.config import TrainConfig
+from pipeline.errors import CheckError, DataError
+from pipeline.forward import forward_of
+from pipeline.models import load_causal_lm
+from pipeline.schema import PAIRS, write_table
+from pipeline.training import evaluate, load_pairs, make_optimizer, measure_gate, train_step
+
+
+def rows_of(number):
+    generator = np.random.default_rng(3)
+
+    def ids(low, high):
+        return generator.integers(1, 90, generator.integers(low, high)).tolist()
+
+    return [{"prompt_ids": ids(2, 9), "chosen_ids": ids(1, 12), "rejected_ids": ids(1, 12)} for _ in range(number)]
+
+
+def write_pairs(path, rows, logps):
+    """pairs.parquet from token ids and, for each row, the chosen and rejected logps."""
+    filled = []
+    for number, (row, (chosen, rejected)) in enumerate(zip(rows, logps, strict=True)):
+        filled.append(
+            {name: "" for name in PAIRS.names if PAIRS.field(name).type == pa.string()}
+            | {"pair_id": f"p{number}", "split": "train", "source_row": number, **row}
+            | {"ref_chosen_logps": chosen.tolist(), "ref_rejected_logps": rejected.tolist()}
+            | {
+                "ref_chosen_logp": float(chosen.sum(dtype=np.float64)),
+                "ref_rejected_logp": float(rejected.sum(dtype=np.float64)),
+            }
+        )
+    write_table(path, pa.Table.from_pylist(filled, schema=PAIRS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    from pipeline.config import PolicyConfig
+
+    return load_causal_lm(tiny_model, PolicyConfig(model=str(tiny_model)), torch.float32).eval()
+
+
+def score(model, rows):
+    from pipeline.forward import Tree
+
+    with torch.no_grad():
+        found = forward_of(model, "separate")(
+            [Tree(r["prompt_ids"], (r["chosen_ids"], r["rejected_ids"])) for r in rows]
+        )
+    return [tuple(side.numpy() for side in tree) for tree in found]
+
+
+@pytest.fixture
+def pairs(tmp_path, reference):
+    rows = rows_of(16)
+    return load_pairs(write_pairs(tmp_path / "pairs.parquet", rows, score(reference, rows)), "train")
+
+
+@pytest.mark.parametrize("layout", ["tree", "separate"])
+def test_one_by_eight_two_by_four_and_eight_by_one_take_the_same_step(pairs, reference, layout):
+    found = []
+    for size in (1, 2, 8, 3):
+        model = copy.deepcopy(reference)
+        optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
+        train, losses = TrainConfig(per_device_train_batch_size=size, beta=0.5), []
+        for step in range(5):
+            losses.append(
+                train_step(forward_of(model, layout), pairs, [(step * 3 + at) % 16 for at in range(8)], train)["loss"]
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(losses)
+    assert found[0][0] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(found[0][4] - found[0][0]) > 1e-2
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], abs=1e-5)
+
+
+def test_the_stored_reference_gives_the_losses_of_a_live_one_over_twenty_steps(pairs, reference):
+    model = copy.deepcopy(reference)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-3))
+    train = TrainConfig(beta=0.3)
+    for step in range(20):
+        rows = [(step * 5 + at) % 16 for at in range(4)]
+        live = []
+        with torch.no_grad():
+            for tree, frozen in zip(
+                forward_of(model, "separate")([pairs.trees[row] for row in rows]),
+                forward_of(reference, "separate")([pairs.trees[row] for row in rows]),
+                strict=True,
+            ):
+                ratios = [
+                    float((mine.double() - theirs.double()).sum()) for mine, theirs in zip(tree, frozen, strict=True)
+                ]
+                live.append(np.log1p(np.exp(-0.3 * (ratios[0] - ratios[1]))))
+        found = train_step(forward_of(model, "tree"), pairs, rows, train)
+        assert found["loss"] == pytest.approx(float(np.mean(live)), abs=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_evaluation_is_the_mean_over_all_pairs_and_leaves_no_gradient(pairs, reference):
+    whole = evaluate(forward_of(reference, "tree"), pairs, TrainConfig(per_device_eval_batch_size=16))
+    parts = evaluate(forward_of(reference, "tree"), pairs, TrainConfig(per_device_eval_batch_size=3))
+    # whether a margin of nothing but rounding is above 0 is chance
+    assert {n: v for n, v in parts.items() if "accur" not in n} == pytest.approx(
+        {n: v for n, v in whole.items() if "accur" not in n}, abs=1e-4
+    )
+    assert whole["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_the_gate_passes_on_equal_models_and_closes_on_others(pairs, reference):
+    same = measure_gate(forward_of(reference, "tree"), pairs, range(8), "float32", beta=0.1)
+    assert same["passed"]
+    assert same["max_absolute_difference"] < 1e-4
+    other = copy.deepcopy(reference)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    assert not measure_gate(forward_of(other, "tree"), pairs, range(8), "bfloat16", beta=0.1)["passed"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_pairs(pairs, reference):
+    layer = forward_of(reference, "tree")
+    with pytest.raises(CheckError, match=r"the pairs are p\d"):
+        train_step(
+            lambda trees: [[side * float("nan") for side in tree] for tree in layer(trees)],
+            pairs,
+            [0, 1],
+            TrainConfig(),
+        )
+
+
+@pytest.mark.parametrize("damage", ["short", "nan", "sum"])
+def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, damage):
+    rows = rows_of(3)
+    logps = score(reference, rows)
+    chosen, rejected = logps[1]
+    if damage == "short":
+        logps[1] = (chosen[:-1], rejected) if len(chosen) > 1 else (np.append(chosen, -1).astype(np.float32), rejected)
+    if damage == "nan":
+        logps[1] = (np.full_like(chosen, np.nan), rejected)
+    path = write_pairs(tmp_path / "pairs.parquet", rows, logps)
+    if damage == "sum":
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path)
+        at = table.schema.get_field_index("ref_chosen_logp")
+        write_table(
+            path, table.set_column(at, "ref_chosen_logp", pa.array(np.asarray(table["ref_chosen_logp"]) + 0.01))
+        )
+    with pytest.raises(DataError, match=r"pair p\d"):
+        load_pairs(path, "train")
