@@ -67,7 +67,9 @@ def show_plan(plan: Plan) -> None:
         f"rows      {len(pairs) + len(plan.pairs.dropped)} read, {len(pairs)} pairs: {train} train, {len(pairs) - train} eval"
     )
     for reason, count in count_reasons(plan.pairs.dropped).items():
-        console.say(f"dropped   {count} x {reason}")
+        first = next(row for row in plan.pairs.dropped if row.reason == reason)
+        detail = f": {first.detail}" if first.detail else ""
+        console.say(f"dropped   {count} x {reason} (first: {first.source} row {first.row}{detail})")
     numerics = plan.identity.numerics
     console.say(
         f"reference {plan.identity.reference_id[:12]}  {numerics.engine} {numerics.engine_version}, "
