@@ -49,6 +49,23 @@ def test_everything_scored_is_a_hit(where):
     assert "2 hits, 0 misses" in explain(where, "--row", "3")
 
 
+def test_order_names_and_moved_directories_change_nothing(where):
+    rows = [json.loads(line) for line in (where / "d.jsonl").read_text().splitlines()]
+    write_rows(where / "renamed.jsonl", rows[::-1])
+    (where / "model").rename(where / "moved model")
+    (where / "data" / "store").rename(where / "kept")
+    said = explain(
+        where,
+        "--set",
+        "data.path=renamed.jsonl",
+        "--set",
+        "reference.model=moved model",
+        "--set",
+        "reference.store=kept",
+    )
+    assert "16 hits, 0 misses" in said
+
+
 def test_one_weight_bit(where):
     weights = where / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
