@@ -20,7 +20,7 @@ from pipeline.training import load_pairs
 
 def main():
     run, count = Path(sys.argv[1]), int(sys.argv[2])
-    pairs = load_pairs(run / "pairs.parquet", "eval")
+    pairs = load_pairs(run / "pairs.parquet", "train")
     trees = pairs.trees[:count]
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
     # the trainer's last weights, from its checkpoint, in the trainer's own forward pass
