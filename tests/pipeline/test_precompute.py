@@ -1,0 +1,74 @@
+"""Scores that cannot be true never reach the store; every missing sequence is asked for once."""
+
+import numpy as np
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import CheckError
+from pipeline.precompute import join_scores, make_plan, score_missing, shards_of
+from tests.conftest import experiment, preference_rows, write_rows
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model):
+    rows = preference_rows(6)
+    # two pairs share a sequence
+    rows.append(rows[0] | {"rejected": "Never."})
+    return load_config(experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", rows)))
+
+
+class Engine:
+    """Scores by the ids alone; `spoil` changes an answer."""
+
+    def __init__(self, spoil=lambda logps: logps):
+        self.spoil, self.asked = spoil, []
+
+    def score(self, sequences):
+        self.asked += sequences
+        return [self.spoil(-np.asarray(item.response_ids, dtype=np.float32) / 100) for item in sequences]
+
+
+def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
+    plan = make_plan(config)
+    assert (len(plan.keys), len(plan.missing)) == (14, 13)
+    engine = Engine()
+    score_missing(plan, config.reference, engine, lambda sequences, tokens: None)
+    assert len(engine.asked) == 13
+    for row in join_scores(plan).to_pylist():
+        for side in ("chosen", "rejected"):
+            assert row[f"ref_{side}_logps"] == pytest.approx([-token / 100 for token in row[f"{side}_ids"]])
+            assert row[f"ref_{side}_logp"] == pytest.approx(-sum(row[f"{side}_ids"]) / 100)
+    assert make_plan(config).missing == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda logps: logps[:-1], "values for"),
+        (lambda logps: np.append(logps, -1), "values for"),
+        (lambda logps: np.where(np.arange(len(logps)) == 1, np.nan, logps), "value 1 is not finite"),
+        (lambda logps: logps + 10, "above 0"),
+    ],
+)
+def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
+    plan = make_plan(config)
+    with pytest.raises(CheckError, match=said):
+        score_missing(plan, config.reference, Engine(spoil), lambda sequences, tokens: None)
+    assert len(make_plan(config).missing) == 13
+
+
+def test_a_score_that_is_gone_after_scoring_is_named(config):
+    plan = make_plan(config)
+    with pytest.raises(CheckError, match="14 scores are missing"):
+        join_scores(plan)
+
+
+def test_shards_hold_similar_lengths_longest_first_within_their_budget(config):
+    plan = make_plan(config)
+    shards = list(shards_of(plan, 150))
+    lengths = [[len(plan.request(at)) for at in shard] for shard in shards]
+    assert [length for shard in lengths for length in shard] == sorted(
+        (len(plan.request(at)) for at in plan.missing), reverse=True
+    )
+    assert len(shards) > 1
+    assert all(sum(shard) <= 150 or len(shard) == 1 for shard in lengths)
