@@ -28,3 +28,8 @@ class CheckError(RefscoreError):
     """A check of numbers failed: the gate, a verification, a score that cannot be true."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, cut at 200 characters; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pipeline import durable
 from pipeline.config import ReferenceConfig
 from pipeline.digests import file_sha256, files_sha256
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.identity import adapter_digests
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
             copy_tokenizer(base, temporary)
             _publish(temporary, directory, {"base": str(base), "adapter": str(adapter)})
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"the adapter {adapter} does not fit {base} ({_first_line(error)})") from None
+        raise ConfigError(f"the adapter {adapter} does not fit {base} ({first_line(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
@@ -161,7 +161,7 @@ def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
             directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {spec.model!r}: no usable tokenizer in {directory} ({_first_line(error)})") from None
+        raise ConfigError(f"model {spec.model!r}: no usable tokenizer in {directory} ({first_line(error)})") from None
     return tokenizer
 
 
@@ -179,7 +179,7 @@ def load_causal_lm(directory: Path, spec: ModelSpec, dtype: torch.dtype, **optio
             **options,
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {spec.model!r}: {directory} cannot be loaded ({_first_line(error)})") from None
+        raise ConfigError(f"model {spec.model!r}: {directory} cannot be loaded ({first_line(error)})") from None
     return model
 
 
@@ -196,7 +196,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ConfigError(
-            f"model {name!r}{at} is not in the local Hub cache and cannot be fetched ({_first_line(error)}). "
+            f"model {name!r}{at} is not in the local Hub cache and cannot be fetched ({first_line(error)}). "
             "Without a network give a local directory instead; with one, check the name, the revision, your rights "
             "(HF_TOKEN) and HF_HUB_OFFLINE"
         ) from None
@@ -284,7 +284,3 @@ def _edit(file: Path, drop: tuple[str, ...], **values: str) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     kept = {name: value for name, value in content.items() if name not in drop} | values
     file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

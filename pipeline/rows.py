@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 
 Row = dict[str, Any]
 
@@ -94,11 +94,11 @@ def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[],
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError) as error:
         # datasets reports a Hub that cannot be reached as a missing file or a connection error
         raise DataError(
-            f"{name}: the data set cannot be loaded ({_first_line(error)}). Without a network give data.path a local file "
+            f"{name}: the data set cannot be loaded ({first_line(error)}). Without a network give data.path a local file "
             "or folder; with one, check the name, your rights (HF_TOKEN) and HF_HUB_OFFLINE"
         ) from None
     except ValueError as error:
-        raise DataError(f"{name}: {_first_line(error)} (data.split is {split!r})") from None
+        raise DataError(f"{name}: {first_line(error)} (data.split is {split!r})") from None
     return lambda: iter(table), hashlib.sha256(table._fingerprint.encode()).hexdigest()  # noqa: SLF001  # no public name
 
 
@@ -111,7 +111,3 @@ def source_digest(name: str) -> str | None:
     """sha256 of a local file's bytes; None for folders and Hub data sets, whose digest needs loading them."""
     path = Path(name).expanduser()
     return _file_digest(path) if path.is_file() and os.access(path, os.R_OK) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from pipeline import durable
 from pipeline.digests import file_sha256, files_sha256
-from pipeline.errors import ConfigError, RefscoreError
+from pipeline.errors import ConfigError, RefscoreError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class RemoteShelf:
             self._files.pipe_file(probe, b"")
             self._files.rm_file(probe)
         except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-            return f"{self._url}: {_first_line(error)}"
+            return f"{self._url}: {first_line(error)}"
         return None
 
     def workspace(self) -> Path:
@@ -176,7 +176,7 @@ class RemoteShelf:
             return []
         except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
             raise RefscoreError(
-                f"store {self._url} cannot be listed ({_first_line(error)}): check the URL, the network and the "
+                f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
                 "credentials in the environment, or leave this place out of reference.store"
             ) from None
 
@@ -201,7 +201,7 @@ class RemoteShelf:
                 self._files.pipe_file(f"{self._root}/{name}", content)
         except Exception as error:  # noqa: BLE001  # likewise
             raise RefscoreError(
-                f"{name} cannot be published to {self._url} ({_first_line(error)}); what was published before stays"
+                f"{name} cannot be published to {self._url} ({first_line(error)}); what was published before stays"
             ) from None
 
 
@@ -225,7 +225,3 @@ def set_aside(shard: Path, problem: str) -> None:
         log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
     except OSError:
         log.warning("%s: %s; it cannot be moved, its rows count as not scored", shard, problem)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

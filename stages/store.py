@@ -97,10 +97,11 @@ def explain(config: Config, row: int | None) -> None:
     console.say(f"reference {reference[:12]}: {len(positions) - len(misses)} hits, {len(misses)} misses")
     if not misses:
         return
-    if not any((place / reference / "reference.json").exists() for place in places):
+    # a store at a URL tells its references by its hits only
+    if len(absent) == plan.sequences and not any((place / reference / "reference.json").exists() for place in places):
         nearest = nearest_reference(plan.identity.described(), places)
         if nearest is None:
-            console.say("the store holds no reference yet: every sequence is a miss")
+            console.say("no directory of the store holds a reference yet: every sequence is a miss")
             return
         console.say(f"no score of this reference is stored; the nearest is {nearest[0].name[:12]}, which differs in:")
         for words in nearest[1]:

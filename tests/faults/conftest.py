@@ -26,6 +26,20 @@ def oracle(number: int) -> Scored:
     return Scored(key_of(REFERENCE.reference_id, [number], range(len(logps))), 1, logps)
 
 
+def build(value: float):
+    """A small model whose weights began at `value`, and its optimizer after one step."""
+    import torch
+
+    model = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
 def open_store(where: Path) -> Store:
     return Store([str(where)], REFERENCE)
 
@@ -51,7 +65,7 @@ PREAMBLE = """
 import os, resource, signal, sys
 from pathlib import Path
 import pipeline.durable as durable
-from tests.faults.conftest import oracle, open_store
+from tests.faults.conftest import build, oracle, open_store
 def die_at(point, count=1):
     seen = [0]
     def reached(name):

@@ -9,42 +9,29 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from tests.faults.conftest import child
+from tests.faults.conftest import build, child
 
 SOURCE = (Path(__file__).parent.parent.parent / "pipeline" / "checkpoint.py").read_text()
 POINTS = re.findall(r'reached\("(checkpoint: [^"]+)"\)', SOURCE)
-
-MODEL = """
-import torch
-from pipeline.checkpoint import save_checkpoint
-def build(value):
-    model = torch.nn.Linear(4, 4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(value)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    return model, optimizer
-"""
-exec(MODEL)  # the same few lines here and in the children
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, case, point):
     root = tmp_path / "checkpoints"
-    save_checkpoint(root, 2, "t", *build(2.0), keep=1)  # noqa: F821
+    save_checkpoint(root, 2, "t", *build(2.0), keep=1)
     done = child(
-        MODEL + "die_at(sys.argv[2])\nsave_checkpoint(Path(sys.argv[1]), 4, 't', *build(4.0), keep=1)", root, point
+        "from pipeline.checkpoint import save_checkpoint\ndie_at(sys.argv[2])\nsave_checkpoint(Path(sys.argv[1]), 4, 't', *build(4.0), keep=1)",
+        root,
+        point,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     newest = newest_checkpoint(root)
     assert newest.step in (2, 4)
-    model, optimizer = build(0.0)  # noqa: F821
+    model, optimizer = build(0.0)
     load_checkpoint(newest, model, optimizer)
-    expected, _ = build(float(newest.step))  # noqa: F821
+    expected, _ = build(float(newest.step))
     assert all((a == b).all() for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    save_checkpoint(root, 6, "t", *build(6.0), keep=1)  # noqa: F821
+    save_checkpoint(root, 6, "t", *build(6.0), keep=1)
     assert [path.name for path in root.iterdir()] == ["step_000006"]
     case("SIGKILL while writing a checkpoint")
 
@@ -52,8 +39,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, case,
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, case, file, damage):
-    save_checkpoint(tmp_path, 2, "t", *build(2.0), keep=2)  # noqa: F821
-    path = save_checkpoint(tmp_path, 4, "t", *build(4.0), keep=2) / file  # noqa: F821
+    save_checkpoint(tmp_path, 2, "t", *build(2.0), keep=2)
+    path = save_checkpoint(tmp_path, 4, "t", *build(4.0), keep=2) / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "remove":
