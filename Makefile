@@ -8,7 +8,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval test faults check bench bench-store demo-data requirements clean
+.PHONY: help setup precompute plan train eval test faults check bench bench-train bench-store demo-data requirements clean
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -43,6 +43,9 @@ faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/R
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
 	@.venv/bin/python -m tests.benchmarks.store
+
+bench-train: .venv/.test ## our trainer against TRL's: time of a step, peak memory
+	@.venv/bin/python -m tests.benchmarks.training
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages

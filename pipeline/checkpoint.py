@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# ends the name of a number that an optimizer keeps as a Python integer
+_INTEGER = ":integer"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -38,16 +41,14 @@ class Checkpoint:
 def save_checkpoint(
     root: Path, step: int, training: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
-    """Write the state after `step` steps and remove all but the `keep` newest checkpoints."""
+    """Write the state of the weights that learn after `step` steps and remove all but the `keep` newest checkpoints."""
     final = root / f"step_{step:06d}"
     temporary = durable.temporary_beside(final)
     try:
         with durable.explaining_disk(final):
             temporary.mkdir(parents=True)
             durable.reached("checkpoint: begun")
-            save_file(
-                {name: p.detach().contiguous() for name, p in model.named_parameters()}, temporary / "model.safetensors"
-            )
+            save_file({name: p.detach().contiguous() for name, p in _learning(model)}, temporary / "model.safetensors")
             durable.reached("checkpoint: weights written")
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             durable.reached("checkpoint: optimizer written")
@@ -95,18 +96,21 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 def load_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Put weights, optimizer and random state back, bit for bit. Raises DataError where they do not fit the model."""
     weights = load_file(checkpoint.directory / "model.safetensors")
-    parameters = dict(model.named_parameters())
+    parameters = dict(_learning(model))
     if weights.keys() != parameters.keys():
         raise DataError(f"{checkpoint.directory} was saved from another model: start again with --restart")
     tensors = load_file(checkpoint.directory / "optimizer.safetensors")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-            fields = {
-                key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")
-            }
             # the fused optimizer keeps its step counter on the device too
-            optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in fields.items()}
+            optimizer.state[parameter] = {
+                key.removeprefix(f"{name}/").removesuffix(_INTEGER): int(value)
+                if key.endswith(_INTEGER)
+                else value.to(parameter.device)
+                for key, value in tensors.items()
+                if key.startswith(f"{name}/")
+            }
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
@@ -116,10 +120,21 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     tensors = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in model.named_parameters():
+    shared: set[int] = set()
+    for name, parameter in _learning(model):
         for field, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{field}"] = value.detach().contiguous()
+            if not isinstance(value, torch.Tensor):
+                tensors[f"{name}/{field}{_INTEGER}"] = torch.tensor(value)
+                continue
+            # 8-bit optimizers share tables between parameters; safetensors keeps no tensor twice
+            again = value.data_ptr() in shared
+            shared.add(value.data_ptr())
+            tensors[f"{name}/{field}"] = value.detach().clone() if again else value.detach().contiguous()
     return tensors
+
+
+def _learning(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _digest_of(state: dict[str, Any]) -> str:

@@ -11,12 +11,13 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.loss_names import LossType, loss_problems
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -25,11 +26,18 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+LossTypes = Annotated[list[LossType], BeforeValidator(_as_list), Field(min_length=1)]
 OneOrMore = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _changed(section: BaseModel) -> set[str]:
+    """Fields that differ from their defaults."""
+    fields = type(section).model_fields
+    return {name for name in fields if getattr(section, name) != fields[name].get_default(call_default_factory=True)}
 
 
 class DataConfig(_Section):
@@ -77,33 +85,84 @@ class ReferenceConfig(_Section):
     kv_cache_gib: float | None = Field(None, gt=0, description="vLLM's key-value cache on CPU; default: what is needed")
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters instead of all weights (PEFT)."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter, while training")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of layers, or all-linear: every linear layer but the output layer"
+    )
+    merge: bool = Field(True, description="also write model/ with the adapter merged into the base")
+
+
 class PolicyConfig(_Section):
     """The model that is trained."""
 
     model: str = Field("embedded:smollm2-135m-instruct", description="local directory, Hub id or embedded:<name>")
     revision: str | None = Field(None, description="Hub revision")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; needs a full revision")
+    lora: LoraConfig | None = Field(
+        None, description="train low-rank adapters: {r, alpha, dropout, target_modules, merge}"
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: the base in 4 bits (NF4, bitsandbytes); needs lora")
+
+    @model_validator(mode="after")
+    def _four_bits_need_adapters(self) -> PolicyConfig:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("policy.load_in_4bit needs policy.lora: weights of 4 bits cannot be trained themselves")
+        return self
 
 
 class TrainConfig(_Section):
     """Optimisation; names as in TRL where TRL has one."""
 
+    objective: Literal["preference", "reward"] = Field(
+        "preference",
+        description="preference: train the policy; reward: train a Bradley-Terry reward model on the pairs",
+    )
     beta: float = Field(0.1, gt=0, description="temperature of the implicit reward")
-    loss_type: Literal["sigmoid"] = Field("sigmoid", description="preference loss")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be flipped (cDPO)")
+    loss_type: LossTypes = Field(
+        ["sigmoid"], description=f"one or a list of {', '.join(get_args(LossType))}; formulas in pipeline/losses.py"
+    )
+    loss_weights: list[float] | None = Field(None, description="weights of the losses of the list; default: 1 each")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of labels taken to be flipped (cDPO, robust, EXO and others)"
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="what keeps the policy near the reference (f-DPO)"
+    )
+    f_alpha_divergence_coef: float = Field(0.5, description="alpha of alpha_divergence")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="LD-DPO: weight of the tokens beyond the shorter response of a pair; null = 1"
+    )
+    use_weighting: bool = Field(False, description="WPO: weigh pairs by how much they look like the policy's own")
+    discopop_tau: float = Field(0.05, gt=0, description="temperature of DiscoPOP's mixture")
+    simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin")
+    cpo_alpha: float = Field(1.0, ge=0, description="weight of CPO's cross-entropy")
     layout: Literal["tree", "separate"] = Field(
         "tree", description="tree: the prompt is read once for both responses; separate: two sequences"
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="autocast over float32 weights; auto = bfloat16"
     )
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        "adamw", description="adamw_8bit (bitsandbytes) and adafactor keep a quarter of AdamW's state and less"
+    )
     learning_rate: float = Field(1e-6, gt=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up linearly")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    per_device_train_batch_size: int = Field(4, ge=1, description="pairs in one forward pass")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="pairs in one forward pass of evaluation")
+    per_device_train_batch_size: int = Field(4, ge=1, description="pairs in one forward pass, at most")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="pairs in one forward pass of evaluation, at most")
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens in one forward pass, at most (a longer pair runs alone): bounds the memory of activations; "
+        "default 2048 on CPU, 8192 on a GPU",
+    )
     gradient_accumulation_steps: int = Field(2, ge=1, description="forward passes in one optimizer step")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as the epochs give")
@@ -113,6 +172,20 @@ class TrainConfig(_Section):
     eval_steps: int = Field(50, ge=0, description="evaluate every so many steps; 0 = only before and after")
     save_steps: int = Field(50, ge=0, description="checkpoint every so many steps; 0 = only at the end")
     save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _some_weight(cls, weights: list[float] | None) -> list[float] | None:
+        if weights is not None and (min(weights) < 0 or not any(weights)):
+            raise ValueError("weights must not be negative, nor all be 0")
+        return weights
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        problems = loss_problems(self, _changed(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class GenerateConfig(_Section):
@@ -188,6 +261,13 @@ def load_overrides(
     return config
 
 
+def without_reference(config: Config) -> Config:
+    """The configuration of an experiment that compares with no reference: the policy stands for it, as far as token ids go."""
+    policy = config.policy
+    stands = {"model": policy.model, "revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+    return config.model_copy(update={"reference": config.reference.model_copy(update={**stands, "adapter": None})})
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
@@ -246,7 +326,9 @@ def _explain(item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{where!r} is missing"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {item['input']!r}" if where else message
+    if not where or isinstance(item["input"], dict):  # what is wrong with a section as a whole says its values
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, got {item['input']!r}"
 
 
 def _known_names() -> list[str]:
@@ -255,7 +337,7 @@ def _known_names() -> list[str]:
         names.append(section)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += [f"{section}.{name}" for name in field.annotation.model_fields]
-    return names
+    return names + [f"policy.lora.{name}" for name in LoraConfig.model_fields]
 
 
 def _listed(problems: list[str]) -> str:

@@ -20,13 +20,14 @@ from pipeline.generate import generate
 from pipeline.hardware import device_kind
 from pipeline.identity import weights_digest
 from pipeline.judges import IMPLICIT, Comparison, Judgement, Response, judge_both_orders, judge_implicitly, open_judge
+from pipeline.loss_names import reference_free
 from pipeline.models import ModelSpec, load_causal_lm
 from pipeline.pairs import prompt_id_of
 from pipeline.runs import RUNS
 from pipeline.schema import JUDGEMENTS, PAIRS, SAMPLES, read_about, read_table
 from pipeline.scoring import installed_version
 from pipeline.statistics import bootstrap_mean, win_rate
-from pipeline.training import batch_logps, load_pairs, micro_batches
+from pipeline.training import load_pairs, pair_rewards
 
 MODELS = ("policy", "reference")
 
@@ -128,23 +129,18 @@ def judge_all(config: Config, comparisons: Sequence[Comparison]) -> list[Judgeme
 @torch.no_grad()
 def judge_pairs(pairs_path: Path, model_directory: Path, config: Config) -> tuple[list[Judgement], dict[str, float]]:
     """The implicit judge: reward margins of the saved policy on the held-out pairs, and their means."""
-    pairs = load_pairs(pairs_path, "eval")
+    pairs = load_pairs(pairs_path, "eval", scored=not reference_free(config.train))
     model = load_causal_lm(model_directory, config.policy, torch.float32).to(device_kind()).eval()
     precision = torch.float32 if config.train.precision == "float32" else torch.bfloat16
-    forward = forward_of(model, config.train.layout, precision)
-    rewards = np.zeros((len(pairs), 2))
-    for rows in micro_batches(pairs, range(len(pairs)), config.train.per_device_eval_batch_size):
-        chosen, rejected = batch_logps(forward, pairs, rows)
-        rewards[rows, 0] = config.train.beta * (chosen.cpu().numpy() - pairs.ref_chosen[rows])
-        rewards[rows, 1] = config.train.beta * (rejected.cpu().numpy() - pairs.ref_rejected[rows])
-    margins = rewards[:, 0] - rewards[:, 1]
+    chosen, rejected = pair_rewards(forward_of(model, config.train.layout, precision), pairs, config.train)
+    margins = chosen - rejected
     ids = [prompt_id_of(list(tree.trunk)) for tree in pairs.trees]
     figures = {
         "pairs": len(pairs),
         "reward_accuracy": float((margins > 0).mean()),
         "mean_margin": float(margins.mean()),
-        "mean_chosen_reward": float(rewards[:, 0].mean()),
-        "mean_rejected_reward": float(rewards[:, 1].mean()),
+        "mean_chosen_reward": float(chosen.mean()),
+        "mean_rejected_reward": float(rejected.mean()),
     }
     return judge_implicitly(ids, margins.tolist()), figures
 

@@ -1,28 +1,87 @@
-"""The trained model as a Hugging Face directory: weights, the base's tokenizer files byte for byte, a filled model card."""
+"""The trained model as a Hugging Face directory: weights or an adapter, the base's tokenizer files, a filled model card."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__, durable
 from pipeline.config import Config
-from pipeline.models import copy_tokenizer
-from pipeline.runs import versions
+from pipeline.errors import DataError
+from pipeline.loss_names import reference_free
+from pipeline.models import copy_tokenizer, load_causal_lm, merge_adapter
+from pipeline.policies import Policy
+from pipeline.reward import align_padding
+from pipeline.runs import Run, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def save_model(model: PreTrainedModel, base: Path, directory: Path, card: str) -> None:
-    """Write `model` (its own precision) beside `base`'s tokenizer files; replaces `directory` in one step."""
+def save_policy(policy: Policy, base: Path, config: Config, run: Run, card: str, tokenizer: Any) -> None:
+    """Write what was trained: `run.adapter` in PEFT's layout where adapters were, and `run.model` in transformers' layout
+    beside the tokenizer files of `base` (with adapters: merged in float32, if `policy.lora.merge`).
+    """
+    lora = config.policy.lora
+    if lora is None:
+        _replace(run.model, lambda to: _save_whole(policy.model, base, to, card, tokenizer))
+        return
+    _replace(run.adapter, lambda to: _save_adapter(policy.adapted, to, card))
+    if not lora.merge:
+        shutil.rmtree(run.model, ignore_errors=True)
+        return
+    merged = _merged(policy.model, base, config, run.adapter)
+    _replace(run.model, lambda to: _save_whole(merged, base, to, card, tokenizer))
+
+
+def trained_directory(run: Run, base: Path, config: Config) -> Path:
+    """The trained policy as one model: `run.model`, or its adapter merged into `base` where only that was kept.
+
+    Raises DataError where the run has neither.
+    """
+    if (run.model / "config.json").is_file():
+        return run.model
+    if (run.adapter / "adapter_config.json").is_file():
+        return merge_adapter(base, config.policy, run.adapter)
+    raise DataError(f"run {run.name!r} has no trained model: run 'refscore train' first")
+
+
+def _save_whole(model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any) -> None:
+    model.save_pretrained(directory)
+    copy_tokenizer(base, directory)
+    if getattr(model.config, "num_labels", None) == 1:
+        align_padding(directory, tokenizer, model.config.pad_token_id)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_adapter(adapted: Any, directory: Path, card: str) -> None:
+    adapted.save_pretrained(directory)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _merged(model: PreTrainedModel, base: Path, config: Config, adapter: Path) -> PreTrainedModel:
+    """The adapter merged into a fresh float32 base: a base in four or sixteen bits would round it away."""
+    import torch
+    from peft import PeftModel
+
+    if config.train.objective == "reward":
+        fresh = type(model).from_pretrained(
+            base, num_labels=1, pad_token_id=model.config.pad_token_id, dtype=torch.float32, local_files_only=True
+        )
+    else:
+        fresh = load_causal_lm(base, config.policy, torch.float32)
+    merged: PreTrainedModel = PeftModel.from_pretrained(fresh, adapter).merge_and_unload()
+    return merged
+
+
+def _replace(directory: Path, write: Callable[[Path], None]) -> None:
+    """Make `directory` anew with `write`; the old one goes in one step."""
     temporary, old = durable.temporary_beside(directory), durable.temporary_beside(directory)
     try:
         with durable.explaining_disk(directory):
-            model.save_pretrained(temporary)
-            copy_tokenizer(base, temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            write(temporary)
             for file in temporary.iterdir():
                 durable.flush(file)
             if directory.exists():
@@ -38,13 +97,23 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
     """The model card: base, data, settings and results of this run."""
     train = config.train
     base = config.policy.model
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [dpo, refscore]"]
+    reward = train.objective == "reward"
+    task = "text-classification" if reward else "text-generation"
+    front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [dpo, refscore]"]
     if "/" in base and not Path(base).exists():
         front.append(f"base_model: {base}")
+    names = ["Bradley-Terry"] if reward else train.loss_type
+    weights = train.loss_weights or [1.0] * len(names)
+    lora = config.policy.lora
     settings = {
-        "loss": train.loss_type,
-        "beta": train.beta,
-        "label smoothing": train.label_smoothing,
+        "loss": " + ".join(
+            name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
+        ),
+        **({} if reward else {"beta": train.beta, "label smoothing": train.label_smoothing}),
+        "weights trained": "all"
+        if lora is None
+        else f"LoRA, rank {lora.r}, alpha {lora.alpha:g}, {lora.target_modules}",
+        "optimizer": train.optimizer,
         "learning rate": train.learning_rate,
         "schedule": f"{train.lr_scheduler_type}, warm-up {train.warmup_ratio:g} of the steps",
         "pairs a step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
@@ -53,6 +122,11 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
         "precision": train.precision,
         "seed": train.seed,
     }
+    against = (
+        f"against stored log-probabilities of the reference `{config.reference.model}` (reference_id `{reference_id[:16]}`)"
+        if not reference_free(train)
+        else "without a reference"
+    )
     shown = {name: f"{value:.4f}" for name, value in results.items() if value is not None}
     return "\n".join(
         [
@@ -61,9 +135,8 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
             f"# {run}",
             "",
             (
-                f"`{base}` trained with direct preference optimization on {pairs} pairs from "
-                f"{', '.join(f'`{path}`' for path in config.data.path)}, against stored log-probabilities of the reference "
-                f"`{config.reference.model}` (reference_id `{reference_id[:16]}`), with refscore {__version__}."
+                f"`{base}` trained {'as a reward model' if reward else 'with preference optimization'} on {pairs} pairs from "
+                f"{', '.join(f'`{path}`' for path in config.data.path)}, {against}, with refscore {__version__}."
             ),
             "",
             "## Settings",

@@ -1,12 +1,14 @@
 """Response logps of trees under a model: the one forward pass of trainer, gate, oracle engine and implicit judge.
 
-A tree is a prompt (trunk) and the responses to it (branches). Laid out as one sequence [trunk | branch | branch | ...],
-the trunk is read once: positions of every branch go on where the trunk ends, and no branch sees another. A tree with one
-branch is an ordinary causal sequence, so the `separate` layout is the same code on single-branch trees.
+A tree is a prompt (trunk) and the responses to it (branches). Trees are packed into one sequence without padding: the trunk
+is read once, positions of every branch go on where the trunk ends, and no branch sees another (`pipeline.tree_attention`).
+Trees with the same trunk are merged, and equal branches read once. The `separate` layout is the same code on trees of one
+branch. Models whose layers cannot be masked this way (state-space, linear attention, attention of their own) get separate
+sequences padded at the end, with equal results.
 
 Only response positions reach the output layer (`pipeline.output_layer`).
 
-Shapes: B sequences of a batch, T their padded length, N scored tokens, H hidden size.
+Shapes: T tokens of a pack, N scored tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.output_layer import output_layer_of
+from pipeline import tree_attention
+from pipeline.output_layer import OutputLayer, output_layer_of
+from pipeline.tree_attention import Pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+# widths of packs on a GPU are multiples of this, so that few shapes are compiled
+_GPU_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -40,109 +47,179 @@ class Tree:
         return len(self.trunk) + sum(len(branch) - 1 for branch in self.branches)
 
 
-Forward = Callable[[Sequence[Tree]], list[list[torch.Tensor]]]
+# trees without equal trunks or branches to the hidden states [N, H] that predict the branches' tokens, in their order
+Hidden = Callable[[Sequence[Tree]], torch.Tensor]
+# for each tree and branch a float32 tensor with one value per response token
+PerToken = list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A function from trees to logps: for each tree and branch a float32 tensor with one value per response token."""
+
+    hidden_of: Hidden
+    layer: OutputLayer
+    precision: torch.dtype
+
+    def __call__(self, trees: Sequence[Tree]) -> PerToken:
+        """Logps of every branch of every tree."""
+        return self.aligned(trees, squares=False)[0]
+
+    def aligned(self, trees: Sequence[Tree], *, squares: bool = True) -> tuple[PerToken, PerToken]:
+        """Logps, and beside each the logarithm of the sum of all tokens' squared probabilities there (no gradient)."""
+        merged, places = merge(trees)
+        branches = [branch for tree in merged for branch in tree.branches]
+        targets_N = torch.from_numpy(np.concatenate([np.asarray(branch, dtype=np.int64) for branch in branches]))
+        hidden_NH = self.hidden_of(merged)
+        logps_N, squares_N = self.layer.logps(
+            hidden_NH, targets_N.to(hidden_NH.device), self.precision, squares=squares
+        )
+        lengths = [len(branch) for branch in branches]
+        flat = [torch.split(values, lengths) if len(values) else [] for values in (logps_N, squares_N)]
+        logps, sums = ([[each[place] for place in tree] for tree in places] if each else [] for each in flat)
+        return logps, sums
 
 
 def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = torch.float32) -> Forward:
-    """A function from trees to logps: for each tree and branch a float32 tensor with one value per response token.
+    """The forward pass of a causal language model; `precision` bfloat16 runs the layers (not the logits) under autocast.
 
-    `precision` bfloat16 runs the layers (not the logits) under autocast. Raises ConfigError where the model's output
-    layer does something that is not reproduced here.
+    Raises ConfigError where the model's output layer does something that is not reproduced here.
     """
-    if layout == "tree" and (reason := _why_not_trees(model)):
-        log.warning("layout: separate sequences instead of trees, as %s", reason)
-        layout = "separate"
-    layer = output_layer_of(model)
+    return Forward(hidden_states_of(model, layout, precision), output_layer_of(model), precision)
+
+
+def hidden_states_of(model: PreTrainedModel, layout: str, precision: torch.dtype) -> Hidden:
+    """A function from merged trees to the hidden states that predict the branches' tokens; says in the log which way."""
     device = next(model.parameters()).device
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if precision == torch.bfloat16 else nullcontext()
 
-    def forward(trees: Sequence[Tree]) -> list[list[torch.Tensor]]:
-        laid = (
-            trees if layout == "tree" else [Tree(tree.trunk, (branch,)) for tree in trees for branch in tree.branches]
-        )
-        batch = _lay_out(laid, device)
+    if reason := _why_not_packed(model):
+        log.warning("layout: separate padded sequences, as %s", reason)
+
+    def hidden_of(trees: Sequence[Tree]) -> torch.Tensor:
         with autocast():
-            hidden_BTH = model.base_model(
-                input_ids=batch.ids_BT,
-                attention_mask=_as_model_wants(model, batch.mask_BTT, precision),
-                position_ids=batch.positions_BT,
-                use_cache=False,
-            ).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1)[batch.rows_N]
-        logps_N = layer.logps(hidden_NH, batch.targets_N, precision)
-        flat = iter(torch.split(logps_N, [len(branch) for tree in trees for branch in tree.branches]))
-        return [[next(flat) for _ in tree.branches] for tree in trees]
+            if reason:
+                return _padded(model, _separated(trees))
+            return _packed(model, trees if layout == "tree" else _separated(trees))
 
-    return forward
+    return hidden_of
 
 
-# --- layout
+def merge(trees: Sequence[Tree]) -> tuple[list[Tree], list[list[int]]]:
+    """Trees with every trunk once and every branch of it once; for each given tree and branch its number among the
+    merged trees' branches, counted through.
+    """
+    branches: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    for tree in trees:
+        known = branches.setdefault(tuple(tree.trunk), {})
+        for branch in tree.branches:
+            known.setdefault(tuple(branch), len(known))
+    starts, count = {}, 0
+    for trunk, known in branches.items():
+        starts[trunk] = count
+        count += len(known)
+    places = []
+    for tree in trees:
+        trunk = tuple(tree.trunk)
+        places.append([starts[trunk] + branches[trunk][tuple(branch)] for branch in tree.branches])
+    return [Tree(trunk, tuple(known)) for trunk, known in branches.items()], places
 
 
-@dataclass(frozen=True)
-class _Batch:
-    ids_BT: torch.Tensor
-    positions_BT: torch.Tensor
-    mask_BTT: torch.Tensor | None  # True = may look; None = plain causal
-    rows_N: torch.Tensor  # flat positions whose hidden state predicts a response token
-    targets_N: torch.Tensor
+# --- packed, for models that attend through transformers' interface
 
 
-def _lay_out(trees: Sequence[Tree], device: torch.device) -> _Batch:
-    width = max(map(len, trees))
-    ids = np.zeros((len(trees), width), dtype=np.int64)
-    positions = np.zeros((len(trees), width), dtype=np.int64)
-    # which branch a position belongs to: 0 the trunk, 1.. the branches, -1 padding
-    owner = np.full((len(trees), width), -1, dtype=np.int64)
-    rows, targets = [], []
+def _packed(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
+    if model.config.get_text_config()._attn_implementation != tree_attention.NAME:  # noqa: SLF001  # somebody else changed it
+        model.set_attn_implementation(tree_attention.NAME)
+    device = next(model.parameters()).device
+    ids, pack, rows_N = pack_trees(trees, device)
+    hidden_1TH: torch.Tensor = model.base_model(
+        input_ids=ids[None],
+        attention_mask=tree_attention.carrier(pack),
+        position_ids=pack.positions_T[None],
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_1TH[0, rows_N]
+
+
+def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tensor, Pack, torch.Tensor]:
+    """Token ids [T], the pack, and the positions [N] whose hidden states predict the branches' tokens."""
+    total = sum(map(len, trees))
+    width = -(-total // _GPU_WIDTH) * _GPU_WIDTH if device.type == "cuda" else total
+    ids, positions, number_of = (np.zeros(width, dtype=np.int64) for _ in range(3))
+    branch_of = np.full(width, -1, dtype=np.int64)
+    rows, slices, start = [], [], 0
     for number, tree in enumerate(trees):
-        end = len(tree.trunk)
-        ids[number, :end], positions[number, :end], owner[number, :end] = tree.trunk, np.arange(end), 0
+        first, end = start, start + len(tree.trunk)
+        ids[first:end], branch_of[first:end], positions[first:end] = tree.trunk, 0, np.arange(end - first)
         start = end
         for which, branch in enumerate(tree.branches, start=1):
             inner = len(branch) - 1
-            ids[number, start : start + inner] = branch[:-1]
-            positions[number, start : start + inner] = np.arange(end, end + inner)
-            owner[number, start : start + inner] = which
+            ids[start : start + inner], branch_of[start : start + inner] = branch[:-1], which
+            positions[start : start + inner] = np.arange(end - first, end - first + inner)
             # the trunk's last position predicts the first token of every branch
-            rows.append(number * width + np.concatenate([[end - 1], np.arange(start, start + inner)]))
-            targets.append(np.asarray(branch, dtype=np.int64))
+            rows.append(np.concatenate([[end - 1], np.arange(start, start + inner)]))
             start += inner
-    mask = None
-    if any(len(tree.branches) > 1 for tree in trees):
-        owner_t = torch.from_numpy(owner).to(device)
-        seen, sees = owner_t[:, None, :], owner_t[:, :, None]
-        mask = ((seen == 0) | (seen == sees)) & torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return _Batch(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(positions).to(device),
-        mask,
-        torch.from_numpy(np.concatenate(rows)).to(device),
-        torch.from_numpy(np.concatenate(targets)).to(device),
+        number_of[first:start] = number
+        slices.append(slice(first, start))
+    # padding at the end sees padding only, and is in no tree's slice
+    number_of[total:] = len(trees)
+    tree_T, branch_T, positions_T = (
+        torch.from_numpy(values).to(device) for values in (number_of, branch_of, positions)
     )
+    pack = Pack(tree_T, branch_T, positions_T, slices, [len(tree.branches) > 1 for tree in trees])
+    return torch.from_numpy(ids).to(device), pack, torch.from_numpy(np.concatenate(rows)).to(device)
 
 
-def _as_model_wants(
-    model: PreTrainedModel, mask_BTT: torch.Tensor | None, precision: torch.dtype
-) -> torch.Tensor | None:
-    if mask_BTT is None:
-        return None
-    mask = mask_BTT[:, None]
-    if model.config._attn_implementation == "sdpa":  # noqa: SLF001  # transformers has no public name
-        return mask
-    dtype = precision if precision == torch.bfloat16 else next(model.parameters()).dtype
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def _separated(trees: Sequence[Tree]) -> list[Tree]:
+    return [Tree(tree.trunk, (branch,)) for tree in trees for branch in tree.branches]
 
 
-def _why_not_trees(model: PreTrainedModel) -> str | None:
+def _why_not_packed(model: PreTrainedModel) -> str | None:
+    """Set the model up for packs, or say why that cannot be: tried on two small trees against plain sequences."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "sliding_attention"}
+    if kinds:
         return f"{config.model_type} has layers of the kinds {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"{config.model_type} attends within a sliding window"
-    if not getattr(model, "_supports_sdpa", False):
-        return f"{config.model_type} takes no attention mask of its own"
-    return None
+    before = config._attn_implementation  # noqa: SLF001  # transformers has no public name
+    trees = [Tree([1, 2, 3], ([4, 5, 6], [7, 8])), Tree([2], ([3, 1, 4],))]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            # the architecture's own arithmetic; others leave soft-caps out
+            model.set_attn_implementation("eager")
+            plain = _padded(model, _separated(trees))
+            model.set_attn_implementation(tree_attention.register())
+            packed = _packed(model, trees)
+        tolerance = 1e-3 if plain.dtype == torch.float32 else 0.1
+        if float((packed - plain).abs().max()) <= tolerance * (1 + float(plain.abs().max())):
+            return None
+        reason = f"{config.model_type} does not follow the mask of a tree"
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{config.model_type} takes no mask of a tree ({str(error).splitlines()[0]})"
+    finally:
+        model.train(training)
+    model.set_attn_implementation(before)
+    return reason
+
+
+# --- padded, for every model
+
+
+def _padded(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
+    """Sequences of one branch each, padded at the end, where causal layers of any kind do not look."""
+    device = next(model.parameters()).device
+    width = max(map(len, trees))
+    ids = np.zeros((len(trees), width), dtype=np.int64)
+    rows = []
+    for number, tree in enumerate(trees):
+        (branch,) = tree.branches
+        ids[number, : len(tree)] = [*tree.trunk, *branch[:-1]]
+        rows.append(number * width + np.arange(len(tree.trunk) - 1, len(tree)))
+    hidden_BTH: torch.Tensor = model.base_model(
+        input_ids=torch.from_numpy(ids).to(device), use_cache=False
+    ).last_hidden_state
+    return hidden_BTH.flatten(0, 1)[torch.from_numpy(np.concatenate(rows)).to(device)]

@@ -46,6 +46,10 @@ class Metrics:
         self._board.flush()
         self._flushed = time.monotonic()
 
+    def rows(self) -> list[dict[str, float]]:
+        """Every row so far, by step."""
+        return [values for _, values in sorted(self._rows.items())]
+
     def last(self, name: str) -> float | None:
         """The newest value of a column."""
         return next(

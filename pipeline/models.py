@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pipeline import durable
 from pipeline.config import ReferenceConfig
@@ -165,8 +165,10 @@ def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(directory: Path, spec: ModelSpec, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model with its weights in `dtype`; ConfigError where transformers cannot build it."""
+def load_causal_lm(
+    directory: Path, spec: ModelSpec, dtype: torch.dtype | Literal["auto"], **options: Any
+) -> PreTrainedModel:
+    """The model with its weights in `dtype` ("auto": as they were saved); ConfigError where transformers cannot build it."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -42,11 +42,16 @@ class OutputLayer:
         logits = product_nV * self.factor if self.factor != 1.0 else product_nV
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def logps(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, coarse: torch.dtype) -> torch.Tensor:
-        """float32 log-probabilities [N] of `targets_N`; gradients are computed with `coarse` matrix products."""
+    def logps(
+        self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, coarse: torch.dtype, *, squares: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 log-probabilities [N] of `targets_N`; gradients are computed with `coarse` matrix products.
+
+        With `squares` also log sum_v p(v)^2 [N], without gradient; else an empty tensor.
+        """
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            found: torch.Tensor = _Logps.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-                hidden_NH, self.weight_VH, self.bias_V, targets_N, self, coarse
+            found: tuple[torch.Tensor, torch.Tensor] = _Logps.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+                hidden_NH, self.weight_VH, self.bias_V, targets_N, self, coarse, squares
             )
         return found
 
@@ -72,20 +77,27 @@ class _Logps(torch.autograd.Function):
         targets_N: torch.Tensor,
         layer: OutputLayer,
         coarse: torch.dtype,
-    ) -> torch.Tensor:
+        squares: bool,  # noqa: FBT001  # autograd functions take no keywords
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
         ctx.layer, ctx.coarse = layer, coarse
         weight = weight_VH.float()
-        logps = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
+        logps, sums = (
+            torch.empty(size, device=hidden_NH.device) for size in (len(targets_N), len(targets_N) * squares)
+        )
         for rows in _chunks(len(targets_N), weight):
             logits = _product(hidden_NH[rows].float(), weight, bias_V)
             logits = layer.finish(logits)
-            logps[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - logits.logsumexp(1)
-        return logps
+            normaliser = logits.logsumexp(1)
+            logps[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - normaliser
+            if squares:
+                sums[rows] = (2 * logits).logsumexp(1) - 2 * normaliser
+        ctx.mark_non_differentiable(sums)
+        return logps, sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient_N,) = gradients
+        gradient_N, _ = gradients
         hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
         layer, coarse = ctx.layer, ctx.coarse
         weight = weight_VH.to(coarse)
@@ -113,6 +125,7 @@ class _Logps(torch.autograd.Function):
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight_VH.dtype),
             None if bias_gradient is None else bias_gradient.to(bias_V.dtype),
+            None,
             None,
             None,
             None,

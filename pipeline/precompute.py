@@ -158,8 +158,13 @@ def default_tokens_per_shard() -> int:
     return 2**14 if device_kind() == "cpu" else 2**20
 
 
-def join_scores(plan: Plan) -> pa.Table:
-    """pairs.parquet's content: every pair with its scores from the store. CheckError where one is not there."""
+def join_scores(plan: Plan, *, scored: bool = True) -> pa.Table:
+    """pairs.parquet's content: every pair with its scores from the store; not `scored`: with nulls in their place.
+
+    Raises CheckError where a score is not there.
+    """
+    if not scored:
+        return _table_of(plan, dict.fromkeys(name for name in PAIRS.names if name.startswith("ref_")))
     scores = plan.store.found(plan.keys).select("key", "logps", "logp")
     joined = pl.DataFrame({"key": plan.keys}).join(scores, on="key", how="left", maintain_order="left")
     absent = joined["logp"].is_null().arg_true().to_list()
@@ -170,6 +175,18 @@ def join_scores(plan: Plan) -> pa.Table:
     kinds = pa.schema([("logps", PAIRS.field("ref_chosen_logps").type), ("logp", pa.float64())])
     chosen, rejected = (joined.select("logps", "logp")[side::2].to_arrow().cast(kinds) for side in (0, 1))
     _must_cover(plan.pairs.pairs, chosen, rejected)
+    return _table_of(
+        plan,
+        {
+            "ref_chosen_logps": chosen["logps"],
+            "ref_rejected_logps": rejected["logps"],
+            "ref_chosen_logp": chosen["logp"],
+            "ref_rejected_logp": rejected["logp"],
+        },
+    )
+
+
+def _table_of(plan: Plan, scores: dict[str, object]) -> pa.Table:
     pairs = plan.pairs.pairs
     columns: dict[str, object] = {
         "pair_id": [pair.pair_id for pair in pairs],
@@ -183,11 +200,9 @@ def join_scores(plan: Plan) -> pa.Table:
         "prompt_ids": [pair.prompt_ids for pair in pairs],
         "chosen_ids": [pair.chosen_ids for pair in pairs],
         "rejected_ids": [pair.rejected_ids for pair in pairs],
-        "ref_chosen_logps": chosen["logps"],
-        "ref_rejected_logps": rejected["logps"],
-        "ref_chosen_logp": chosen["logp"],
-        "ref_rejected_logp": rejected["logp"],
     }
+    nothing = [None] * len(pairs)
+    columns |= {name: nothing if values is None else values for name, values in scores.items()}
     return pa.table(columns, schema=PAIRS)
 
 
@@ -197,20 +212,22 @@ def inputs_digest(config: Config) -> str:
     return digest(config.data, reference)
 
 
-def is_current(path: Path, config: Config) -> bool:
-    """Whether `path` was made from this configuration and from the bytes that its data files have now.
+def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
+    """Whether `path` was made from this configuration and from the bytes that its data files have now, with scores if asked.
 
     A source that is gone or is no file (a Hub data set) is taken to be unchanged.
     """
     about = read_about(path)
     if not about or about.get("inputs_digest") != inputs_digest(config):
         return False
+    if scored and not about.get("scored", True):
+        return False
     return all(
         digest in (None, about["source_digests"].get(name)) for name, digest in source_digests(config.data).items()
     )
 
 
-def about_pairs(plan: Plan, config: Config) -> dict[str, object]:
+def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str, object]:
     """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
     return {
         "reference_id": plan.identity.reference_id,
@@ -220,6 +237,7 @@ def about_pairs(plan: Plan, config: Config) -> dict[str, object]:
         "source_digests": plan.pairs.digests,
         "vocabulary": plan.vocabulary,
         "template": plan.template,
+        "scored": scored,
     }
 
 

@@ -66,6 +66,14 @@ class Run:
         return self.directory / "tensorboard"
 
     @property
+    def health(self) -> Path:
+        return self.directory / "health.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.directory / "adapter"
+
+    @property
     def model(self) -> Path:
         return self.directory / "model"
 

@@ -62,7 +62,10 @@ TRAIN_METRICS = (
 METRICS = pa.schema(
     [("step", pa.int64())]
     + [(name, pa.float64()) for name in TRAIN_METRICS]
-    + [(name, pa.float64()) for name in ("grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib")]
+    + [
+        (name, pa.float64())
+        for name in ("grad_norm", "learning_rate", "step_seconds", "tokens_per_second", "peak_memory_gib")
+    ]
     + [(f"eval_{name}", pa.float64()) for name in TRAIN_METRICS]
 )
 SAMPLES = pa.schema(

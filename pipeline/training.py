@@ -1,4 +1,4 @@
-"""Stage two without its command line: loading pairs and policy, one step, evaluation, the gate.
+"""Stage two without its command line: loading pairs, one step, evaluation.
 
 Training reads pairs.parquet and the policy; it never opens the reference model.
 """
@@ -6,10 +6,9 @@ Training reads pairs.parquet and the policy; it never opens the reference model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,183 +18,254 @@ import torch
 from pipeline.config import TrainConfig
 from pipeline.errors import CheckError, DataError
 from pipeline.forward import Forward, Tree
-from pipeline.losses import dpo_loss
-from pipeline.schema import PAIRS, TRAIN_METRICS, read_table
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from pipeline.hardware import device_kind
+from pipeline.loss_names import across_pairs, reference_free
+from pipeline.losses import (
+    LossTerms,
+    PairLogps,
+    bradley_terry_loss,
+    preference_loss,
+    weighted_sums,
+    wpo_weight,
+)
+from pipeline.reward import Rewards
+from pipeline.schema import PAIRS, read_table
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, `ref_*` their sums."""
+    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN where nothing was scored."""
 
     pair_ids: list[str]
     trees: list[Tree]
     ref_chosen_logps: list[np.ndarray]
     ref_rejected_logps: list[np.ndarray]
-    ref_chosen: np.ndarray
-    ref_rejected: np.ndarray
 
     def __len__(self) -> int:
         return len(self.pair_ids)
 
 
-def load_pairs(path: Path, split: str) -> Pairs:
-    """Read one split of pairs.parquet. Raises DataError where a row's scores do not fit its tokens or its sums."""
+class NotFinite(CheckError):
+    """A loss or a gradient that is not finite, with the pairs of its step."""
+
+    def __init__(self, what: str, value: float, pair_ids: list[str]) -> None:
+        super().__init__(
+            f"the {what} is {value}: training stops before it spoils the weights. Lower train.learning_rate or "
+            f"train.max_grad_norm; the pairs of the step are {', '.join(pair_ids)}"
+        )
+        self.pair_ids = pair_ids
+
+
+def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
+    """Read one split of pairs.parquet; `scored` asks for the reference's scores.
+
+    Raises DataError where a row's scores do not fit its tokens or its sums.
+    """
     columns = [
         name for name in PAIRS.names if name.endswith(("_ids", "_logps", "_logp")) or name in ("pair_id", "split")
     ]
     table = read_table(path, PAIRS, columns)
     table = table.filter(pc.equal(table["split"], split))
     ids = {side: _lists(table, f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
-    logps = {side: _lists(table, f"ref_{side}_logps") for side in ("chosen", "rejected")}
-    sums = {side: table[f"ref_{side}_logp"].to_numpy() for side in ("chosen", "rejected")}
     pair_ids = table["pair_id"].to_pylist()
-    for side in ("chosen", "rejected"):
-        for row, pair_id in enumerate(pair_ids):
-            values = logps[side][row]
-            if len(values) != len(ids[side][row]) or not np.isfinite(values).all():
-                raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
-            if abs(float(values.sum(dtype=np.float64)) - sums[side][row]) > 1e-6 * (1 + abs(sums[side][row])):
-                raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")
+    if scored:
+        logps = {side: _lists(table, f"ref_{side}_logps") for side in ("chosen", "rejected")}
+        for side in ("chosen", "rejected"):
+            sums = table[f"ref_{side}_logp"].to_numpy()
+            _must_fit(path, side, pair_ids, ids[side], logps[side], sums)
+    else:
+        logps = {side: [np.full(len(row), np.nan, np.float32) for row in ids[side]] for side in ("chosen", "rejected")}
     trees = [
         Tree(prompt.tolist(), (chosen.tolist(), rejected.tolist()))
         for prompt, chosen, rejected in zip(ids["prompt"], ids["chosen"], ids["rejected"], strict=True)
     ]
-    return Pairs(pair_ids, trees, logps["chosen"], logps["rejected"], sums["chosen"], sums["rejected"])
+    return Pairs(pair_ids, trees, logps["chosen"], logps["rejected"])
 
 
-def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; norms and biases are not decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.learning_rate, fused=True)
-
-
-def without_dropout(model: PreTrainedModel) -> None:
-    """Turn dropout off for good: the stored reference was scored without it."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-def batch_logps(forward: Forward, pairs: Pairs, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of policy logps of chosen and rejected, float64 [B]; float32 sums would lose digits on long responses."""
-    found = forward([pairs.trees[row] for row in rows])
-    chosen = torch.stack([logps[0].double().sum() for logps in found])
-    rejected = torch.stack([logps[1].double().sum() for logps in found])
-    return chosen, rejected
-
-
-def batch_loss(
-    forward: Forward, pairs: Pairs, rows: Sequence[int], train: TrainConfig
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Sum of the pairs' losses, and sums of TRAIN_METRICS over the pairs."""
-    chosen, rejected = batch_logps(forward, pairs, rows)
-    ref_chosen, ref_rejected = (
-        torch.from_numpy(values[list(rows)]).to(chosen.device) for values in (pairs.ref_chosen, pairs.ref_rejected)
-    )
-    terms = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=train.beta, label_smoothing=train.label_smoothing)
-    margins = terms.chosen_rewards - terms.rejected_rewards
-    values = (
-        terms.losses,
-        terms.chosen_rewards,
-        terms.rejected_rewards,
-        margins,
-        (margins > 0).float(),
-        chosen,
-        rejected,
-    )
-    return terms.losses.sum(), {
-        name: float(value.detach().sum()) for name, value in zip(TRAIN_METRICS, values, strict=True)
-    }
-
-
-def train_step(forward: Forward, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
+def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
     """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS.
 
-    The mean is over the pairs of the whole step, so splitting a step into more micro-batches changes nothing.
-    Raises CheckError, with the pairs, where the loss is not finite.
+    The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
+    sort pairs see the whole step too: then every forward pass but a single one runs twice. Raises NotFinite.
     """
-    sums = dict.fromkeys(TRAIN_METRICS, 0.0)
-    for micro in micro_batches(pairs, rows, train.per_device_train_batch_size):
-        loss, found = batch_loss(forward, pairs, micro, train)
-        if not math.isfinite(found["loss"]):
-            ids = ", ".join(pairs.pair_ids[row] for row in micro)
-            raise CheckError(
-                f"the loss is {found['loss']}: training stops. Lower train.learning_rate; the pairs are {ids}"
-            )
-        (loss / len(rows)).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
-        sums = {name: sums[name] + found[name] for name in TRAIN_METRICS}
-    return {name: value / len(rows) for name, value in sums.items()}
+    groups = list(micro_batches(pairs, rows, train, train.per_device_train_batch_size))
+    if across_pairs(train) and len(groups) > 1:
+        return _step_in_two_passes(forward, pairs, groups, train)
+    found: list[dict[str, float]] = []
+    for group in groups:
+        terms, logps = _terms(forward, pairs, group, train, rows)
+        found.append(_sums(terms, logps))
+        _must_be_finite(found[-1]["loss"], pairs, rows)
+        (terms.losses.sum() / len(rows)).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+    return _means(found, len(rows))
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, pairs: Pairs, train: TrainConfig) -> dict[str, float]:
-    """Means of TRAIN_METRICS over all `pairs`."""
-    sums = dict.fromkeys(TRAIN_METRICS, 0.0)
-    for micro in micro_batches(pairs, range(len(pairs)), train.per_device_eval_batch_size):
-        found = batch_loss(forward, pairs, micro, train)[1]
-        sums = {name: sums[name] + found[name] for name in TRAIN_METRICS}
-    return {name: value / len(pairs) for name, value in sums.items()}
-
-
-def micro_batches(pairs: Pairs, rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Rows in groups of `size`, similar lengths together, so that little is padded."""
-    ordered = sorted(rows, key=lambda row: (len(pairs.trees[row]), row))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-# --- the gate
-
-GATE_PAIRS = 8
-# per token, in nats: what float32 and bfloat16 arithmetic may differ by, measured with room to spare. Another model, a
-# broken template or a mask off by one differ by several tenths and more.
-TOLERANCES = {"float32": (0.001, 0.002), "bfloat16": (0.02, 0.1)}
+def evaluate(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -> dict[str, float]:
+    """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them."""
+    rows = range(len(pairs))
+    groups = list(micro_batches(pairs, rows, train, train.per_device_eval_batch_size))
+    if not across_pairs(train):
+        return _means([_sums(*_terms(forward, pairs, group, train, rows)) for group in groups], len(pairs))
+    whole = _joined([_pair_logps(forward, pairs, group, train, rows) for group in groups])
+    return _means([_sums(preference_loss(whole, train), whole)], len(pairs))
 
 
 @torch.no_grad()
-def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: str, beta: float) -> dict[str, object]:
-    """Compare the policy's logps before step 1 with the stored reference, on `rows`.
+def pair_rewards(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of chosen and rejected, float64 [pairs], in the order of `pairs`."""
+    rows = range(len(pairs))
+    rewards = np.zeros((2, len(pairs)))
+    for group in micro_batches(pairs, rows, train, train.per_device_eval_batch_size):
+        terms = _terms(forward, pairs, group, train, rows)[0]
+        rewards[0, group] = terms.chosen_rewards.cpu().numpy()
+        rewards[1, group] = terms.rejected_rewards.cpu().numpy()
+    return rewards[0], rewards[1]
 
-    `numerics` names the coarser of the two arithmetics (a key of TOLERANCES). Differences are policy minus reference, in
-    nats per token; margin noise is the root mean square over pairs of the difference of the two sums.
+
+def micro_batches(pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int) -> Iterable[list[int]]:
+    """Rows of each forward pass: at most `size` pairs and `train.tokens_per_batch` tokens; pairs of one prompt together,
+    where they share the trunk, similar lengths together.
     """
-    differences, margins = [], []
+    budget = train.tokens_per_batch or default_tokens_per_batch()
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
-        chosen, rejected = forward([pairs.trees[row]])[0]
-        sides = [
-            chosen.double().cpu().numpy() - pairs.ref_chosen_logps[row],
-            rejected.double().cpu().numpy() - pairs.ref_rejected_logps[row],
+        by_prompt.setdefault(tuple(pairs.trees[row].trunk), []).append(row)
+    group: list[int] = []
+    filled, trunk = 0, None
+    longest_first = sorted(
+        by_prompt.items(), key=lambda item: (-max(len(pairs.trees[row]) for row in item[1]), item[1])
+    )
+    for prompt, same in longest_first:
+        for row in same:
+            shared = len(prompt) if trunk == prompt and train.layout == "tree" else 0
+            if group and (len(group) == size or filled + len(pairs.trees[row]) - shared > budget):
+                yield group
+                group, filled, shared = [], 0, 0
+            group.append(row)
+            filled += len(pairs.trees[row]) - shared
+            trunk = prompt
+    if group:
+        yield group
+
+
+def default_tokens_per_batch() -> int:
+    """Enough to keep the processor busy, little enough for its memory."""
+    return 2048 if device_kind() == "cpu" else 8192
+
+
+# --- one step
+
+
+def _terms(
+    forward: Forward | Rewards, pairs: Pairs, group: Sequence[int], train: TrainConfig, rows: Sequence[int]
+) -> tuple[LossTerms, PairLogps | None]:
+    """Loss terms of the pairs of `group`, a part of the step's `rows`; and their logps where there are any."""
+    if train.objective == "reward":
+        scores = forward([pairs.trees[row] for row in group])
+        chosen, rejected = (torch.stack([tree[side] for tree in scores]) for side in (0, 1))
+        return bradley_terry_loss(chosen, rejected), None
+    logps = _pair_logps(forward, pairs, group, train, rows)
+    return preference_loss(logps, train), logps
+
+
+def _pair_logps(
+    forward: Forward | Rewards, pairs: Pairs, group: Sequence[int], train: TrainConfig, rows: Sequence[int]
+) -> PairLogps:
+    assert isinstance(forward, Forward)
+    trees = [pairs.trees[row] for row in group]
+    if train.use_weighting:
+        found, squares = forward.aligned(trees)
+        weights = [
+            wpo_weight(logps[0].detach(), sums[0]) * wpo_weight(logps[1].detach(), sums[1])
+            for logps, sums in zip(found, squares, strict=True)
         ]
-        differences += sides
-        margins.append(float(sides[0].sum() - sides[1].sum()))
-    every = np.concatenate(differences)
-    signed, absolute = TOLERANCES[numerics]
-    mean_signed, mean_absolute = float(every.mean()), float(np.abs(every).mean())
-    noise = math.sqrt(float(np.mean(np.square(margins))))
-    return {
-        "applies": True,
-        "passed": bool(abs(mean_signed) <= signed and mean_absolute <= absolute),
-        "pairs": len(rows),
-        "tokens": len(every),
-        "numerics": numerics,
-        "mean_signed_difference": mean_signed,
-        "mean_absolute_difference": mean_absolute,
-        "max_absolute_difference": float(np.abs(every).max()),
-        "margin_noise_nats": noise,
-        "margin_noise_reward": beta * noise,
-        "tolerance_mean_signed": signed,
-        "tolerance_mean_absolute": absolute,
+    else:
+        found = forward(trees)
+        weights = [torch.ones((), dtype=torch.float64, device=found[0][0].device) for _ in trees]
+    device = weights[0].device
+    if reference_free(train):
+        reference = torch.zeros(2, len(trees), dtype=torch.float64)
+    else:
+        stored = [
+            [torch.tensor(side[row]) for side in (pairs.ref_chosen_logps, pairs.ref_rejected_logps)]
+            for row in group
+        ]
+        reference = torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in stored], dim=1)
+    lengths = [[len(branch) for branch in tree.branches] for tree in trees]
+    return PairLogps(
+        torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in found], dim=1),
+        reference.to(device),
+        torch.stack([weighted_sums(logps, ld_alpha=None) for logps in found], dim=1),
+        torch.tensor(lengths, dtype=torch.float64, device=device).T,
+        torch.stack(weights),
+        float(np.mean([len(pairs.trees[row].branches[0]) for row in rows])),
+    )
+
+
+def _step_in_two_passes(
+    forward: Forward | Rewards, pairs: Pairs, groups: list[list[int]], train: TrainConfig
+) -> dict[str, float]:
+    """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
+    rows = [row for group in groups for row in group]
+    random = torch.get_rng_state()  # dropout of adapters must fall alike in both passes
+    with torch.no_grad():
+        whole = _joined([_pair_logps(forward, pairs, group, train, rows) for group in groups])
+    leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
+    terms = preference_loss(whole, train)
+    found = _sums(terms, whole)
+    _must_be_finite(found["loss"], pairs, rows)
+    gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
+    torch.set_rng_state(random)
+    start = 0
+    for group in groups:
+        part, stop = _pair_logps(forward, pairs, group, train, rows), start + len(group)
+        torch.autograd.backward([part.policy_2B, part.sums_2B], [gradient[:, start:stop] for gradient in gradients])
+        start = stop
+    return _means([found], len(rows))
+
+
+def _joined(parts: list[PairLogps]) -> PairLogps:
+    tensors = [torch.cat(column, dim=-1) for column in list(zip(*parts, strict=True))[:5]]
+    return PairLogps(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], parts[0].mean_chosen_tokens)
+
+
+def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, float]:
+    """Sums over the pairs, under the names of TRAIN_METRICS; a reward model has no logps."""
+    margins = terms.chosen_rewards - terms.rejected_rewards
+    values = {
+        "loss": terms.losses,
+        "rewards/chosen": terms.chosen_rewards,
+        "rewards/rejected": terms.rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float(),
     }
+    if logps is not None:
+        values |= {"logps/chosen": logps.sums_2B[0], "logps/rejected": logps.sums_2B[1]}
+    return {name: float(value.detach().sum()) for name, value in values.items()}
+
+
+def _means(found: list[dict[str, float]], pairs: int) -> dict[str, float]:
+    return {name: sum(part[name] for part in found) / pairs for name in found[0]}
+
+
+def _must_be_finite(loss: float, pairs: Pairs, rows: Sequence[int]) -> None:
+    if not math.isfinite(loss):
+        raise NotFinite("loss", loss, [pairs.pair_ids[row] for row in rows])
+
+
+def _must_fit(
+    path: Path, side: str, pair_ids: list[str], ids: list[np.ndarray], logps: list[np.ndarray], sums: np.ndarray
+) -> None:
+    for pair_id, tokens, values, total in zip(pair_ids, ids, logps, sums, strict=True):
+        if len(values) != len(tokens) or not np.isfinite(values).all():
+            raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
+        if not abs(float(values.sum(dtype=np.float64)) - total) <= 1e-6 * (1 + abs(total)):
+            raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")
 
 
 def _lists(table: pa.Table, column: str) -> list[np.ndarray]:
-    return [value.values.to_numpy(zero_copy_only=False) for value in table[column]]
+    return [
+        np.empty(0, np.float32) if value.values is None else value.values.to_numpy(zero_copy_only=False)
+        for value in table[column]
+    ]

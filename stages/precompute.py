@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
-from pipeline.config import Config
+from pipeline.config import Config, without_reference
 from pipeline.digests import files_sha256, unread_bytes
 from pipeline.errors import RefscoreError
+from pipeline.loss_names import reference_free
 from pipeline.models import locate_reference
 from pipeline.pairs import count_reasons
 from pipeline.precompute import Plan, about_pairs, join_scores, make_plan, score_missing
@@ -20,6 +21,9 @@ _WORTH_A_BAR = 2**30  # bytes: a second or two of reading
 
 def run(config: Config, run: Run, *, plan_only: bool) -> None:
     """Plan; score what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written."""
+    if reference_free(config.train):
+        write_unscored(config, run, plan_only=plan_only)
+        return
     _hash_weights(config)
     plan = make_plan(config)
     show_plan(plan)
@@ -40,11 +44,22 @@ def run(config: Config, run: Run, *, plan_only: bool) -> None:
     console.say(f"pairs     {run.pairs}")
 
 
-def write_pairs(plan: Plan, config: Config, run: Run) -> None:
+def write_unscored(config: Config, run: Run, *, plan_only: bool = False) -> None:
+    """Write the pairs of an experiment that compares with no reference: without scores, and without an engine."""
+    what = "the reward model" if config.train.objective == "reward" else " + ".join(config.train.loss_type)
+    console.say(f"nothing to score: {what} compares nothing with the reference; no engine is started")
+    plan = make_plan(without_reference(config))
+    show_plan(plan, scored=False)
+    if not plan_only:
+        write_pairs(plan, without_reference(config), run, scored=False)
+        console.say(f"pairs     {run.pairs}")
+
+
+def write_pairs(plan: Plan, config: Config, run: Run, *, scored: bool = True) -> None:
     """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json."""
-    about = about_pairs(plan, config)
+    about = about_pairs(plan, config, scored=scored)
     write_table(run.dropped, plan.pairs.dropped_table())
-    write_table(run.pairs, join_scores(plan), about)
+    write_table(run.pairs, join_scores(plan, scored=scored), about)
     record(
         run,
         config,
@@ -52,13 +67,13 @@ def write_pairs(plan: Plan, config: Config, run: Run) -> None:
         reference_id=plan.identity.reference_id,
         reference=plan.identity.described(),
         sequences=plan.sequences,
-        scored=len(plan.missing),
+        scored=len(plan.missing) if scored else 0,
         digests={"data": plan.pairs.digests, "reference_weights": plan.identity.weights_digest},
     )
 
 
-def show_plan(plan: Plan) -> None:
-    """Rows, drops, hits, misses and tokens of a plan."""
+def show_plan(plan: Plan, *, scored: bool = True) -> None:
+    """Rows, drops, hits, misses and tokens of a plan; not `scored`: rows and drops."""
     pairs = plan.pairs.pairs
     for name, format_name in plan.pairs.formats.items():
         console.say(f"data      {name}: {format_name}")
@@ -70,6 +85,8 @@ def show_plan(plan: Plan) -> None:
         first = next(row for row in plan.pairs.dropped if row.reason == reason)
         detail = f": {first.detail}" if first.detail else ""
         console.say(f"dropped   {count} x {reason} (first: {first.source} row {first.row}{detail})")
+    if not scored:
+        return
     numerics = plan.identity.numerics
     console.say(
         f"reference {plan.identity.reference_id[:12]}  {numerics.engine} {numerics.engine_version}, "

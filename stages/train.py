@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -9,33 +10,28 @@ from typing import Any
 
 import torch
 
-from pipeline import durable
+from pipeline import durable, health
 from pipeline.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.config import Config, differing_fields, digest
+from pipeline.config import Config, differing_fields, digest, without_reference
 from pipeline.errors import CheckError, ConfigError
-from pipeline.export import model_card, save_model
-from pipeline.forward import forward_of
-from pipeline.hardware import device_kind, peak_memory_gib
+from pipeline.export import model_card, save_policy
+from pipeline.forward import Forward
+from pipeline.gate import GATE_PAIRS, measure_gate
+from pipeline.hardware import peak_memory_gib
 from pipeline.identity import weights_digest
+from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
-from pipeline.models import load_causal_lm, load_tokenizer, locate
+from pipeline.models import load_tokenizer, locate
+from pipeline.optimizers import make_optimizer, update
+from pipeline.policies import Policy, load_policy
 from pipeline.precompute import is_current, make_plan
 from pipeline.runs import Run, read_json, record
 from pipeline.schedule import learning_rate, pairs_of_step, total_steps
 from pipeline.schema import TRAIN_METRICS, read_about
-from pipeline.training import (
-    GATE_PAIRS,
-    Pairs,
-    evaluate,
-    load_pairs,
-    make_optimizer,
-    measure_gate,
-    train_step,
-    without_dropout,
-)
+from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, train_step
 from pipeline.vocabulary import vocabulary_digest
 from stages import console
-from stages.precompute import show_plan, write_pairs
+from stages.precompute import show_plan, write_pairs, write_unscored
 
 # fields that change what is shown or kept, not one weight
 _UNTRAINED = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}
@@ -51,20 +47,19 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
     training = _training_digest(config, about, base)
     checkpoint = _decide(run, config, training, restart=restart)
     if checkpoint == "done":
-        console.say(f"nothing to train: {run.model} is the result of this very configuration (--restart trains again)")
+        made = run.model if run.model.is_dir() else run.adapter
+        console.say(f"nothing to train: {made} is the result of this very configuration (--restart trains again)")
         return
 
     # load
-    pairs, held_out = load_pairs(run.pairs, "train"), load_pairs(run.pairs, "eval")
+    scored = not reference_free(train)
+    pairs, held_out = (load_pairs(run.pairs, split, scored=scored) for split in ("train", "eval"))
     steps = total_steps(len(pairs), train)
     torch.manual_seed(train.seed)
-    model = load_causal_lm(base, config.policy, torch.float32).to(device_kind())
-    without_dropout(model)
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    tokenizer = load_tokenizer(base, config.policy)
+    policy = load_policy(base, config, tokenizer, {branch[-1] for tree in pairs.trees for branch in tree.branches})
+    model, forward = policy.model, policy.forward
     optimizer = make_optimizer(model, train)
-    precision = torch.float32 if train.precision == "float32" else torch.bfloat16
-    forward = forward_of(model, train.layout, precision)
     first = 0
     if isinstance(checkpoint, Checkpoint):
         load_checkpoint(checkpoint, model, optimizer)
@@ -75,35 +70,49 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
         shutil.rmtree(run.tensorboard, ignore_errors=True)
     metrics = Metrics(run.metrics, run.tensorboard, resumed_at=first or None)
     console.say(f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {_pairs_text(config)}")
+    if policy.adapted is not None:
+        learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        console.say(f"adapters  {learning / 1e6:.2f} M of {model.num_parameters() / 1e6:.1f} M weights learn")
 
     # before
     if first == 0:
-        _gate(config, run, about, base, forward, model, pairs)
-        _evaluate(metrics, 0, forward, model, held_out, config)
+        durable.write_json(run.directory / "training.json", {"config": _trained_fields(config)})
+        _gate(config, run, about, base, policy, pairs)
+        _evaluate(metrics, 0, policy, held_out, config)
 
     # loop
     model.train()
+    said: list[str] = []
     with console.progress("training", steps - first) as ticker:
         pending: list[dict[str, float]] = []
         tokens, since = 0, time.monotonic()
         for step in range(first, steps):
             rows = pairs_of_step(step, len(pairs), train)
-            found = train_step(forward, pairs, rows, train)
             rate = learning_rate(step, steps, train)
-            found["grad_norm"] = _update(model, optimizer, rate, train.max_grad_norm)
+            try:
+                found = train_step(forward, pairs, rows, train)
+                found["grad_norm"] = update(model, optimizer, rate, train.max_grad_norm)
+                if not math.isfinite(found["grad_norm"]):
+                    raise NotFinite("gradient norm", found["grad_norm"], [pairs.pair_ids[row] for row in rows])
+            except NotFinite as stop:
+                _keep_not_finite(run, step + 1, stop, metrics)
+                raise
             pending.append(found)
             tokens += sum(len(pairs.trees[row]) for row in rows)
             done = step + 1
             if done % train.logging_steps == 0 or done == steps:
                 values = {name: sum(row[name] for row in pending) / len(pending) for name in pending[0]}
+                seconds = time.monotonic() - since
                 values["learning_rate"] = rate
-                values["tokens_per_second"] = tokens / (time.monotonic() - since)
+                values["step_seconds"] = seconds / len(pending)
+                values["tokens_per_second"] = tokens / seconds
                 values["peak_memory_gib"] = peak_memory_gib()
                 metrics.add(done, values)
                 pending, tokens, since = [], 0, time.monotonic()
             ticker.advance(1, _line(values if not pending else found))
             if done == steps or (train.eval_steps and done % train.eval_steps == 0):
-                _evaluate(metrics, done, forward, model, held_out, config)
+                _evaluate(metrics, done, policy, held_out, config)
+                _say_health(metrics, config, steps, said)
                 since = time.monotonic()
             if done == steps or (train.save_steps and done % train.save_steps == 0):
                 metrics.flush()
@@ -112,19 +121,28 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
     metrics.close()
 
     # write
+    durable.write_json(run.health, {"words": health.words(metrics.rows(), train, steps)})
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
     card = model_card(config, run.name, about["reference_id"], len(pairs), results)
-    save_model(model, base, run.model, card)
+    save_policy(policy, base, config, run, card, tokenizer)
     record(run, config, "train", training=training, steps=steps, pairs=len(pairs), results=results)
     for name, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
         before, after = metrics.first(f"eval_{name}"), metrics.last(f"eval_{name}")
         if before is not None and after is not None:
             console.say(f"held-out  {label} {before:.4f} -> {after:.4f}")
-    console.say(f"model     {run.model}")
+    if policy.adapted is not None:
+        console.say(f"adapter   {run.adapter}")
+    if run.model.is_dir():
+        console.say(f"model     {run.model}")
 
 
 def _ensure_pairs(config: Config, run: Run) -> None:
     """Make pairs.parquet fit the configuration, from the store alone."""
+    if reference_free(config.train):
+        current = is_current(run.pairs, config) or is_current(run.pairs, without_reference(config), scored=False)
+        if not current:
+            write_unscored(config, run)
+        return
     if is_current(run.pairs, config):
         return
     plan = make_plan(config)
@@ -147,7 +165,11 @@ def _must_share_vocabulary(base: Path, config: Config, about: dict[str, Any]) ->
 
 def _training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
     inputs = {name: about[name] for name in ("reference_id", "inputs_digest", "source_digests")}
-    return digest(config.train.model_dump(mode="json", exclude=_UNTRAINED), {**inputs, "policy": weights_digest(base)})
+    trained = {
+        "policy": weights_digest(base),
+        **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),
+    }
+    return digest(config.train.model_dump(mode="json", exclude=_UNTRAINED), {**inputs, **trained})
 
 
 def _decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpoint | str | None:
@@ -155,11 +177,14 @@ def _decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkp
     if restart:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         shutil.rmtree(run.model, ignore_errors=True)
+        shutil.rmtree(run.adapter, ignore_errors=True)
         shutil.rmtree(run.tensorboard, ignore_errors=True)
         run.metrics.unlink(missing_ok=True)
         return None
     finished = read_json(run.provenance).get("stages", {}).get("train", {}).get("training")
-    if finished == training and (run.model / "config.json").is_file():
+    results = [run.model / "config.json", run.adapter / "adapter_config.json"]
+    wanted = results[1:] if config.policy.lora and not config.policy.lora.merge else results[:1]
+    if finished == training and all(path.is_file() for path in wanted):
         return "done"
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint is None and finished is None:
@@ -184,24 +209,33 @@ def _trained_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, forward: Any, model: Any, pairs: Pairs) -> None:
-    durable.write_json(run.directory / "training.json", {"config": _trained_fields(config)})
-    if weights_digest(base) != about["weights_digest"]:
-        durable.write_json(
-            run.gate, {"applies": False, "reason": "the policy does not start from the reference's weights"}
-        )
-        console.say("gate      does not apply: the policy does not start from the reference's weights")
+def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: Policy, pairs: Pairs) -> None:
+    reason = None
+    if reference_free(config.train):
+        reason = "nothing is compared with the reference"
+    elif weights_digest(base) != about["weights_digest"]:
+        reason = "the policy does not start from the reference's weights"
+    if reason:
+        durable.write_json(run.gate, {"applies": False, "reason": reason})
+        console.say(f"gate      does not apply: {reason}")
         return
-    model.eval()
+    assert isinstance(policy.forward, Forward)
+    policy.model.eval()
     precise = config.train.precision == "float32" and about.get("dtype") == "float32"
     rows = list(range(min(GATE_PAIRS, len(pairs))))
-    figures = measure_gate(forward, pairs, rows, "float32" if precise else "bfloat16", config.train.beta)
-    durable.write_json(run.gate, figures)
+    numerics = "float32" if precise else "bfloat16"
+    figures = measure_gate(policy.forward, pairs, rows, numerics, config.train.beta)
     text = (
         f"policy against stored reference on {figures['tokens']} tokens: mean difference "
         f"{figures['mean_signed_difference']:+.5f}, mean absolute {figures['mean_absolute_difference']:.5f} nats a token; "
         f"margin noise {figures['margin_noise_nats']:.3f} nats = {figures['margin_noise_reward']:.4f} reward"
     )
+    if config.policy.load_in_4bit:
+        reason = "the policy's base has 4 bits, the reference has not"
+        durable.write_json(run.gate, {**figures, "applies": False, "reason": reason})
+        console.say(f"gate      does not apply ({reason}): {text}")
+        return
+    durable.write_json(run.gate, figures)
     if not figures["passed"]:
         raise CheckError(
             f"the gate is closed: {text}; allowed are {figures['tolerance_mean_signed']} and "
@@ -212,12 +246,12 @@ def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, forward: 
     console.say(f"gate      passed: {text}")
 
 
-def _evaluate(metrics: Metrics, step: int, forward: Any, model: Any, held_out: Pairs, config: Config) -> None:
+def _evaluate(metrics: Metrics, step: int, policy: Policy, held_out: Pairs, config: Config) -> None:
     if not len(held_out):
         return
-    model.eval()
-    values = evaluate(forward, held_out, config.train)
-    model.train()
+    policy.model.eval()
+    values = evaluate(policy.forward, held_out, config.train)
+    policy.model.train()
     metrics.add(step, values, prefix="eval_")
     console.say(
         f"step {step}: held-out loss {values['loss']:.4f}, margin {values['rewards/margins']:.3f}, "
@@ -225,13 +259,20 @@ def _evaluate(metrics: Metrics, step: int, forward: Any, model: Any, held_out: P
     )
 
 
-def _update(model: Any, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def _say_health(metrics: Metrics, config: Config, steps: int, said: list[str]) -> None:
+    """Say what looks sick, each thing once."""
+    for sentence in health.words(metrics.rows(), config.train, steps):
+        kind = sentence.split("(")[0][:24]
+        if kind not in said:
+            said.append(kind)
+            console.say(f"health    {sentence}")
+
+
+def _keep_not_finite(run: Run, step: int, stop: NotFinite, metrics: Metrics) -> None:
+    metrics.close()
+    path = run.directory / "not_finite.json"
+    durable.write_json(path, {"step": step, "problem": str(stop), "pair_ids": stop.pair_ids})
+    console.say(f"step {step}: the pairs are kept in {path}; metrics up to here in {run.metrics}")
 
 
 def _line(values: dict[str, float]) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 from pipeline import durable
 from pipeline.config import Config
 from pipeline.errors import CheckError, ConfigError
+from pipeline.gate import TOLERANCES
 from pipeline.models import locate_reference
 from pipeline.runs import Run, read_saved_config
 from pipeline.scoring import Request, numerics_of, start_scorer
-from pipeline.training import TOLERANCES, Pairs, load_pairs
+from pipeline.training import Pairs, load_pairs
 from stages import console
 
 

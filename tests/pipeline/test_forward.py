@@ -4,17 +4,24 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    FalconMambaConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from pipeline.errors import ConfigError
-from pipeline.forward import Tree, forward_of
+from pipeline.forward import Tree, forward_of, merge, pack_trees
+from pipeline.tree_attention import Pack, attend, carrier
 
 SIZES = {
     "vocab_size": 97,
@@ -32,7 +39,14 @@ MODELS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
+    "qwen2, sliding window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1),
     "gemma": GemmaConfig(**SIZES),
+    # caps so low and windows so short that both bite
+    "gemma2": Gemma2Config(**SIZES, attn_logit_softcapping=0.5, final_logit_softcapping=2.0, sliding_window=3),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": MistralConfig(**SIZES, sliding_window=4),
+    "phi3": Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, sliding_window=4, pad_token_id=0),
+    "cohere": CohereConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logit_scale=0.3),
     "granite": GraniteConfig(**SIZES, logits_scaling=3.0),
     "phi": PhiConfig(**PLAIN),
     "gpt_neox": GPTNeoXConfig(**PLAIN),
@@ -46,11 +60,13 @@ TREES = [
 
 def build(config):
     torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    # eager is the architecture's definition; SDPA leaves Gemma 2's soft-cap out
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def oracle(model, trunk, branch):
-    """A plain forward and cross-entropy on one sequence."""
+    """A plain forward and cross-entropy on one sequence, with the attention that the architecture defines."""
+    model.set_attn_implementation("eager")
     ids = torch.tensor([[*trunk, *branch]])
     logits = model(input_ids=ids).logits[0, len(trunk) - 1 : -1]
     return -torch.nn.functional.cross_entropy(logits, ids[0, len(trunk) :], reduction="none")
@@ -111,7 +127,7 @@ def test_bfloat16_products_give_the_same_gradients_but_for_their_digits(name):
     for coarse in (torch.float32, torch.bfloat16):
         leaf = hidden.clone().requires_grad_()
         layer.weight_VH.grad = None
-        logps = layer.logps(leaf, targets, coarse)
+        logps, _ = layer.logps(leaf, targets, coarse)
         (logps * torch.linspace(-1, 1, 50)).sum().backward()
         found.append((logps.detach(), leaf.grad, layer.weight_VH.grad.clone()))
     # the values themselves are float32 in both
@@ -132,7 +148,7 @@ def test_a_soft_cap_is_derived_by_hand():
     logits = 5.0 * torch.tanh(0.7 * (hidden @ weight.T + bias) / 5.0)
     plain = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     grads = []
-    for logps in (layer.logps(hidden, targets, torch.float32), plain):
+    for logps in (layer.logps(hidden, targets, torch.float32)[0], plain):
         grads.append(torch.autograd.grad((logps**2).sum(), (hidden, weight, bias)))
         torch.testing.assert_close(logps, plain)
     for mine, theirs in zip(*grads, strict=True):
@@ -158,7 +174,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_alive(monkeypatch):
     weight = torch.nn.Parameter(torch.randn(150_000, 8))
     hidden = torch.randn(400, 8, requires_grad=True)
     with Watch():
-        OutputLayer(weight, None, 1.0, None).logps(hidden, torch.arange(400), torch.float32).sum().backward()
+        OutputLayer(weight, None, 1.0, None).logps(hidden, torch.arange(400), torch.float32)[0].sum().backward()
     assert largest <= 8 * 2**20
 
 
@@ -170,10 +186,76 @@ def test_an_output_layer_that_does_more_is_refused():
         forward_of(model, "tree")
 
 
-def test_sliding_windows_go_to_separate_sequences_and_the_log_says_so(caplog):
-    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    model = build(config)
+def test_layers_that_cannot_be_masked_go_to_padded_sequences_and_the_log_says_so(caplog):
+    model = build(
+        FalconMambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.2)
+    )
     ours = flat(forward_of(model, "tree")(TREES))
-    assert "separate sequences" in caplog.text
+    assert "separate padded sequences" in caplog.text
+    assert "falcon_mamba" in caplog.text
     plain = torch.cat([oracle(model, tree.trunk, branch) for tree in TREES for branch in tree.branches])
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_listed_architecture_is_packed(name, caplog):
+    forward_of(build(MODELS[name]), "tree")
+    assert not caplog.text
+
+
+def test_trees_of_one_prompt_share_its_trunk_and_equal_branches_are_read_once(monkeypatch):
+    apart = [Tree([5, 6, 7], ([1, 2], [3])), Tree([8], ([1], [2])), Tree([5, 6, 7], ([3], [4, 5, 6], [1, 2]))]
+    merged, places = merge(apart)
+    assert merged == [Tree((5, 6, 7), ((1, 2), (3,), (4, 5, 6))), Tree((8,), ((1,), (2,)))]
+    assert places == [[0, 1], [3, 4], [1, 2, 0]]
+    model = build(MODELS["llama"])
+    forward = forward_of(model, "tree")
+    read = []
+    embed = model.base_model.embed_tokens.forward
+    monkeypatch.setattr(model.base_model.embed_tokens, "forward", lambda ids: read.append(ids.numel()) or embed(ids))
+    together = forward(apart)
+    assert read == [3 + 1 + 0 + 2 + 1]
+    for tree, found in zip(apart, together, strict=True):
+        for branch, logps in zip(tree.branches, found, strict=True):
+            torch.testing.assert_close(logps, oracle(model, tree.trunk, branch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_block_mask_of_a_gpu_hides_what_the_dense_masks_hide(window):
+    """FlexAttention's mask function over a whole padded pack, position by position, against the masks of single trees."""
+    trees = [TREES[0], Tree([3, 4, 5], ([1, 2, 3, 4, 5],)), TREES[2]]
+    _, pack, _ = pack_trees(trees, torch.device("cpu"))
+    padded = Pack(
+        *(torch.nn.functional.pad(side, (0, 5), value=value) for side, value in
+          ((pack.tree_T, 3), (pack.branch_T, -1), (pack.positions_T, 0))),
+        pack.trees, pack.branching,
+    )  # fmt: skip
+    every = torch.arange(len(padded.tree_T))
+    seen = padded.may_see(window)(0, 0, every[:, None], every[None, :])
+    expected = torch.zeros_like(seen)
+    for number, where in enumerate(pack.trees):
+        mask = pack.dense_mask(number, window)
+        size = where.stop - where.start
+        expected[where, where] = torch.ones(size, size, dtype=torch.bool).tril() if mask is None else mask
+    expected[-5:, -5:] = seen[-5:, -5:]
+    assert torch.equal(seen, expected)
+    # a row that sees nothing would be NaN in a softmax
+    assert seen.any(1).all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_what_the_dense_masks_give():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    _, pack, _ = pack_trees(TREES, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, len(pack.tree_T), 16, generator=generator) for _ in range(3))
+    ours = attend(torch.nn.Identity(), query, key, value, carrier(pack), sliding_window=4)[0].transpose(1, 2)
+    theirs = flex_attention(query, key, value, block_mask=pack.block_mask(4))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_terms_that_an_attention_adds_are_never_left_out():
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match="adds terms"):
+        attend(torch.nn.Identity(), query, query, query, None, s_aux=torch.zeros(2))

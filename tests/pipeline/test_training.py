@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from pipeline.config import TrainConfig
-from pipeline.errors import CheckError, DataError
+from pipeline.errors import DataError
 from pipeline.forward import forward_of
 from pipeline.models import load_causal_lm
 from pipeline.schema import PAIRS, write_table
-from pipeline.training import evaluate, load_pairs, make_optimizer, measure_gate, train_step
+from pipeline.gate import measure_gate
+from pipeline.optimizers import make_optimizer
+from pipeline.training import NotFinite, evaluate, load_pairs, micro_batches, pair_rewards, train_step
 
 
 def rows_of(number):
@@ -130,14 +132,12 @@ def test_the_gate_passes_on_equal_models_and_closes_on_others(pairs, reference):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pairs(pairs, reference):
-    layer = forward_of(reference, "tree")
-    with pytest.raises(CheckError, match=r"the pairs are p\d"):
-        train_step(
-            lambda trees: [[side * float("nan") for side in tree] for tree in layer(trees)],
-            pairs,
-            [0, 1],
-            TrainConfig(),
-        )
+    broken = copy.deepcopy(reference)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    with pytest.raises(NotFinite, match="training stops") as stop:
+        train_step(forward_of(broken, "tree"), pairs, [4, 1], TrainConfig())
+    assert stop.value.pair_ids == ["p4", "p1"]
 
 
 @pytest.mark.parametrize("damage", ["short", "nan", "sum"])

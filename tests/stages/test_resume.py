@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 
-SETTLED = pl.exclude("tokens_per_second", "peak_memory_gib")
+SETTLED = pl.exclude("step_seconds", "tokens_per_second", "peak_memory_gib")
 
 
 @pytest.fixture

@@ -1,0 +1,109 @@
+"""The model that is trained: all its weights, adapters on a frozen base (LoRA, QLoRA), or a reward model's layers and head.
+
+Owns loading and what of it learns; how it is saved is `pipeline.export`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, first_line
+from pipeline.forward import Forward, forward_of
+from pipeline.hardware import device_kind
+from pipeline.models import load_causal_lm
+from pipeline.reward import Rewards, load_reward_model, rewards_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`model` is what runs; `adapted` is PEFT's view of it where adapters are trained; `forward` is its forward pass."""
+
+    model: PreTrainedModel
+    adapted: Any
+    forward: Forward | Rewards
+
+
+def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Policy:
+    """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses.
+
+    Raises ConfigError where the architecture, or this machine, cannot do what is asked.
+    """
+    policy, train = config.policy, config.train
+    precision = torch.float32 if train.precision == "float32" else torch.bfloat16
+    options: dict[str, Any] = {}
+    if policy.load_in_4bit:
+        options["quantization_config"] = _four_bits(precision)
+    if train.objective == "reward":
+        model = load_reward_model(base, policy, tokenizer, ends, **options)
+    else:
+        # frozen weights need no more digits than they were saved with
+        saved = policy.lora and precision == torch.bfloat16
+        model = load_causal_lm(base, policy, "auto" if saved else torch.float32, **options)
+    model = model.to(device_kind())
+    without_dropout(model)
+    adapted = _adapted(model, config) if policy.lora else None
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapted is not None:
+            model.enable_input_require_grads()
+    of = rewards_of if train.objective == "reward" else forward_of
+    return Policy(model, adapted, of(model, train.layout, precision))
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Turn dropout off for good: the stored reference was scored without it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _four_bits(precision: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401  # only whether it is there
+    except ImportError:
+        raise ConfigError(
+            "policy.load_in_4bit needs the package bitsandbytes: .venv/bin/uv pip install bitsandbytes"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
+
+
+def _adapted(model: PreTrainedModel, config: Config) -> Any:
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    lora = config.policy.lora
+    assert lora is not None
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="SEQ_CLS" if config.train.objective == "reward" else "CAUSAL_LM",
+    )
+    try:
+        adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"policy.lora.target_modules {lora.target_modules!r} does not fit {type(model).__name__} ({first_line(error)})"
+        ) from None
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError("policy.lora.target_modules: the output layer cannot have an adapter; leave it out")
+    return adapted

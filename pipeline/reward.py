@@ -1,0 +1,105 @@
+"""The reward model: a policy's layers with one score for a whole response, read off its last token.
+
+Saved as AutoModelForSequenceClassification with one label, which transformers and vLLM load. transformers reads the score
+at the last token that is not `pad_token_id`, so that token must be none that ends a response.
+
+Shapes: N branches, H hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config import PolicyConfig
+from pipeline.errors import ConfigError, first_line
+from pipeline.forward import Hidden, Tree, hidden_states_of, merge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """A function from trees to scores: for each tree and branch a float32 scalar."""
+
+    hidden_of: Hidden
+    head: torch.nn.Module
+
+    def __call__(self, trees: Sequence[Tree]) -> list[list[torch.Tensor]]:
+        """Scores of every branch of every tree."""
+        merged, places = merge(trees)
+        # the forward pass leaves out what predicts nothing, a branch's last token: behind one more it is read
+        longer = [Tree(tree.trunk, tuple((*branch, 0) for branch in tree.branches)) for tree in merged]
+        hidden_NH = self.hidden_of(longer)
+        ends = list(itertools.accumulate(len(branch) for tree in longer for branch in tree.branches))
+        last = hidden_NH[torch.tensor(ends, device=hidden_NH.device) - 1]
+        with torch.autocast(last.device.type, enabled=False):
+            scores = self.head(last.float())[:, 0]
+        return [[scores[place] for place in tree] for tree in places]
+
+
+def rewards_of(model: PreTrainedModel, layout: str, precision: torch.dtype) -> Rewards:
+    """The scoring function of a one-label sequence classifier."""
+    return Rewards(hidden_states_of(model, layout, precision), model.score)
+
+
+def load_reward_model(
+    directory: Path, spec: PolicyConfig, tokenizer: PreTrainedTokenizerBase, ends: set[int], **options: Any
+) -> PreTrainedModel:
+    """The model at `directory` as a one-label sequence classifier; a new head is drawn as by Stiennon et al. 2020 (2009.01325).
+
+    `ends` are the tokens that end responses. Raises ConfigError where the architecture has no such classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            num_labels=1,
+            pad_token_id=pad_token_id(tokenizer, ends),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model {spec.model!r}: {directory} cannot be loaded as a sequence classifier ({first_line(error)})"
+        ) from None
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.out_features != 1:
+        raise ConfigError(f"{type(model).__name__} has no linear score of the last token: no reward model can be made")
+    if not _has_head(directory):
+        torch.nn.init.normal_(model.score.weight, std=1 / (model.score.in_features + 1) ** 0.5)
+    return model
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int:
+    """A token that ends no response, to fill batches with. ConfigError where there is none among the special tokens."""
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids):
+        if token is not None and token not in ends:
+            return int(token)
+    raise ConfigError(
+        "every special token of the tokenizer ends responses, so none is left to fill batches with: "
+        "a reward model could not tell where a response ends"
+    )
+
+
+def align_padding(directory: Path, tokenizer: PreTrainedTokenizerBase, pad: int) -> None:
+    """Make the tokenizer saved in `directory` fill batches with `pad`, as the model's configuration says."""
+    path = directory / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pad_token"] = tokenizer.convert_ids_to_tokens(pad)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _has_head(directory: Path) -> bool:
+    architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
