@@ -161,7 +161,7 @@ class TrainConfig(_Section):
         None,
         ge=1,
         description="tokens in one forward pass, at most (a longer pair runs alone): bounds the memory of activations; "
-        "default 2048 on CPU, 8192 on a GPU",
+        "default 1024 on CPU, 8192 on a GPU",
     )
     gradient_accumulation_steps: int = Field(2, ge=1, description="forward passes in one optimizer step")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")

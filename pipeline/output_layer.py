@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_BYTES = 64 * 2**20
+LOGITS_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,9 @@ def run_refscore(config: Path, turn: int) -> dict[str, float]:
 
 def command(config: Path, stage: str, run: str) -> float:
     """Run a stage in a fresh process; its peak resident memory in GiB. Its output is shown only if it fails."""
-    return measured(
-        [sys.executable, "-m", "stages.cli", stage, "--config", str(config), "--run", run], config.parent
-    )[1]
+    return measured([sys.executable, "-m", "stages.cli", stage, "--config", str(config), "--run", run], config.parent)[
+        1
+    ]
 
 
 def measured(arguments: list[str], where: Path) -> tuple[str, float]:

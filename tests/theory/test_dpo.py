@@ -148,4 +148,6 @@ def test_the_expected_loss_of_the_optimum_is_the_entropy_of_the_preferences(prob
     w, l = torch.tensor(list(itertools.permutations(range(len(RESPONSES)), 2))).T
     wins = torch.sigmoid(rewards[w] - rewards[l])
     bayes = -(wins * logsigmoid(rewards[w] - rewards[l])).sum() / wins.sum()
-    assert float(expected_loss(optimum(reference, rewards), reference, rewards)) == pytest.approx(float(bayes), abs=1e-6)
+    assert float(expected_loss(optimum(reference, rewards), reference, rewards)) == pytest.approx(
+        float(bayes), abs=1e-6
+    )

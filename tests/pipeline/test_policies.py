@@ -1,0 +1,193 @@
+"""Adapters, four bits, optimizers and reward models: what learns, what is saved, and that others load it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.config import load_overrides
+from pipeline.errors import ConfigError
+from pipeline.export import save_policy, trained_directory
+from pipeline.models import load_tokenizer
+from pipeline.optimizers import make_optimizer, update
+from pipeline.policies import load_policy
+from pipeline.runs import open_run
+from pipeline.training import Pairs, evaluate, train_step
+from tests.pipeline.test_training import rows_of
+
+
+def config_of(model, *settings):
+    base = ["train.precision=float32", "train.learning_rate=0.01", "train.beta=0.5"]
+    return load_overrides({"data": {"path": "x"}, "policy": {"model": str(model)}}, [*base, *settings])
+
+
+def policy_of(model, config, ends=frozenset({0})):
+    torch.manual_seed(0)
+    return load_policy(model, config, load_tokenizer(model, config.policy), set(ends))
+
+
+@pytest.fixture
+def pairs():
+    from pipeline.forward import Tree
+
+    rows = rows_of(8)
+    trees = [Tree(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
+    ref = [[-3.0 * torch.ones(len(row[side])).numpy() for row in rows] for side in ("chosen_ids", "rejected_ids")]
+    return Pairs([f"p{number}" for number in range(8)], trees, *ref)
+
+
+def steps(policy, optimizer, pairs, config, numbers):
+    losses = []
+    for _ in numbers:
+        losses.append(train_step(policy.forward, pairs, range(8), config.train)["loss"])
+        update(policy.model, optimizer, config.train.learning_rate, config.train.max_grad_norm)
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
+def test_every_optimizer_learns_and_resumes_without_changing_a_bit(tmp_path, tiny_model, pairs, optimizer):
+    config = config_of(tiny_model, f"train.optimizer={optimizer}")
+    policy = policy_of(tiny_model, config)
+    first = make_optimizer(policy.model, config.train)
+    losses = steps(policy, first, pairs, config, range(2))
+    save_checkpoint(tmp_path, 2, "t", policy.model, first, 1)
+    losses += steps(policy, first, pairs, config, range(2, 5))
+    assert losses[-1] < losses[0] - 0.05
+    again = policy_of(tiny_model, config)
+    second = make_optimizer(again.model, config.train)
+    load_checkpoint(newest_checkpoint(tmp_path), again.model, second)
+    assert steps(again, second, pairs, config, range(2, 5)) == losses[2:]
+    for mine, theirs in zip(again.model.parameters(), policy.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_optimizers_with_less_state_keep_less(tiny_model, pairs):
+    sizes = {}
+    for name in ("adamw", "adamw_8bit", "adafactor"):
+        config = config_of(tiny_model, f"train.optimizer={name}")
+        policy = policy_of(tiny_model, config)
+        optimizer = make_optimizer(policy.model, config.train)
+        steps(policy, optimizer, pairs, config, range(1))
+        # the big matrices: 8-bit moments are for those of 4096 weights and more
+        sizes[name] = sum(
+            value.numel() * value.element_size()
+            for parameter, state in optimizer.state.items()
+            if parameter.numel() >= 4096
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor) and not key.startswith("qmap")
+        )
+    assert sizes["adamw_8bit"] < 0.3 * sizes["adamw"]
+    assert sizes["adafactor"] < 0.1 * sizes["adamw"]
+
+
+def test_adapters_learn_alone_and_merge_to_the_same_log_probabilities(tmp_path, tiny_model, pairs, monkeypatch):
+    config = config_of(tiny_model, "policy.lora={r: 4, alpha: 8}")
+    policy = policy_of(tiny_model, config)
+    learning = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
+    assert learning
+    assert all("lora_" in name for name in learning)
+    optimizer = make_optimizer(policy.model, config.train)
+    losses = steps(policy, optimizer, pairs, config, range(4))
+    assert losses[-1] < losses[0] - 0.02
+    save_checkpoint(tmp_path / "checkpoints", 4, "t", policy.model, optimizer, 1)
+    assert set(load_file(tmp_path / "checkpoints/step_000004/model.safetensors")) == set(learning)
+    run = open_run("lora")
+    save_policy(policy, tiny_model, config, run, "card", load_tokenizer(tiny_model, config.policy))
+    settings = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8)
+    merged = policy_of(run.model, config_of(run.model))
+    policy.model.eval()
+    expected, found = (evaluate(each.forward, pairs, config.train) for each in (policy, merged))
+    assert found == pytest.approx(expected, abs=1e-4)
+    apart = config_of(tiny_model, "policy.lora={r: 4, alpha: 8, merge: false}")
+    save_policy(policy, tiny_model, apart, run, "card", load_tokenizer(tiny_model, config.policy))
+    assert not run.model.exists()
+    assert trained_directory(run, tiny_model, apart).name.startswith("merged-")
+
+
+def test_target_modules_decide_where_adapters_are(tiny_model):
+    policy = policy_of(tiny_model, config_of(tiny_model, "policy.lora={target_modules: [q_proj]}"))
+    assert all("q_proj" in name for name, p in policy.model.named_parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match="does not fit"):
+        policy_of(tiny_model, config_of(tiny_model, "policy.lora={target_modules: [nothing]}"))
+    with pytest.raises(ConfigError, match="output layer"):
+        policy_of(tiny_model, config_of(tiny_model, "policy.lora={target_modules: [q_proj, lm_head]}"))
+
+
+def test_dropout_falls_on_adapters_while_training_only(tiny_model, pairs):
+    config = config_of(tiny_model, "policy.lora={r: 4, dropout: 0.5}")
+    policy = policy_of(tiny_model, config)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    policy.model.train()
+    assert (
+        evaluate(policy.forward, pairs, config.train)["loss"] != evaluate(policy.forward, pairs, config.train)["loss"]
+    )
+    policy.model.eval()
+    assert evaluate(policy.forward, pairs, config.train) == evaluate(policy.forward, pairs, config.train)
+
+
+def test_a_base_of_four_bits_learns_through_its_adapters(tiny_model, pairs):
+    config = config_of(tiny_model, "policy.lora={r: 8}", "policy.load_in_4bit=true")
+    policy = policy_of(tiny_model, config)
+    kinds = {type(module).__name__ for module in policy.model.modules()}
+    assert "Params4bit" in {type(p).__name__ for p in policy.model.parameters()}, kinds
+    losses = steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(4))
+    assert losses[-1] < losses[0] - 0.02
+
+
+@pytest.mark.parametrize(("setting", "module"), [("policy.load_in_4bit=true", "bitsandbytes"), ("train.optimizer=adamw_8bit", "bitsandbytes.optim")])  # fmt: skip
+def test_without_bitsandbytes_the_message_says_what_to_install(tiny_model, monkeypatch, setting, module):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    config = config_of(tiny_model, "policy.lora={r: 4}", setting)
+    with pytest.raises(ConfigError, match="uv pip install bitsandbytes"):
+        make_optimizer(policy_of(tiny_model, config).model, config.train)
+
+
+@pytest.mark.parametrize("lora", [(), ("policy.lora={r: 4}",)])
+def test_gradient_checkpointing_changes_memory_not_numbers(tiny_model, pairs, lora):
+    found = []
+    for setting in ("false", "true"):
+        config = config_of(tiny_model, f"train.gradient_checkpointing={setting}", *lora)
+        policy = policy_of(tiny_model, config)
+        policy.model.train()
+        assert policy.model.is_gradient_checkpointing == (setting == "true")
+        found.append(steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(3)))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["tree", "separate"])
+@pytest.mark.parametrize("lora", [(), ("policy.lora={r: 4, alpha: 64}",)])
+def test_a_reward_model_learns_and_transformers_reads_the_same_scores(tiny_model, pairs, lora, layout):
+    config = config_of(tiny_model, "train.objective=reward", f"train.layout={layout}", *lora)
+    ends = {tree.branches[side][-1] for tree in pairs.trees for side in (0, 1)}
+    policy = policy_of(tiny_model, config, ends - {0, 1, 2, 3} | {0})
+    optimizer = make_optimizer(policy.model, config.train)
+    losses = steps(policy, optimizer, pairs, config, range(12))
+    assert losses[-1] < 0.7 * losses[0]
+    figures = evaluate(policy.forward, pairs, config.train)
+    assert "logps/chosen" not in figures
+    run = open_run("reward")
+    save_policy(policy, tiny_model, config, run, "card", load_tokenizer(tiny_model, config.policy))
+    model = AutoModelForSequenceClassification.from_pretrained(run.model, dtype=torch.float32).eval()
+    policy.model.eval()
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id not in ends - {1, 2, 3}
+    assert AutoTokenizer.from_pretrained(run.model).pad_token_id == model.config.pad_token_id
+    with torch.no_grad():
+        scores = policy.forward(pairs.trees)
+        for tree, found in zip(pairs.trees, scores, strict=True):
+            for branch, score in zip(tree.branches, found, strict=True):
+                theirs = model(input_ids=torch.tensor([[*tree.trunk, *branch]])).logits
+                assert float(theirs) == pytest.approx(float(score), abs=1e-4)
+
+
+def test_a_vocabulary_without_a_token_to_fill_with_is_refused(tiny_model):
+    config = config_of(tiny_model, "train.objective=reward")
+    with pytest.raises(ConfigError, match="none is left"):
+        policy_of(tiny_model, config, set(range(10)))

@@ -1,0 +1,120 @@
+"""No silent no-op: changing any field of `train` and `policy` changes a metric, an artifact or what is computed."""
+
+import hashlib
+
+import polars as pl
+import pytest
+
+import pipeline.forward
+from pipeline.config import LoraConfig, PolicyConfig, TrainConfig
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+
+# field: the change, and what must be set beside it (in both runs) for the field to have a meaning
+CHANGES = {
+    "train.objective": ("reward", {}),
+    "train.beta": (0.5, {}),
+    "train.loss_type": ("ipo", {}),
+    "train.loss_weights": ([0.5, 2.0], {"train.loss_type": ["sigmoid", "sft"]}),
+    "train.label_smoothing": (0.2, {}),
+    "train.f_divergence_type": ("forward_kl", {}),
+    "train.f_alpha_divergence_coef": (0.2, {"train.f_divergence_type": "alpha_divergence"}),
+    "train.ld_alpha": (0.1, {}),
+    "train.use_weighting": (True, {}),
+    "train.discopop_tau": (1.0, {"train.loss_type": "discopop"}),
+    "train.simpo_gamma": (2.0, {"train.loss_type": "simpo"}),
+    "train.cpo_alpha": (0.1, {"train.loss_type": "cpo"}),
+    "train.layout": ("separate", {}),
+    "train.precision": ("bfloat16", {}),
+    "train.optimizer": ("adafactor", {}),
+    "train.learning_rate": (1e-4, {}),
+    "train.lr_scheduler_type": ("constant", {}),
+    "train.warmup_ratio": (0.5, {}),
+    "train.weight_decay": (0.5, {}),
+    "train.max_grad_norm": (0.01, {}),
+    "train.per_device_train_batch_size": (3, {}),
+    "train.per_device_eval_batch_size": (1, {}),
+    "train.tokens_per_batch": (30, {}),
+    "train.gradient_accumulation_steps": (1, {}),
+    "train.num_train_epochs": (1.5, {"train.max_steps": -1}),
+    "train.max_steps": (2, {}),
+    "train.gradient_checkpointing": (True, {}),
+    "train.seed": (7, {}),
+    "train.logging_steps": (2, {}),
+    "train.eval_steps": (2, {}),
+    "train.save_steps": (1, {"train.save_total_limit": 3}),
+    "train.save_total_limit": (2, {"train.save_steps": 1}),
+    "policy.model": (None, {}),  # filled in below
+    "policy.lora": ({"r": 2}, {}),
+    "policy.load_in_4bit": (True, {"policy.lora": {"r": 2}}),
+    "policy.lora.r": (4, {"policy.lora": {"r": 2}}),
+    "policy.lora.alpha": (8.0, {"policy.lora": {"r": 2}}),
+    "policy.lora.dropout": (0.5, {"policy.lora": {"r": 2}}),
+    "policy.lora.target_modules": (["q_proj"], {"policy.lora": {"r": 2}}),
+    "policy.lora.merge": (False, {"policy.lora": {"r": 2}}),
+}
+# read when a model comes from the Hub, which tests do not: tests/pipeline/test_config.py has their checks
+ELSEWHERE = {"policy.revision", "policy.trust_remote_code"}
+
+
+def test_every_field_is_walked():
+    fields = {f"train.{name}" for name in TrainConfig.model_fields} | {
+        f"policy.{name}" for name in PolicyConfig.model_fields
+    }
+    fields |= {f"policy.lora.{name}" for name in LoraConfig.model_fields}
+    assert fields == CHANGES.keys() | ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, tiny_model):
+    """A directory with scored pairs, and a memory of what runs without a change gave."""
+    where = tmp_path_factory.mktemp("options")
+    data = write_rows(where / "preferences.jsonl", preference_rows(14))
+    train = {"max_steps": 3, "save_steps": 0, "eval_steps": 0}
+    config = experiment(where, tiny_model, data, data={"eval_fraction": 0.5}, train=train)
+    refscore_here(where, "precompute", "--config", config, "--run", "scored")
+    return where, config, make_tiny_model(where / "other", seed=1), {}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_changing_it_changes_something(ground, field, monkeypatch):
+    where, config, other, known = ground
+    value, beside = CHANGES[field]
+    value = str(other) if field == "policy.model" else value
+    name = repr(beside)
+    if name not in known:
+        known[name] = outcome(where, config, f"base{len(known)}", beside, monkeypatch)
+    assert outcome(where, config, field.replace(".", "-"), {**beside, field: value}, monkeypatch) != known[name]
+
+
+def outcome(where, config, run, settings, monkeypatch):
+    """Metrics without times, artifacts, weights, and how many tokens each forward pass read."""
+    passes = []
+    packed = pipeline.forward._packed
+    layers = []
+    with monkeypatch.context() as patch:
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        mlp = LlamaMLP.forward
+        patch.setattr(LlamaMLP, "forward", lambda *each: layers.append(1) or mlp(*each))
+        patch.setattr(
+            pipeline.forward,
+            "_packed",
+            lambda model, trees: passes.append(sum(map(len, trees))) or packed(model, trees),
+        )
+        arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        refscore_here(where, "train", "--config", config, "--run", run, *arguments)
+    directory = where / "data/runs" / run
+    metrics = pl.read_parquet(directory / "metrics.parquet").select(
+        pl.exclude("step_seconds", "tokens_per_second", "peak_memory_gib")
+    )
+    files = sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file() and "tensorboard" not in str(path)
+    )
+    weights = [
+        hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in ("model/model.safetensors", "adapter/adapter_model.safetensors")
+        if (directory / name).is_file()
+    ]
+    return metrics.write_csv(), files, weights, passes, len(layers)
