@@ -48,7 +48,7 @@ def test_all_problems_are_said_at_once():
 
 
 def test_four_bits_need_adapters():
-    with pytest.raises(ConfigError, match="needs policy.lora"):
+    with pytest.raises(ConfigError, match=r"needs policy\.lora"):
         load_overrides({"data": {"path": "x"}, "policy": {"load_in_4bit": True}}, ())
 
 

@@ -184,7 +184,7 @@ def test_reference_free_losses_are_trls_and_read_no_reference(responses, name):
 
 def one_pair(chosen, rejected, ref_chosen, ref_rejected, tokens=(1.0, 1.0)):
     column = [
-        torch.tensor([[w], [l]], dtype=torch.float64) for w, l in ((chosen, rejected), (ref_chosen, ref_rejected))
+        torch.tensor([[w], [lost]], dtype=torch.float64) for w, lost in ((chosen, rejected), (ref_chosen, ref_rejected))
     ]
     lengths = torch.tensor(tokens, dtype=torch.float64)[:, None]
     return PairLogps(column[0], column[1], column[0], lengths, torch.ones(1, dtype=torch.float64), tokens[0])

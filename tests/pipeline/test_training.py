@@ -9,12 +9,12 @@ import torch
 
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
-from pipeline.forward import forward_of
-from pipeline.models import load_causal_lm
-from pipeline.schema import PAIRS, write_table
+from pipeline.forward import Tree, forward_of
 from pipeline.gate import measure_gate
+from pipeline.models import load_causal_lm
 from pipeline.optimizers import make_optimizer
-from pipeline.training import NotFinite, evaluate, load_pairs, micro_batches, pair_rewards, train_step
+from pipeline.schema import PAIRS, write_table
+from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, micro_batches, pair_rewards, train_step
 
 
 def rows_of(number):
@@ -51,8 +51,6 @@ def reference(tiny_model):
 
 
 def score(model, rows):
-    from pipeline.forward import Tree
-
     with torch.no_grad():
         found = forward_of(model, "separate")(
             [Tree(r["prompt_ids"], (r["chosen_ids"], r["rejected_ids"])) for r in rows]
@@ -160,3 +158,88 @@ def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, da
         )
     with pytest.raises(DataError, match=r"pair p\d"):
         load_pairs(path, "train")
+
+
+def test_a_forward_pass_keeps_to_its_pairs_and_tokens_and_prompts_stay_together(pairs):
+    trees = pairs.trees
+    for size, budget in ((3, 10**6), (16, 40), (2, 25), (16, 1)):
+        train = TrainConfig(tokens_per_batch=budget)
+        groups = list(micro_batches(pairs, range(16), train, size))
+        assert sorted(row for group in groups for row in group) == list(range(16))
+        for group in groups:
+            assert len(group) <= size
+            assert len(group) == 1 or sum(len(trees[row]) for row in group) <= budget
+    # two more pairs of the first prompt: their trunk is counted once in a tree, each time in separate sequences
+    doubled = Pairs(
+        [*pairs.pair_ids, "a", "b"],
+        [*trees, *(Tree(trees[0].trunk, ([1, 2, number], [3, number])) for number in (4, 5))],
+        [*pairs.ref_chosen_logps, *(np.zeros(3, np.float32),) * 2],
+        [*pairs.ref_rejected_logps, *(np.zeros(2, np.float32),) * 2],
+    )
+    trunk, tokens = len(trees[0].trunk), sum(len(doubled.trees[row]) for row in (0, 16, 17))
+    shared = TrainConfig(tokens_per_batch=tokens - 2 * trunk)
+    assert [sorted(group) for group in micro_batches(doubled, [16, 0, 17], shared, 8)] == [[0, 16, 17]]
+    apart = TrainConfig(tokens_per_batch=tokens - 2 * trunk, layout="separate")
+    assert len(list(micro_batches(doubled, [16, 0, 17], apart, 8))) > 1
+
+
+def test_the_token_budget_changes_no_loss(pairs, reference):
+    losses = []
+    for budget in (None, 30, 1):
+        model = copy.deepcopy(reference)
+        train = TrainConfig(tokens_per_batch=budget, beta=0.5)
+        optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
+        found = []
+        for step in range(3):
+            found.append(
+                train_step(forward_of(model, "tree"), pairs, [(step * 3 + at) % 16 for at in range(8)], train)["loss"]
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "sft", "orpo"])
+def test_losses_that_look_beyond_a_pair_see_the_whole_step(pairs, reference, name):
+    """However a step is split: AOT sorts all its pairs, cross-entropy is the mean over all its tokens."""
+    found = []
+    for size in (8, 3, 1):
+        model = copy.deepcopy(reference)
+        with torch.no_grad():  # so that there is something to sort
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
+        train = TrainConfig(loss_type=name, per_device_train_batch_size=size, beta=0.5)
+        loss = train_step(forward_of(model, "tree"), pairs, range(8), train)["loss"]
+        found.append((loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-5, rtol=1e-3)
+    assert found[0][1].abs().max() > 1e-3
+    everything = evaluate(
+        forward_of(reference, "tree"), pairs, TrainConfig(loss_type=name, per_device_eval_batch_size=16)
+    )
+    assert evaluate(forward_of(reference, "tree"), pairs, TrainConfig(loss_type=name, per_device_eval_batch_size=3))[
+        "loss"
+    ] == pytest.approx(everything["loss"], abs=1e-5)
+
+
+def test_moving_the_stored_reference_moves_the_loss(pairs, reference):
+    forward, train = forward_of(reference, "tree"), TrainConfig(beta=0.5)
+    before = train_step(forward, pairs, range(4), train)["loss"]
+    pairs.ref_chosen_logps[2] = pairs.ref_chosen_logps[2] - 0.5
+    assert abs(train_step(forward, pairs, range(4), train)["loss"] - before) > 1e-3
+
+
+def test_rewards_of_pairs_are_in_their_order(pairs, reference):
+    other = copy.deepcopy(reference)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.3)
+    train = TrainConfig(beta=0.5, per_device_eval_batch_size=3)
+    chosen, rejected = pair_rewards(forward_of(other, "tree"), pairs, train)
+    for row in (0, 7, 15):
+        one = evaluate(
+            forward_of(other, "separate"), Pairs(*(side[row : row + 1] for side in vars(pairs).values())), train
+        )
+        assert (chosen[row], rejected[row]) == pytest.approx((one["rewards/chosen"], one["rewards/rejected"]), abs=1e-4)

@@ -34,17 +34,17 @@ def optimum(reference, rewards):
 
 def expected_loss(policy, reference, rewards):
     """The DPO loss of every ordered pair, weighted with the Bradley-Terry probability that the first wins."""
-    w, l = torch.tensor(list(itertools.permutations(range(len(RESPONSES)), 2))).T
+    w, lost = torch.tensor(list(itertools.permutations(range(len(RESPONSES)), 2))).T
     one = torch.ones(len(w), dtype=torch.float64)
     pair = PairLogps(
-        torch.stack([policy[w], policy[l]]),
-        torch.stack([reference[w], reference[l]]),
-        torch.stack([policy[w], policy[l]]),
+        torch.stack([policy[w], policy[lost]]),
+        torch.stack([reference[w], reference[lost]]),
+        torch.stack([policy[w], policy[lost]]),
         torch.stack([one, one]),
         one,
         1.0,
     )
-    wins = torch.sigmoid(rewards[w] - rewards[l])
+    wins = torch.sigmoid(rewards[w] - rewards[lost])
     return (wins * preference_loss(pair, TrainConfig(beta=BETA)).losses).sum() / wins.sum()
 
 
@@ -111,14 +111,14 @@ def test_bradley_terry_recovers_known_rewards():
     """From win shares of every pair the loss's minimiser is the rewards, up to a constant."""
     generator = torch.Generator().manual_seed(2)
     known = torch.randn(7, generator=generator, dtype=torch.float64)
-    w, l = torch.tensor(list(itertools.permutations(range(7), 2))).T
-    wins = torch.sigmoid(known[w] - known[l])
+    w, lost = torch.tensor(list(itertools.permutations(range(7), 2))).T
+    wins = torch.sigmoid(known[w] - known[lost])
     found = torch.zeros(7, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([found], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = (wins * bradley_terry_loss(found[w], found[l]).losses).sum()
+        loss = (wins * bradley_terry_loss(found[w], found[lost]).losses).sum()
         loss.backward()
         return loss
 
@@ -145,9 +145,9 @@ def test_the_divergence_is_positive_and_zero_only_for_equals():
 def test_the_expected_loss_of_the_optimum_is_the_entropy_of_the_preferences(problem):
     """Nothing can be below it: the Bayes loss of Bradley-Terry preferences."""
     reference, rewards = problem
-    w, l = torch.tensor(list(itertools.permutations(range(len(RESPONSES)), 2))).T
-    wins = torch.sigmoid(rewards[w] - rewards[l])
-    bayes = -(wins * logsigmoid(rewards[w] - rewards[l])).sum() / wins.sum()
+    w, lost = torch.tensor(list(itertools.permutations(range(len(RESPONSES)), 2))).T
+    wins = torch.sigmoid(rewards[w] - rewards[lost])
+    bayes = -(wins * logsigmoid(rewards[w] - rewards[lost])).sum() / wins.sum()
     assert float(expected_loss(optimum(reference, rewards), reference, rewards)) == pytest.approx(
         float(bayes), abs=1e-6
     )

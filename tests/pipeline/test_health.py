@@ -1,0 +1,76 @@
+"""Sick runs are named in words, healthy ones are left alone."""
+
+import math
+
+import pytest
+
+from pipeline.config import TrainConfig
+from pipeline.health import length_words, words
+
+TRAIN = TrainConfig()
+
+
+def rows(number=40, **columns):
+    """Metrics of a healthy training; each column may be a function of the share that is done."""
+    healthy = {
+        "loss": lambda done: math.log(2) - 0.3 * done,
+        "rewards/margins": lambda done: done,
+        "rewards/accuracies": lambda done: 0.5 + 0.3 * done,
+        "rewards/chosen": lambda done: 0.2 * done,
+        "grad_norm": lambda done: 2.0,
+        "eval_loss": lambda done: math.log(2) - 0.25 * done,
+        "eval_rewards/accuracies": lambda done: 0.5 + 0.2 * done,
+    } | {name.replace("__", "/"): value for name, value in columns.items()}
+    found = []
+    for step in range(number):
+        row = {name: value(step / number) for name, value in healthy.items()}
+        found.append(row if step % 10 == 0 else {name: value for name, value in row.items() if "eval" not in name})
+    return found
+
+
+def test_a_healthy_run_is_left_alone():
+    assert words(rows(), TRAIN, 40) == []
+    assert words([], TRAIN, 40) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"loss": lambda _: math.log(2) - 1e-4, "rewards__margins": lambda _: 2e-4}, "stays at ln 2"),
+        ({"eval_rewards__accuracies": lambda _: 0.4}, "held-out reward accuracy is 0.40, below chance"),
+        ({"rewards__chosen": lambda done: -4 * done}, "less likely too"),
+        ({"grad_norm": lambda done: 500 * done}, "Gradient norms reach"),
+        ({"eval_loss": lambda done: 0.69 - 0.4 * done + done**2}, "learns the pairs by heart"),
+    ],
+)
+def test_each_sickness_is_named_alone(columns, said):
+    (sentence,) = words(rows(**columns), TRAIN, 40)
+    assert said in sentence
+
+
+def test_without_held_out_pairs_the_training_accuracy_counts():
+    plain = [
+        {name: value for name, value in row.items() if "eval" not in name}
+        for row in rows(rewards__accuracies=lambda _: 0.3)
+    ]
+    (sentence,) = words(plain, TRAIN, 40)
+    assert "training reward accuracy is 0.30" in sentence
+
+
+def test_nothing_is_said_too_early():
+    sick = rows(7, eval_rewards__accuracies=lambda _: 0.1)
+    assert words(sick, TRAIN, 7) == []
+    assert words(rows(9, grad_norm=lambda _: 1e4), TRAIN, 400) == []
+
+
+def test_ln_2_means_nothing_to_other_losses():
+    stuck = rows(loss=lambda _: math.log(2), rewards__margins=lambda _: 0.0)
+    assert words(stuck, TrainConfig(loss_type="ipo"), 40) == []
+
+
+def test_lengths_that_explode_are_named_with_the_falling_reward():
+    falling = rows(rewards__chosen=lambda done: -2 * done)
+    (sentence,) = length_words(falling, 300.0, 100.0)
+    assert "3.0 times as long" in sentence
+    assert "less likely" in sentence
+    assert length_words(falling, 150.0, 100.0) == []
