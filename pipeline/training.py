@@ -207,15 +207,14 @@ def _step_in_two_passes(
 ) -> dict[str, float]:
     """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
     rows = [row for group in groups for row in group]
-    random = torch.get_rng_state()  # dropout of adapters must fall alike in both passes
-    with torch.no_grad():
+    # forked, so that dropout of adapters falls alike in both passes
+    with torch.no_grad(), torch.random.fork_rng():
         whole = _joined([_pair_logps(forward, pairs, group, train, rows) for group in groups])
     leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
     terms = preference_loss(whole, train)
     found = _sums(terms, whole)
     _must_be_finite(found["loss"], pairs, rows)
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
-    torch.set_rng_state(random)
     start = 0
     for group in groups:
         part, stop = _pair_logps(forward, pairs, group, train, rows), start + len(group)

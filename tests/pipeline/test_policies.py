@@ -132,6 +132,26 @@ def test_dropout_falls_on_adapters_while_training_only(tiny_model, pairs):
     assert evaluate(policy.forward, pairs, config.train) == evaluate(policy.forward, pairs, config.train)
 
 
+def test_both_passes_of_losses_that_sort_pairs_drop_the_same(tiny_model, pairs):
+    """With dropout the gradient of a step in several forward passes still fits the logps that were sorted."""
+    config = config_of(
+        tiny_model, "policy.lora={r: 4, dropout: 0.5}", "train.loss_type=aot", "train.per_device_train_batch_size=2"
+    )
+    policy = policy_of(tiny_model, config)
+    policy.model.train()
+    seen = []
+    hidden_of = policy.forward.hidden_of
+    object.__setattr__(policy.forward, "hidden_of", lambda trees: seen.append(hidden_of(trees)) or seen[-1])
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    train_step(policy.forward, pairs, range(8), config.train)
+    assert len(seen) == 8
+    for first, second in zip(seen[:4], seen[4:], strict=True):
+        assert torch.equal(first, second)
+
+
 def test_a_base_of_four_bits_learns_through_its_adapters(tiny_model, pairs):
     config = config_of(tiny_model, "policy.lora={r: 8}", "policy.load_in_4bit=true")
     policy = policy_of(tiny_model, config)

@@ -201,8 +201,17 @@ def test_the_token_budget_changes_no_loss(pairs, reference):
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "sft", "orpo"])
-def test_losses_that_look_beyond_a_pair_see_the_whole_step(pairs, reference, name):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "aot"},
+        {"loss_type": "aot_unpaired"},
+        {"loss_type": "sft"},
+        {"loss_type": "orpo"},
+        {"loss_type": ["aot", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.3},
+    ],
+)
+def test_losses_that_look_beyond_a_pair_see_the_whole_step(pairs, reference, settings):
     """However a step is split: AOT sorts all its pairs, cross-entropy is the mean over all its tokens."""
     found = []
     for size in (8, 3, 1):
@@ -210,17 +219,15 @@ def test_losses_that_look_beyond_a_pair_see_the_whole_step(pairs, reference, nam
         with torch.no_grad():  # so that there is something to sort
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
-        train = TrainConfig(loss_type=name, per_device_train_batch_size=size, beta=0.5)
+        train = TrainConfig(**settings, per_device_train_batch_size=size, beta=0.5)
         loss = train_step(forward_of(model, "tree"), pairs, range(8), train)["loss"]
         found.append((loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-5)
         torch.testing.assert_close(gradient, found[0][1], atol=1e-5, rtol=1e-3)
     assert found[0][1].abs().max() > 1e-3
-    everything = evaluate(
-        forward_of(reference, "tree"), pairs, TrainConfig(loss_type=name, per_device_eval_batch_size=16)
-    )
-    assert evaluate(forward_of(reference, "tree"), pairs, TrainConfig(loss_type=name, per_device_eval_batch_size=3))[
+    everything = evaluate(forward_of(reference, "tree"), pairs, TrainConfig(**settings, per_device_eval_batch_size=16))
+    assert evaluate(forward_of(reference, "tree"), pairs, TrainConfig(**settings, per_device_eval_batch_size=3))[
         "loss"
     ] == pytest.approx(everything["loss"], abs=1e-5)
 
