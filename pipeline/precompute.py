@@ -137,12 +137,18 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
 
 
 def shards_of(plan: Plan, tokens: int) -> Iterator[list[int]]:
-    """Missing positions in groups of about `tokens` tokens: similar lengths together, longest first, so that a lack of
-    memory shows at once.
+    """Missing positions in groups of about `tokens` tokens: responses to one prompt together, prompts with the longest
+    sequence first, so that a lack of memory shows at once.
     """
+    prompts = {position: bytes(np.asarray(plan.request(position).prompt_ids, np.int32)) for position in plan.missing}
+    longest: dict[bytes, int] = {}
+    for position, prompt in prompts.items():
+        longest[prompt] = max(longest.get(prompt, 0), len(plan.request(position)))
     shard: list[int] = []
     filled = 0
-    for position in sorted(plan.missing, key=lambda position: (-len(plan.request(position)), position)):
+    for position in sorted(
+        plan.missing, key=lambda position: (-longest[prompts[position]], prompts[position], position)
+    ):
         length = len(plan.request(position))
         if shard and filled + length > tokens:
             yield shard

@@ -64,7 +64,7 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
 def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Scorer:
     """Load the model at `directory` into the configured engine; `longest` is the longest sequence in tokens."""
     if reference.engine == "vllm":
-        from pipeline.vllm_engine import VllmScorer
+        from pipeline.vllm_scoring import VllmScorer
 
         return VllmScorer(reference, directory, numerics, longest)
     from pipeline.transformers_engine import TransformersScorer
