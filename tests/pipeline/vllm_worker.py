@@ -1,0 +1,81 @@
+"""Scores the edge cases with real vLLM in every way that must give the same: run in a process of its own by the tests."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import vllm_engine, vllm_scoring
+from pipeline.config import ReferenceConfig
+from pipeline.scoring import numerics_of
+from tests.pipeline.sequences import LIMIT, edge_cases
+
+
+def main(model: Path, target: Path) -> None:
+    """Save {way: all logps, concatenated in the order of the cases} and the tokens each way read."""
+    requests = [request for group in edge_cases(32).values() for request in group]
+    found: dict[str, np.ndarray] = {}
+    read = _count_tokens_read()
+
+    def keep(way, scorer, order, *, shared, call=None):
+        read.clear()
+        scores = {}
+        size = call or len(order)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            answers = vllm_scoring.score_with(scorer._runner, [requests[at] for at in part], shared=shared)
+            scores |= dict(zip(part, answers, strict=True))
+        found[way] = np.concatenate([scores[at] for at in range(len(requests))])
+        found[f"tokens {way}"] = np.array(sum(read))
+
+    straight = list(range(len(requests)))
+    shuffled = random.Random(1).sample(straight, len(straight))
+    with started(model) as scorer:
+        keep("shared", scorer, straight, shared=True)
+        scorer._llm.reset_prefix_cache()
+        keep("unshared", scorer, straight, shared=False)
+        keep("shared, cache full", scorer, straight, shared=True)
+        scorer._llm.reset_prefix_cache()
+        keep("shared, shuffled", scorer, shuffled, shared=True)
+        keep("shared, five a call", scorer, shuffled, shared=True, call=5)
+    with started(model, max_batched_tokens=80) as scorer:
+        keep("shared, prompts in pieces", scorer, straight, shared=True)
+    with started(model, share_prompts=False) as scorer:
+        keep("sharing off", scorer, straight, shared=scorer._shares)
+    with started(model, dtype="bfloat16") as scorer:
+        keep("bfloat16", scorer, straight, shared=True)
+    vllm_scoring.speed_up_float32_output_layer = lambda model: None
+    with started(model, dtype="bfloat16") as scorer:
+        keep("bfloat16, output layer as vLLM has it", scorer, straight, shared=True)
+    np.savez(target, **found)
+
+
+class started:
+    """A scorer on the model; its engine is stopped on leaving."""
+
+    def __init__(self, model, **options):
+        reference = ReferenceConfig(model=str(model), **options)
+        self.scorer = vllm_scoring.VllmScorer(reference, model, numerics_of(reference), LIMIT)
+
+    def __enter__(self):
+        return self.scorer
+
+    def __exit__(self, *_):
+        vllm_engine.stop_engine(self.scorer._llm)
+
+
+def _count_tokens_read():
+    generate, read = vllm_scoring._generate, []
+
+    def counting(llm, prompts, params):
+        outputs = generate(llm, prompts, params)
+        read.extend(len(ids) - output.num_cached_tokens for ids, output in zip(prompts, outputs, strict=True))
+        return outputs
+
+    vllm_scoring._generate = counting
+    return read
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
