@@ -47,11 +47,12 @@ def branches_of(sequences: Sequence[Request], group: Sequence[int], most_childre
     """The trie of one group of siblings, parents before children.
 
     A branch leaves the earliest sibling with which it shares most, so the token after what they share is one that this
-    parent computes by itself. Where `most_children` leave the same token already, a branch has no parent.
+    parent computes by itself; longer ones come first, so that there is such a token. Where `most_children` leave the same
+    token already, a branch has no parent.
     """
     found: list[Branch] = []
     children: dict[tuple[int, int], int] = {}
-    for at in group:
+    for at in sorted(group, key=lambda at: -len(sequences[at].response_ids)):
         response = sequences[at].response_ids
         shared = [shared_tokens(response, sequences[other.at].response_ids) for other in found]
         if not shared:

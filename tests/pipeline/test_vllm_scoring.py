@@ -65,3 +65,16 @@ def test_the_packed_float32_output_layer_gives_what_vllms_own_gives(scored):
     assert np.abs(packed - plain).max() < 1e-4
     # bfloat16 did run: its layers are farther from float32 than that
     assert np.abs(packed - scored["shared"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("way", ["v2", "v2, shuffled", "v2, block of 32", "v2 again"])
+def test_the_v2_runner_gives_the_same_scores_and_its_silence_is_noticed(way, scored, true):
+    wanted = np.concatenate([values for case in CASES for values in true[case]])
+    assert np.abs(scored[way] - wanted).max() < 1e-4
+
+
+def test_the_v2_runner_scores_siblings_without_asking_twice(scored):
+    """The first row asked for is never in the cache, but where a prompt holds another's response or more than 19 leave."""
+    assert scored["none v2"] <= 3
+    # with a full cache the first branch of every prompt is refused, and read again
+    assert scored["none v2 again"] > len(CASES)

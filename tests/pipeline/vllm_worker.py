@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import vllm_engine, vllm_scoring
+from pipeline import vllm_engine
+
+vllm_engine.prepare_environment()  # before the first import of vLLM
+
+from pipeline import vllm_scoring
 from pipeline.config import ReferenceConfig
 from pipeline.scoring import numerics_of
 from tests.pipeline.sequences import LIMIT, edge_cases
+from tests.pipeline.v2_engine import V2Engine
 
 
 def main(model: Path, target: Path) -> None:
@@ -31,6 +36,7 @@ def main(model: Path, target: Path) -> None:
 
     straight = list(range(len(requests)))
     shuffled = random.Random(1).sample(straight, len(straight))
+    found |= v2_scores(model, requests, shuffled)
     with started(model) as scorer:
         keep("shared", scorer, straight, shared=True)
         scorer._llm.reset_prefix_cache()
@@ -49,6 +55,33 @@ def main(model: Path, target: Path) -> None:
     with started(model, dtype="bfloat16") as scorer:
         keep("bfloat16, output layer as vLLM has it", scorer, straight, shared=True)
     np.savez(target, **found)
+
+
+def v2_scores(model: Path, requests, shuffled) -> dict[str, np.ndarray]:
+    """The same with the V2 runner's double, and how many of its answers were None."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # quicker for a model this small
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = {}
+    for way, order, options in (
+        ("v2", range(len(requests)), {}),
+        ("v2, shuffled", shuffled, {"budget": 64}),
+        ("v2, block of 32", range(len(requests)), {"block": 32, "budget": 4096}),
+    ):
+        engine = V2Engine(loaded, **options)
+        runner = vllm_scoring.runner_of(engine)
+        assert isinstance(runner, vllm_scoring.RowsRunner)
+        # twice: the second time everything is in the cache already
+        for again in ("", " again"):
+            answers = vllm_scoring.score_with(runner, [requests[at] for at in order], shared=True)
+            scores = dict(zip(order, answers, strict=True))
+            found[way + again] = np.concatenate([scores[at] for at in range(len(requests))])
+            found[f"none {way}{again}"] = np.array(engine.none)
+    torch.set_num_threads(threads)
+    return found
 
 
 class started:
