@@ -1,5 +1,7 @@
 """Scores that cannot be true never reach the store; every missing sequence is asked for once."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -63,12 +65,16 @@ def test_a_score_that_is_gone_after_scoring_is_named(config):
         join_scores(plan)
 
 
-def test_shards_hold_similar_lengths_longest_first_within_their_budget(config):
+def test_shards_keep_a_prompts_responses_together_longest_first_within_their_budget(config):
     plan = make_plan(config)
-    shards = list(shards_of(plan, 150))
-    lengths = [[len(plan.request(at)) for at in shard] for shard in shards]
-    assert [length for shard in lengths for length in shard] == sorted(
-        (len(plan.request(at)) for at in plan.missing), reverse=True
-    )
+    shards = [[plan.request(at) for at in shard] for shard in shards_of(plan, 150)]
     assert len(shards) > 1
-    assert all(sum(shard) <= 150 or len(shard) == 1 for shard in lengths)
+    assert all(sum(map(len, shard)) <= 150 or len(shard) == 1 for shard in shards)
+    prompts = [tuple(one.prompt_ids) for shard in shards for one in shard]
+    # every prompt is one run of neighbours
+    assert sum(a != b for a, b in pairwise(prompts)) + 1 == len(set(prompts))
+    longest = dict.fromkeys(prompts, 0)
+    for shard in shards:
+        for one in shard:
+            longest[tuple(one.prompt_ids)] = max(longest[tuple(one.prompt_ids)], len(one))
+    assert list(longest.values()) == sorted(longest.values(), reverse=True)
