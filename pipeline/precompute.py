@@ -6,7 +6,6 @@ filled from it alone, so an interrupted run goes on after its last published sha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from pipeline.pairs import Pair, PairSet, build_pairs, prompt_text, source_diges
 from pipeline.schema import PAIRS, read_about
 from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.store import Scored, Store, logps_problem
-from pipeline.vocabulary import vocabulary_digest
+from pipeline.vocabulary import template_digest, vocabulary_digest
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def make_plan(config: Config) -> Plan:
         keys=keys,
         missing=first_positions(keys, store.missing(keys)),
         vocabulary=vocabulary_digest(tokenizer),
-        template=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        template=template_digest(tokenizer),
     )
 
 

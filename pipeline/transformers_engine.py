@@ -44,6 +44,10 @@ class TransformersScorer:
                     found[at] = logps.float().cpu().numpy()
         return found
 
+    def close(self) -> None:
+        """See `Scorer.close`."""
+        del self._forward
+
 
 def batches(sequences: Sequence[Request], budget: int) -> list[list[list[int]]]:
     """Batches of trees, a tree being the places of sequences with one prompt; similar sizes together.

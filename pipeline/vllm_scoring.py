@@ -25,7 +25,7 @@ from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
 from pipeline.scoring import Request
 from pipeline.sharing import Branch, branches_of, copy_shared, siblings
-from pipeline.vllm_engine import kv_cache_gib, read_config, speed_up_float32_output_layer, start_engine
+from pipeline.vllm_engine import kv_cache_gib, read_config, speed_up_float32_output_layer, start_engine, stop_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -91,6 +91,10 @@ class VllmScorer:
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
         return score_with(self._runner, sequences, shared=self._shares)
+
+    def close(self) -> None:
+        """See `Scorer.close`."""
+        stop_engine(self._llm)
 
 
 def score_with(runner: Runner, sequences: Sequence[Request], *, shared: bool) -> list[np.ndarray]:

@@ -111,23 +111,22 @@ def _hash_weights(config: Config) -> None:
 def _score(plan: Plan, config: Config) -> None:
     console.say(f"starting {config.reference.engine} ...")
     begun = time.monotonic()
-    scorer = start_scorer(
-        config.reference, plan.paths.merged, plan.identity.numerics, max(len(plan.request(at)) for at in plan.missing)
-    )
-    console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
-    done = tokens = 0
-    try:
-        with console.progress("scoring", len(plan.missing)) as ticker:
+    longest = max(len(plan.request(at)) for at in plan.missing)
+    with start_scorer(config.reference, plan.paths.merged, plan.identity.numerics, longest) as scorer:
+        console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
+        done = tokens = 0
+        try:
+            with console.progress("scoring", len(plan.missing)) as ticker:
 
-            def on_shard(sequences: int, shard_tokens: int) -> None:
-                nonlocal done, tokens
-                done, tokens = done + sequences, tokens + shard_tokens
-                seconds = time.monotonic() - ticker.started
-                ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
+                def on_shard(sequences: int, shard_tokens: int) -> None:
+                    nonlocal done, tokens
+                    done, tokens = done + sequences, tokens + shard_tokens
+                    seconds = time.monotonic() - ticker.started
+                    ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
 
-            score_missing(plan, config.reference, scorer, on_shard)
-    except KeyboardInterrupt:
-        console.say(
-            f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
-        )
-        raise
+                score_missing(plan, config.reference, scorer, on_shard)
+        except KeyboardInterrupt:
+            console.say(
+                f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
+            )
+            raise

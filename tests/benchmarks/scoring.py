@@ -141,14 +141,15 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     reference = ReferenceConfig(model=str(options.model), engine=engine, dtype=dtype, share_prompts=sharing == "shared")
     warm, measured = requests_of(options)
     longest = max(map(len, warm + measured))
-    scorer = start_scorer(reference, options.model, numerics_of(reference), longest)
-    scorer.score(measured[:64])
-    first = time.monotonic() - _BEGUN
-    if engine == "vllm":
-        scorer._llm.reset_prefix_cache()
-    begun = time.monotonic()
-    scorer.score(measured)
-    return measured_as(measured, time.monotonic() - begun, options, shared=sharing == "shared") | {"first": first}
+    with start_scorer(reference, options.model, numerics_of(reference), longest) as scorer:
+        scorer.score(measured[:64])
+        first = time.monotonic() - _BEGUN
+        if engine == "vllm":
+            scorer._llm.reset_prefix_cache()
+        begun = time.monotonic()
+        scorer.score(measured)
+        seconds = time.monotonic() - begun
+    return measured_as(measured, seconds, options, shared=sharing == "shared") | {"first": first}
 
 
 def loop(options: argparse.Namespace) -> dict[str, float]:

@@ -22,7 +22,8 @@ def scores(tiny_model):
         reference = ReferenceConfig(
             model=str(tiny_model), engine="transformers", dtype="float32", share_prompts=shared, max_batched_tokens=700
         )
-        found[shared] = start_scorer(reference, tiny_model, numerics_of(reference), LIMIT).score(REQUESTS)
+        with start_scorer(reference, tiny_model, numerics_of(reference), LIMIT) as scorer:
+            found[shared] = scorer.score(REQUESTS)
     return found
 
 
