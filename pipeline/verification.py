@@ -15,10 +15,10 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.errors import DataError
+from pipeline.gate import TOLERANCES
 from pipeline.models import load_tokenizer, locate, locate_reference
 from pipeline.schema import PAIRS, read_about, read_table
 from pipeline.scoring import Request, numerics_of
-from pipeline.gate import TOLERANCES
 from pipeline.vocabulary import template_digest
 
 if TYPE_CHECKING:
