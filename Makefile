@@ -8,7 +8,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval test faults check bench bench-train bench-store demo-data requirements clean
+.PHONY: help setup precompute plan train eval test faults check bench bench-score bench-train bench-store demo-data requirements clean
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -46,6 +46,9 @@ bench-store: .venv/.test ## the store with two million sequences: planning, read
 
 bench-train: .venv/.test ## our trainer against TRL's: time of a step, peak memory
 	@.venv/bin/python -m tests.benchmarks.training
+
+bench-score: .venv/.test ## scoring against TRL's precompute and a plain loop, each in a fresh process
+	@.venv/bin/python -m tests.benchmarks.scoring
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages

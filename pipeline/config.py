@@ -76,6 +76,9 @@ class ReferenceConfig(_Section):
         default=["data/store"],
         description="directories or URLs (s3://...) of the scores, shared by experiments: the first is written, all are read",
     )
+    share_prompts: bool = Field(
+        True, description="read a prompt once for all responses to it; false: every sequence is read whole"
+    )
     tokens_per_shard: int | None = Field(
         None, ge=1, description="tokens scored between two publications; default 16384 on CPU, 1048576 on a GPU"
     )

@@ -81,14 +81,13 @@ def remember(runs: Sequence[Run]) -> Memory:
 
 def explain_miss(plan: Plan, position: int, memory: Memory) -> str:
     """Why the sequence at `position` of the plan's keys is not in the store, in words."""
-    pair = plan.pairs.pairs[position // 2]
+    now = plan.row(position // 2)
     side = "rejected" if position % 2 else "chosen"
-    place = (pair.preference.source, pair.preference.row)
+    place = (now["source"], now["source_row"])
     candidates = memory.by_row.get(place, [])
     if not candidates and place in memory.dropped:
         before = memory.dropped[place]
         return f"run {before['run']} dropped the row as {before['reason']} ({before['detail']})"
-    now = plan.row(position // 2)
     known = memory.by_prompt.get(now["prompt"])
     candidates = candidates or ([known] if known else [])
     if not candidates:
@@ -148,7 +147,7 @@ def causes(plan: Plan, positions: Sequence[int], memory: Memory) -> pl.DataFrame
     """One row for each of `positions`: source, source_row, side and cause."""
     rows = []
     for position in positions:
-        preference = plan.pairs.pairs[position // 2].preference
+        now = plan.row(position // 2)
         side = "rejected" if position % 2 else "chosen"
-        rows.append((preference.source, preference.row, side, explain_miss(plan, position, memory)))
+        rows.append((now["source"], now["source_row"], side, explain_miss(plan, position, memory)))
     return pl.DataFrame(rows, schema=["source", "source_row", "side", "cause"], orient="row")

@@ -56,44 +56,66 @@ class PairSet:
         return pa.table({to: [getattr(row, of) for row in self.dropped] for to, of in columns.items()}, schema=DROPPED)
 
 
-def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
-    """Read every source of `data`, tokenise, split.
+class PairStream:
+    """Every row of every source of `data`, tokenised, as it is read: a pair, or why it is none.
 
-    Raises DataError where nothing is left (with the reasons), ConfigError where the tokenizer cannot do what is asked.
+    `formats` and `digests` of a source are known once its rows come. Raises ConfigError where the tokenizer cannot do what
+    is asked, DataError where a source cannot be read.
     """
-    encode = _encoder(data, tokenizer)
+
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._data, self._encode = data, _encoder(data, tokenizer)
+        self.formats: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Pair | Dropped]:
+        data = self._data
+        seen: set[bytes] = set()
+        held_out: set[bytes] = set()
+        # held-out data first, so that its prompts are known when the training data is read
+        sources = ([(data.eval_path, "eval")] if data.eval_path else []) + [(path, "train") for path in data.path]
+        for name, role in sources:
+            source = open_source(name, data)
+            self.formats[name], self.digests[name] = source.format, source.digest
+            for item in self._encode(source.preferences()):
+                if isinstance(item, Dropped):
+                    yield item
+                    continue
+                preference, prompt_ids, chosen_ids, rejected_ids = item
+                prompt = _digest(prompt_ids)
+                if role == "train" and prompt in held_out:
+                    yield Dropped(name, preference.row, "prompt_is_held_out", f"also in {data.eval_path}")
+                    continue
+                pair_id = _pair_id(prompt_ids, chosen_ids, rejected_ids, split_rule(data))
+                if bytes.fromhex(pair_id) in seen:
+                    yield Dropped(name, preference.row, "duplicate", f"pair {pair_id[:12]} was read before")
+                    continue
+                seen.add(bytes.fromhex(pair_id))
+                if role == "eval":
+                    held_out.add(prompt)
+                split = role if data.eval_path else _split_of(prompt, data.eval_fraction)
+                yield Pair(pair_id, split, preference, prompt_ids, chosen_ids, rejected_ids)
+
+
+def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
+    """All pairs of `data` in memory; `pipeline.pair_table` keeps them on disk instead.
+
+    Raises DataError where nothing is left to train on (with the reasons), and what `PairStream` raises.
+    """
+    stream = PairStream(data, tokenizer)
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
-    formats, digests = {}, {}
-    seen: set[str] = set()
-    held_out: set[bytes] = set()
-    # held-out data first, so that its prompts are known when the training data is read
-    sources = ([(data.eval_path, "eval")] if data.eval_path else []) + [(path, "train") for path in data.path]
-    for name, role in sources:
-        source = open_source(name, data)
-        formats[name], digests[name] = source.format, source.digest
-        for item in encode(source.preferences()):
-            if isinstance(item, Dropped):
-                dropped.append(item)
-                continue
-            preference, prompt_ids, chosen_ids, rejected_ids = item
-            prompt = _digest(prompt_ids)
-            if role == "train" and prompt in held_out:
-                dropped.append(Dropped(name, preference.row, "prompt_is_held_out", f"also in {data.eval_path}"))
-                continue
-            pair_id = _pair_id(prompt_ids, chosen_ids, rejected_ids, split_rule(data))
-            if pair_id in seen:
-                dropped.append(Dropped(name, preference.row, "duplicate", f"pair {pair_id[:12]} was read before"))
-                continue
-            seen.add(pair_id)
-            if role == "eval":
-                held_out.add(prompt)
-            split = role if data.eval_path else _split_of(prompt, data.eval_fraction)
-            pairs.append(Pair(pair_id, split, preference, prompt_ids, chosen_ids, rejected_ids))
-    if not any(pair.split == "train" for pair in pairs):
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in count_reasons(dropped).items()) or "no rows"
-        raise DataError(f"no pair is left to train on from {', '.join(data.path)} ({reasons})")
-    return PairSet(pairs, dropped, formats, digests)
+    for item in stream:
+        (dropped if isinstance(item, Dropped) else pairs).append(item)  # type: ignore[arg-type]  # each to its own kind
+    must_train(any(pair.split == "train" for pair in pairs), data, count_reasons(dropped))
+    return PairSet(pairs, dropped, stream.formats, stream.digests)
+
+
+def must_train(some: bool, data: DataConfig, reasons: dict[str, int]) -> None:  # noqa: FBT001  # a fact, no option
+    """Raise DataError where no pair of the training split is left, with what became of the rows."""
+    if not some:
+        said = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no rows"
+        raise DataError(f"no pair is left to train on from {', '.join(data.path)} ({said})")
 
 
 def count_reasons(dropped: Iterable[Dropped]) -> dict[str, int]:

@@ -1,12 +1,13 @@
-"""Stage one without its command line: what must be scored, scoring it, and joining scores to pairs.
+"""Stage one without its command line: what must be scored, and scoring it. `pipeline.join` brings scores and pairs together.
 
 Everything goes through the store: planning asks it what is there, scoring publishes shards to it, and pairs.parquet is
-filled from it alone, so an interrupted run goes on after its last published shard.
+filled from it alone, so an interrupted run goes on after its last published shard. Pairs stream from their sources to a
+working file and from there to the engine: memory holds a few numbers a pair, never the pairs.
 """
 
 from __future__ import annotations
 
-import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +22,30 @@ from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
 from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
-from pipeline.pairs import Pair, PairSet, build_pairs, prompt_text, source_digests
-from pipeline.schema import PAIRS, read_about
+from pipeline.pair_table import PairTable, write_pairs
+from pipeline.pairs import PairStream, source_digests
+from pipeline.schema import read_about
 from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.store import Scored, Store, logps_problem
-from pipeline.vocabulary import vocabulary_digest
+from pipeline.vocabulary import template_digest, vocabulary_digest
+
+# sequences that are sorted together: enough for full shards of similar lengths, few enough to stay small in memory
+_WINDOW = 16_384
 
 
 @dataclass(frozen=True)
 class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
-    `keys` has two entries a pair, chosen then rejected; `missing` are positions in it, one for each absent key.
+    `keys` has two entries a pair, chosen then rejected; `missing` are positions in it, ascending, one for each absent key.
     """
 
     paths: ReferencePaths
-    pairs: PairSet
+    pairs: PairTable
     identity: ReferenceIdentity
     store: Store
     keys: pl.Series
-    missing: list[int]
+    missing: array[int]
     vocabulary: str
     template: str
 
@@ -51,25 +56,22 @@ class Plan:
 
     @property
     def missing_tokens(self) -> int:
-        """Tokens that scoring has to read, prompt included."""
-        return sum(len(self.request(position)) for position in self.missing)
+        """Tokens of what is missing, prompt included."""
+        return int(self.pairs.lengths(np.asarray(self.missing)).sum(dtype=np.int64))
+
+    @property
+    def longest_missing(self) -> int:
+        """Tokens of the longest sequence that is missing."""
+        return int(self.pairs.lengths(np.asarray(self.missing)).max(initial=0))
 
     def row(self, number: int) -> dict[str, Any]:
-        """Texts and tokens of a pair under their names in pairs.parquet."""
-        pair = self.pairs.pairs[number]
-        return {
-            "prompt": prompt_text(pair.preference.prompt),
-            "chosen": pair.preference.chosen,
-            "rejected": pair.preference.rejected,
-            "prompt_ids": pair.prompt_ids,
-            "chosen_ids": pair.chosen_ids,
-            "rejected_ids": pair.rejected_ids,
-        }
+        """A pair under its names in pairs.parquet."""
+        return self.pairs.row(number)
 
     def request(self, position: int) -> Request:
         """The sequence whose key stands at `position` of `keys`."""
-        pair = self.pairs.pairs[position // 2]
-        return Request(pair.prompt_ids, pair.rejected_ids if position % 2 else pair.chosen_ids)
+        pair = self.row(position // 2)
+        return Request(pair["prompt_ids"], pair["rejected_ids" if position % 2 else "chosen_ids"])
 
 
 def make_plan(config: Config) -> Plan:
@@ -78,10 +80,15 @@ def make_plan(config: Config) -> Plan:
     numerics = numerics_of(reference)
     paths = locate_reference(reference)
     tokenizer = load_tokenizer(paths.merged, reference)
-    pairs = build_pairs(config.data, tokenizer)
     identity = identify(paths.base, numerics, paths.adapter)
+    parts: list[pl.Series] = []
+    pairs = write_pairs(
+        config.data,
+        PairStream(config.data, tokenizer),
+        lambda table: parts.append(keys_of(identity.reference_id, table)),
+    )
     store = Store(reference.store, identity)
-    keys = keys_of(identity.reference_id, pairs.pairs)
+    keys = pl.concat(parts)
     return Plan(
         paths=paths,
         pairs=pairs,
@@ -90,28 +97,30 @@ def make_plan(config: Config) -> Plan:
         keys=keys,
         missing=first_positions(keys, store.missing(keys)),
         vocabulary=vocabulary_digest(tokenizer),
-        template=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        template=template_digest(tokenizer),
     )
 
 
-def keys_of(reference_id: str, pairs: list[Pair]) -> pl.Series:
+def keys_of(reference_id: str, pairs: pa.Table) -> pl.Series:
     """Keys of the pairs' sequences, chosen then rejected of each pair, as a Binary series."""
+    columns = [_lists(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     return pl.Series(
         (
-            key_of(reference_id, pair.prompt_ids, response)
-            for pair in pairs
-            for response in (pair.chosen_ids, pair.rejected_ids)
+            key_of(reference_id, prompt, response)
+            for prompt, *responses in zip(*columns, strict=True)
+            for response in responses
         ),
         dtype=pl.Binary,
     )
 
 
-def first_positions(keys: pl.Series, wanted: pl.Series) -> list[int]:
+def first_positions(keys: pl.Series, wanted: pl.Series) -> array[int]:
     """Where each of `wanted` first stands in `keys`, ascending."""
+    if not len(wanted):
+        return array("q")
     positions = pl.DataFrame({"key": keys}).with_row_index("position").unique("key", keep="first", maintain_order=True)
-    return positions.join(pl.DataFrame({"key": wanted}), on="key", how="semi", maintain_order="left")[
-        "position"
-    ].to_list()
+    found = positions.join(pl.DataFrame({"key": wanted}), on="key", how="semi", maintain_order="left")["position"]
+    return array("q", found.cast(pl.Int64).to_numpy().tobytes())
 
 
 def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]) -> None:
@@ -120,37 +129,51 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
     Raises CheckError for scores that cannot be true, or when the weights change meanwhile.
     """
     for shard in shards_of(plan, reference.tokens_per_shard or default_tokens_per_shard()):
-        requests = [plan.request(position) for position in shard]
-        rows = []
-        for position, request, logps in zip(shard, requests, scorer.score(requests), strict=True):
-            if problem := logps_problem(logps, len(request.response_ids)):
-                raise CheckError(
-                    f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
-                )
-            rows.append(Scored(plan.keys[position], len(request.prompt_ids), logps))
-        if identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter) != plan.identity:
-            raise CheckError(
-                f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
-            )
-        plan.store.publish(rows)
+        requests = [request for _, request in shard]
+        keys = [plan.keys[position] for position, _ in shard]
+        publish_scores(plan, keys, requests, scorer.score(requests))
         on_shard(len(shard), sum(map(len, requests)))
 
 
-def shards_of(plan: Plan, tokens: int) -> Iterator[list[int]]:
-    """Missing positions in groups of about `tokens` tokens: similar lengths together, longest first, so that a lack of
-    memory shows at once.
+def publish_scores(plan: Plan, keys: list[bytes], requests: list[Request], scores: list[np.ndarray]) -> None:
+    """Publish one shard. Raises CheckError for scores that cannot be true, or where the weights are no longer the plan's."""
+    rows = []
+    for key, request, logps in zip(keys, requests, scores, strict=True):
+        if problem := logps_problem(logps, len(request.response_ids)):
+            raise CheckError(
+                f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
+            )
+        rows.append(Scored(key, len(request.prompt_ids), logps))
+    if identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter) != plan.identity:
+        raise CheckError(
+            f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
+        )
+    plan.store.publish(rows)
+
+
+def shards_of(plan: Plan, tokens: int) -> Iterator[list[tuple[int, Request]]]:
+    """Missing positions and their sequences in groups of about `tokens` tokens.
+
+    Within a window of the data responses to one prompt stand together, and prompts with the longest sequence come first, so
+    that a lack of memory shows at once.
     """
-    shard: list[int] = []
-    filled = 0
-    for position in sorted(plan.missing, key=lambda position: (-len(plan.request(position)), position)):
-        length = len(plan.request(position))
-        if shard and filled + length > tokens:
+    for window in _windows(plan):
+        prompts = {position: prompt.tobytes() for position, (prompt, _) in window.items()}
+        longest: dict[bytes, int] = {}
+        for position, (prompt, response) in window.items():
+            longest[prompts[position]] = max(longest.get(prompts[position], 0), len(prompt) + len(response))
+        shard: list[tuple[int, Request]] = []
+        filled = 0
+        for position in sorted(window, key=lambda at: (-longest[prompts[at]], prompts[at], at)):
+            prompt, response = window[position]
+            request = Request(prompt.tolist(), response.tolist())
+            if shard and filled + len(request) > tokens:
+                yield shard
+                shard, filled = [], 0
+            shard.append((position, request))
+            filled += len(request)
+        if shard:
             yield shard
-            shard, filled = [], 0
-        shard.append(position)
-        filled += length
-    if shard:
-        yield shard
 
 
 def default_tokens_per_shard() -> int:
@@ -158,52 +181,27 @@ def default_tokens_per_shard() -> int:
     return 2**14 if device_kind() == "cpu" else 2**20
 
 
-def join_scores(plan: Plan, *, scored: bool = True) -> pa.Table:
-    """pairs.parquet's content: every pair with its scores from the store; not `scored`: with nulls in their place.
-
-    Raises CheckError where a score is not there.
-    """
-    if not scored:
-        return _table_of(plan, dict.fromkeys(name for name in PAIRS.names if name.startswith("ref_")))
-    scores = plan.store.found(plan.keys).select("key", "logps", "logp")
-    joined = pl.DataFrame({"key": plan.keys}).join(scores, on="key", how="left", maintain_order="left")
-    absent = joined["logp"].is_null().arg_true().to_list()
-    if absent:
-        ids = ", ".join(plan.pairs.pairs[position // 2].pair_id for position in absent[:10])
-        raise CheckError(f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}")
-    # Polars' lists have 64-bit offsets, PAIRS' columns 32-bit ones
-    kinds = pa.schema([("logps", PAIRS.field("ref_chosen_logps").type), ("logp", pa.float64())])
-    chosen, rejected = (joined.select("logps", "logp")[side::2].to_arrow().cast(kinds) for side in (0, 1))
-    _must_cover(plan.pairs.pairs, chosen, rejected)
-    return _table_of(
-        plan,
-        {
-            "ref_chosen_logps": chosen["logps"],
-            "ref_rejected_logps": rejected["logps"],
-            "ref_chosen_logp": chosen["logp"],
-            "ref_rejected_logp": rejected["logp"],
-        },
-    )
+def _windows(plan: Plan) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Missing positions with prompt and response ids, in the order of the data."""
+    missing = np.asarray(plan.missing)
+    window: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for first, table in plan.pairs.groups(["prompt_ids", "chosen_ids", "rejected_ids"]):
+        low, high = np.searchsorted(missing, [2 * first, 2 * (first + len(table))])
+        if low == high:
+            continue
+        prompts, *sides = (_lists(table, name) for name in table.column_names)
+        for position in missing[low:high].tolist():
+            row = position // 2 - first
+            window[position] = prompts[row], sides[position % 2][row]
+        if len(window) >= _WINDOW:
+            yield window
+            window = {}
+    if window:
+        yield window
 
 
-def _table_of(plan: Plan, scores: dict[str, object]) -> pa.Table:
-    pairs = plan.pairs.pairs
-    columns: dict[str, object] = {
-        "pair_id": [pair.pair_id for pair in pairs],
-        "split": [pair.split for pair in pairs],
-        "source": [pair.preference.source for pair in pairs],
-        "source_row": [pair.preference.row for pair in pairs],
-        "topic": [pair.preference.topic for pair in pairs],
-        "prompt": [prompt_text(pair.preference.prompt) for pair in pairs],
-        "chosen": [pair.preference.chosen for pair in pairs],
-        "rejected": [pair.preference.rejected for pair in pairs],
-        "prompt_ids": [pair.prompt_ids for pair in pairs],
-        "chosen_ids": [pair.chosen_ids for pair in pairs],
-        "rejected_ids": [pair.rejected_ids for pair in pairs],
-    }
-    nothing = [None] * len(pairs)
-    columns |= {name: nothing if values is None else values for name, values in scores.items()}
-    return pa.table(columns, schema=PAIRS)
+def _lists(table: pa.Table, column: str) -> list[np.ndarray]:
+    return [row.values.to_numpy(zero_copy_only=False) for row in table[column]]
 
 
 def inputs_digest(config: Config) -> str:
@@ -239,12 +237,3 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
         "template": plan.template,
         "scored": scored,
     }
-
-
-def _must_cover(pairs: list[Pair], chosen: pa.Table, rejected: pa.Table) -> None:
-    for side, table in (("chosen", chosen), ("rejected", rejected)):
-        wanted = np.array([len(getattr(pair, f"{side}_ids")) for pair in pairs])
-        lengths = pl.from_arrow(table["logps"]).list.len().to_numpy()  # type: ignore[union-attr]  # a Series, as it is a column
-        if not np.array_equal(wanted, lengths):
-            row = int(np.argmax(wanted != lengths))
-            raise CheckError(f"{side} of pair {pairs[row].pair_id} has {wanted[row]} tokens but {lengths[row]} scores")

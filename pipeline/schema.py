@@ -101,19 +101,23 @@ def write_table(path: Path, table: pa.Table, about: dict[str, Any] | None = None
 
 def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = None) -> None:
     """Write `table` in this project's encoding, without any protocol around it."""
+    with parquet_writer(path, table.schema, about) as writer:
+        writer.write_table(table, row_group_size=8192)
+
+
+def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:
+    """Writes tables of `schema` one after the other in this project's encoding, without any protocol around it."""
     if about is not None:
-        metadata = {**(table.schema.metadata or {}), b"refscore": json.dumps(about, sort_keys=True).encode()}
-        table = table.replace_schema_metadata(metadata)
-    floats = [name for name, kind in _leaves(table.schema) if pa.types.is_floating(kind)]
-    pq.write_table(
-        table,
+        metadata = {**(schema.metadata or {}), b"refscore": json.dumps(about, sort_keys=True).encode()}
+        schema = schema.with_metadata(metadata)
+    return pq.ParquetWriter(
         path,
+        schema,
         compression="zstd",
         compression_level=3,
-        use_dictionary=[name for name, kind in _leaves(table.schema) if pa.types.is_string(kind)],
-        use_byte_stream_split=floats,
+        use_dictionary=[name for name, kind in _leaves(schema) if pa.types.is_string(kind)],
+        use_byte_stream_split=[name for name, kind in _leaves(schema) if pa.types.is_floating(kind)],
         write_page_checksum=True,
-        row_group_size=8192,
     )
 
 

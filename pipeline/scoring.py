@@ -6,7 +6,8 @@ An engine's numerics are known before it is started, so a run that finds everyth
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,8 +37,12 @@ class Scorer(Protocol):
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """For each sequence, in order, the logps of its response: float32, one per token.
 
-        Raises CheckError where the engine answered for other ids than were asked.
+        Raises CheckError where the engine answered for other ids than were asked, or left a value out.
         """
+        ...
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
         ...
 
 
@@ -61,10 +66,22 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
     return Numerics(reference.engine, version, device, dtype, logits_dtype="float32")
 
 
-def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Scorer:
-    """Load the model at `directory` into the configured engine; `longest` is the longest sequence in tokens."""
+@contextmanager
+def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Iterator[Scorer]:
+    """Load the model at `directory` into the configured engine, and stop it afterwards.
+
+    `longest` is the longest sequence in tokens.
+    """
+    scorer = _start(reference, directory, numerics, longest)
+    try:
+        yield scorer
+    finally:
+        scorer.close()
+
+
+def _start(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Scorer:
     if reference.engine == "vllm":
-        from pipeline.vllm_engine import VllmScorer
+        from pipeline.vllm_scoring import VllmScorer
 
         return VllmScorer(reference, directory, numerics, longest)
     from pipeline.transformers_engine import TransformersScorer

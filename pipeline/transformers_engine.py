@@ -1,8 +1,12 @@
-"""The oracle: scores with transformers, through the trainer's own forward pass."""
+"""The oracle: scores with transformers, through the trainer's own forward pass, prompts read once.
+
+Responses to one prompt are branches of one tree, so what the trainer computes at step 0 and what is stored here come from
+the same code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +18,9 @@ from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
 from pipeline.models import load_causal_lm
 from pipeline.scoring import Request
+from pipeline.sharing import siblings
 
-_TOKENS_PER_BATCH = 2048
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 class TransformersScorer:
@@ -23,26 +28,55 @@ class TransformersScorer:
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics) -> None:
         model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(device_kind()).eval()
-        self._forward = forward_of(model, "separate")
+        self._forward = forward_of(model, "tree" if reference.share_prompts else "separate")
+        self._budget = reference.max_batched_tokens or _TOKENS_PER_BATCH[device_kind()]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
-        found: list[np.ndarray] = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
-        for batch in _batches(sequences):
-            trees = [Tree(sequences[at].prompt_ids, (sequences[at].response_ids,)) for at in batch]
-            for at, (logps,) in zip(batch, self._forward(trees), strict=True):
-                found[at] = logps.float().cpu().numpy()
+        found = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
+        for batch in batches(sequences, self._budget):
+            trees = [
+                Tree(sequences[tree[0]].prompt_ids, tuple(sequences[at].response_ids for at in tree)) for tree in batch
+            ]
+            for tree, branches in zip(batch, self._forward(trees), strict=True):
+                for at, logps in zip(tree, branches, strict=True):
+                    found[at] = logps.float().cpu().numpy()
         return found
 
+    def close(self) -> None:
+        """See `Scorer.close`."""
+        del self._forward
 
-def _batches(sequences: Sequence[Request]) -> list[list[int]]:
-    """Indices grouped by similar length, each group within the token budget once padded."""
-    groups: list[list[int]] = []
-    for at in sorted(range(len(sequences)), key=lambda index: len(sequences[index])):
-        width = len(sequences[at])
-        if groups and width * (len(groups[-1]) + 1) <= _TOKENS_PER_BATCH:
-            groups[-1].append(at)
-        else:
-            groups.append([at])
+
+def batches(sequences: Sequence[Request], budget: int) -> list[list[list[int]]]:
+    """Batches of trees, a tree being the places of sequences with one prompt; similar sizes together.
+
+    A batch has at most `budget` tokens, unless a single sequence has more.
+    """
+    trees = [tree for group in siblings(sequences) for tree in _cut(sequences, group, budget)]
+    sizes = [_tokens(sequences, tree) for tree in trees]
+    groups: list[list[list[int]]] = []
+    filled = 0
+    for number in sorted(range(len(trees)), key=lambda number: -sizes[number]):
+        if not groups or filled + sizes[number] > budget:
+            groups.append([])
+            filled = 0
+        groups[-1].append(trees[number])
+        filled += sizes[number]
     return groups
+
+
+def _cut(sequences: Sequence[Request], group: list[int], budget: int) -> Iterator[list[int]]:
+    """The group in pieces whose trees fit the budget."""
+    tree: list[int] = []
+    for at in group:
+        if tree and _tokens(sequences, [*tree, at]) > budget:
+            yield tree
+            tree = []
+        tree.append(at)
+    yield tree
+
+
+def _tokens(sequences: Sequence[Request], tree: Sequence[int]) -> int:
+    return len(sequences[tree[0]].prompt_ids) + sum(len(sequences[at].response_ids) for at in tree)

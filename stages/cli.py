@@ -97,12 +97,15 @@ def validate(
 def verify(
     run: Annotated[str, typer.Option("--run", help="Name of the run.")],
     rows: Annotated[int, typer.Option("--rows", min=1, help="Pairs to score again.")] = 20,
+    engines: Annotated[
+        str, typer.Option("--engines", help="Measure these too, e.g. vllm:float32,vllm:bfloat16,transformers:bfloat16.")
+    ] = "",
 ) -> None:
     """Score a sample again with transformers in float32 and report the difference to the stored scores."""
     from pipeline.runs import open_run
     from stages import verify as stage
 
-    stage.run(open_run(run), rows)
+    stage.run(open_run(run), rows, [name.strip() for name in engines.split(",") if name.strip()])
 
 
 @app.command()

@@ -7,10 +7,10 @@ import time
 from pipeline.config import Config, without_reference
 from pipeline.digests import files_sha256, unread_bytes
 from pipeline.errors import RefscoreError
+from pipeline.join import write_joined
 from pipeline.loss_names import reference_free
 from pipeline.models import locate_reference
-from pipeline.pairs import count_reasons
-from pipeline.precompute import Plan, about_pairs, join_scores, make_plan, score_missing
+from pipeline.precompute import Plan, about_pairs, make_plan, score_missing
 from pipeline.runs import Run, record
 from pipeline.schema import write_table
 from pipeline.scoring import start_scorer
@@ -59,7 +59,7 @@ def write_pairs(plan: Plan, config: Config, run: Run, *, scored: bool = True) ->
     """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json."""
     about = about_pairs(plan, config, scored=scored)
     write_table(run.dropped, plan.pairs.dropped_table())
-    write_table(run.pairs, join_scores(plan, scored=scored), about)
+    write_joined(run.pairs, plan, about, scored=scored)
     record(
         run,
         config,
@@ -74,17 +74,14 @@ def write_pairs(plan: Plan, config: Config, run: Run, *, scored: bool = True) ->
 
 def show_plan(plan: Plan, *, scored: bool = True) -> None:
     """Rows, drops, hits, misses and tokens of a plan; not `scored`: rows and drops."""
-    pairs = plan.pairs.pairs
-    for name, format_name in plan.pairs.formats.items():
+    pairs = plan.pairs
+    for name, format_name in pairs.formats.items():
         console.say(f"data      {name}: {format_name}")
-    train = sum(pair.split == "train" for pair in pairs)
-    console.say(
-        f"rows      {len(pairs) + len(plan.pairs.dropped)} read, {len(pairs)} pairs: {train} train, {len(pairs) - train} eval"
-    )
-    for reason, count in count_reasons(plan.pairs.dropped).items():
-        first = next(row for row in plan.pairs.dropped if row.reason == reason)
-        detail = f": {first.detail}" if first.detail else ""
-        console.say(f"dropped   {count} x {reason} (first: {first.source} row {first.row}{detail})")
+    splits = ", ".join(f"{pairs.splits.get(split, 0)} {split}" for split in ("train", "eval"))
+    console.say(f"rows      {len(pairs) + pairs.dropped} read, {len(pairs)} pairs: {splits}")
+    for reason, drop in pairs.drops.items():
+        detail = f": {drop.first.detail}" if drop.first.detail else ""
+        console.say(f"dropped   {drop.count} x {reason} (first: {drop.first.source} row {drop.first.row}{detail})")
     if not scored:
         return
     numerics = plan.identity.numerics
@@ -111,23 +108,22 @@ def _hash_weights(config: Config) -> None:
 def _score(plan: Plan, config: Config) -> None:
     console.say(f"starting {config.reference.engine} ...")
     begun = time.monotonic()
-    scorer = start_scorer(
-        config.reference, plan.paths.merged, plan.identity.numerics, max(len(plan.request(at)) for at in plan.missing)
-    )
-    console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
-    done = tokens = 0
-    try:
-        with console.progress("scoring", len(plan.missing)) as ticker:
+    numerics = plan.identity.numerics
+    with start_scorer(config.reference, plan.paths.merged, numerics, plan.longest_missing) as scorer:
+        console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
+        done = tokens = 0
+        try:
+            with console.progress("scoring", len(plan.missing)) as ticker:
 
-            def on_shard(sequences: int, shard_tokens: int) -> None:
-                nonlocal done, tokens
-                done, tokens = done + sequences, tokens + shard_tokens
-                seconds = time.monotonic() - ticker.started
-                ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
+                def on_shard(sequences: int, shard_tokens: int) -> None:
+                    nonlocal done, tokens
+                    done, tokens = done + sequences, tokens + shard_tokens
+                    seconds = time.monotonic() - ticker.started
+                    ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
 
-            score_missing(plan, config.reference, scorer, on_shard)
-    except KeyboardInterrupt:
-        console.say(
-            f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
-        )
-        raise
+                score_missing(plan, config.reference, scorer, on_shard)
+        except KeyboardInterrupt:
+            console.say(
+                f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
+            )
+            raise

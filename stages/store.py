@@ -89,7 +89,8 @@ def explain(config: Config, row: int | None) -> None:
     plan = make_plan(config)
     places = [Path(place) for place in config.reference.store if not is_url(place)]
     reference = plan.identity.reference_id
-    positions = [at for at in range(len(plan.keys)) if row is None or plan.pairs.pairs[at // 2].preference.row == row]
+    source_rows = plan.pairs.source_rows()
+    positions = [at for at in range(len(plan.keys)) if row is None or source_rows[at // 2] == row]
     if not positions:
         raise DataError(f"no pair comes from row {row}: 'refscore validate' says what was dropped and why")
     absent = set(plan.store.missing(plan.keys).to_list())

@@ -2,74 +2,92 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-import numpy as np
-
 from pipeline import durable
-from pipeline.config import Config
+from pipeline.config import Config, ReferenceConfig, load_overrides
 from pipeline.errors import CheckError, ConfigError
-from pipeline.gate import TOLERANCES
 from pipeline.models import locate_reference
 from pipeline.runs import Run, read_saved_config
-from pipeline.scoring import Request, numerics_of, start_scorer
-from pipeline.training import Pairs, load_pairs
+from pipeline.schema import read_about
+from pipeline.scoring import numerics_of, start_scorer
+from pipeline.verification import Sample, agreement, draw_sample, judge, problems
 from stages import console
 
+_SHOWN = {
+    "mean_signed_difference": "mean signed",
+    "mean_absolute_difference": "mean",
+    "max_absolute_difference": "max",
+    "correlation_with_length": "corr. length",
+    "margin_noise_nats": "margin noise",
+    "margin_noise_reward": "in reward",
+}
 
-def run(run: Run, rows: int) -> None:
-    """Score `rows` random pairs again; verify.json keeps the figures. Raises CheckError outside the tolerance."""
+
+def run(run: Run, rows: int, engines: list[str]) -> None:
+    """Score `rows` pairs again; verify.json keeps the figures. Raises CheckError outside the tolerance.
+
+    `engines` ("vllm", "transformers:bfloat16", ...) are measured on the same sample, beside what is stored.
+    """
     saved = read_saved_config(run)
     if not saved:
         raise ConfigError(f"run {run.name!r} has no configuration: run 'refscore precompute' with it first")
-    config = Config.model_validate(saved)
-    pairs = load_pairs(run.pairs, "train")
-    sample = sorted(np.random.default_rng(0).choice(len(pairs), min(rows, len(pairs)), replace=False).tolist())
-    figures = _compare(config, pairs, sample)
-    durable.write_json(run.directory / "verify.json", figures)
-    console.table(
-        f"stored scores minus transformers float32, {figures['pairs']} pairs, {figures['tokens']} tokens",
-        ["figure", "value"],
-        [
-            [name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)]
-            for name, value in figures.items()
-        ],
-    )
-    if not figures["passed"]:
-        raise CheckError(
-            f"the stored scores differ by {figures['mean_absolute_difference']:.4f} nats a token from what the reference gives "
-            f"(allowed {figures['tolerance_mean_absolute']}): they belong to another model, other token ids or a faulty engine"
-        )
+    config = load_overrides(saved, [], str(run.config))
+    others = {name: _configured(config, name) for name in engines}
+    sample = draw_sample(run.pairs, rows)
+    found = problems(config, run.pairs)
 
-
-def _compare(config: Config, pairs: Pairs, sample: list[int]) -> dict[str, Any]:
+    # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
+    scores = {name: _score(reference, sample) for name, reference in others.items()}
     oracle = config.reference.model_copy(update={"engine": "transformers", "dtype": "float32"})
-    requests = [Request(pairs.trees[row].trunk, branch) for row in sample for branch in pairs.trees[row].branches]
-    scorer = start_scorer(oracle, locate_reference(oracle).merged, numerics_of(oracle), max(map(len, requests)))
-    again = scorer.score(requests)
-    stored = [logps for row in sample for logps in (pairs.ref_chosen_logps[row], pairs.ref_rejected_logps[row])]
-    differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(stored, again, strict=True)]
-    every = np.concatenate(differences)
-    sums = np.array([difference.sum() for difference in differences])
-    margins = sums[0::2] - sums[1::2]
-    signed, absolute = TOLERANCES["float32" if numerics_of(config.reference).dtype == "float32" else "bfloat16"]
-    mean_signed, mean_absolute = float(every.mean()), float(np.abs(every).mean())
-    noise = float(np.sqrt(np.mean(margins**2)))
-    return {
-        "passed": bool(abs(mean_signed) <= signed and mean_absolute <= absolute),
-        "pairs": len(sample),
-        "tokens": len(every),
-        "mean_signed_difference": mean_signed,
-        "mean_absolute_difference": mean_absolute,
-        "max_absolute_difference": float(np.abs(every).max()),
-        "max_sequence_difference": float(np.abs(sums).max()),
-        "correlation_with_length": _correlation(np.abs(sums), np.array([len(one) for one in differences])),
-        "margin_noise_nats": noise,
-        "margin_noise_reward": config.train.beta * noise,
-        "tolerance_mean_signed": signed,
-        "tolerance_mean_absolute": absolute,
+    truth, _ = _score(oracle, sample)
+    measured = {
+        name: {**agreement(again, truth, config.train.beta), "tokens_per_second": speed}
+        for name, (again, speed) in scores.items()
     }
 
+    figures = agreement(sample.stored, truth, config.train.beta)
+    judged = judge(figures, str(read_about(run.pairs).get("dtype")))
+    if found:
+        judged |= {"passed": False, "verdict": "; ".join([*found, judged["verdict"]])}
+    durable.write_json(
+        run.directory / "verify.json",
+        {**judged, "pairs": sample.pairs, "beta": config.train.beta, **figures, "engines": measured},
+    )
+    _show(sample, figures, measured)
+    if not judged["passed"]:
+        raise CheckError(judged["verdict"])
+    console.say(f"passed: {judged['verdict']}")
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else 0.0
+
+def _configured(config: Config, name: str) -> ReferenceConfig:
+    engine, _, dtype = name.partition(":")
+    values: dict[str, Any] = config.model_dump(mode="json")
+    values["reference"] |= {"engine": engine, "dtype": dtype or "auto"}
+    return load_overrides(values, [], f"--engines {name}").reference
+
+
+def _score(reference: ReferenceConfig, sample: Sample) -> tuple[list[Any], float]:
+    """Scores of the sample, and tokens a second once the engine is ready."""
+    console.say(f"scoring {sample.pairs} pairs with {reference.engine} {numerics_of(reference).dtype} ...")
+    longest = max(map(len, sample.requests))
+    with start_scorer(reference, locate_reference(reference).merged, numerics_of(reference), longest) as scorer:
+        begun = time.monotonic()
+        scores = scorer.score(sample.requests)
+        return scores, sum(map(len, sample.requests)) / (time.monotonic() - begun)
+
+
+def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[str, float]]) -> None:
+    console.table(
+        f"minus transformers float32, {sample.pairs} pairs, {figures['tokens']} response tokens; nats a token, margins in nats",
+        ["scores", *_SHOWN.values(), "tokens/s"],
+        [
+            [
+                name,
+                *(f"{one[key]:.2g}" for key in _SHOWN),
+                f"{one['tokens_per_second']:.0f}" if name != "stored" else "",
+            ]
+            for name, one in {"stored": figures, **measured}.items()
+        ],
+    )

@@ -122,7 +122,8 @@ def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
     paths = locate_reference(reference)
     assert locate_reference(reference).merged == paths.merged
     request = Request([1, 5, 9], [20, 21, 22])
-    (ours,) = start_scorer(reference, paths.merged, numerics_of(reference), 10).score([request])
+    with start_scorer(reference, paths.merged, numerics_of(reference), 10) as scorer:
+        (ours,) = scorer.score([request])
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter
     ).eval()

@@ -1,16 +1,29 @@
 """Scores that cannot be true never reach the store; every missing sequence is asked for once."""
 
+from itertools import pairwise
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from pipeline import join, pair_table, precompute
 from pipeline.config import load_config
 from pipeline.errors import CheckError
-from pipeline.precompute import join_scores, make_plan, score_missing, shards_of
+from pipeline.join import joined
+from pipeline.precompute import make_plan, score_missing, shards_of
 from tests.conftest import experiment, preference_rows, write_rows
 
 
+@pytest.fixture(params=[2048, 4], ids=["one row group", "small row groups"])
+def _small_groups(request, monkeypatch):
+    """What is found by row must not depend on where a row group ends."""
+    for module in (pair_table, join):
+        monkeypatch.setattr(module, "GROUP", request.param)
+    monkeypatch.setattr(precompute, "_WINDOW", request.param * 4)
+
+
 @pytest.fixture
-def config(tmp_path, tiny_model):
+def config(_small_groups, tmp_path, tiny_model):
     rows = preference_rows(6)
     # two pairs share a sequence
     rows.append(rows[0] | {"rejected": "Never."})
@@ -34,11 +47,11 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
     engine = Engine()
     score_missing(plan, config.reference, engine, lambda sequences, tokens: None)
     assert len(engine.asked) == 13
-    for row in join_scores(plan).to_pylist():
+    for row in pa.concat_tables(joined(plan)).to_pylist():
         for side in ("chosen", "rejected"):
             assert row[f"ref_{side}_logps"] == pytest.approx([-token / 100 for token in row[f"{side}_ids"]])
             assert row[f"ref_{side}_logp"] == pytest.approx(-sum(row[f"{side}_ids"]) / 100)
-    assert make_plan(config).missing == []
+    assert not make_plan(config).missing
 
 
 @pytest.mark.parametrize(
@@ -60,15 +73,19 @@ def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
 def test_a_score_that_is_gone_after_scoring_is_named(config):
     plan = make_plan(config)
     with pytest.raises(CheckError, match="14 scores are missing"):
-        join_scores(plan)
+        list(joined(plan))
 
 
-def test_shards_hold_similar_lengths_longest_first_within_their_budget(config):
+def test_shards_keep_a_prompts_responses_together_longest_first_within_their_budget(config):
     plan = make_plan(config)
-    shards = list(shards_of(plan, 150))
-    lengths = [[len(plan.request(at)) for at in shard] for shard in shards]
-    assert [length for shard in lengths for length in shard] == sorted(
-        (len(plan.request(at)) for at in plan.missing), reverse=True
-    )
+    shards = [[request for _, request in shard] for shard in shards_of(plan, 150)]
     assert len(shards) > 1
-    assert all(sum(shard) <= 150 or len(shard) == 1 for shard in lengths)
+    assert all(sum(map(len, shard)) <= 150 or len(shard) == 1 for shard in shards)
+    prompts = [tuple(one.prompt_ids) for shard in shards for one in shard]
+    # every prompt is one run of neighbours
+    assert sum(a != b for a, b in pairwise(prompts)) + 1 == len(set(prompts))
+    longest = dict.fromkeys(prompts, 0)
+    for shard in shards:
+        for one in shard:
+            longest[tuple(one.prompt_ids)] = max(longest[tuple(one.prompt_ids)], len(one))
+    assert list(longest.values()) == sorted(longest.values(), reverse=True)

@@ -193,13 +193,14 @@ def test_weights_that_change_while_they_are_scored_stop_the_publication(where, m
     monkeypatch.chdir(where)
     config = load_config("experiment.yaml", ["reference.dtype=bfloat16"])
     plan = precompute.make_plan(config)
-    inner = start_scorer(config.reference, plan.paths.merged, plan.identity.numerics, 200)
+    started = start_scorer(config.reference, plan.paths.merged, plan.identity.numerics, 200)
 
     class Disturbed:
         def score(self, sequences):
             weights = plan.paths.merged / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-            return inner.score(sequences)
+            with started as inner:
+                return inner.score(sequences)
 
     with pytest.raises(CheckError, match="changed while they were scored"):
         precompute.score_missing(plan, config.reference, Disturbed(), lambda sequences, tokens: None)

@@ -39,7 +39,8 @@ def main():
                 plain.append(-torch.nn.functional.cross_entropy(logits, torch.tensor(branch), reduction="none"))
     spec = ReferenceConfig(model=str(run / "model"), engine="vllm", dtype="float32")
     requests = [Request(tree.trunk, branch) for tree in trees for branch in tree.branches]
-    vllm = start_scorer(spec, run / "model", numerics_of(spec), max(map(len, requests))).score(requests)
+    with start_scorer(spec, run / "model", numerics_of(spec), max(map(len, requests))) as scorer:
+        vllm = scorer.score(requests)
     print("RESULT", json.dumps({
         "sequences": len(ours),
         "transformers": max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True)),

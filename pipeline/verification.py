@@ -1,0 +1,149 @@
+"""Are stored scores true? A sample of a run's pairs, compared with what transformers gives in float32.
+
+Differences are score minus float32, in nats a token. A mean that is not 0 grows with a response's length and so favours
+short or long ones; what scatters around 0 is noise of the margin. Both are given in the units of the reward as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.errors import DataError
+from pipeline.gate import TOLERANCES
+from pipeline.models import load_tokenizer, locate, locate_reference
+from pipeline.schema import PAIRS, read_about, read_table
+from pipeline.scoring import Request, numerics_of
+from pipeline.vocabulary import template_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# a single value that was never computed is lost in a mean; nats a token, above what arithmetic alone was seen to give
+_LARGEST = {"float32": 0.001, "bfloat16": 2.0}
+# what reduced precision differs by on average; another model, other token ids or another template differ by more
+_LOW_PRECISION = 0.15
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sequences of some pairs, chosen and rejected in turn, and the scores that the run has for them."""
+
+    requests: list[Request]
+    stored: list[np.ndarray]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.requests) // 2
+
+
+def draw_sample(path: Path, rows: int) -> Sample:
+    """`rows` pairs of pairs.parquet, drawn always alike. Raises DataError where it holds no scores."""
+    if not read_about(path).get("scored", True):
+        raise DataError(f"{path} holds no reference scores: the run's loss compares nothing with the reference")
+    sides = ("chosen", "rejected")
+    columns = ["prompt_ids", *(f"{side}_ids" for side in sides), *(f"ref_{side}_logps" for side in sides)]
+    table = read_table(path, PAIRS, columns)
+    chosen = sorted(np.random.default_rng(0).choice(len(table), min(rows, len(table)), replace=False).tolist())
+    pairs = table.take(chosen).to_pylist()
+    return Sample(
+        [Request(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in sides],
+        [np.asarray(pair[f"ref_{side}_logps"], np.float32) for pair in pairs for side in sides],
+    )
+
+
+def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: float) -> dict[str, float]:
+    """How far `scores` are from `truth`; both hold chosen and rejected of each pair in turn.
+
+    `correlation_with_length` is between a response's summed difference, with its sign, and its tokens; margin noise is the
+    root mean square over pairs of the difference of the two sums.
+    """
+    differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(scores, truth, strict=True)]
+    every = np.concatenate(differences)
+    sums = np.array([difference.sum() for difference in differences])
+    noise = float(np.sqrt(np.mean((sums[0::2] - sums[1::2]) ** 2)))
+    return {
+        "tokens": len(every),
+        "mean_signed_difference": float(every.mean()),
+        "mean_absolute_difference": float(np.abs(every).mean()),
+        "max_absolute_difference": float(np.abs(every).max()),
+        "max_sequence_difference": float(np.abs(sums).max()),
+        "correlation_with_length": _correlation(sums, np.array([len(one) for one in differences])),
+        "margin_noise_nats": noise,
+        "margin_noise_reward": beta * noise,
+    }
+
+
+def judge(figures: dict[str, float], dtype: str) -> dict[str, Any]:
+    """Whether `figures` are what arithmetic in `dtype` may differ by, the limits, and the verdict in a sentence."""
+    kind = "float32" if dtype == "float32" else "bfloat16"
+    signed, absolute = TOLERANCES[kind]
+    mean, mean_signed = figures["mean_absolute_difference"], figures["mean_signed_difference"]
+    largest, limit = figures["max_absolute_difference"], _LARGEST[kind]
+    passed = abs(mean_signed) <= signed and mean <= absolute and largest <= limit
+    if passed:
+        verdict = f"the scores are what {dtype} gives: {mean:.2g} nats a token on average, {largest:.2g} at most"
+    else:
+        verdict = (
+            f"the scores differ by {mean:.4f} nats a token from what the reference gives in float32 ({mean_signed:+.4f} "
+            f"with their sign, {largest:.4f} at most; allowed are {absolute}, {signed} and {limit}): "
+            f"{_cause(mean, dtype, absolute)}"
+        )
+    return {
+        "passed": bool(passed),
+        "verdict": verdict,
+        "tolerance_mean_signed": signed,
+        "tolerance_mean_absolute": absolute,
+        "tolerance_max_absolute": limit,
+    }
+
+
+def problems(config: Config, path: Path) -> list[str]:
+    """What does not fit between a run's pairs and its configuration now, before any number is compared: dtype, template."""
+    about = read_about(path)
+    found = []
+    dtype = numerics_of(config.reference).dtype
+    if about.get("dtype") != dtype:
+        found.append(f"the scores were made in {about.get('dtype')}, the run's configuration asks for {dtype}")
+    if config.data.template != "chat":
+        return found
+    reference = load_tokenizer(locate_reference(config.reference).merged, config.reference)
+    if template_digest(reference) != about.get("template"):
+        found.append(
+            "the reference's chat template was changed since the pairs were made: run 'refscore precompute' again"
+        )
+    policy = load_tokenizer(locate(config.policy), config.policy)
+    if not _same_conversation(reference, policy):
+        found.append(
+            "policy.model writes a conversation in other tokens than reference.model, whose chat template made the pairs: "
+            "use one chat template for both"
+        )
+    return found
+
+
+def _cause(mean: float, dtype: str, absolute: float) -> str:
+    if mean <= absolute:
+        return "single values are wrong, as from a faulty engine"
+    if dtype == "float32" and mean < _LOW_PRECISION:
+        return "so much reduced precision differs by: they were not computed in float32 (dtype, quantisation?)"
+    return "they belong to another model, other token ids (chat template?) or a faulty engine"
+
+
+def _same_conversation(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    if template_digest(a) == template_digest(b):
+        return True
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    texts = [
+        str(one.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) if one.chat_template else ""
+        for one in (a, b)
+    ]
+    return texts[0] == texts[1]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else 0.0
