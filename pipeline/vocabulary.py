@@ -1,4 +1,4 @@
-"""Do two tokenizers mean the same by a token id?"""
+"""Do two tokenizers mean the same by a token id, and write a conversation the same way?"""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ if TYPE_CHECKING:
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 (hex) of the map from token to id, added tokens included."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (hex) of the chat template."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()

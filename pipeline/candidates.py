@@ -1,0 +1,85 @@
+"""The models that stage three samples: the policy, the reference, and others by the names the configuration gives them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, first_line
+from pipeline.identity import adapter_digests, weights_digest
+from pipeline.models import ModelSpec, locate, locate_reference, merge_adapter
+from pipeline.runs import RUNS, Run
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model that stands in the configuration by nothing but its name."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under the name it has in tables: a directory, or an adapter on one."""
+
+    name: str
+    base: Path
+    spec: ModelSpec
+    adapter: Path | None = None
+
+    @property
+    def described(self) -> str:
+        return f"{self.adapter} on {self.base}" if self.adapter else str(self.base)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the weights, the adapter's included."""
+        parts = [weights_digest(self.base), *(sorted(adapter_digests(self.adapter).items()) if self.adapter else [])]
+        return json.dumps(parts)
+
+    def merged(self) -> Path:
+        """A directory that a scorer can load; made once where there is an adapter."""
+        return merge_adapter(self.base, self.spec, self.adapter) if self.adapter else self.base
+
+
+def candidates(config: Config, run: Run) -> list[Candidate]:
+    """Policy, further models, reference, in that order. Raises ConfigError where one cannot be found."""
+    others = [_other(name, value, config) for name, value in config.generate.models.items()]
+    return [_open("policy", run.model, config), *others, _reference(config)]
+
+
+def _reference(config: Config) -> Candidate:
+    if config.generate.baseline is None:
+        return Candidate("reference", locate_reference(config.reference).merged, config.reference)
+    return _other("reference", config.generate.baseline, config)
+
+
+def _other(name: str, value: str, config: Config) -> Candidate:
+    if value.startswith("run:"):
+        directory = RUNS / value.removeprefix("run:") / "model"
+        if not directory.is_dir():
+            raise ConfigError(f"model {name!r}: {directory} does not exist: train that run first")
+        return _open(name, directory, config)
+    directory = Path(value).expanduser()
+    if (directory / "adapter_config.json").is_file():
+        return _open(name, directory, config)
+    spec = Named(value)
+    return Candidate(name, locate(spec), spec)
+
+
+def _open(name: str, directory: Path, config: Config) -> Candidate:
+    if not (directory / "adapter_config.json").is_file():
+        return Candidate(name, directory, config.policy)
+    try:
+        content = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        recorded = str(content.get("base_model_name_or_path") or "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{directory}: adapter_config.json cannot be read ({first_line(error)})") from None
+    # the base that the adapter names, where that is to be found here; else the configured policy
+    here = recorded.startswith("embedded:") or (Path(recorded) / "config.json").is_file()
+    base = locate(Named(recorded)) if recorded and here else locate(config.policy)
+    return Candidate(name, base, config.policy, directory)
