@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.judge_config import IMPLICIT, JudgeConfig
+from pipeline.judge_config import IMPLICIT, JudgeConfig, pair_judge_problem
 from pipeline.loss_names import LossType, loss_problems
 
 PRESETS = Path(__file__).parent / "presets"
@@ -217,7 +217,7 @@ class GenerateConfig(_Section):
     pair_samples: int = Field(8, ge=2, description="responses for each training prompt from which a new pair is made")
     pair_prompts: int | None = Field(None, ge=1, description="at most so many training prompts for new pairs")
     pair_judge: str | None = Field(
-        None, description="judge that makes the pairs, one of `judge`; default: the first of them that judges texts"
+        None, description="judge that makes the pairs, listed under `judge` or not; default: the first listed of texts"
     )
     pair_margin: float = Field(
         0.25, ge=0, description="best and worst response must differ by so much of the judge's reward, else no pair"
@@ -251,12 +251,13 @@ class Config(_Section):
         problems += [
             f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1
         ]
-        texts = [judge.shown for judge in self.judge if judge.kind != IMPLICIT]
         wanted = self.generate.pair_judge
-        if wanted is not None and wanted not in texts:
-            problems.append(
-                f"generate.pair_judge {wanted!r} is none of the judges of texts: {', '.join(texts) or 'none'}"
-            )
+        if (
+            wanted is not None
+            and (wanted == IMPLICIT or wanted not in shown)
+            and (problem := pair_judge_problem(wanted))
+        ):
+            problems.append(f"generate.pair_judge: {problem}")
         problems += [
             f"generate.models: {name!r} cannot name a model: letters, digits, '.', '_' and '-', none of {', '.join(TAKEN)}"
             for name in self.generate.models

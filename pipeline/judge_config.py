@@ -88,6 +88,11 @@ class JudgeConfig(BaseModel):
         return split_members(self.argument)
 
 
+def pair_judge_problem(name: str) -> str | None:
+    """What is wrong with a judge that is to make pairs; None if it can. `implicit` sees no texts, so it cannot."""
+    return f"{IMPLICIT} judges no texts" if name == IMPLICIT else _name_problem(name)
+
+
 def is_url(text: str) -> bool:
     """Whether `text` is an address on the network rather than a path or a Hub id."""
     return text.startswith(("http://", "https://"))

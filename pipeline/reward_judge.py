@@ -94,7 +94,6 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
         max_model_len=longest + 1,
         max_num_batched_tokens=max(4096, longest + 1),
         max_num_seqs=_CONCURRENT,
-        skip_tokenizer_init=True,
     )
     # without use_activation=False a sigmoid comes back
     found = engine.classify(

@@ -98,6 +98,14 @@ class Run:
         return self.directory / "new_pairs.jsonl"
 
     @property
+    def held_out(self) -> Path:
+        return self.directory / "held_out.jsonl"
+
+    @property
+    def pair_samples(self) -> Path:
+        return self.directory / "pair_samples.parquet"
+
+    @property
     def eval(self) -> Path:
         return self.directory / "eval.json"
 

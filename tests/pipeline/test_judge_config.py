@@ -74,9 +74,15 @@ def test_every_setting_is_read_somewhere():
         assert re.search(rf"settings\.{name}\b", code) or re.search(rf"self\.{name}\b", own), name
 
 
-def test_the_judge_that_makes_pairs_is_one_that_judges_texts():
-    with pytest.raises(ValueError, match="none of the judges of texts"):
-        Config.model_validate({"data": {"path": "a"}, "generate": {"pair_judge": "implicit"}})
+@pytest.mark.parametrize(("name", "problem"), [("implicit", "judges no texts"), ("rule:brief", "is unknown")])
+def test_the_judge_that_makes_pairs_judges_texts(name, problem):
+    with pytest.raises(ValueError, match=problem):
+        Config.model_validate({"data": {"path": "a"}, "generate": {"pair_judge": name}})
+
+
+def test_the_judge_that_makes_pairs_need_not_judge_the_evaluation():
+    config = {"data": {"path": "a"}, "judge": "implicit", "generate": {"pair_judge": "rule:no_repetition"}}
+    assert Config.model_validate(config).generate.pair_judge == "rule:no_repetition"
 
 
 @pytest.mark.parametrize("name", ["policy", "tie", "a b", "-x"])

@@ -126,7 +126,7 @@ def test_the_page_shows_what_there_is(run):
 
 def test_words_of_one_side_alone_are_marked():
     policy, reference = marked("Boil the rice for ten minutes.", "Boil the rice for <b> hours.")
-    assert "<mark>ten</mark>" in policy
+    assert "<mark>ten minutes</mark>." in policy
     assert "Boil the rice for " in reference
     assert "<b>" not in reference
     # nothing in common: marking everything would say nothing
