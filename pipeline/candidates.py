@@ -49,7 +49,16 @@ class Candidate:
 def candidates(config: Config, run: Run) -> list[Candidate]:
     """Policy, further models, reference, in that order. Raises ConfigError where one cannot be found."""
     others = [_other(name, value, config) for name, value in config.generate.models.items()]
-    return [_open("policy", run.model, config), *others, _reference(config)]
+    return [policy_of(config, run), *others, _reference(config)]
+
+
+def policy_of(config: Config, run: Run) -> Candidate:
+    """What the run trained: its model, or the adapter on the policy's base where only that was kept."""
+    if config.train.objective == "reward":
+        raise ConfigError(
+            f"run {run.name!r} trains a reward model, which writes no responses: use it as a judge, reward_model:{run.model}"
+        )
+    return _of_run("policy", run, config)
 
 
 def _reference(config: Config) -> Candidate:
@@ -60,20 +69,23 @@ def _reference(config: Config) -> Candidate:
 
 def _other(name: str, value: str, config: Config) -> Candidate:
     if value.startswith("run:"):
-        directory = RUNS / value.removeprefix("run:") / "model"
-        if not directory.is_dir():
-            raise ConfigError(f"model {name!r}: {directory} does not exist: train that run first")
-        return _open(name, directory, config)
+        return _of_run(name, Run(RUNS / value.removeprefix("run:")), config)
     directory = Path(value).expanduser()
     if (directory / "adapter_config.json").is_file():
-        return _open(name, directory, config)
+        return _adapter(name, directory, config)
     spec = Named(value)
     return Candidate(name, locate(spec), spec)
 
 
-def _open(name: str, directory: Path, config: Config) -> Candidate:
-    if not (directory / "adapter_config.json").is_file():
-        return Candidate(name, directory, config.policy)
+def _of_run(name: str, run: Run, config: Config) -> Candidate:
+    if (run.model / "config.json").is_file():
+        return Candidate(name, run.model, config.policy)
+    if (run.adapter / "adapter_config.json").is_file():
+        return _adapter(name, run.adapter, config)
+    raise ConfigError(f"model {name!r}: {run.model} does not exist: run 'refscore train' with the same run first")
+
+
+def _adapter(name: str, directory: Path, config: Config) -> Candidate:
     try:
         content = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         recorded = str(content.get("base_model_name_or_path") or "")

@@ -61,7 +61,7 @@ def write_markdown(run: Run, config: Config, figures: dict[str, Any]) -> None:
 
 def _settings(config: Config) -> str:
     return (
-        f"{plain(config.policy.model)}, {config.train.loss_type}, beta {config.train.beta:g}; sampled at temperature "
+        f"{plain(config.policy.model)}, {' + '.join(config.train.loss_type)}, beta {config.train.beta:g}; sampled at temperature "
         f"{config.generate.temperature:g}, seed {config.generate.seed}."
     )
 

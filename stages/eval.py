@@ -11,7 +11,7 @@ from pipeline import durable
 from pipeline.candidates import Candidate, candidates
 from pipeline.config import Config, GenerateConfig, digest
 from pipeline.divergence import kl_table, on_policy, score_responses
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.evaluation import (
     cost_figures,
     judge_pairs,
@@ -45,16 +45,14 @@ from stages import console, eval_tables
 
 def run(config: Config, run: Run) -> None:
     """Check; implicit judge; generate with each model; KL; judge the texts; write figures and report."""
-    if not (run.model / "config.json").is_file() and not (run.model / "adapter_config.json").is_file():
-        raise ConfigError(f"{run.model} does not exist: run 'refscore train' with the same run first")
+    models = candidates(config, run)
+    names = [one.name for one in models]
     prompts = held_out_prompts(run.pairs, config.generate.max_prompts)
     if not prompts:
         raise DataError(
             f"{run.pairs} holds no eval pairs, so there is nothing to generate for: "
             "set data.eval_path or data.eval_fraction and run precompute again"
         )
-    models = candidates(config, run)
-    names = [one.name for one in models]
     # judges are opened before anything is generated: what is wrong with one is said at once
     about = read_about(run.pairs)
     chamber = Chamber(run.verdicts, config.judge, (about.get("vocabulary", ""), about.get("template", "")))

@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from pipeline.candidates import candidates
+from pipeline.candidates import policy_of
 from pipeline.config import Config
 from pipeline.runs import Run, open_run
 from stages import console
@@ -42,7 +42,7 @@ def run(config: Config, path: Path, name: str, overrides: list[str], rounds: int
 
 def _next(config: Config, last: Run) -> list[str]:
     """What differs in the next round."""
-    policy = json.dumps(str(candidates(config, last)[0].merged()))
+    policy = json.dumps(str(policy_of(config, last).merged()))
     found = [
         f"data.path={json.dumps(str(last.new_pairs))}",
         f"data.eval_path={json.dumps(str(last.held_out))}",

@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 
 from pipeline import durable
-from pipeline.candidates import Candidate, candidates
+from pipeline.candidates import Candidate, policy_of
 from pipeline.config import Config, GenerateConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.generate import Sample, generator, settled
@@ -26,15 +26,13 @@ from stages import console
 
 def run(config: Config, run: Run) -> None:
     """Check; sample training prompts; judge; write new_pairs.jsonl, and the held-out pairs that go with it."""
-    if not run.model.is_dir():
-        raise ConfigError(f"{run.model} does not exist: run 'refscore train' with the same run first")
+    policy = policy_of(config, run)
     tokenizer = load_tokenizer(locate_reference(config.reference).merged, config.reference)
     pairs = build_pairs(config.data, tokenizer)
     requests = _training_prompts(pairs)[: config.generate.pair_prompts]
     settings_of_judge = _judge(config)
     chamber = Chamber(run.verdicts, config.judge, (vocabulary_digest(tokenizer), template_digest(tokenizer)))
     judge = open_judge(settings_of_judge, chamber)
-    policy = candidates(config, run)[0]
     settings = settled(config.generate, config.reference).model_copy(update={"samples": config.generate.pair_samples})
     console.say(
         f"prompts   {len(requests)} of the training split, {settings.samples} responses each, judged by {judge.name}"
