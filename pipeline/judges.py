@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.exchange import file_name, open_annotations
@@ -24,6 +24,8 @@ class Chamber:
     verdicts: Path
     listed: Sequence[JudgeConfig] = ()
     tokens: tuple[str, str] | None = None
+    # a judge that is listed and sits in a panel is one judge with one file
+    opened: dict[str, Verdicts] = field(default_factory=dict)
 
 
 def open_judge(settings: JudgeConfig, chamber: Chamber) -> Judge:
@@ -36,7 +38,9 @@ def open_judge(settings: JudgeConfig, chamber: Chamber) -> Judge:
         return _panel(settings, chamber)
     # the name for people, the digest against two names that look alike as a file
     file = f"{file_name(settings.shown)[:60]}-{key_of('', [settings.name])[:8]}.jsonl"
-    verdicts = Verdicts(chamber.verdicts / file)
+    verdicts = chamber.opened.get(file)
+    if verdicts is None:
+        verdicts = chamber.opened[file] = Verdicts(chamber.verdicts / file)
     if settings.kind == "reward_model":
         from pipeline.reward_judge import open_reward_model
 

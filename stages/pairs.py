@@ -30,7 +30,7 @@ def run(config: Config, run: Run) -> None:
     tokenizer = load_tokenizer(locate_reference(config.reference).merged, config.reference)
     pairs = build_pairs(config.data, tokenizer)
     requests = _training_prompts(pairs)[: config.generate.pair_prompts]
-    settings_of_judge = _judge(config)
+    settings_of_judge = pair_judge(config)
     chamber = Chamber(run.verdicts, config.judge, (vocabulary_digest(tokenizer), template_digest(tokenizer)))
     judge = open_judge(settings_of_judge, chamber)
     settings = settled(config.generate, config.reference).model_copy(update={"samples": config.generate.pair_samples})
@@ -86,7 +86,8 @@ def _training_prompts(pairs: PairSet) -> list[Request]:
     return list(found.values())
 
 
-def _judge(config: Config) -> JudgeConfig:
+def pair_judge(config: Config) -> JudgeConfig:
+    """The judge that makes new pairs. Raises ConfigError where no judge of texts is configured."""
     texts = [judge for judge in config.judge if judge.kind != IMPLICIT]
     wanted = config.generate.pair_judge
     found = next((judge for judge in texts if wanted in (None, judge.shown)), None)

@@ -39,6 +39,11 @@ def main(models: Path, out: Path) -> None:
     found["adapter"] = sampled(tiny, [prompts], adapter)[0]
     found["merged"] = sampled(merged, [prompts])[0]
 
+    many = settings.model_copy(update={"samples": 40})
+    asked = [tokenizer(f"prompt {n}", add_special_tokens=False)["input_ids"] for n in range(40)]
+    with generator(tiny, Named(str(tiny)), 64, settings) as generate:
+        found["against_itself"] = [[one.text for one in samples] for samples in generate(asked, many, no_report)]
+
     ids = [[*prompt, *samples[0]] for prompt, samples in zip(prompts, plain[0], strict=True)]
     # one ends with the end of turn, which pads too
     ids[0] = [*ids[0], tokenizer.eos_token_id]

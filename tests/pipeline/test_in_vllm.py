@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from pipeline.candidates import Named
+from pipeline.judge_config import JudgeConfig
 from pipeline.judge_prompts import question
-from pipeline.judging import Duel, Prompt, Response
+from pipeline.judges import Chamber, open_judge
+from pipeline.judging import Comparison, Duel, Prompt, Response, judge_both_orders
 from pipeline.llm_judge import letter_ids
 from pipeline.models import load_tokenizer, merge_adapter
+from pipeline.winrates import win_rate
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer
 
 pytestmark = pytest.mark.engine
@@ -65,6 +68,28 @@ def test_a_sample_does_not_depend_on_the_order_of_the_batch(found):
 def test_an_adapter_samples_like_the_merged_model_and_unlike_its_base(found):
     assert found["adapter"] == found["merged"]
     assert found["adapter"] != found["in_order"]
+
+
+def test_a_model_against_itself_is_even(found, tmp_path):
+    """20 evaluations of 40 prompts, both sides written by the same model: no more than 3 intervals miss one half."""
+    judge = open_judge(JudgeConfig(name="rule:contains=e"), Chamber(tmp_path))
+    missed = decided = 0
+    for seed in range(20):
+        items = [
+            Comparison(
+                Prompt(str(n), f"prompt {n}"),
+                0,
+                "policy",
+                "reference",
+                *(Response(texts[2 * seed + side], "stop") for side in (0, 1)),
+            )
+            for n, texts in enumerate(found["against_itself"])
+        ]
+        rate = win_rate(judge_both_orders(judge, items))
+        missed += not rate.rate.low <= 0.5 <= rate.rate.high
+        decided += rate.wins + rate.losses
+    assert missed <= 3
+    assert decided > 100
 
 
 def test_rewards_are_raw_and_those_of_the_last_token_in_both_engines(found):

@@ -158,6 +158,19 @@ def test_what_was_said_is_asked_again_by_nobody_even_after_a_torn_line(tmp_path,
     assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 10
 
 
+def test_a_panels_member_that_is_listed_too_is_asked_once_and_outvoted(tmp_path, serve):
+    server = serve()
+    remote = JudgeConfig(name=f"llm:{server.url}", model="m")
+    chamber = Chamber(tmp_path / "verdicts", [remote])
+    alone = open_judge(remote, chamber)
+    panel = JudgeConfig(name=f"panel:[rule:max_words=1, rule:contains=short, {remote.name}]")
+    found = judge_both_orders(open_judge(panel, chamber), items(2))
+    # both rules prefer the short response, the server the long one
+    assert {one.winner for one in found} == {"reference"}
+    assert {one.winner for one in judge_both_orders(alone, items(2))} == {"policy"}
+    assert len(server.asked) == 4
+
+
 def test_requests_keep_the_pace(tmp_path, serve):
     server = serve()
     judge_both_orders(judge(tmp_path, server, requests_per_minute=600, model="m"), items(3))
