@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests, weights_digest
-from pipeline.models import ModelSpec, locate, locate_reference, merge_adapter
+from pipeline.models import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter
 from pipeline.runs import RUNS, Run
+from pipeline.vocabulary import vocabulary_digest
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ def policy_of(config: Config, run: Run) -> Candidate:
             f"run {run.name!r} trains a reward model, which writes no responses: use it as a judge, reward_model:{run.model}"
         )
     return _of_run("policy", run, config)
+
+
+def must_share_vocabulary(models: Sequence[Candidate], vocabulary: str | None) -> None:
+    """Raise ConfigError where a model reads other token ids than the prompts were made with (a digest, if known)."""
+    for one in models:
+        if vocabulary and vocabulary_digest(load_tokenizer(one.base, one.spec)) != vocabulary:
+            raise ConfigError(
+                f"model {one.name!r} ({one.described}) has another vocabulary than the prompts' token ids: only models that "
+                "share it can be sampled and compared here"
+            )
 
 
 def _reference(config: Config) -> Candidate:

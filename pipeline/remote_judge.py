@@ -41,7 +41,8 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
         if missing:
             _ask_all(settings, model, missing, verdicts)
-        return [_value(verdicts.get(key), settings) for key in keys]
+        found = [verdicts.get(key) for key in keys]
+        return [one.value if one else None for one in found]
 
     def cost() -> dict[str, float]:
         known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
@@ -112,11 +113,6 @@ def _from_logprobs(logprobs: Any, text: str, settings: JudgeConfig) -> float | N
         if letter := letter_of(one.token):
             mass[letter] += math.exp(one.logprob)
     return weighed(mass["A"], mass["B"], settings.min_mass)
-
-
-def _value(verdict: Verdict | None, settings: JudgeConfig) -> float | None:
-    del settings
-    return verdict.value if verdict else None
 
 
 def _client(settings: JudgeConfig) -> OpenAI:

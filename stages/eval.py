@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import durable
-from pipeline.candidates import Candidate, candidates
+from pipeline.candidates import Candidate, candidates, must_share_vocabulary
 from pipeline.config import Config, GenerateConfig, digest
 from pipeline.divergence import kl_table, on_policy, score_responses
 from pipeline.errors import DataError
@@ -53,8 +53,9 @@ def run(config: Config, run: Run) -> None:
             f"{run.pairs} holds no eval pairs, so there is nothing to generate for: "
             "set data.eval_path or data.eval_fraction and run precompute again"
         )
-    # judges are opened before anything is generated: what is wrong with one is said at once
     about = read_about(run.pairs)
+    must_share_vocabulary(models, about.get("vocabulary"))
+    # judges are opened before anything is generated: what is wrong with one is said at once
     chamber = Chamber(run.verdicts, config.judge, (about.get("vocabulary", ""), about.get("template", "")))
     judges = [open_judge(settings, chamber) for settings in config.judge if settings.kind != IMPLICIT]
     console.say(f"prompts   {len(prompts)} held out, for {', '.join(names)}")
