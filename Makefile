@@ -2,13 +2,14 @@
 CONFIG ?= pipeline/presets/demo.yaml
 RUN ?= $(basename $(notdir $(CONFIG)))
 SET ?=
+ROUNDS ?= 2
 
 refscore = .venv/bin/refscore
 options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(override)')
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval test faults check bench bench-score bench-train bench-store demo-data requirements clean
+.PHONY: help setup precompute plan train eval sweep iterate test faults check bench bench-score bench-train bench-store demo-data requirements clean
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -29,6 +30,12 @@ train: .venv/.run ## stage 2: train the policy alone against the stored scores
 
 eval: .venv/.run ## stage 3: generate, judge, report
 	@$(refscore) eval $(options)
+
+sweep: .venv/.run ## all stages for a grid: SET="train.beta=0.03,0.1,0.3"
+	@$(refscore) sweep $(options)
+
+iterate: .venv/.run ## ROUNDS=2 rounds of training, each on pairs that the last one's policy made
+	@$(refscore) iterate --rounds $(ROUNDS) $(options)
 
 test: .venv/.test ## the tests (real vLLM on CPU; about ten minutes on two cores)
 	@.venv/bin/python -m pytest

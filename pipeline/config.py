@@ -17,17 +17,21 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.judge_config import IMPLICIT, JudgeConfig, pair_judge_problem
 from pipeline.loss_names import LossType, loss_problems
 
 PRESETS = Path(__file__).parent / "presets"
 
 
 def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict) else value
 
 
 LossTypes = Annotated[list[LossType], BeforeValidator(_as_list), Field(min_length=1)]
 OneOrMore = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+Judges = Annotated[list[JudgeConfig], BeforeValidator(_as_list), Field(min_length=1)]
+# what tables say where a model's name could stand
+TAKEN = ("policy", "reference", "tie", "failed", "pair")
 
 
 class _Section(BaseModel):
@@ -192,7 +196,7 @@ class TrainConfig(_Section):
 
 
 class GenerateConfig(_Section):
-    """Sampling from policy and reference on the held-out prompts."""
+    """Sampling: held-out prompts for stage three, training prompts for new pairs."""
 
     max_tokens: int = Field(256, ge=1, description="longest response, in tokens")
     temperature: float = Field(0.7, ge=0)
@@ -200,7 +204,30 @@ class GenerateConfig(_Section):
     samples: int = Field(1, ge=1, description="responses for each prompt and model")
     seed: int = Field(0, ge=0)
     max_prompts: int | None = Field(None, ge=1, description="at most so many held-out prompts")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto = bfloat16")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: what the reference is scored in, float32 on CPU and bfloat16 on a GPU"
+    )
+    baseline: str | None = Field(
+        None, description="model that stands for the reference in stage three; default: the configured reference"
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="further models to judge, name: model directory, PEFT adapter, Hub id, embedded:<name> or run:<run>",
+    )
+    kl_samples: int = Field(
+        1, ge=0, description="responses a prompt at temperature 1, by which KL to the reference is measured; 0 = none"
+    )
+    pair_samples: int = Field(8, ge=2, description="responses for each training prompt from which a new pair is made")
+    pair_prompts: int | None = Field(None, ge=1, description="at most so many training prompts for new pairs")
+    pair_judge: str | None = Field(
+        None, description="judge that makes the pairs, listed under `judge` or not; default: the first listed of texts"
+    )
+    pair_margin: float = Field(
+        0.25, ge=0, description="best and worst response must differ by so much of the judge's reward, else no pair"
+    )
+    next_reference: Literal["fixed", "previous"] = Field(
+        "fixed", description="reference of the next round: fixed: the configured one; previous: the last round's policy"
+    )
 
 
 class Config(_Section):
@@ -211,9 +238,9 @@ class Config(_Section):
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
-    judge: OneOrMore = Field(
-        default=["implicit", "rule:complete_and_concise", "rule:no_repetition"],
-        description="implicit, rule:<name>",
+    judge: Judges = Field(
+        default=[JudgeConfig(name=name) for name in ("implicit", "rule:complete_and_concise", "rule:no_repetition")],
+        description="judges by name, or with settings of their own: pipeline/judge_config.py",
     )
 
     @model_validator(mode="after")
@@ -223,10 +250,22 @@ class Config(_Section):
             for name, section in (("reference", self.reference), ("policy", self.policy))
             if section.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", section.revision or "")
         ]
-        # judges import nothing heavy; the registry says which names exist
-        from pipeline.judges import check_judge_name
-
-        problems += [problem for name in self.judge if (problem := check_judge_name(name))]
+        shown = [judge.shown for judge in self.judge]
+        problems += [
+            f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1
+        ]
+        wanted = self.generate.pair_judge
+        if (
+            wanted is not None
+            and (wanted == IMPLICIT or wanted not in shown)
+            and (problem := pair_judge_problem(wanted))
+        ):
+            problems.append(f"generate.pair_judge: {problem}")
+        problems += [
+            f"generate.models: {name!r} cannot name a model: letters, digits, '.', '_' and '-', none of {', '.join(TAKEN)}"
+            for name in self.generate.models
+            if name in TAKEN or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self

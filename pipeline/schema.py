@@ -86,9 +86,21 @@ JUDGEMENTS = pa.schema(
         ("prompt_id", pa.string()),
         ("sample", pa.int32()),
         ("judge", pa.string()),
+        ("model", pa.string()),
+        ("baseline", pa.string()),
         ("order", pa.string()),
         ("winner", pa.string()),
         ("score", pa.float64()),
+    ]
+)
+# samples at temperature 1 with their logps under the model that wrote them and under the reference
+KL = pa.schema(
+    [
+        *SAMPLES,
+        ("logps", _logps),
+        ("ref_logps", _logps),
+        ("logp", pa.float64()),
+        ("ref_logp", pa.float64()),
     ]
 )
 

@@ -1,17 +1,23 @@
-"""How sure a figure is. The unit is the prompt: several samples or orders of one prompt are not independent."""
+"""How sure a figure is: intervals, tests, and what a sample of this size could have shown. Plain numbers in, no judge.
+
+The unit is the prompt: callers average several samples or orders of one prompt before they come here, because those are
+not independent. Every interval is 95 %.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from pipeline.judges import Judgement
-
-_RESAMPLES = 10_000
+RESAMPLES = 10_000
+# below this many prompts a percentile bootstrap is too narrow, and Wilson's interval takes its place
+SMALL = 50
+RARE = 5
+_Z = float(stats.norm.ppf(0.975))
+_POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -22,26 +28,22 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
-class WinRate:
-    """A judge's verdict over prompts. Ties count half; `failed` prompts are in no other figure.
-
-    `flips` counts comparisons in which the judge contradicted itself when the order changed; they are ties.
-    """
+class Paired:
+    """Two policies on the same prompts: mean of first minus second, and the exact sign test of the differences."""
 
     prompts: int
-    rate: Interval
-    wins: int
-    ties: int
-    losses: int
-    failed: int
-    flips: int
+    difference: Interval
     sign_test_p: float
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean with a percentile bootstrap over the values: 95 %, 10,000 resamples. One value has no interval but itself."""
+    """Mean with a percentile bootstrap over the values: 10,000 resamples. One value has no interval but itself."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) == 0:
         raise ValueError("the mean of no values")
@@ -49,32 +51,75 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
     if len(array) == 1 or (array == array[0]).all():
         return Interval(mean, mean, mean)
     found = stats.bootstrap(
-        (array,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(seed), batch=1000
+        (array,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), batch=1000
     )
     return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-def win_rate(judgements: Iterable[Judgement]) -> WinRate | None:
-    """The win rate of one judge's judgements; None where not a single comparison was judged."""
-    by_comparison: dict[tuple[str, int], list[Judgement]] = defaultdict(list)
-    for judgement in judgements:
-        by_comparison[judgement.prompt_id, judgement.sample].append(judgement)
-    by_prompt: dict[str, list[float]] = defaultdict(list)
-    flips = 0
-    failed_prompts = set()
-    for (prompt_id, _), orders in by_comparison.items():
-        scores = [one.score for one in orders if one.score is not None]
-        if len(scores) < len(orders):
-            failed_prompts.add(prompt_id)
-            continue
-        flipped = any(score > 0.5 for score in scores) and any(score < 0.5 for score in scores)
-        flips += flipped
-        by_prompt[prompt_id].append(0.5 if flipped else float(np.mean(scores)))
-    failed = len(failed_prompts - by_prompt.keys())
-    if not by_prompt:
+def wilson(successes: float, number: int) -> Interval:
+    """Wilson's score interval of a share; half successes (ties) are allowed and make it a little too wide."""
+    if not 0 <= successes <= number or number == 0:
+        raise ValueError(f"{successes} successes of {number}")
+    share = successes / number
+    centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
+    half = _Z / (1 + _Z**2 / number) * float(np.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2)))
+    # in exact arithmetic the ends are 0 and 1 where nothing or everything succeeded
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def share(scores: Sequence[float]) -> tuple[Interval, str]:
+    """Mean of scores in [0, 1] with its interval, and how that was made: "bootstrap" or "wilson".
+
+    Wilson's where the prompts are few, or nearly all agree: a bootstrap of equal values has no width at all, which
+    would claim certainty.
+    """
+    array = np.asarray(scores, dtype=np.float64)
+    total = float(array.sum())
+    if len(array) < SMALL or (array == array[0]).all() or min(total, len(array) - total) < RARE:
+        return wilson(total, len(array)), "wilson"
+    return bootstrap_mean(array.tolist()), "bootstrap"
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided p of `wins` against `losses` under even chances; ties say nothing about a direction."""
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Paired | None:
+    """Compare two policies' scores by prompt; None where they share no prompt.
+
+    The prompts' own difficulty cancels in the difference, so it is known better than either score.
+    """
+    common = sorted(first.keys() & second.keys())
+    if not common:
         return None
-    means = [float(np.mean(scores)) for scores in by_prompt.values()]
-    wins, losses = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
-    # exact sign test: ties say nothing about a direction
-    p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return WinRate(len(means), bootstrap_mean(means), wins, len(means) - wins - losses, losses, failed, flips, p)
+    differences = np.array([first[prompt] - second[prompt] for prompt in common])
+    p = sign_test(int((differences > 0).sum()), int((differences < 0).sum()))
+    return Paired(len(common), bootstrap_mean(differences.tolist()), p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for having looked at all of them (Holm 1979): valid whatever their dependence."""
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(p_values))
+    floor = 0.0
+    for rank, at in enumerate(order):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = floor
+    return [float(value) for value in corrected]
+
+
+def detectable(scores: Sequence[float]) -> float | None:
+    """The smallest distance of a mean from its null that so many scores show 4 times in 5; None for one score.
+
+    (z_0.975 + z_0.8) times the standard error, the usual normal approximation.
+    """
+    if len(scores) < 2:
+        return None
+    return float((_Z + stats.norm.ppf(_POWER)) * np.std(scores, ddof=1) / np.sqrt(len(scores)))
+
+
+def prompts_for(scores: Sequence[float], distance: float) -> int | None:
+    """How many prompts like these it takes to show `distance` 4 times in 5; None where nothing varies."""
+    now = detectable(scores)
+    return None if not now else int(np.ceil(len(scores) * (now / distance) ** 2))

@@ -1,4 +1,4 @@
-"""Do two tokenizers mean the same by a token id?"""
+"""Do two tokenizers mean the same by a token id, and write a conversation the same way?"""
 
 from __future__ import annotations
 

@@ -109,12 +109,62 @@ def verify(
 
 
 @app.command()
-def compare(runs: Annotated[list[str], typer.Argument(help="Names of runs.")]) -> None:
-    """Experiments side by side: settings that differ, and their figures."""
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Names of runs.")],
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Where the page goes; default: data/runs/compare.html.")
+    ] = None,
+) -> None:
+    """Experiments side by side: settings that differ, figures, paired differences, and the frontier as a page."""
     from pipeline.runs import open_run
     from stages import compare as stage
 
-    stage.run([open_run(name) for name in runs])
+    stage.run([open_run(name) for name in runs], page)
+
+
+@app.command()
+def sweep(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
+    """All stages for every point of a grid: --set train.beta=0.03,0.1,0.3; then the comparison."""
+    from stages import sweep as stage
+
+    stage.run(config, run if run is not None else config.stem, set_ or [])
+
+
+@app.command()
+def pairs(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
+    """New preference pairs: the run's policy answers its training prompts, a judge sets best against worst."""
+    resolved, opened = _open(config, run, set_)
+    from stages import pairs as stage
+
+    stage.run(resolved, opened)
+
+
+@app.command()
+def iterate(
+    config: ConfigOption = DEMO,
+    run: RunOption = None,
+    set_: SetOption = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of training.")] = 2,
+) -> None:
+    """Rounds of precompute, train and pairs, each from the policy of the last; then all rounds are judged."""
+    from pipeline.config import load_config
+    from stages import iterate as stage
+
+    resolved = load_config(config, set_ or [])
+    stage.run(resolved, config, run if run is not None else config.stem, set_ or [], rounds)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    format_: Annotated[str, typer.Option("--format", help="alpaca_eval or arena_hard.")] = "alpaca_eval",
+    to: Annotated[Path | None, typer.Option("--to", help="Directory; default: export/<format> in the run.")] = None,
+) -> None:
+    """Responses and judgements as files of AlpacaEval or Arena-Hard; the judge annotations:<file> reads them back."""
+    from pipeline.runs import open_run
+    from stages import export as stage
+
+    stage.run(open_run(run), format_, to)
 
 
 store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)

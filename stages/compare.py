@@ -1,55 +1,68 @@
-"""`refscore compare RUN...`: experiments side by side."""
+"""`refscore compare RUN...`: experiments side by side, on the terminal, as a page and for a pull request."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
+from pipeline import durable
+from pipeline.comparing import Difference, differences, differing_settings, frontier_points, reached
 from pipeline.errors import ConfigError
-from pipeline.runs import Run, existing_runs, read_json, read_saved_config
+from pipeline.frontier import label_of
+from pipeline.markdown import table
+from pipeline.plots import frontier
+from pipeline.report import environment
+from pipeline.runs import RUNS, Run, existing_runs, read_json
 from stages import console
 
 
-def run(runs: list[Run]) -> None:
-    """Print the settings in which `runs` differ and the figures they reached."""
+def run(runs: list[Run], page: Path | None) -> None:
+    """Print the settings in which `runs` differ and what they reached; write the page (default: data/runs/compare.html)."""
     for one in runs:
         if not one.config.is_file():
             raise ConfigError(f"run {one.name!r} does not exist; there are: {', '.join(existing_runs()) or 'none'}")
-    settings = {one.name: _flat(read_saved_config(one)) for one in runs}
-    names = sorted({name for values in settings.values() for name in values})
-    differing = [name for name in names if len({str(values.get(name)) for values in settings.values()}) > 1]
-    rows = [[name, *(str(settings[one.name].get(name, "-")) for one in runs)] for name in differing]
-    figures = {one.name: _figures(read_json(one.eval)) for one in runs}
-    reached = dict.fromkeys(name for values in figures.values() for name in values)
-    rows += [[name, *(figures[one.name].get(name, "-") for one in runs)] for name in reached]
-    if not rows:
+    head = ["", *(one.name for one in runs)]
+    settings, figures, found = differing_settings(runs), reached(runs), differences(runs)
+    if not settings and not figures:
         console.say("the runs have the same settings and no figures yet: run 'refscore eval' for each")
         return
-    console.table("", ["", *(one.name for one in runs)], rows)
+    console.table("", head, settings + figures)
+    compared = [_row(one) for one in found]
+    if compared:
+        console.table("Prompt by prompt", _HEAD, compared)
+
+    points, judge = frontier_points(runs)
+    gain = label_of(read_json(runs[0].eval), judge) if judge else ""
+    path = page or RUNS / "compare.html"
+    content = (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            head=head,
+            settings=settings,
+            figures=figures,
+            compared_head=_HEAD,
+            compared=compared,
+            frontier=frontier(points, gain) if len(points) >= 2 else None,
+            verdicts=[(one.name, read_json(one.eval).get("verdict", "not evaluated yet")) for one in runs],
+        )
+    )
+    durable.write_text(path, content)
+    texts = [table(head, settings + figures), table(_HEAD, compared)]
+    durable.write_text(path.with_suffix(".md"), "\n\n".join(text for text in texts if text) + "\n")
+    console.say(f"page      {path}")
 
 
-def _figures(evaluated: dict[str, Any]) -> dict[str, str]:
-    found = {}
-    for name, rate in evaluated.get("judges", {}).items():
-        if rate:
-            found[f"win rate, {name}"] = (
-                f"{rate['rate']['mean']:.3f} [{rate['rate']['low']:.3f}, {rate['rate']['high']:.3f}]"
-            )
-    held_out = evaluated.get("held_out") or {}
-    if held_out:
-        found["held-out reward accuracy"] = f"{held_out['reward_accuracy']:.3f}"
-        found["held-out mean margin"] = f"{held_out['mean_margin']:.3f}"
-    policy = evaluated.get("responses", {}).get("policy")
-    if policy:
-        found["response tokens, mean"] = f"{policy['tokens']['mean']:.1f}"
-        found["responses cut off"] = f"{policy['cut_off']:.0%}"
-    return found
+_HEAD = ["judge", "first", "second", "prompts", "first minus second", "95 % interval", "p, corrected"]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
+def _row(one: Difference) -> list[str]:
+    difference = one.paired.difference
+    return [
+        one.judge,
+        one.first,
+        one.second,
+        str(one.paired.prompts),
+        f"{difference.mean:+.3f}",
+        f"{difference.low:+.3f} to {difference.high:+.3f}",
+        f"{one.p:.2g}",
+    ]

@@ -53,7 +53,7 @@ def test_overrides_reach_nested_fields_and_numbers_are_numbers(tmp_path):
     config = load_config(path, ["train.learning_rate=1e-6", "data.path=[x.jsonl, y.jsonl]", "judge=implicit"])
     assert config.train.learning_rate == 1e-6
     assert config.data.path == ["x.jsonl", "y.jsonl"]
-    assert config.judge == ["implicit"]
+    assert [judge.name for judge in config.judge] == ["implicit"]
 
 
 def test_the_dumped_configuration_reads_back_equal(tmp_path):

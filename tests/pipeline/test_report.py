@@ -1,58 +1,144 @@
-"""The report is self-contained and nothing a model writes can act in it."""
+"""The report is self-contained, says what the figures say, and nothing a model writes can act in it."""
 
 import pyarrow as pa
 import pytest
 
 from pipeline.config import Config
-from pipeline.report import verdict, write_report
+from pipeline.differences import marked, visible
+from pipeline.markdown import plain, write_markdown
+from pipeline.report import write_report
 from pipeline.runs import Run, record
 from pipeline.schema import METRICS, write_table
+from pipeline.verdict import cautions, second_opinions, verdict
 
 HOSTILE = [
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "</div></details><iframe src=//evil.example></iframe>",
+    "<script>document.title='pwned'</script>",
+    "<img src=x onerror=\"document.title='pwned'\">",
+    '"><svg onload="document.title=\'pwned\'">',
+    "</div></details></style><iframe src=//evil.example></iframe>",
     "{{ 7 * 7 }} {% raise %}",
-    "&lt;script&gt; \u202e reversed \x00 null",
+    "&lt;script&gt; \u202e reversed \x00 null \ud800 lone",
     "<!-- --><style>*{display:none}</style>",
+    "<meta http-equiv=refresh content='0;url=https://evil.example'><base href=//evil.example>",
+    "<a href=\"javascript:document.title='pwned'\">$x^2$ \\(a\\)</a>",
+    "a" * 5000,
 ]
 
 
-def figures(mean=0.7, low=0.6, high=0.8):
-    rate = {"prompts": 40, "rate": {"mean": mean, "low": low, "high": high}, "wins": 20, "ties": 16, "losses": 4}
-    rate |= {"failed": 0, "flips": 0, "sign_test_p": 0.01}
+def rate(mean=0.7, low=0.6, high=0.8, **other):
+    found = {
+        "prompts": 40,
+        "rate": {"mean": mean, "low": low, "high": high},
+        "method": "wilson",
+        "wins": 20,
+        "ties": 16,
+    }
+    found |= {"losses": 4, "failed": 0, "worst": mean, "best": mean, "comparisons": 40, "flips": 0, "first_wins": 0.5}
+    found |= {"sign_test_p": 0.01, "detectable": 0.12, "length_controlled": {"mean": mean, "low": low, "high": high}}
+    return found | {"prompts_needed": 230} | other
+
+
+def figures(*interval, **judges):
     tokens = {"mean": 30.0, "low": 25.0, "high": 35.0}
     seen = {"responses": 40, "tokens": tokens, "words": 20.0, "cut_off": 0.1, "repetition": 0.0, "empty": 0.0}
-    return {"judges": {"rule:no_repetition": rate}, "responses": {"policy": seen, "reference": seen}, "held_out": {}}
+    cost = {"kl": tokens, "low_variance": tokens, "per_token": 0.3, "responses": 40, "tokens": 900}
+    reward = {"reward": {"rule:no_repetition": {"mean": 0.9, "low": 0.8, "high": 1.0}}}
+    one = rate(*interval)
+    return {
+        "models": {"policy": "a/<b>", "reference": "c"},
+        "pair_judge": "rule:no_repetition",
+        "judges": {"rule:no_repetition": one, **judges},
+        "others": [{"model": "round1", "baseline": "reference", "judge": "rule:no_repetition", "rate": one}],
+        "ratings": {"rule:no_repetition": {"policy": tokens, "round1": tokens, "reference": tokens}},
+        "topics": {"rule:no_repetition": {"a<b>": one["rate"], "b": one["rate"]}},
+        "responses": {"policy": seen, "reference": seen},
+        "cost": {"policy": cost | reward, "reference": reward},
+        "judge_costs": {"rule:no_repetition": {"requests": 3, "price": 0.5}},
+        "held_out": {},
+    }
 
 
-@pytest.fixture
-def page(tmp_path):
-    run = Run(tmp_path / "run")
-    config = Config.model_validate({"data": {"path": "</pre><script>alert(1)</script>"}})
+def write(run, samples=HOSTILE):
+    config = Config.model_validate({"data": {"path": "</pre><script>document.title='pwned'</script>"}})
     record(run, config, "precompute", reference_id="ab" * 32, digests={"data": {"<b>x</b>": "cd"}})
     rows = {name: [0, 1] if name == "step" else [0.7, 0.6] for name in METRICS.names}
     write_table(run.metrics, pa.table(rows, schema=METRICS))
-    samples = [
-        {"prompt_id": "p", "sample": 0, "prompt": text, "policy": text, "reference": text, "difference": -0.5}
-        for text in HOSTILE
+    run.health.write_text('{"words": ["All is <i>well</i>."]}')
+    sides = [
+        {
+            "prompt_id": "p",
+            "sample": 0,
+            "topic": text,
+            "prompt": text,
+            "policy": text,
+            "reference": f"x {text} y",
+            "difference": -0.5,
+            "marks": 0.1,
+            "policy_finish": "length",
+            "reference_finish": "stop",
+        }
+        for text in samples
     ]
-    write_report(run, config, figures(), samples)
-    return run.report.read_text()
+    found = figures()
+    found = {"verdict": verdict(found), **found}
+    write_report(run, config, found, sides)
+    write_markdown(run, config, found)
+    return run
 
 
-def test_hostile_text_is_escaped_everywhere(page):
-    for needle in ("<script", "<img", "<iframe", "onload=alert(1)>", "<b>x"):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write(Run(tmp_path_factory.mktemp("report") / "run"))
+
+
+def test_hostile_text_is_escaped_everywhere(run):
+    page = run.report.read_text()
+    for needle in ("<script", "<img", "<iframe", "<b>x", "<i>well", "a<b>", "a/<b>", "<base", "<a href"):
         assert needle not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+    assert page.count("&lt;script&gt;document.title=") >= 4
     assert "{{ 7 * 7 }}" in page
     assert "default-src 'none'" in page
+    for hidden in ("\u202e", "\x00", "\ud800"):
+        assert hidden not in page
+    assert "[U+202E]" in page
 
 
-def test_nothing_is_loaded_from_elsewhere(page):
+def test_nothing_is_loaded_from_elsewhere(run):
+    page = run.report.read_text()
     for attribute in ("src=", "<link", "@import", "url(http"):
         assert attribute not in page.replace("src=x", "").replace("src=//evil", "")
+
+
+def test_the_page_shows_what_there_is(run):
+    page = run.report.read_text()
+    for part in (
+        "round1",
+        "Ratings by",
+        "By topic",
+        "KL to the reference",
+        "nats a response",
+        "All is &lt;i&gt;well",
+        "cut off",
+    ):
+        assert part in page
+    assert page.count("<svg") == 5
+
+
+def test_words_of_one_side_alone_are_marked():
+    policy, reference = marked("Boil the rice for ten minutes.", "Boil the rice for <b> hours.")
+    assert "<mark>ten minutes</mark>." in policy
+    assert "Boil the rice for " in reference
+    assert "<b>" not in reference
+    # nothing in common: marking everything would say nothing
+    assert "<mark>" not in marked("one two three", "9 8 7 6 5 4 ; : , .")[0]
+    assert visible("a\u200bb") == "a[U+200B]b"
+
+
+def test_markdown_is_the_same_in_tables_and_shows_marks_as_they_are(run):
+    text = run.report_markdown.read_text()
+    assert text.splitlines()[2].startswith("**The policy is better than the reference: rule:no\\_repetition")
+    assert "| rule:no\\_repetition | 40 | 0.700 | 0.600 to 0.800 |" in text
+    assert plain("a|b\n<img> [x](y)") == "a\\|b \\<img\\> \\[x\\](y)"
 
 
 @pytest.mark.parametrize(
@@ -62,3 +148,40 @@ def test_nothing_is_loaded_from_elsewhere(page):
 def test_the_verdict_follows_the_interval(interval, words):
     assert words in verdict(figures(*interval))
     assert f"{interval[0]:.0%}" in verdict(figures(*interval))
+
+
+def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
+    found = second_opinions(figures(0.7, 0.6, 0.8, better=rate(), even=rate(0.5, 0.4, 0.6), worse=rate(0.2, 0.1, 0.3)))
+    assert "no independent judge" in found[0]
+    assert [line.split(":")[0] for line in found[1:]] == [
+        "better, which took no part in making the pairs, agrees",
+        "even, which took no part in making the pairs, shows no difference",
+        "worse, which took no part in making the pairs, disagrees",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "40 prompts show a difference of 12 points four times in five; 230 would show 5 points"),
+        ({"failed": 4, "worst": 0.6, "best": 0.75}, "failed on 4 prompts; had all of them been lost or won"),
+        ({"flips": 20}, "contradicted itself on 20 of 40"),
+        ({"first_wins": 0.8}, "prefers the response that stands first in 80%"),
+        ({"length_controlled": {"mean": 0.5, "low": 0.4, "high": 0.6}}, "length explains part of the outcome"),
+    ],
+)
+def test_what_could_mislead_is_said(changes, words):
+    found = figures()
+    found["judges"] = {"j": rate(**changes)}
+    assert any(words in line for line in cautions(found))
+
+
+def test_lengths_that_differ_are_said_with_what_can_be_done_about_them():
+    found = figures()
+    found["responses"] = {
+        "policy": found["responses"]["policy"] | {"words": 2.0},
+        "reference": found["responses"]["policy"],
+    }
+    assert any("0.10 times as long" in line and "take that out" in line for line in cautions(found))
+    found["judges"]["rule:no_repetition"]["length_controlled"] = None
+    assert any("hardly overlap" in line for line in cautions(found))

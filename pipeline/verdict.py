@@ -1,0 +1,133 @@
+"""eval.json in words: the outcome in one sentence, what other judges say to it, and what to be careful about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.judge_config import IMPLICIT
+
+_WIDE = 0.05
+_MANY_FLIPS = 0.2
+_LEANING = 0.1
+
+
+def verdict(figures: dict[str, Any]) -> str:
+    """The outcome in one sentence, from the first judge of texts; else from the implicit one."""
+    name = leading_judge(figures)
+    if name is None:
+        return "Nothing could be judged."
+    seen = figures["judges"][name]
+    against = "an untrained policy on held-out pairs" if name == IMPLICIT else "the reference"
+    said = {
+        "better": f"The policy is better than {against}",
+        "worse": f"The policy is worse than {against}",
+        "even": f"No difference to {against} could be shown",
+    }[outcome(seen)]
+    return f"{said}: {name} prefers it on {_rate(seen)} of {seen['prompts']} prompts ({_between(seen['rate'])})."
+
+
+def leading_judge(figures: dict[str, Any]) -> str | None:
+    """The judge that the verdict follows: the first of texts that judged anything, else the implicit one."""
+    judged = [name for name, rate in figures["judges"].items() if rate]
+    texts = [name for name in judged if name != IMPLICIT]
+    return next(iter(texts or judged), None)
+
+
+def outcome(rate: dict[str, Any]) -> str:
+    """One of better, worse and even, by whether the interval holds one half."""
+    return "better" if rate["rate"]["low"] > 0.5 else "worse" if rate["rate"]["high"] < 0.5 else "even"
+
+
+def second_opinions(figures: dict[str, Any]) -> list[str]:
+    """A sentence for every further judge: does it agree with the one that leads? Judges that made the pairs are named."""
+    leading = leading_judge(figures)
+    if leading is None:
+        return []
+    maker = figures.get("pair_judge")
+    led = outcome(figures["judges"][leading])
+    found = []
+    if leading == maker:
+        found.append(f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more.")
+    for name, rate in figures["judges"].items():
+        if name == leading or not rate:
+            continue
+        told = outcome(rate)
+        says = (
+            "agrees"
+            if told == led
+            else "shows no difference"
+            if told == "even"
+            else "sees a difference where none was shown"
+            if led == "even"
+            else "disagrees"
+        )
+        what = "held-out pairs" if name == IMPLICIT else f"{rate['prompts']} prompts"
+        independent = ", which took no part in making the pairs," if maker and name not in (maker, IMPLICIT) else ""
+        found.append(f"{name}{independent} {says}: {_rate(rate)} of {what} ({_between(rate['rate'])}).")
+    return found
+
+
+def cautions(figures: dict[str, Any]) -> list[str]:
+    """What could mislead a reader of these figures, each with its number."""
+    leading = leading_judge(figures)
+    if leading is None:
+        return []
+    found = []
+    rate = figures["judges"][leading]
+    if (rate["rate"]["high"] - rate["rate"]["low"]) / 2 > _WIDE and rate["detectable"]:
+        needed = f"; {rate['prompts_needed']:,} would show 5 points" if rate.get("prompts_needed") else ""
+        found.append(
+            f"The interval is wide. {rate['prompts']} prompts show a difference of {100 * rate['detectable']:.0f} points "
+            f"four times in five{needed}."
+        )
+    for name, seen in figures["judges"].items():
+        if seen:
+            found += _of_judge(name, seen)
+    policy, reference = (figures["responses"].get(name) for name in ("policy", "reference"))
+    if policy and reference:
+        if policy["cut_off"] > 0.1:
+            found.append(
+                f"{policy['cut_off']:.0%} of the policy's responses were cut off at the longest allowed length."
+            )
+        longer = policy["words"] / max(1e-9, reference["words"])
+        if not 0.67 < longer < 1.5:
+            found.append(
+                f"The policy's responses are {longer:.2f} times as long as the reference's "
+                f"({policy['words']:.0f} against {reference['words']:.0f} words). "
+                + (
+                    "The rates at equal length take that out."
+                    if rate["length_controlled"]
+                    else "The lengths hardly overlap, so what is due to length cannot be told apart."
+                )
+            )
+    return found
+
+
+def _of_judge(name: str, seen: dict[str, Any]) -> list[str]:
+    found = []
+    if seen["failed"]:
+        found.append(
+            f"{name} failed on {seen['failed']} prompts; had all of them been lost or won, its rate would be "
+            f"{seen['worst']:.0%} or {seen['best']:.0%}."
+        )
+    if seen["comparisons"] and seen["flips"] / seen["comparisons"] > _MANY_FLIPS:
+        found.append(
+            f"{name} contradicted itself on {seen['flips']} of {seen['comparisons']} comparisons when the order changed."
+        )
+    if seen["first_wins"] is not None and abs(seen["first_wins"] - 0.5) > _LEANING:
+        found.append(f"{name} prefers the response that stands first in {seen['first_wins']:.0%} of its verdicts.")
+    controlled = seen["length_controlled"]
+    if controlled and outcome({"rate": controlled}) != outcome(seen):
+        found.append(
+            f"{name}: at equal length the rate would be {controlled['mean']:.0%} ({_between(controlled)}), "
+            "so length explains part of the outcome."
+        )
+    return found
+
+
+def _rate(seen: dict[str, Any]) -> str:
+    return f"{seen['rate']['mean']:.0%}"
+
+
+def _between(interval: dict[str, float]) -> str:
+    return f"95 % interval {interval['low']:.0%} to {interval['high']:.0%}"

@@ -1,0 +1,74 @@
+"""What a model that judges has said so far, in a file, by content: a killed evaluation asks nothing twice.
+
+One line of JSON a verdict, appended and flushed when it comes. The key is a digest of all that decides a verdict: the
+judge's settings, its template, the prompt and both responses in their order. A torn last line is asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.durable import explaining_disk
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`value`: how sure the judge is that the first is better, or a reward; None: a reply without a verdict.
+
+    `reply` is what a model wrote, for people; `tokens_in` and `tokens_out` are what the server counted.
+    """
+
+    value: float | None
+    reply: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class Verdicts:
+    """The file of one judge. Safe for the threads of one process; two processes at once may ask the same twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, Verdict] = {}
+        self._lock = threading.Lock()
+        torn = False
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            torn = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                try:
+                    fields = json.loads(line)
+                    key = fields.pop("key")
+                    self._known[key] = Verdict(**fields)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # torn by a kill
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with explaining_disk(path):
+            self._file = path.open("a", encoding="utf-8")
+            if torn:
+                self._file.write("\n")
+
+    def get(self, key: str) -> Verdict | None:
+        """What was said under this key before."""
+        return self._known.get(key)
+
+    def add(self, key: str, verdict: Verdict) -> None:
+        """Keep a verdict, in memory and in the file."""
+        with self._lock, explaining_disk(self.path):
+            self._known[key] = verdict
+            self._file.write(json.dumps({"key": key, **asdict(verdict)}, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+def key_of(judge: str, parts: Sequence[str]) -> str:
+    """Digest of a judge's identity and of the texts it is shown, each with its length."""
+    state = hashlib.sha256(judge.encode())
+    for part in parts:
+        content = part.encode("utf-8", errors="surrogatepass")
+        state.update(len(content).to_bytes(8, "little") + content)
+    return state.hexdigest()

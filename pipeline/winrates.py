@@ -1,0 +1,128 @@
+"""From judgements to win rates: orders and samples of a prompt become one score, prompts become a figure with an interval."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.judging import Judgement
+from pipeline.length_control import length_controlled
+from pipeline.statistics import Interval, detectable, share, sign_test, wilson
+
+
+@dataclass(frozen=True)
+class ComparisonScore:
+    """What a judge said of one comparison in all orders: None if an order failed; a contradiction is a tie."""
+
+    score: float | None
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """A judge's verdict over prompts. Ties count half; `failed` prompts are in no other figure but the bounds.
+
+    `flips` counts comparisons in which the judge contradicted itself when the order changed; they are ties. `worst` and
+    `best` are the rates if every failed prompt had been lost or won. `first_wins` is how often the response that stood
+    first won (0.5: no preference for a position), None where no order exists. `length_controlled` and `detectable`: see
+    `pipeline.length_control` and `pipeline.statistics`.
+    """
+
+    prompts: int
+    rate: Interval
+    method: str
+    wins: int
+    ties: int
+    losses: int
+    failed: int
+    worst: float
+    best: float
+    comparisons: int
+    flips: int
+    first_wins: float | None
+    sign_test_p: float
+    detectable: float | None
+    length_controlled: Interval | None = None
+
+
+def comparison_scores(judgements: Iterable[Judgement]) -> dict[tuple[str, int], ComparisonScore]:
+    """One score for each comparison of one judge and two models, by prompt and sample."""
+    orders: dict[tuple[str, int], list[Judgement]] = defaultdict(list)
+    for judgement in judgements:
+        orders[judgement.prompt_id, judgement.sample].append(judgement)
+    found = {}
+    for at, asked in orders.items():
+        scores = [one.score for one in asked if one.score is not None]
+        flipped = any(score > 0.5 for score in scores) and any(score < 0.5 for score in scores)
+        score = None if len(scores) < len(asked) else 0.5 if flipped else float(np.mean(scores))
+        found[at] = ComparisonScore(score, flipped)
+    return found
+
+
+def prompt_scores(scores: Mapping[tuple[str, int], ComparisonScore]) -> dict[str, float]:
+    """The mean over a prompt's comparisons that did not fail, for prompts that have one."""
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for (prompt_id, _), one in scores.items():
+        if one.score is not None:
+            by_prompt[prompt_id].append(one.score)
+    return {prompt_id: float(np.mean(values)) for prompt_id, values in by_prompt.items()}
+
+
+def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | None = None) -> WinRate | None:
+    """The win rate of one judge's judgements of two models; None where not a single comparison was judged.
+
+    `longer_by`: prompt -> how much longer the model's responses are than the baseline's, for the length-controlled rate.
+    """
+    judged = list(judgements)
+    scores = comparison_scores(judged)
+    by_prompt = prompt_scores(scores)
+    if not by_prompt:
+        return None
+    failed = len({prompt_id for prompt_id, _ in scores} - by_prompt.keys())
+    means = list(by_prompt.values())
+    wins, losses = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
+    rate, method = share(means)
+    total = len(means) + failed
+    controlled = None
+    if longer_by is not None and by_prompt.keys() <= longer_by.keys():
+        controlled = length_controlled(means, [longer_by[prompt_id] for prompt_id in by_prompt])
+    return WinRate(
+        prompts=len(means),
+        rate=rate,
+        method=method,
+        wins=wins,
+        ties=len(means) - wins - losses,
+        losses=losses,
+        failed=failed,
+        worst=sum(means) / total,
+        best=(sum(means) + failed) / total,
+        comparisons=len(scores),
+        flips=sum(one.flipped for one in scores.values()),
+        first_wins=_first_wins(judged),
+        sign_test_p=sign_test(wins, losses),
+        detectable=detectable(means),
+        length_controlled=controlled,
+    )
+
+
+def by_topic(judgements: Iterable[Judgement], topics: Mapping[str, str]) -> dict[str, Interval]:
+    """Win rate of each topic, by Wilson's interval (topics are small), best first; prompts without one are left out."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for prompt_id, score in prompt_scores(comparison_scores(judgements)).items():
+        if prompt_id in topics:
+            groups[topics[prompt_id]].append(score)
+    found = {topic: wilson(sum(scores), len(scores)) for topic, scores in groups.items()}
+    return dict(sorted(found.items(), key=lambda item: (-item[1].mean, item[0])))
+
+
+def _first_wins(judgements: Iterable[Judgement]) -> float | None:
+    """How often the response that was shown first won, over decided verdicts in both orders."""
+    won = [
+        one.winner == one.order.removesuffix("_first")
+        for one in judgements
+        if one.order != "pair" and one.score is not None and one.score != 0.5
+    ]
+    return float(np.mean(won)) if won else None

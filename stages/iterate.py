@@ -1,0 +1,63 @@
+"""`refscore iterate`: train, let the policy make new pairs, score them, train again; then compare all rounds.
+
+Round 1 trains on the configured data. Every later round starts from the policy of the one before, which answers the
+training prompts; the judge `generate.pair_judge` makes pairs of the answers. `generate.next_reference` says what a later
+round's reference is. Runs are called NAME-r1, NAME-r2, ...; the last one's report compares the reference and all rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from pipeline.candidates import policy_of
+from pipeline.config import Config
+from pipeline.runs import Run, open_run
+from stages import console
+from stages.steps import step
+
+
+def run(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
+    """Every round: precompute, train, pairs; then one evaluation of all."""
+    begun = time.monotonic()
+    runs = [open_run(f"{name}-r{number}") for number in range(1, rounds + 1)]
+    settings = list(overrides)
+    for number, this in enumerate(runs):
+        if number:
+            settings = [*overrides, *_next(config, runs[number - 1])]
+        step("precompute", path, this.name, settings)
+        step("train", path, this.name, settings)
+        if number < rounds - 1:
+            step("pairs", path, this.name, settings)
+    # every round against the reference of the first, whatever the last one trained against
+    models = {f"round{number}": f"run:{one.name}" for number, one in enumerate(runs[:-1], start=1)}
+    first = json.dumps(config.generate.baseline or _first_reference(config))
+    step(
+        "eval", path, runs[-1].name, [*settings, f"generate.models={json.dumps(models)}", f"generate.baseline={first}"]
+    )
+    console.say(f"\nrounds    {', '.join(one.name for one in runs)} in {console.duration(time.monotonic() - begun)}")
+    console.say(f"report    {runs[-1].report}: policy is round {rounds}")
+
+
+def _next(config: Config, last: Run) -> list[str]:
+    """What differs in the next round."""
+    policy = json.dumps(str(policy_of(config, last).merged()))
+    found = [
+        f"data.path={json.dumps(str(last.new_pairs))}",
+        f"data.eval_path={json.dumps(str(last.held_out))}",
+        "data.columns={}",
+        "data.max_rows=null",
+        f"policy.model={policy}",
+        "policy.revision=null",
+    ]
+    if config.generate.next_reference == "previous":
+        found += [f"reference.model={policy}", "reference.revision=null", "reference.adapter=null"]
+    return found
+
+
+def _first_reference(config: Config) -> str:
+    from pipeline.models import locate_reference
+
+    reference = config.reference
+    return str(locate_reference(reference).merged) if reference.adapter or reference.revision else reference.model

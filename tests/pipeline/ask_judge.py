@@ -1,0 +1,28 @@
+"""Asks the judge at a URL about many duels, slowly: `python -m tests.pipeline.ask_judge URL DIRECTORY NUMBER`. To be killed."""
+
+import sys
+from pathlib import Path
+
+from pipeline.judge_config import JudgeConfig
+from pipeline.judges import Chamber, open_judge
+from pipeline.judging import Comparison, Judgement, Prompt, Response, judge_both_orders
+
+
+def ask(url: str, directory: Path, number: int) -> list[Judgement]:
+    items = [
+        Comparison(
+            Prompt(str(n), f"prompt {n}"),
+            0,
+            "policy",
+            "reference",
+            Response(f"rice {n}", "stop"),
+            Response("a cat", "stop"),
+        )
+        for n in range(number)
+    ]
+    judge = open_judge(JudgeConfig(name=f"llm:{url}", concurrency=2, requests_per_minute=900), Chamber(directory))
+    return judge_both_orders(judge, items)
+
+
+if __name__ == "__main__":
+    ask(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

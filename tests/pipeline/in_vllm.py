@@ -1,0 +1,79 @@
+"""What the tests of `test_in_vllm.py` ask of vLLM, in one process of its own: `python -m tests.pipeline.in_vllm MODELS OUT`.
+
+vLLM pins the threads of the process it runs in, so it is kept out of the tests' own.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline.candidates import Named
+from pipeline.config import GenerateConfig
+from pipeline.generate import generator, no_report
+from pipeline.judge_config import JudgeConfig
+from pipeline.judges import Chamber, open_judge
+from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.models import load_tokenizer
+from pipeline.reward_judge import with_transformers, with_vllm
+from pipeline.vocabulary import template_digest, vocabulary_digest
+
+
+def main(models: Path, out: Path) -> None:
+    tiny, adapter, merged, reward = (models / name for name in ("tiny", "adapter", "merged", "reward"))
+    tokenizer = load_tokenizer(tiny, Named(str(tiny)))
+    prompts = [
+        tokenizer(f"how do I cook {word}", add_special_tokens=False)["input_ids"] for word in ("rice", "a cat", "well")
+    ]
+    settings = GenerateConfig(max_tokens=12, temperature=1.0, samples=2, seed=3, dtype="float32")
+    found = {}
+
+    def sampled(directory, prompts, adapter=None):
+        with generator(directory, Named(str(directory)), 64, settings, adapter) as generate:
+            return [
+                [[one.ids for one in samples] for samples in generate(asked, settings, no_report)] for asked in prompts
+            ]
+
+    # in this order, in the other, and each alone
+    plain = sampled(tiny, [prompts, prompts[::-1], *([prompt] for prompt in prompts)])
+    found["in_order"], found["reversed"], found["alone"] = plain[0], plain[1][::-1], [one[0] for one in plain[2:]]
+    found["adapter"] = sampled(tiny, [prompts], adapter)[0]
+    found["merged"] = sampled(merged, [prompts])[0]
+
+    many = settings.model_copy(update={"samples": 40})
+    asked = [tokenizer(f"prompt {n}", add_special_tokens=False)["input_ids"] for n in range(40)]
+    with generator(tiny, Named(str(tiny)), 64, settings) as generate:
+        found["against_itself"] = [[one.text for one in samples] for samples in generate(asked, many, no_report)]
+
+    ids = [[*prompt, *samples[0]] for prompt, samples in zip(prompts, plain[0], strict=True)]
+    # one ends with the end of turn, which pads too
+    ids[0] = [*ids[0], tokenizer.eos_token_id]
+    found["rewards"] = {
+        "vllm": with_vllm(reward, "float32", ids),
+        "transformers": with_transformers(reward, "float32", ids),
+    }
+
+    chamber = Chamber(out.parent / "verdicts", (), (vocabulary_digest(tokenizer), template_digest(tokenizer)))
+    items = [
+        Comparison(
+            Prompt(str(n), f"prompt {n}", "", prompts[n]),
+            0,
+            "policy",
+            "reference",
+            Response(f"a {n}", "stop", (5, 6)),
+            Response(f"b b {n}", "stop", (7, 8, 9)),
+        )
+        for n in range(3)
+    ]
+    for name, how in (
+        ("reward_model", {"name": f"reward_model:{reward}"}),
+        ("token", {"name": f"llm:{tiny}", "min_mass": 0}),
+        ("reasoning", {"name": f"llm:{tiny}", "verdict": "reasoning", "max_tokens": 16, "label": "reasoning"}),
+    ):
+        judge = open_judge(JudgeConfig(**how), chamber)
+        judged = judge_both_orders(judge, items)
+        found[name] = {"scores": [one.score for one in judged], "cost": judge.cost()}
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,71 @@
+"""Runs side by side: only what can be compared is, corrected for how much was looked at; the frontier's points."""
+
+import pytest
+
+from pipeline import durable
+from pipeline.comparing import differences, differing_settings, frontier_points, reached
+from pipeline.evaluation import judgements_table
+from pipeline.judging import Judgement
+from pipeline.plots import frontier
+from pipeline.runs import Run
+from pipeline.schema import SAMPLES, write_table
+
+
+def interval(mean):
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+
+def make(directory, name, scores, kl, opponent="same", reward=0.5):
+    run = Run(directory / name)
+    durable.write_text(run.config, f"train: {{beta: {kl}}}\n")
+    judgements = [
+        Judgement(f"p{n}", 0, judge, "policy", "reference", order, "policy", score)
+        for judge in ("rule:a", "rule:b")
+        for n, score in enumerate(scores)
+        for order in ("policy_first", "reference_first")
+    ]
+    write_table(run.judgements, judgements_table(judgements))
+    write_table(run.samples, SAMPLES.empty_table(), {"keys": {"reference": opponent}})
+    rewards = {"rule:a": interval(reward)} if reward else {}
+    cost = {
+        "policy": {"kl": interval(kl), "reward": rewards},
+        "reference": {"reward": {"rule:a": interval(0.3)} if reward else {}},
+    }
+    rate = {"rate": interval(sum(scores) / len(scores))}
+    durable.write_json(
+        run.eval, {"judges": {"rule:a": rate, "implicit": None}, "cost": cost, "responses": {}, "others": []}
+    )
+    return run
+
+
+def test_two_runs_are_compared_prompt_by_prompt_and_corrected_for_both_judges(tmp_path):
+    runs = [make(tmp_path, "one", [0.0] * 8, 1.0), make(tmp_path, "two", [1.0] * 6 + [0.0] * 2, 2.0)]
+    found = differences(runs)
+    assert [(one.judge, one.first, one.second) for one in found] == [("rule:a", "two", "one"), ("rule:b", "two", "one")]
+    assert found[0].paired.difference.mean == 0.75
+    # six of six, two-sided: 2 / 2**6; looked at twice
+    assert found[0].paired.sign_test_p == pytest.approx(2 / 64)
+    assert found[0].p == pytest.approx(4 / 64)
+
+
+def test_win_rates_against_other_opponents_are_not_compared(tmp_path):
+    assert differences([make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0, opponent="other")]) == []
+
+
+def test_settings_and_figures_stand_side_by_side(tmp_path):
+    runs = [make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0)]
+    assert differing_settings(runs) == [["train.beta", "1.0", "2.0"]]
+    assert ["KL to the reference, nats", "1.00 [0.90, 1.10]", "2.00 [1.90, 2.10]"] in reached(runs)
+
+
+@pytest.mark.parametrize(("reward", "heights"), [(0.5, [0.5, 0.5, 0.3]), (None, [0.0, 1.0, 0.5])])
+def test_the_frontier_has_a_point_a_run_and_the_reference_at_no_cost(tmp_path, reward, heights):
+    runs = [make(tmp_path, "one", [0.0], 1.0, reward=reward), make(tmp_path, "two", [1.0], 2.0, reward=reward)]
+    points, judge = frontier_points(runs)
+    assert judge == "rule:a"
+    assert [(one.name, one.cost[0], one.gain[0]) for one in points] == [
+        ("one", 1.0, heights[0]), ("two", 2.0, heights[1]), ("reference", 0.0, heights[2]),
+    ]  # fmt: skip
+    picture = frontier(points, "reward")
+    for name in ("one", "two", "reference"):
+        assert f">{name}<" in picture

@@ -1,0 +1,82 @@
+"""New pairs by hand: who meets whom, what is left out and why, what a row says."""
+
+import pytest
+
+from pipeline.generate import Sample
+from pipeline.judging import Judge, Prompt, by_reward
+from pipeline.pair_making import Request, make_pairs, pair_row, score_samples
+
+
+def request(messages=None):
+    return Request(
+        Prompt("p", "How do I boil rice?", "cooking", [1, 2]),
+        messages or [{"role": "user", "content": "How do I boil rice?"}],
+    )
+
+
+def samples(*texts, cut=()):
+    return [Sample(text, [1], "length" if at in cut else "stop") for at, text in enumerate(texts)]
+
+
+LENGTH = by_reward("rule:length", lambda items: [float(len(item.response.text)) for item in items])
+
+
+def test_the_highest_reward_meets_the_lowest():
+    (made,), reasons = make_pairs(LENGTH, [request()], [samples("aa", "aaaa", "a")], 1)
+    assert (made.choice.chosen, made.choice.rejected, made.choice.margin) == (1, 2, 3)
+    assert reasons == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "margin", "reason"),
+    [
+        (samples("aa", "a"), 2, "near_tie"),
+        (samples("aa", "a", cut=[0]), 1, "best_is_cut_off"),
+        (samples("aa", ""), 1, "worst_is_empty"),
+        (samples("no", "n"), 1, "best_is_refused"),
+    ],
+)
+def test_what_is_left_out_is_counted_with_its_reason(written, margin, reason):
+    made, reasons = make_pairs(LENGTH, [request()], [written], margin, accept=lambda best: best.text != "no")
+    assert (made, reasons) == ([], {reason: 1})
+
+
+def test_a_judge_that_failed_makes_no_pair():
+    judge = by_reward("j", lambda items: [None for _ in items])
+    assert make_pairs(judge, [request()], [samples("a", "b")], 0)[1] == {"judge_failed": 1}
+
+
+def test_a_judge_of_duels_plays_every_two_in_both_orders():
+    met = []
+
+    def prefer(duels):
+        met.extend((duel.first.text, duel.second.text) for duel in duels)
+        # likes what is longer, and a little what comes first
+        return [0.6 if len(duel.first.text) >= len(duel.second.text) else 0.0 for duel in duels]
+
+    (scores,) = score_samples(Judge("j", prefer), [request()], [samples("a", "bb", "ccc")])
+    assert sorted(met) == sorted((a, b) for a in ("a", "bb", "ccc") for b in ("a", "bb", "ccc") if a != b)
+    # the longest: 0.6 as first, 1 - 0 as second, twice each
+    assert scores == pytest.approx([0.2, 0.5, 0.8])
+
+
+def test_a_row_is_preference_data_with_its_provenance():
+    (made,), _ = make_pairs(LENGTH, [request()], [samples("Boil it.", "No.")], 1)
+    row = pair_row(made, {"run": "r", "judge": "rule:length"})
+    assert (row["prompt"], row["chosen"], row["rejected"], row["topic"]) == (
+        "How do I boil rice?",
+        "Boil it.",
+        "No.",
+        "cooking",
+    )
+    assert row["provenance"] == {
+        "run": "r", "judge": "rule:length", "chosen_score": 8.0, "rejected_score": 3.0, "chosen_sample": 0, "rejected_sample": 1,
+    }  # fmt: skip
+
+
+def test_a_conversation_stays_one():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rice?"}]
+    (made,), _ = make_pairs(LENGTH, [request(turns)], [samples("Boil it.", "No.")], 1)
+    row = pair_row(made, {})
+    assert row["prompt"] == turns
+    assert row["chosen"] == [{"role": "assistant", "content": "Boil it."}]
