@@ -20,9 +20,8 @@ import pyarrow as pa
 from pipeline.config import GenerateConfig, ReferenceConfig
 from pipeline.judging import Prompt
 from pipeline.schema import KL
-from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
+from pipeline.scoring import Request, numerics_of, start_scorer
 from pipeline.statistics import bootstrap_mean
-from pipeline.vllm_engine import stop_engine
 
 
 def on_policy(settings: GenerateConfig, reference: ReferenceConfig) -> GenerateConfig:
@@ -37,11 +36,8 @@ def score_responses(
     """Logps of the table's responses, in order, under the model in `directory`, in the reference's numerics."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     requests = [Request(by_id[row["prompt_id"]].ids, row["response_ids"]) for row in table.to_pylist()]
-    scorer = start_scorer(reference, directory, numerics_of(reference), max(map(len, requests)))
-    try:
-        return scorer.score(requests)
-    finally:
-        _give_back(scorer)
+    with start_scorer(reference, directory, numerics_of(reference), max(map(len, requests))) as scorer:
+        return list(scorer.score(requests))
 
 
 def kl_table(samples: pa.Table, logps: Sequence[np.ndarray] | None, ref_logps: Sequence[np.ndarray] | None) -> pa.Table:
@@ -75,10 +71,3 @@ def divergence(table: pa.Table) -> dict[str, Any]:
         "responses": len(table),
         "tokens": tokens,
     }
-
-
-def _give_back(scorer: Scorer) -> None:
-    # another engine is started after this one; transformers' scorer goes with its last reference
-    engine = getattr(scorer, "_llm", None)
-    if engine is not None:
-        stop_engine(engine)
