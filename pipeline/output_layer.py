@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_BYTES = 32 * 2**20
+# rows of the weight's gradient that one product makes: less stands beside the gradient itself
+_VOCABULARY_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,12 @@ class _Logps(torch.autograd.Function):
         for rows in _chunks(len(targets_N), weight_VH):
             hidden = hidden_NH[rows].to(coarse)
             logits = layer.finish(_product(hidden, weight, bias_V).float())
-            # d logp / d logits = onehot(target) - softmax(logits)
-            change = torch.softmax(logits, 1).mul_(-gradient_N[rows, None])
+            slope = None if layer.cap is None else 1 - (logits / layer.cap) ** 2
+            # d logp / d logits = onehot(target) - softmax(logits); in place, as every activation is still alive here
+            change = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-gradient_N[rows, None])
             change.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
-            if layer.cap is not None:
-                change.mul_(1 - (logits / layer.cap) ** 2)
+            if slope is not None:
+                change.mul_(slope)
             if layer.factor != 1.0:
                 change.mul_(layer.factor)
             if bias_gradient is not None:
@@ -120,7 +123,9 @@ class _Logps(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient[rows] = (change @ weight).to(hidden_gradient.dtype)
             if weight_gradient is not None:
-                weight_gradient += change.T @ hidden
+                for some in range(0, len(weight), _VOCABULARY_BLOCK):
+                    block = slice(some, some + _VOCABULARY_BLOCK)
+                    weight_gradient[block] += change[:, block].T @ hidden
         return (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight_VH.dtype),
