@@ -15,6 +15,7 @@ from pipeline import durable
 from pipeline.config import Config
 from pipeline.differences import marked, visible
 from pipeline.frontier import gain_of, label_of, points_of
+from pipeline.health import length_words
 from pipeline.plots import curves, frontier, win_rates
 from pipeline.runs import Run, read_json
 from pipeline.schema import METRICS, read_table
@@ -46,7 +47,7 @@ def write_report(run: Run, config: Config, figures: dict[str, Any], samples: lis
             hidden=max(0, len(samples) - _SHOWN),
             config=config.model_dump(mode="json"),
             gate=read_json(run.gate),
-            health=[str(word) for word in read_json(run.health).get("words", [])],
+            health=_health(run, metrics, figures),
             provenance=read_json(run.provenance),
             curves=[
                 ("Loss", curves(metrics, "loss", "loss")),
@@ -59,6 +60,15 @@ def write_report(run: Run, config: Config, figures: dict[str, Any], samples: lis
         )
     )
     durable.write_text(run.report, page)
+
+
+def _health(run: Run, metrics: pl.DataFrame, figures: dict[str, Any]) -> list[str]:
+    """What looked sick while training, and in the lengths of what was generated since."""
+    words = [str(word) for word in read_json(run.health).get("words", [])]
+    tokens = {model: seen["tokens"]["mean"] for model, seen in figures["responses"].items()}
+    if {"policy", "reference"} <= tokens.keys():
+        words += length_words(metrics.to_dicts(), tokens["policy"], tokens["reference"])
+    return words
 
 
 def environment() -> jinja2.Environment:

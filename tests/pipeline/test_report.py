@@ -185,3 +185,16 @@ def test_lengths_that_differ_are_said_with_what_can_be_done_about_them():
     assert any("0.10 times as long" in line and "take that out" in line for line in cautions(found))
     found["judges"]["rule:no_repetition"]["length_controlled"] = None
     assert any("hardly overlap" in line for line in cautions(found))
+
+
+def test_health_is_said_in_words_lengths_included(tmp_path):
+    run = write(Run(tmp_path / "run"))
+    assert "All is &lt;i&gt;well" in run.report.read_text()
+    assert "times as long" not in run.report.read_text()
+    run.health.write_text('{"words": []}')
+    found = figures()
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), {"verdict": verdict(found), **found}, [])
+    assert "look sick" in run.report.read_text()
+    found["responses"]["policy"] = {**found["responses"]["policy"], "tokens": {"mean": 999.0, "low": 1.0, "high": 2.0}}
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), {"verdict": verdict(found), **found}, [])
+    assert "times as long as the reference" in run.report.read_text()
