@@ -37,8 +37,8 @@ sweep: .venv/.run ## all stages for a grid: SET="train.beta=0.03,0.1,0.3"
 iterate: .venv/.run ## ROUNDS=2 rounds of training, each on pairs that the last one's policy made
 	@$(refscore) iterate --rounds $(ROUNDS) $(options)
 
-test: .venv/.test ## the tests (real vLLM on CPU; about ten minutes on two cores)
-	@.venv/bin/python -m pytest
+test: .venv/.test ## the tests, two at a time (real vLLM on CPU)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .

@@ -19,6 +19,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# tests that run side by side share the processors out: threads of one do not wait for the other's
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    _processors = sorted(os.sched_getaffinity(0))
+    _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, _processors[int(worker.removeprefix("gw")) :: _workers] or _processors)
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
