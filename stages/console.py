@@ -51,6 +51,8 @@ def show_warnings() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for name in ("pipeline", "stages"):
         logging.getLogger(name).setLevel(logging.INFO)
+    # it warns on import of a kernel that is optional
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Ticker:
