@@ -46,6 +46,7 @@ def write_report(run: Run, config: Config, figures: dict[str, Any], samples: lis
             hidden=max(0, len(samples) - _SHOWN),
             config=config.model_dump(mode="json"),
             gate=read_json(run.gate),
+            verified=read_json(run.directory / "verify.json"),
             health=[str(word) for word in read_json(run.health).get("words", [])],
             provenance=read_json(run.provenance),
             curves=[
