@@ -56,7 +56,7 @@ def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[in
         import ray
     except ImportError:
         raise ConfigError(
-            "reference.launcher is ray, which is not installed: install refscore with the extra 'ray'"
+            "reference.launcher is ray, which is not installed: install requirements/ray.txt, or refscore with the extra 'ray'"
         ) from None
     from ray.data import ActorPoolStrategy, DataContext
 
