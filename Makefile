@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults check bench bench-score bench-train bench-store demo-data requirements clean
+.PHONY: help setup precompute plan train eval sweep iterate test faults check bench bench-score bench-memory bench-train bench-store demo-data requirements clean
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -56,6 +56,9 @@ bench-train: .venv/.test ## our trainer against TRL's: time of a step, peak memo
 
 bench-score: .venv/.test ## scoring against TRL's precompute and a plain loop, each in a fresh process
 	@.venv/bin/python -m tests.benchmarks.scoring
+
+bench-memory: .venv/.test ## peak memory of stage one against the number of rows
+	@.venv/bin/python -m tests.benchmarks.memory
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages

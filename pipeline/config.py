@@ -80,6 +80,13 @@ class ReferenceConfig(_Section):
         default=["data/store"],
         description="directories or URLs (s3://...) of the scores, shared by experiments: the first is written, all are read",
     )
+    workers: int = Field(
+        1, ge=1, description="engines side by side, one a GPU (or group of GPUs) or an equal share of the processors"
+    )
+    launcher: Literal["local", "ray"] = Field(
+        "local", description="local: workers are processes of this machine; ray: actors of a Ray cluster (extra `ray`)"
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that one engine of vLLM spreads a model over")
     share_prompts: bool = Field(
         True, description="read a prompt once for all responses to it; false: every sequence is read whole"
     )

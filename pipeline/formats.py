@@ -153,6 +153,19 @@ FORMATS: dict[str, tuple[Callable[[Row], bool], Callable[[Row], Converted]]] = {
 }
 
 
+def one_response(row: Row) -> tuple[list[Message], str]:
+    """The prompt's messages and the one response of a row with the columns `prompt` and `response`; else RowProblem."""
+    prompt = (
+        [{"role": "user", "content": row["prompt"]}]
+        if isinstance(row.get("prompt"), str)
+        else _column_messages(row, "prompt")
+    )
+    response = _response(row, "response")
+    if not response.strip():
+        raise RowProblem("empty_response")
+    return _with_system(row, prompt), response
+
+
 def _branching(chosen: list[Message], rejected: list[Message]) -> Converted:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:

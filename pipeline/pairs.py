@@ -173,15 +173,24 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 Encoded = tuple[Preference, list[int], list[int], list[int]]
 
 
+def encode_chosen(
+    items: Sequence[Preference], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]] | Dropped]:
+    """Ids of every item's prompt and chosen response, by the same rules as for pairs; `rejected` is not looked at."""
+    render, end = _rules(data, tokenizer)
+    rendered = [render(item, tokenizer) for item in items]
+    texts = [text for three in rendered if not isinstance(three, Dropped) for text in three[:2]]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [
+        three if isinstance(three, Dropped) else _cut_one(item, next(ids), next(ids), end, data)
+        for item, three in zip(items, rendered, strict=True)
+    ]
+
+
 def _encoder(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Iterable[Preference | Dropped]], Iterator[Encoded | Dropped]]:
-    if data.template == "chat" and not tokenizer.chat_template:
-        raise ConfigError("the model's tokenizer has no chat template: set data.template=none for plain text")
-    end = end_of_turn_id(tokenizer) if data.template == "chat" else tokenizer.eos_token_id
-    if end is None:
-        raise ConfigError("the tokenizer names no end-of-sequence token, so a response's end cannot be marked")
-    render = _chat_texts if data.template == "chat" else _plain_texts
+    render, end = _rules(data, tokenizer)
 
     def encode(items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         stream = iter(items)
@@ -203,6 +212,18 @@ def _encoder(
                     yield _cut(item, next(ids), next(ids), next(ids), end, data)
 
     return encode
+
+
+def _rules(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Callable[[Preference, PreTrainedTokenizerBase], list[str] | Dropped], int]:
+    """How texts are made of a preference, and the token that ends a response."""
+    if data.template == "chat" and not tokenizer.chat_template:
+        raise ConfigError("the model's tokenizer has no chat template: set data.template=none for plain text")
+    end = end_of_turn_id(tokenizer) if data.template == "chat" else tokenizer.eos_token_id
+    if end is None:
+        raise ConfigError("the tokenizer names no end-of-sequence token, so a response's end cannot be marked")
+    return _chat_texts if data.template == "chat" else _plain_texts, end
 
 
 def _chat_texts(item: Preference, tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
@@ -235,8 +256,7 @@ def _cut(
     responses = []
     for name, full in (("chosen", chosen), ("rejected", rejected)):
         if full[: len(prompt)] != prompt:
-            at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
-            return drop("prompt_not_a_prefix", f"{name}: token {at} of {len(prompt)} differs once a response follows")
+            return drop("prompt_not_a_prefix", _where_it_differs(name, prompt, full))
         responses.append(_ended(full[len(prompt) :], end))
     if len(prompt) == 0:
         return drop("empty_prompt", "no token")
@@ -252,6 +272,29 @@ def _cut(
     if responses[0] == responses[1]:
         return drop("identical_responses", "equal token ids")
     return item, prompt, responses[0], responses[1]
+
+
+def _cut_one(
+    item: Preference, prompt: list[int], full: list[int], end: int, data: DataConfig
+) -> tuple[list[int], list[int]] | Dropped:
+    def drop(reason: str, detail: str) -> Dropped:
+        return Dropped(item.source, item.row, reason, detail)
+
+    if full[: len(prompt)] != prompt:
+        return drop("prompt_not_a_prefix", _where_it_differs("response", prompt, full))
+    if not prompt:
+        return drop("empty_prompt", "no token")
+    response = _ended(full[len(prompt) :], end)
+    if len(prompt) + len(response) > data.max_length:
+        if data.too_long == "drop" or len(prompt) >= data.max_length:
+            return drop("too_long", f"{len(prompt) + len(response)} tokens, data.max_length is {data.max_length}")
+        response = response[: data.max_length - len(prompt)]
+    return prompt, response
+
+
+def _where_it_differs(name: str, prompt: list[int], full: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+    return f"{name}: token {at} of {len(prompt)} differs once a response follows"
 
 
 def _ended(response: list[int], end: int) -> list[int]:

@@ -7,9 +7,10 @@ working file and from there to the engine: memory holds a few numbers a pair, ne
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,19 @@ def first_positions(keys: pl.Series, wanted: pl.Series) -> array[int]:
     return array("q", found.cast(pl.Int64).to_numpy().tobytes())
 
 
+def part_of(plan: Plan, number: int, parts: int) -> Plan:
+    """The plan with what is missing in one of `parts` parts: decided by the prompt's ids, so siblings are in one part."""
+    kept = array("q")
+    missing = np.asarray(plan.missing)
+    for first, table in plan.pairs.groups(["prompt_ids"]):
+        low, high = np.searchsorted(missing, [2 * first, 2 * (first + len(table))])
+        prompts = _lists(table, "prompt_ids") if low < high else []
+        for position in missing[low:high].tolist():
+            if zlib.crc32(prompts[position // 2 - first].tobytes()) % parts == number:
+                kept.append(position)
+    return replace(plan, missing=kept)
+
+
 def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]) -> None:
     """Score what `plan` misses and publish it shard by shard; `on_shard(sequences, tokens)` after each.
 
@@ -137,6 +151,16 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
 
 def publish_scores(plan: Plan, keys: list[bytes], requests: list[Request], scores: list[np.ndarray]) -> None:
     """Publish one shard. Raises CheckError for scores that cannot be true, or where the weights are no longer the plan's."""
+    rows = check_scores(keys, requests, scores)
+    if identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter) != plan.identity:
+        raise CheckError(
+            f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
+        )
+    plan.store.publish(rows)
+
+
+def check_scores(keys: list[bytes], requests: list[Request], scores: list[np.ndarray]) -> list[Scored]:
+    """Rows for the store. Raises CheckError for scores that cannot be true."""
     rows = []
     for key, request, logps in zip(keys, requests, scores, strict=True):
         if problem := logps_problem(logps, len(request.response_ids)):
@@ -144,11 +168,7 @@ def publish_scores(plan: Plan, keys: list[bytes], requests: list[Request], score
                 f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
             )
         rows.append(Scored(key, len(request.prompt_ids), logps))
-    if identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter) != plan.identity:
-        raise CheckError(
-            f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
-        )
-    plan.store.publish(rows)
+    return rows
 
 
 def shards_of(plan: Plan, tokens: int) -> Iterator[list[tuple[int, Request]]]:

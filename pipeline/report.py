@@ -48,6 +48,7 @@ def write_report(run: Run, config: Config, figures: dict[str, Any], samples: lis
             config=config.model_dump(mode="json"),
             gate=read_json(run.gate),
             health=_health(run, metrics, figures),
+            verified=read_json(run.directory / "verify.json"),
             provenance=read_json(run.provenance),
             curves=[
                 ("Loss", curves(metrics, "loss", "loss")),

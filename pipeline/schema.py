@@ -50,6 +50,18 @@ SCORES = pa.schema(
         pa.field("logp", pa.float64(), nullable=False),
     ]
 )
+SCORED = pa.schema(
+    [
+        ("source_row", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("prompt_ids", _ids),
+        ("response_ids", _ids),
+        ("logps", _logps),
+        ("logp", pa.float64()),
+        ("problem", pa.string()),
+    ]
+)
 TRAIN_METRICS = (
     "loss",
     "rewards/chosen",

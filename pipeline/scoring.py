@@ -46,6 +46,15 @@ class Scorer(Protocol):
         ...
 
 
+class Engine(Scorer, Protocol):
+    """A scorer that is one engine in this process."""
+
+    @property
+    def batched_tokens(self) -> int:
+        """Tokens in one forward pass, at most."""
+        ...
+
+
 def numerics_of(reference: ReferenceConfig) -> Numerics:
     """What the configured engine will compute with on this machine. Raises ConfigError where it is not installed."""
     device = device_kind()
@@ -80,13 +89,22 @@ def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics
 
 
 def _start(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Scorer:
-    if reference.engine == "vllm":
-        from pipeline.vllm_scoring import VllmScorer
+    if reference.workers > 1:
+        from pipeline.workers import Workers
 
-        return VllmScorer(reference, directory, numerics, longest)
-    from pipeline.transformers_engine import TransformersScorer
+        return Workers(reference, directory, numerics, longest)
+    from pipeline.retry import SmallerOnce
 
-    return TransformersScorer(reference, directory, numerics)
+    def engine(smaller_or_not: ReferenceConfig) -> Engine:
+        if reference.engine == "vllm":
+            from pipeline.vllm_scoring import VllmScorer
+
+            return VllmScorer(smaller_or_not, directory, numerics, longest)
+        from pipeline.transformers_engine import TransformersScorer
+
+        return TransformersScorer(smaller_or_not, directory, numerics)
+
+    return SmallerOnce(reference, engine)
 
 
 def installed_version(*names: str) -> str | None:

@@ -29,13 +29,13 @@ class TransformersScorer:
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics) -> None:
         model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(device_kind()).eval()
         self._forward = forward_of(model, "tree" if reference.share_prompts else "separate")
-        self._budget = reference.max_batched_tokens or _TOKENS_PER_BATCH[device_kind()]
+        self.batched_tokens = reference.max_batched_tokens or _TOKENS_PER_BATCH[device_kind()]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
         found = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
-        for batch in batches(sequences, self._budget):
+        for batch in batches(sequences, self.batched_tokens):
             trees = [
                 Tree(sequences[tree[0]].prompt_ids, tuple(sequences[at].response_ids for at in tree)) for tree in batch
             ]

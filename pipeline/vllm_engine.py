@@ -25,8 +25,12 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
     Raises ConfigError where the model cannot be loaded by vLLM.
     """
     prepare_environment()
+    # thousands of modules that live to the end: collecting among them would take seconds of the start
+    gc.disable()
     from vllm import LLM
 
+    gc.freeze()
+    gc.enable()
     if device_kind() == "cpu":
         # the CPU backend's default takes most of the machine's memory; on a GPU vLLM measures what is free
         options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)

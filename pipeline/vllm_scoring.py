@@ -63,7 +63,9 @@ class VllmScorer:
         if model_len - 1 == limit:
             # the sampled token is never read, so no position lies beyond the limit
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-        batched = reference.max_batched_tokens or _batched_tokens(int(config["vocab_size"]), model_len)
+        self.batched_tokens = batched = reference.max_batched_tokens or _batched_tokens(
+            int(config["vocab_size"]), model_len
+        )
         options: dict[str, Any] = {"block_size": _CPU_BLOCK} if device_kind() == "cpu" else {}
         self._llm = start_engine(
             directory,
@@ -74,6 +76,7 @@ class VllmScorer:
             max_num_batched_tokens=batched,
             enable_prefix_caching=reference.share_prompts,
             skip_tokenizer_init=True,
+            tensor_parallel_size=reference.tensor_parallel_size,
             hf_overrides={"head_dtype": "float32"} if numerics.dtype != "float32" else {},
             **options,
         )

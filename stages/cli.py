@@ -40,12 +40,15 @@ def precompute(
     run: RunOption = None,
     set_: SetOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show what would be scored; loads no model.")] = False,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="i/n: score the i-th of n parts into the store, nothing else.")
+    ] = None,
 ) -> None:
     """Stage 1: score chosen and rejected under the reference model; writes pairs.parquet."""
     resolved, opened = _open(config, run, set_)
     from stages import precompute as stage
 
-    stage.run(resolved, opened, plan_only=plan)
+    stage.run(resolved, opened, plan_only=plan, shard=shard)
 
 
 @app.command()
@@ -106,6 +109,20 @@ def verify(
     from stages import verify as stage
 
     stage.run(open_run(run), rows, [name.strip() for name in engines.split(",") if name.strip()])
+
+
+@app.command()
+def score(
+    data: Annotated[Path, typer.Argument(help="JSONL or Parquet with the columns prompt and response.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+) -> None:
+    """Score any responses under the reference, through the same store; writes their log-probabilities."""
+    from pipeline.config import load_config
+    from stages import score as stage
+
+    stage.run(data, out, load_config(config, set_ or []))
 
 
 @app.command()

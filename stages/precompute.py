@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from pipeline.config import Config, without_reference
 from pipeline.digests import files_sha256, unread_bytes
-from pipeline.errors import RefscoreError
+from pipeline.errors import ConfigError, RefscoreError
 from pipeline.join import write_joined
 from pipeline.loss_names import reference_free
 from pipeline.models import locate_reference
-from pipeline.precompute import Plan, about_pairs, make_plan, score_missing
+from pipeline.precompute import Plan, about_pairs, make_plan, part_of, score_missing
 from pipeline.runs import Run, record
 from pipeline.schema import write_table
 from pipeline.scoring import start_scorer
@@ -19,13 +20,20 @@ from stages import console
 _WORTH_A_BAR = 2**30  # bytes: a second or two of reading
 
 
-def run(config: Config, run: Run, *, plan_only: bool) -> None:
-    """Plan; score what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written."""
+def run(config: Config, run: Run, *, plan_only: bool, shard: str | None = None) -> None:
+    """Plan; score what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written.
+
+    `shard` "i/n" scores the i-th of n parts of what is missing and writes nothing but the store: for n processes that
+    share one, after which a run without it joins.
+    """
+    part = _part(shard)
     if reference_free(config.train):
         write_unscored(config, run, plan_only=plan_only)
         return
     _hash_weights(config)
     plan = make_plan(config)
+    if part:
+        plan = part_of(plan, *part)
     show_plan(plan)
     if plan_only:
         return
@@ -40,8 +48,22 @@ def run(config: Config, run: Run, *, plan_only: bool) -> None:
     else:
         console.say("nothing to score: every sequence is in the store; no engine is started")
 
+    if part:
+        console.say(
+            f"part {shard} is in the store; when all parts are, the same command without --shard writes the pairs"
+        )
+        return
     write_pairs(plan, config, run)
     console.say(f"pairs     {run.pairs}")
+
+
+def _part(shard: str | None) -> tuple[int, int] | None:
+    if shard is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or not int(found[1]) < int(found[2]):
+        raise ConfigError(f"--shard {shard!r}: i/n with i from 0 to n-1, e.g. 0/4")
+    return int(found[1]), int(found[2])
 
 
 def write_unscored(config: Config, run: Run, *, plan_only: bool = False) -> None:
@@ -106,24 +128,32 @@ def _hash_weights(config: Config) -> None:
 
 
 def _score(plan: Plan, config: Config) -> None:
-    console.say(f"starting {config.reference.engine} ...")
+    reference = config.reference
     begun = time.monotonic()
-    numerics = plan.identity.numerics
-    with start_scorer(config.reference, plan.paths.merged, numerics, plan.longest_missing) as scorer:
-        console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
-        done = tokens = 0
-        try:
-            with console.progress("scoring", len(plan.missing)) as ticker:
+    done = tokens = 0
+    try:
+        with console.progress("scoring", len(plan.missing)) as ticker:
 
-                def on_shard(sequences: int, shard_tokens: int) -> None:
-                    nonlocal done, tokens
-                    done, tokens = done + sequences, tokens + shard_tokens
-                    seconds = time.monotonic() - ticker.started
-                    ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
+            def on_shard(sequences: int, shard_tokens: int) -> None:
+                nonlocal done, tokens
+                done, tokens = done + sequences, tokens + shard_tokens
+                seconds = time.monotonic() - ticker.started
+                ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
 
-                score_missing(plan, config.reference, scorer, on_shard)
-        except KeyboardInterrupt:
-            console.say(
-                f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
-            )
-            raise
+            if reference.launcher == "ray":
+                from pipeline import ray_launcher
+
+                console.say(f"starting {reference.engine} in {reference.workers} Ray actors ...")
+                ray_launcher.score_missing(plan, reference, on_shard)
+                return
+            console.say(f"starting {reference.engine} ...")
+            numerics = plan.identity.numerics
+            with start_scorer(reference, plan.paths.merged, numerics, plan.longest_missing) as scorer:
+                console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
+                ticker.started = time.monotonic()
+                score_missing(plan, reference, scorer, on_shard)
+    except KeyboardInterrupt:
+        console.say(
+            f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
+        )
+        raise

@@ -40,7 +40,7 @@ def run(run: Run, rows: int, engines: list[str]) -> None:
 
     # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
     scores = {name: _score(reference, sample) for name, reference in others.items()}
-    oracle = config.reference.model_copy(update={"engine": "transformers", "dtype": "float32"})
+    oracle = config.reference.model_copy(update={"engine": "transformers", "dtype": "float32", "workers": 1})
     truth, _ = _score(oracle, sample)
     measured = {
         name: {**agreement(again, truth, config.train.beta), "tokens_per_second": speed}
@@ -64,7 +64,7 @@ def run(run: Run, rows: int, engines: list[str]) -> None:
 def _configured(config: Config, name: str) -> ReferenceConfig:
     engine, _, dtype = name.partition(":")
     values: dict[str, Any] = config.model_dump(mode="json")
-    values["reference"] |= {"engine": engine, "dtype": dtype or "auto"}
+    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", "workers": 1, "launcher": "local"}
     return load_overrides(values, [], f"--engines {name}").reference
 
 

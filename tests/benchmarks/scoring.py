@@ -145,7 +145,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         scorer.score(measured[:64])
         first = time.monotonic() - _BEGUN
         if engine == "vllm":
-            scorer._llm.reset_prefix_cache()
+            scorer.engine._llm.reset_prefix_cache()
         begun = time.monotonic()
         scorer.score(measured)
         seconds = time.monotonic() - begun

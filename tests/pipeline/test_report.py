@@ -1,5 +1,7 @@
 """The report is self-contained, says what the figures say, and nothing a model writes can act in it."""
 
+import json
+
 import pyarrow as pa
 import pytest
 
@@ -101,6 +103,23 @@ def test_hostile_text_is_escaped_everywhere(run):
     for hidden in ("\u202e", "\x00", "\ud800"):
         assert hidden not in page
     assert "[U+202E]" in page
+
+
+def test_the_page_says_how_exact_the_scores_are(run, tmp_path):
+    assert "Stored scores against transformers" not in run.report.read_text()
+    other = Run(tmp_path / "run")
+    other.directory.mkdir()
+    found = {"passed": False, "pairs": 20, "verdict": "the scores <i>differ", "mean_signed_difference": -0.0123}
+    found |= {"correlation_with_length": -0.61, "margin_noise_nats": 0.39, "margin_noise_reward": 0.039}
+    (other.directory / "verify.json").write_text(json.dumps(found))
+    page = write(other).report.read_text()
+    for part in (
+        "20 pairs (not passed): the scores &lt;i&gt;differ.",
+        "-0.012 nats",
+        "-0.61",
+        "0.39 nats, 0.039 in reward",
+    ):
+        assert part in page
 
 
 def test_nothing_is_loaded_from_elsewhere(run):

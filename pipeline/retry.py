@@ -1,0 +1,68 @@
+"""An engine that ran out of memory is started again smaller, once; the log says what to set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.config import ReferenceConfig
+from pipeline.errors import RefscoreError, first_line
+from pipeline.scoring import Engine, Request
+
+log = logging.getLogger(__name__)
+
+_SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+class SmallerOnce:
+    """`Scorer` around an engine that `start` starts; see `pipeline.scoring.Scorer`."""
+
+    def __init__(self, reference: ReferenceConfig, start: Callable[[ReferenceConfig], Engine]) -> None:
+        self._reference, self._start = reference, start
+        self._engine = start(reference)
+        self._may_retry = True
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that scores now."""
+        return self._engine
+
+    def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
+        """See `Scorer.score`. Raises RefscoreError where memory does not suffice for the smaller engine either."""
+        try:
+            return self._engine.score(sequences)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            said = first_line(error)
+        tokens = smaller(self._engine.batched_tokens)
+        if not self._may_retry:
+            raise RefscoreError(
+                f"the engine ran out of memory ({said}) with {self._engine.batched_tokens} tokens in a forward pass too: "
+                f"set reference.max_batched_tokens={tokens} or less, or reference.kv_cache_gib lower, or data.max_length"
+            )
+        self._may_retry = False
+        log.warning(
+            "the engine ran out of memory (%s): started again with %d tokens in a forward pass instead of %d; "
+            "set reference.max_batched_tokens=%d to begin so",
+            said, tokens, self._engine.batched_tokens, tokens,
+        )  # fmt: skip
+        self._engine.close()
+        self._engine = self._start(self._reference.model_copy(update={"max_batched_tokens": tokens}))
+        return self.score(sequences)
+
+    def close(self) -> None:
+        """See `Scorer.close`."""
+        self._engine.close()
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or the operating system refused memory."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _SAID)
+
+
+def smaller(tokens: int) -> int:
+    """Half, but never less than a forward pass may have."""
+    return max(16, tokens // 2)

@@ -1,0 +1,126 @@
+"""Any responses scored under the reference, through the store: for KL estimates, judges, rejection sampling.
+
+Rows stream: a part is tokenised, what the store lacks of it is scored and published, and its scores are read back from the
+store. A row that cannot be scored keeps its place, with its problem instead of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.config import Config
+from pipeline.errors import DataError
+from pipeline.formats import RowProblem, one_response
+from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.models import load_tokenizer, locate_reference
+from pipeline.pairs import encode_chosen, prompt_text
+from pipeline.precompute import check_scores
+from pipeline.preferences import Dropped, Preference
+from pipeline.rows import Row, open_rows
+from pipeline.schema import SCORED
+from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
+from pipeline.store import Store
+
+_PART = 8192
+
+
+class RowScorer:
+    """Scores parts of a source; the engine starts with the first sequence that the store lacks, and stops on leaving."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._paths = locate_reference(config.reference)
+        self._tokenizer = load_tokenizer(self._paths.merged, config.reference)
+        self.identity: ReferenceIdentity = identify(
+            self._paths.base, numerics_of(config.reference), self._paths.adapter
+        )
+        self._store = Store(config.reference.store, self.identity)
+        self._stack = ExitStack()
+        self._scorer: Scorer | None = None
+        self.hits = self.scored = self.dropped = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def tables(self, source: Path) -> Iterator[pa.Table]:
+        """SCORED's rows of `source`, part by part, in order. Raises DataError where the columns are not there."""
+        rows, _ = open_rows(str(source), self._config.data)
+        numbered = enumerate(rows())
+        while part := list(islice(numbered, _PART)):
+            yield self._part(str(source), part)
+
+    def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
+        items = [_preference(source, number, row) for number, row in part]
+        good = [item for item in items if isinstance(item, Preference)]
+        encoded = iter(encode_chosen(good, self._config.data, self._tokenizer))
+        found = [item if isinstance(item, Dropped) else next(encoded) for item in items]
+        requests = [None if isinstance(one, Dropped) else Request(*one) for one in found]
+        keys = [
+            None if one is None else key_of(self.identity.reference_id, one.prompt_ids, one.response_ids)
+            for one in requests
+        ]
+        wanted = pl.Series([key for key in keys if key is not None], dtype=pl.Binary)
+        self._score(dict(zip(keys, requests, strict=True)), wanted)
+        scores = {row["key"]: row for row in self._store.found(wanted).iter_rows(named=True)}
+        rows = [_row(item, one, scores.get(key)) for item, one, key in zip(items, found, keys, strict=True)]
+        self.dropped += sum(row["problem"] is not None for row in rows)
+        return pa.Table.from_pylist(rows, schema=SCORED)
+
+    def _score(self, requests: dict[bytes | None, Request | None], wanted: pl.Series) -> None:
+        missing = self._store.missing(wanted).to_list()
+        self.hits += wanted.n_unique() - len(missing)
+        if not missing:
+            return
+        if self._scorer is None:
+            reference, longest = self._config.reference, self._config.data.max_length
+            self._scorer = self._stack.enter_context(
+                start_scorer(reference, self._paths.merged, self.identity.numerics, longest)
+            )
+        asked = [(key, request) for key in missing if (request := requests[key]) is not None]
+        asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
+        sequences = [request for _, request in asked]
+        scores = self._scorer.score(sequences)
+        self._store.publish(check_scores([key for key, _ in asked], sequences, scores))
+        self.scored += len(sequences)
+
+
+def _preference(source: str, number: int, row: Row) -> Preference | Dropped:
+    try:
+        prompt, response = one_response(row)
+    except RowProblem as problem:
+        return Dropped(source, number, problem.reason, problem.detail)
+    return Preference(source, number, prompt, response, "")
+
+
+def _row(
+    item: Preference | Dropped, encoded: tuple[list[int], list[int]] | Dropped, score: dict[str, Any] | None
+) -> Row:
+    texts: dict[str, str | None] = {"prompt": None, "response": None}
+    if isinstance(item, Preference):
+        texts = {"prompt": prompt_text(item.prompt), "response": item.chosen}
+    if isinstance(encoded, Dropped):
+        nothing = dict.fromkeys(("prompt_ids", "response_ids", "logps", "logp"))
+        return {"source_row": encoded.row, **texts, **nothing, "problem": f"{encoded.reason} {encoded.detail}".strip()}
+    assert isinstance(item, Preference)
+    if score is None or len(score["logps"]) != len(encoded[1]):
+        raise DataError(f"row {item.row} has no whole score in the store after scoring: run 'refscore store verify'")
+    return {
+        "source_row": item.row,
+        **texts,
+        "prompt_ids": encoded[0],
+        "response_ids": encoded[1],
+        "logps": np.asarray(score["logps"], np.float32),
+        "logp": score["logp"],
+        "problem": None,
+    }

@@ -1,0 +1,60 @@
+"""One pure function: a table of sequences in, the same table with their scores out. What workers and Ray run.
+
+Columns `prompt_ids` and `response_ids` (list<int32>) come in, `logps` (list<float32>) is added, others pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.scoring import Request, Scorer
+
+_IDS = pa.list_(pa.int32())
+_LOGPS = pa.list_(pa.float32())
+
+
+def score(table: pa.Table, scorer: Scorer) -> pa.Table:
+    """`table` with the column `logps`; row order stays."""
+    scores = scorer.score(requests_in(table))
+    offsets = np.cumsum([0, *map(len, scores)], dtype=np.int32)
+    values = np.concatenate([*scores, np.zeros(0, np.float32)]).astype(np.float32)
+    return table.append_column("logps", pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=_LOGPS))
+
+
+def table_of(requests: Sequence[Request]) -> pa.Table:
+    """The table of these sequences."""
+    return pa.table(
+        {
+            "prompt_ids": pa.array([list(one.prompt_ids) for one in requests], _IDS),
+            "response_ids": pa.array([list(one.response_ids) for one in requests], _IDS),
+        }
+    )
+
+
+def requests_in(table: pa.Table) -> list[Request]:
+    """The table's sequences."""
+    columns = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+    return [Request(prompt, response) for prompt, response in zip(*columns, strict=True)]
+
+
+def logps_in(table: pa.Table) -> list[np.ndarray]:
+    """The table's scores, one float32 array a row."""
+    return [row.values.to_numpy(zero_copy_only=False) for row in table["logps"]]
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """Arrow's stream format."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    found: bytes = sink.getvalue().to_pybytes()
+    return found
+
+
+def from_bytes(content: bytes) -> pa.Table:
+    """The inverse of `to_bytes`."""
+    with pa.ipc.open_stream(content) as reader:
+        return reader.read_all()

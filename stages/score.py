@@ -1,0 +1,32 @@
+"""`refscore score DATA --out FILE`: log-probabilities of any responses under the reference."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pipeline import durable
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.schema import SCORED, parquet_writer
+from pipeline.score_rows import RowScorer
+from stages import console
+
+
+def run(data: Path, out: Path, config: Config) -> None:
+    """Score every row of `data` and write SCORED's columns to `out`, in order."""
+    if out.suffix != ".parquet":
+        raise ConfigError(f"--out {out}: a file ending in .parquet is written")
+    begun = time.monotonic()
+    rows, nats, tokens = 0, 0.0, 0
+    with RowScorer(config) as scorer, durable.replacing(out) as temporary:
+        about = {"reference_id": scorer.identity.reference_id, "dtype": scorer.identity.numerics.dtype}
+        with parquet_writer(temporary, SCORED, about) as writer:
+            for table in scorer.tables(data):
+                writer.write_table(table)
+                rows += len(table)
+                nats += sum(value for value in table["logp"].to_pylist() if value is not None)
+                tokens += sum(len(ids) for ids in table["response_ids"].to_pylist() if ids is not None)
+                console.say(f"{rows} rows: {scorer.hits} hits, {scorer.scored} scored, {scorer.dropped} with a problem")
+    mean = f", {nats / tokens:.4f} nats a token" if tokens else ""
+    console.say(f"scores    {out}  ({tokens} response tokens{mean}, {console.duration(time.monotonic() - begun)})")

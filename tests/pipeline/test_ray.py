@@ -1,0 +1,73 @@
+"""A local Ray cluster of two workers, one killed in the middle: everything is scored, with the bits of one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import polars as pl
+import pytest
+
+from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
+
+pytest.importorskip("ray", reason="Ray is an optional dependency: the extra 'ray'")
+
+DRIVER = """
+    import logging, os, signal, sys
+    import ray
+    from pipeline import ray_launcher
+    from pipeline.config import load_config
+    from pipeline.join import write_joined
+    from pipeline.precompute import make_plan
+
+    if __name__ == "__main__":
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False,
+                 runtime_env={"env_vars": {"PYTHONPATH": sys.argv[1]}})
+        config = load_config("experiment.yaml", ["reference.workers=2", "reference.launcher=ray",
+                                                 "reference.tokens_per_shard=150"])
+        plan = make_plan(config)
+        shards, killed = [], []
+
+        def on_shard(sequences, tokens):
+            shards.append(sequences)
+            if not killed:
+                from ray.util.state import list_actors
+                actors = [one for one in list_actors() if one.state == "ALIVE" and "Scorer" in one.class_name
+                          or one.state == "ALIVE" and "MapWorker" in one.class_name]
+                killed.append(actors[0].pid)
+                os.kill(actors[0].pid, signal.SIGKILL)
+
+        ray_launcher.score_missing(plan, config.reference, on_shard)
+        again = make_plan(config)
+        assert not again.missing, len(again.missing)
+        write_joined(__import__("pathlib").Path("ray.parquet"), again, {})
+        print("RESULT", len(plan.missing), sum(shards), len(shards), len(killed))
+"""
+
+
+@pytest.mark.engine
+def test_a_lost_worker_loses_no_row(tmp_path, tiny_model):
+    data = write_rows(tmp_path / "d.jsonl", preference_rows(40))
+    one = tmp_path / "one"
+    one.mkdir()
+    experiment(one, tiny_model, data)
+    experiment(tmp_path, tiny_model, data)
+    (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
+    done = subprocess.run(
+        [sys.executable, "driver.py", str(ROOT)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    missing, rows, shards, killed = map(int, done.stdout.split("RESULT")[1].split())
+    assert rows == missing
+    assert shards > 4
+    assert killed == 1
+    refscore_here(
+        one, "precompute", "--config", "experiment.yaml", "--run", "r", "--set", "reference.tokens_per_shard=150"
+    )
+    assert signal.SIGKILL == 9
+    alone = pl.read_parquet(one / "data/runs/r/pairs.parquet")
+    ray = pl.read_parquet(tmp_path / "ray.parquet")
+    assert ray["pair_id"].n_unique() == len(ray) == len(alone)
+    assert ray.equals(alone)

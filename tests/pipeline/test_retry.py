@@ -1,0 +1,63 @@
+"""An engine that runs out of memory is started smaller once; every other failure passes."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from pipeline.config import ReferenceConfig
+from pipeline.errors import RefscoreError
+from pipeline.retry import SmallerOnce
+from pipeline.scoring import Request
+
+
+class Hungry:
+    """An engine for which forward passes above `enough` tokens are too large."""
+
+    def __init__(self, reference, enough, error):
+        self.batched_tokens = reference.max_batched_tokens or 1024
+        self.enough, self.error, self.closed = enough, error, False
+
+    def score(self, sequences):
+        if self.batched_tokens > self.enough:
+            raise self.error
+        return [np.full(len(one.response_ids), -1, np.float32) for one in sequences]
+
+    def close(self):
+        self.closed = True
+
+
+REFUSED = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+def started(enough, error=REFUSED):
+    engines = []
+
+    def start(reference):
+        engines.append(Hungry(reference, enough, error))
+        return engines[-1]
+
+    return SmallerOnce(ReferenceConfig(), start), engines
+
+
+def test_a_smaller_engine_takes_over_and_the_log_says_what_to_set(caplog):
+    scorer, engines = started(600)
+    with caplog.at_level(logging.WARNING):
+        assert scorer.score([Request([1], [2, 3])])[0].tolist() == [-1, -1]
+    assert [engine.batched_tokens for engine in engines] == [1024, 512]
+    assert engines[0].closed
+    assert "set reference.max_batched_tokens=512 to begin so" in caplog.text
+
+
+def test_it_is_done_once():
+    scorer, engines = started(100, error=MemoryError())
+    with pytest.raises(RefscoreError, match=r"set reference.max_batched_tokens=256 or less"):
+        scorer.score([Request([1], [2])])
+    assert len(engines) == 2
+
+
+def test_other_errors_pass():
+    scorer, engines = started(0, error=RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        scorer.score([Request([1], [2])])
+    assert len(engines) == 1

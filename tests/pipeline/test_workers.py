@@ -1,0 +1,51 @@
+"""Two engines in processes of their own: the same bits as one, also when one of them dies."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from pipeline.config import ReferenceConfig
+from pipeline.errors import ConfigError
+from pipeline.hardware import processors
+from pipeline.scoring import numerics_of, start_scorer
+from pipeline.workers import Workers, parts_of
+from tests.pipeline.sequences import LIMIT, edge_cases
+from tests.pipeline.test_vllm_scoring import scored  # noqa: F401  # the fixture
+
+REQUESTS = [request for group in edge_cases(32).values() for request in group]
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(len(processors()) < 2, reason="two workers need two processors")
+def test_two_workers_give_the_bits_of_one_and_one_that_dies_is_replaced(tiny_model, scored, caplog):  # noqa: F811
+    reference = ReferenceConfig(model=str(tiny_model), workers=2)
+    with start_scorer(reference, tiny_model, numerics_of(reference), LIMIT) as workers:
+        assert isinstance(workers, Workers)
+        assert np.array_equal(np.concatenate(workers.score(REQUESTS)), scored["shared"])
+        with caplog.at_level(logging.WARNING):
+            workers._workers[0]._process.kill()
+            assert np.array_equal(np.concatenate(workers.score(REQUESTS)), scored["shared"])
+        assert "worker 0 died (exit code -9): started again" in caplog.text
+        processes = [worker._process for worker in workers._workers]
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_parts_keep_siblings_together_and_are_of_about_one_size():
+    parts = parts_of(REQUESTS, 3)
+    assert sorted(at for part in parts for at in part) == list(range(len(REQUESTS)))
+    owners = {}
+    for number, part in enumerate(parts):
+        for at in part:
+            assert owners.setdefault(tuple(REQUESTS[at].prompt_ids), number) == number
+    sizes = [sum(len(REQUESTS[at]) for at in part) for part in parts]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_more_workers_than_processors_are_refused(tiny_model):
+    reference = ReferenceConfig(model=str(tiny_model), engine="transformers", workers=1 + len(processors()))
+    with (
+        pytest.raises(ConfigError, match=r"reference\.workers is"),
+        start_scorer(reference, tiny_model, numerics_of(reference), LIMIT),
+    ):
+        pass
