@@ -35,6 +35,9 @@ def server(tmp_path_factory):
         model.model.embed_tokens.weight[:, 0] = 10.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[letters, 0] = 3.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     model.save_pretrained(directory)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
