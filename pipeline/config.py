@@ -257,6 +257,8 @@ class Config(_Section):
             for name, section in (("reference", self.reference), ("policy", self.policy))
             if section.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", section.revision or "")
         ]
+        if self.reference.tensor_parallel_size > 1 and self.reference.engine != "vllm":
+            problems.append("reference.tensor_parallel_size spreads vLLM's model: it needs reference.engine=vllm")
         shown = [judge.shown for judge in self.judge]
         problems += [
             f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1

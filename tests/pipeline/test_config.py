@@ -80,3 +80,9 @@ def test_every_field_that_does_not_say_itself_is_described():
         if isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel):
             bare = {name for name, field in section.annotation.model_fields.items() if not field.description}
             assert bare <= obvious
+
+
+def test_tensor_parallelism_without_vllm_is_refused(tmp_path):
+    text = "data: {path: a.jsonl}\nreference: {engine: transformers, tensor_parallel_size: 2}\n"
+    with pytest.raises(ConfigError, match=r"needs reference\.engine=vllm"):
+        load_config(write(tmp_path, text))
