@@ -80,7 +80,8 @@ class VllmScorer:
             hf_overrides={"head_dtype": "float32"} if numerics.dtype != "float32" else {},
             **options,
         )
-        if device_kind() == "cpu" and numerics.dtype != "float32":
+        in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and reference.tensor_parallel_size == 1
+        if device_kind() == "cpu" and numerics.dtype != "float32" and in_process:
             self._llm.apply_model(speed_up_float32_output_layer)
         self._runner = runner_of(self._llm)
         # vLLM turns caching off for models whose layers cannot share a prefix
