@@ -70,7 +70,9 @@ def ground(tmp_path_factory, tiny_model):
     where = tmp_path_factory.mktemp("options")
     data = write_rows(where / "preferences.jsonl", preference_rows(14))
     train = {"max_steps": 3, "save_steps": 0, "eval_steps": 0}
-    config = experiment(where, tiny_model, data, data={"eval_fraction": 0.5}, train=train)
+    config = experiment(where, tiny_model, data, train=train)
+    # several held-out pairs, so that how they are grouped shows
+    config.write_text(config.read_text().replace("eval_fraction: 0.25", "eval_fraction: 0.5"))
     refscore_here(where, "precompute", "--config", config, "--run", "scored")
     return where, config, make_tiny_model(where / "other", seed=1), {}
 
