@@ -9,6 +9,7 @@ per second, as a share of what large multiplications reach with torch.mm (MKL) a
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -99,6 +100,10 @@ def show(data: str, options: argparse.Namespace, found: dict[str, dict[str, floa
             f"{one['gib']:.2f}",
         )
         print(f"{name:30}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+    for name, one in found.items():
+        if "start" in one:
+            parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in one["start"].items())  # type: ignore[attr-defined]
+            print(f"to the first shard of {name}: {parts}")
 
 
 # --- the contestants; each returns seconds, tokens and what else it knows
@@ -137,18 +142,31 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from pipeline.scoring import numerics_of, start_scorer
 
     engine, dtype, sharing = options.one.split()
+    marks = {"python": time.monotonic() - _BEGUN}
+
+    def mark(name: str) -> None:
+        marks[name] = time.monotonic() - _BEGUN - sum(marks.values())
+
+    if engine == "vllm":
+        from pipeline.vllm_engine import prepare_environment
+
+        prepare_environment()
+    importlib.import_module("vllm.entrypoints.llm" if engine == "vllm" else "transformers")
+    mark("imports")
     reference = ReferenceConfig(model=str(options.model), engine=engine, dtype=dtype, share_prompts=sharing == "shared")
     warm, measured = requests_of(options)
-    longest = max(map(len, warm + measured))
-    with start_scorer(reference, options.model, numerics_of(reference), longest) as scorer:
+    mark("tokens")
+    with start_scorer(reference, options.model, numerics_of(reference), max(map(len, warm + measured))) as scorer:
+        mark("engine")
         scorer.score(measured[:64])
-        first = time.monotonic() - _BEGUN
+        mark("first shard")
         if engine == "vllm":
             scorer.engine._llm.reset_prefix_cache()
         begun = time.monotonic()
         scorer.score(measured)
         seconds = time.monotonic() - begun
-    return measured_as(measured, seconds, options, shared=sharing == "shared") | {"first": first}
+    found = measured_as(measured, seconds, options, shared=sharing == "shared")
+    return found | {"first": sum(marks.values()), "start": marks}  # type: ignore[dict-item]
 
 
 def loop(options: argparse.Namespace) -> dict[str, float]:
