@@ -18,6 +18,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# tables are read by tests: the width is fixed before the first console is made
+os.environ["COLUMNS"] = "160"
 
 # tests that run side by side share the processors out: threads of one do not wait for the other's
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

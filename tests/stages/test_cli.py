@@ -17,6 +17,7 @@ COMMANDS = [
     ("show",),
     ("validate",),
     ("verify",),
+    ("score",),
     ("compare",),
     ("sweep",),
     ("pairs",),
