@@ -1,7 +1,7 @@
 """Response logps of trees under a model: the one forward pass of trainer, gate, oracle engine and implicit judge.
 
-A tree is a prompt (trunk) and the responses to it (branches). Trees are packed into one sequence without padding: the trunk
-is read once, positions of every branch go on where the trunk ends, and no branch sees another (`pipeline.tree_attention`).
+A tree is a prompt (trunk) and the responses to it (branches). Trees are packed into one sequence: the trunk is read
+once, positions of every branch go on where the trunk ends, and no branch sees another (`pipeline.tree_attention`).
 Trees with the same trunk are merged, and equal branches read once. The `separate` layout is the same code on trees of one
 branch. Models whose layers cannot be masked this way (state-space, linear attention, attention of their own) get separate
 sequences padded at the end, with equal results.
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# widths of packs on a GPU are multiples of this, so that few shapes are compiled
+# Few shapes: on a GPU every width of a pack is compiled once; on CPU torch keeps five megabytes of kernels for every length
+# of a tree that attention has seen, and frees none.
 _GPU_WIDTH = 1024
+_CPU_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def _packed(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
 
 def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tensor, Pack, torch.Tensor]:
     """Token ids [T], the pack, and the positions [N] whose hidden states predict the branches' tokens."""
-    total = sum(map(len, trees))
+    multiple = 1 if device.type == "cuda" else _CPU_LENGTH
+    lengths = [-(-len(tree) // multiple) * multiple for tree in trees]
+    total = sum(lengths)
     width = -(-total // _GPU_WIDTH) * _GPU_WIDTH if device.type == "cuda" else total
     ids, positions, number_of = (np.zeros(width, dtype=np.int64) for _ in range(3))
     branch_of = np.full(width, -1, dtype=np.int64)
@@ -162,6 +166,8 @@ def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tenso
             # the trunk's last position predicts the first token of every branch
             rows.append(np.concatenate([[end - 1], np.arange(start, start + inner)]))
             start += inner
+        # what fills a tree up is a branch of its own, which no other sees
+        start = first + lengths[number]
         number_of[first:start] = number
         slices.append(slice(first, start))
     # padding at the end sees padding only, and is in no tree's slice

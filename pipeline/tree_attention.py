@@ -1,7 +1,6 @@
 """Attention over packed trees, through transformers' attention interface, so that every model that uses it can be masked.
 
-A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...], without padding on
-CPU. A position sees the trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which
+A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which
 restart where the trunk ends. On CPU each tree is one call of scaled_dot_product_attention with a dense mask of its own;
 on a GPU the pack is one call of FlexAttention with a block mask. Logit soft-caps (Gemma 2) are computed in the open.
 
@@ -23,7 +22,7 @@ NAME = "refscore_tree"
 @dataclass(frozen=True)
 class Pack:
     """Where each token of a pack stands. Integer tensors [T]: `tree_T` its tree, `branch_T` its branch (0 = trunk, -1 =
-    padding at the end), `positions_T` its position in its own sequence; `trees` are the slices of the trees.
+    filling), `positions_T` its position in its own sequence; `trees` are the slices of the trees.
     """
 
     tree_T: torch.Tensor
