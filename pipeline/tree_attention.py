@@ -1,8 +1,9 @@
 """Attention over packed trees, through transformers' attention interface, so that every model that uses it can be masked.
 
-A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which
-restart where the trunk ends. On CPU each tree is one call of scaled_dot_product_attention with a dense mask of its own;
-on a GPU the pack is one call of FlexAttention with a block mask. Logit soft-caps (Gemma 2) are computed in the open.
+A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the
+trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which restart where the trunk
+ends. On CPU each tree is one call of scaled_dot_product_attention with a dense mask of its own; on a GPU the pack is one
+call of FlexAttention with a block mask. Logit soft-caps (Gemma 2) are computed in the open.
 
 Shapes: H heads, T tokens of the pack, t tokens of a tree, D size of a head.
 """
