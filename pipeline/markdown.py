@@ -11,6 +11,9 @@ from pipeline.config import Config
 from pipeline.runs import Run
 from pipeline.verdict import cautions, second_opinions
 
+# what `_rate_row` fills
+_RATE = ("prompts", "win rate", "95 % interval", "won / tied / lost", "at equal length", "flipped", "failed")
+
 
 def write_markdown(run: Run, config: Config, figures: dict[str, Any]) -> None:
     """Verdict, cautions and tables of one run."""
@@ -18,32 +21,9 @@ def write_markdown(run: Run, config: Config, figures: dict[str, Any]) -> None:
         f"### {plain(run.name)}",
         f"**{plain(figures['verdict'])}**",
         "\n".join(f"- {plain(line)}" for line in [*second_opinions(figures), *cautions(figures)]),
+        table(["judge", *_RATE], [_rate_row([name], rate) for name, rate in figures["judges"].items() if rate]),
         table(
-            [
-                "judge",
-                "prompts",
-                "win rate",
-                "95 % interval",
-                "won / tied / lost",
-                "at equal length",
-                "flipped",
-                "failed",
-            ],
-            [_rate_row([name], rate) for name, rate in figures["judges"].items() if rate],
-        ),
-        table(
-            [
-                "judge",
-                "model",
-                "against",
-                "prompts",
-                "win rate",
-                "95 % interval",
-                "won / tied / lost",
-                "at equal length",
-                "flipped",
-                "failed",
-            ],
+            ["judge", "model", "against", *_RATE],
             [
                 _rate_row([one["judge"], one["model"], one["baseline"]], one["rate"])
                 for one in figures["others"]

@@ -10,7 +10,7 @@ from pipeline import vllm_engine
 
 vllm_engine.prepare_environment()  # before the first import of vLLM
 
-from pipeline import vllm_scoring
+from pipeline import vllm_runners, vllm_scoring
 from pipeline.config import ReferenceConfig
 from pipeline.scoring import numerics_of
 from tests.pipeline.sequences import LIMIT, edge_cases
@@ -29,7 +29,7 @@ def main(model: Path, target: Path) -> None:
         size = call or len(order)
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            answers = vllm_scoring.score_with(scorer._runner, [requests[at] for at in part], shared=shared)
+            answers = vllm_runners.score_with(scorer._runner, [requests[at] for at in part], shared=shared)
             scores |= dict(zip(part, answers, strict=True))
         found[way] = np.concatenate([scores[at] for at in range(len(requests))])
         found[f"tokens {way}"] = np.array(sum(read))
@@ -72,11 +72,11 @@ def v2_scores(model: Path, requests, shuffled) -> dict[str, np.ndarray]:
         ("v2, block of 32", range(len(requests)), {"block": 32, "budget": 4096}),
     ):
         engine = V2Engine(loaded, **options)
-        runner = vllm_scoring.runner_of(engine)
-        assert isinstance(runner, vllm_scoring.RowsRunner)
+        runner = vllm_runners.runner_of(engine)
+        assert isinstance(runner, vllm_runners.RowsRunner)
         # twice: the second time everything is in the cache already
         for again in ("", " again"):
-            answers = vllm_scoring.score_with(runner, [requests[at] for at in order], shared=True)
+            answers = vllm_runners.score_with(runner, [requests[at] for at in order], shared=True)
             scores = dict(zip(order, answers, strict=True))
             found[way + again] = np.concatenate([scores[at] for at in range(len(requests))])
             found[f"none {way}{again}"] = np.array(engine.none)
@@ -99,14 +99,14 @@ class started:
 
 
 def _count_tokens_read():
-    generate, read = vllm_scoring._generate, []
+    generate, read = vllm_runners._generate, []
 
     def counting(llm, prompts, params):
         outputs = generate(llm, prompts, params)
         read.extend(len(ids) - output.num_cached_tokens for ids, output in zip(prompts, outputs, strict=True))
         return outputs
 
-    vllm_scoring._generate = counting
+    vllm_runners._generate = counting
     return read
 
 
