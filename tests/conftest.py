@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -22,10 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COLUMNS"] = "160"
 
 # tests that run side by side share the processors out: threads of one do not wait for the other's
+PROCESSORS = sorted(os.sched_getaffinity(0))
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    _processors = sorted(os.sched_getaffinity(0))
     _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, _processors[int(worker.removeprefix("gw")) :: _workers] or _processors)
+    os.sched_setaffinity(0, PROCESSORS[int(worker.removeprefix("gw")) :: _workers] or PROCESSORS)
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -40,6 +41,15 @@ CHAT_TEMPLATE = (
 def _in_its_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test works below a directory of its own: `data/` is relative to where one stands."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def all_processors() -> Iterator[None]:
+    """For tests of several engines: every processor of the machine, also beside another worker of pytest's."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, PROCESSORS)
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.hardware import processors
 from pipeline.scoring import numerics_of, start_scorer
 from pipeline.workers import Workers, parts_of
+from tests.conftest import PROCESSORS
 from tests.pipeline.sequences import LIMIT, edge_cases
 from tests.pipeline.test_vllm_scoring import scored  # noqa: F401  # the fixture
 
@@ -17,7 +18,8 @@ REQUESTS = [request for group in edge_cases(32).values() for request in group]
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(len(processors()) < 2, reason="two workers need two processors")
+@pytest.mark.usefixtures("all_processors")
+@pytest.mark.skipif(len(PROCESSORS) < 2, reason="two workers need two processors")
 def test_two_workers_give_the_bits_of_one_and_one_that_dies_is_replaced(tiny_model, scored, caplog):  # noqa: F811
     reference = ReferenceConfig(model=str(tiny_model), workers=2)
     with start_scorer(reference, tiny_model, numerics_of(reference), LIMIT) as workers:
