@@ -204,7 +204,10 @@ def _why_not_packed(model: PreTrainedModel) -> str | None:
         if float((packed - plain).abs().max()) <= tolerance * (1 + float(plain.abs().max())):
             return None
         reason = f"{config.model_type} does not follow the mask of a tree"
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        # whatever a layer raises that was not made for this mask; the reason is logged, and the results are the same
         reason = f"{config.model_type} takes no mask of a tree ({str(error).splitlines()[0]})"
     finally:
         model.train(training)
