@@ -1,26 +1,18 @@
-"""One experiment's configuration: declared here once, strict, every problem reported at once.
+"""One experiment's configuration: every field, its meaning and its limits, declared here once.
 
-Owns the fields, their meaning and their limits. Refuses unknown keys (naming the nearest known one), values out of
-range and combinations that make no sense. Reads YAML and `key=value` overrides; imports neither torch nor vLLM.
+Strict: unknown keys, values out of range and combinations that make no sense are refused. `pipeline.config_file` reads and
+writes it.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.errors import ConfigError
 from pipeline.judge_config import IMPLICIT, JudgeConfig, pair_judge_problem
 from pipeline.loss_names import LossType, loss_problems
-
-PRESETS = Path(__file__).parent / "presets"
 
 
 def _as_list(value: object) -> object:
@@ -280,122 +272,8 @@ class Config(_Section):
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read `path`, apply `section.field=value` overrides, validate.
-
-    Raises ConfigError that lists every problem found in file and overrides.
-    """
-    path = Path(path)
-    if not path.is_file():
-        shipped = ", ".join(sorted(str(p) for p in PRESETS.glob("*.yaml")))
-        raise ConfigError(f"configuration {str(path)!r} does not exist; shipped presets: {shipped}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), got {type(content).__name__}")
-    return load_overrides(content, overrides, str(path))
-
-
-def load_overrides(
-    content: dict[str, Any], overrides: list[str] | tuple[str, ...], name: str = "configuration"
-) -> Config:
-    """Apply overrides to plain values and validate; `name` says in messages where the values are from."""
-    problems = [problem for override in overrides if (problem := _apply(content, override))]
-    try:
-        config = Config.model_validate(content)
-    except ValidationError as error:
-        problems += [_explain(dict(item)) for item in error.errors()]
-    if problems:
-        raise ConfigError(f"{name}: {_listed(problems)}")
-    return config
-
-
 def without_reference(config: Config) -> Config:
     """The configuration of an experiment that compares with no reference: the policy stands for it, as far as token ids go."""
     policy = config.policy
     stands = {"model": policy.model, "revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
     return config.model_copy(update={"reference": config.reference.model_copy(update={**stands, "adapter": None})})
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-def digest(*parts: BaseModel | dict[str, Any] | str) -> str:
-    """sha256 (hex) of sections or values in canonical JSON."""
-    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names and values of the fields that two dumped configurations do not share, one string each."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differing_fields(was, now, f"{prefix}{name}.")
-        elif was != now:
-            found.append(f"{prefix}{name}: {was!r} -> {now!r}")
-    return found
-
-
-def _apply(content: dict[str, Any], override: str) -> str | None:
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        return f"--set {override!r} is not of the form section.field=value"
-    try:
-        value = _number_or(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        return f"--set {override!r}: the value is not readable as YAML: {_one_line(error)}"
-    target = content
-    for key in keys[:-1]:
-        if target.get(key) is None:
-            target[key] = {}
-        target = target[key]
-        if not isinstance(target, dict):
-            return f"--set {override!r}: {key!r} has no fields"
-    target[keys[-1]] = value
-    return None
-
-
-def _number_or(value: Any) -> Any:
-    # YAML 1.1 reads 1e-6 as a string
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
-def _explain(item: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, _known_names(), n=1, cutoff=0.5)
-        return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "missing":
-        return f"{where!r} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    if not where or isinstance(item["input"], dict):  # what is wrong with a section as a whole says its values
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message}, got {item['input']!r}"
-
-
-def _known_names() -> list[str]:
-    names = []
-    for section, field in Config.model_fields.items():
-        names.append(section)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += [f"{section}.{name}" for name in field.annotation.model_fields]
-    return names + [f"policy.lora.{name}" for name in LoraConfig.model_fields]
-
-
-def _listed(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

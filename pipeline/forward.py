@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Few shapes: on a GPU every width of a pack is compiled once; on CPU torch keeps five megabytes of kernels for every length
-# of a tree that attention has seen, and frees none.
-_GPU_WIDTH = 1024
-_CPU_LENGTH = 32
+# Widths of packs are multiples of this, so that they are few: on a GPU every width is compiled once, on CPU blocks of memory
+# fit again that an earlier pack has freed.
+_WIDTH = {"cuda": 1024, "cpu": 128}
 
 
 @dataclass(frozen=True)
@@ -148,10 +147,8 @@ def _packed(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
 
 def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tensor, Pack, torch.Tensor]:
     """Token ids [T], the pack, and the positions [N] whose hidden states predict the branches' tokens."""
-    multiple = 1 if device.type == "cuda" else _CPU_LENGTH
-    lengths = [-(-len(tree) // multiple) * multiple for tree in trees]
-    total = sum(lengths)
-    width = -(-total // _GPU_WIDTH) * _GPU_WIDTH if device.type == "cuda" else total
+    total, multiple = sum(map(len, trees)), _WIDTH.get(device.type, 1)
+    width = -(-total // multiple) * multiple
     ids, positions, number_of = (np.zeros(width, dtype=np.int64) for _ in range(3))
     branch_of = np.full(width, -1, dtype=np.int64)
     rows, slices, start = [], [], 0
@@ -166,8 +163,6 @@ def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tenso
             # the trunk's last position predicts the first token of every branch
             rows.append(np.concatenate([[end - 1], np.arange(start, start + inner)]))
             start += inner
-        # what fills a tree up is a branch of its own, which no other sees
-        start = first + lengths[number]
         number_of[first:start] = number
         slices.append(slice(first, start))
     # padding at the end sees padding only, and is in no tree's slice

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import GenerateConfig, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.models import ModelSpec, load_tokenizer
-from pipeline.pairs import end_of_turn_id, prompt_id_of
+from pipeline.pairs import prompt_id_of
 from pipeline.scoring import numerics_of
+from pipeline.token_ids import end_of_turn_id
 from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, read_config, start_engine, stop_engine
 
 if TYPE_CHECKING:

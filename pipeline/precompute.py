@@ -18,7 +18,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.config import Config, ReferenceConfig, digest
+from pipeline.config import Config, ReferenceConfig
+from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
 from pipeline.identity import ReferenceIdentity, identify, key_of

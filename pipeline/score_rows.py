@@ -21,13 +21,14 @@ from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models import load_tokenizer, locate_reference
-from pipeline.pairs import encode_chosen, prompt_text
+from pipeline.pairs import prompt_text
 from pipeline.precompute import check_scores
 from pipeline.preferences import Dropped, Preference
 from pipeline.rows import Row, open_rows
 from pipeline.schema import SCORED
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
 from pipeline.store import Store
+from pipeline.token_ids import Encoded, Encoder
 
 _PART = 8192
 
@@ -38,7 +39,7 @@ class RowScorer:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._paths = locate_reference(config.reference)
-        self._tokenizer = load_tokenizer(self._paths.merged, config.reference)
+        self._encoder = Encoder(config.data, load_tokenizer(self._paths.merged, config.reference))
         self.identity: ReferenceIdentity = identify(
             self._paths.base, numerics_of(config.reference), self._paths.adapter
         )
@@ -62,10 +63,8 @@ class RowScorer:
 
     def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
         items = [_preference(source, number, row) for number, row in part]
-        good = [item for item in items if isinstance(item, Preference)]
-        encoded = iter(encode_chosen(good, self._config.data, self._tokenizer))
-        found = [item if isinstance(item, Dropped) else next(encoded) for item in items]
-        requests = [None if isinstance(one, Dropped) else Request(*one) for one in found]
+        found = list(self._encoder.chosen(items))
+        requests = [None if isinstance(one, Dropped) else Request(one.prompt_ids, one.responses[0]) for one in found]
         keys = [
             None if one is None else key_of(self.identity.reference_id, one.prompt_ids, one.response_ids)
             for one in requests
@@ -103,9 +102,7 @@ def _preference(source: str, number: int, row: Row) -> Preference | Dropped:
     return Preference(source, number, prompt, response, "")
 
 
-def _row(
-    item: Preference | Dropped, encoded: tuple[list[int], list[int]] | Dropped, score: dict[str, Any] | None
-) -> Row:
+def _row(item: Preference | Dropped, encoded: Encoded | Dropped, score: dict[str, Any] | None) -> Row:
     texts: dict[str, str | None] = {"prompt": None, "response": None}
     if isinstance(item, Preference):
         texts = {"prompt": prompt_text(item.prompt), "response": item.chosen}
@@ -113,13 +110,13 @@ def _row(
         nothing = dict.fromkeys(("prompt_ids", "response_ids", "logps", "logp"))
         return {"source_row": encoded.row, **texts, **nothing, "problem": f"{encoded.reason} {encoded.detail}".strip()}
     assert isinstance(item, Preference)
-    if score is None or len(score["logps"]) != len(encoded[1]):
+    if score is None or len(score["logps"]) != len(encoded.responses[0]):
         raise DataError(f"row {item.row} has no whole score in the store after scoring: run 'refscore store verify'")
     return {
         "source_row": item.row,
         **texts,
-        "prompt_ids": encoded[0],
-        "response_ids": encoded[1],
+        "prompt_ids": encoded.prompt_ids,
+        "response_ids": encoded.responses[0],
         "logps": np.asarray(score["logps"], np.float32),
         "logp": score["logp"],
         "problem": None,

@@ -19,6 +19,9 @@ import torch
 
 NAME = "refscore_tree"
 
+# on CPU torch keeps five megabytes of kernels for every length that attention has seen, and frees none: lengths are few
+_LENGTH = 32
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -44,13 +47,17 @@ class Pack:
 
         return seen
 
-    def dense_mask(self, number: int, window: int | None) -> torch.Tensor | None:
-        """Boolean mask [t, t] of tree `number`; None where it is plainly causal."""
+    def dense_mask(self, number: int, window: int | None, size: int) -> torch.Tensor | None:
+        """Boolean mask [size, size] of tree `number`, filled up behind it; None where it is plainly causal."""
         key = (number, window)
         if key not in self._masks:
             rows = torch.arange(self.trees[number].start, self.trees[number].stop, device=self.tree_T.device)
             plain = not self.branching[number] and (window is None or window >= len(rows))
-            self._masks[key] = None if plain else self.may_see(window)(0, 0, rows[:, None], rows[None, :])
+            mask = None if plain else self.may_see(window)(0, 0, rows[:, None], rows[None, :])
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, size - len(rows), 0, size - len(rows)))
+                mask[len(rows) :, 0] = True  # a row that sees nothing would be NaN
+            self._masks[key] = mask
         found: torch.Tensor | None = self._masks[key]
         return found
 
@@ -115,19 +122,32 @@ def attend(
     else:
         found = torch.cat(
             [
-                _sdpa(
-                    query[:, :, rows],
-                    key[:, :, rows],
-                    value[:, :, rows],
-                    pack.dense_mask(number, sliding_window),
-                    scaling,
-                    softcap,
-                )
-                for number, rows in enumerate(pack.trees)
+                *(
+                    _of_tree((query, key, value), pack, number, sliding_window, scaling, softcap)
+                    for number in range(len(pack.trees))
+                ),
+                # what fills the pack up looks at nothing
+                query.new_zeros((*query.shape[:2], query.shape[2] - pack.trees[-1].stop, value.shape[-1])),
             ],
             dim=2,
         )
     return found.transpose(1, 2).contiguous(), None
+
+
+def _of_tree(
+    sides: tuple[torch.Tensor, ...],
+    pack: Pack,
+    number: int,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention within tree `number` of a pack [1, H, t, D], computed at a rounded length."""
+    rows = pack.trees[number]
+    length = rows.stop - rows.start
+    size = -(-length // _LENGTH) * _LENGTH
+    query, key, value = (torch.nn.functional.pad(side[:, :, rows], (0, 0, 0, size - length)) for side in sides)
+    return _sdpa(query, key, value, pack.dense_mask(number, window, size), scaling, softcap)[:, :, :length]
 
 
 def _sdpa(

@@ -119,7 +119,7 @@ def score(
     set_: SetOption = None,
 ) -> None:
     """Score any responses under the reference, through the same store; writes their log-probabilities."""
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from stages import score as stage
 
     stage.run(data, out, load_config(config, set_ or []))
@@ -164,7 +164,7 @@ def iterate(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of training.")] = 2,
 ) -> None:
     """Rounds of precompute, train and pairs, each from the policy of the last; then all rounds are judged."""
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from stages import iterate as stage
 
     resolved = load_config(config, set_ or [])
@@ -226,7 +226,7 @@ def store_explain(
     row: Annotated[int | None, typer.Option("--row", min=0, help="Only the pair from this row of its source.")] = None,
 ) -> None:
     """Hit or miss for a configuration or a row, and on a miss what differs from the nearest that is stored."""
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from stages import store as stage
 
     stage.explain(load_config(config, set_ or []), row)
@@ -267,7 +267,7 @@ def main() -> None:
 
 
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.runs import open_run
 
     return load_config(config, overrides or []), open_run(run if run is not None else config.stem)

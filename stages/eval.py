@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from pipeline import durable
 from pipeline.candidates import Candidate, candidates, must_share_vocabulary
-from pipeline.config import Config, GenerateConfig, digest
+from pipeline.config import Config, GenerateConfig
+from pipeline.config_file import digest
 from pipeline.divergence import kl_table, on_policy, score_responses
 from pipeline.errors import DataError
 from pipeline.evaluation import (

@@ -12,7 +12,8 @@ import torch
 
 from pipeline import durable, health
 from pipeline.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.config import Config, differing_fields, digest, without_reference
+from pipeline.config import Config, without_reference
+from pipeline.config_file import differing_fields, digest
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import model_card, save_policy
 from pipeline.forward import Forward

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from pipeline.config import Config, dump_config, load_config
+from pipeline.config import Config
+from pipeline.config_file import dump_config, load_config
 from pipeline.errors import ConfigError
 from pipeline.judge_config import JudgeConfig, split_members
 from tests.conftest import ROOT

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.config import TrainConfig, load_overrides
+from pipeline.config import TrainConfig
+from pipeline.config_file import load_overrides
 from pipeline.errors import ConfigError
 from pipeline.loss_names import LossType
 from pipeline.losses import LOSSES

@@ -4,7 +4,8 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.pairs import build_pairs, count_reasons, end_of_turn_id
+from pipeline.pairs import build_pairs, count_reasons
+from pipeline.token_ids import end_of_turn_id
 from tests.conftest import make_tiny_tokenizer, preference_rows, write_rows
 
 

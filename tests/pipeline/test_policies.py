@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.config import load_overrides
+from pipeline.config_file import load_overrides
 from pipeline.errors import ConfigError
 from pipeline.export import save_policy, trained_directory
 from pipeline.models import load_tokenizer

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import join, pair_table, precompute
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.errors import CheckError
 from pipeline.join import joined
 from pipeline.precompute import make_plan, score_missing, shards_of

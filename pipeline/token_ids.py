@@ -1,0 +1,150 @@
+"""From messages to token ids: the chat template, where the response begins, how it ends, and what is too long.
+
+The boundary between prompt and response is decided on token ids: the prompt's ids must begin the ids of prompt plus
+response, or the row is dropped. A response ends with the template's end-of-turn token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from pipeline.config import DataConfig
+from pipeline.errors import ConfigError
+from pipeline.preferences import Dropped, Preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# rows that the tokenizer gets at once: it spreads them over all processors
+_CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A preference's token ids: of the prompt, and of each response that was asked for, end token included."""
+
+    preference: Preference
+    prompt_ids: list[int]
+    responses: list[list[int]]
+
+
+class Encoder:
+    """Tokenises rows as they come. Raises ConfigError where the tokenizer cannot do what `data` asks."""
+
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        if data.template == "chat" and not tokenizer.chat_template:
+            raise ConfigError("the model's tokenizer has no chat template: set data.template=none for plain text")
+        end = end_of_turn_id(tokenizer) if data.template == "chat" else tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError("the tokenizer names no end-of-sequence token, so a response's end cannot be marked")
+        self._data, self._tokenizer, self._end = data, tokenizer, end
+        self._texts = _chat_texts if data.template == "chat" else _plain_texts
+
+    def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
+        """Every row in order, with chosen and rejected; responses of equal ids are no pair."""
+        for found in self._encode(items, ("chosen", "rejected")):
+            if isinstance(found, Encoded) and found.responses[0] == found.responses[1]:
+                item, length = found.preference, len(found.responses[0])
+                cut = len(found.prompt_ids) + length == self._data.max_length
+                yield (
+                    Dropped(item.source, item.row, "identical_after_truncation", f"equal in the first {length} tokens")
+                    if cut and self._data.too_long == "truncate_response"
+                    else Dropped(item.source, item.row, "identical_responses", "equal token ids")
+                )
+            else:
+                yield found
+
+    def chosen(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
+        """Every row in order, with its chosen response alone."""
+        return self._encode(items, ("chosen",))
+
+    def _encode(self, items: Iterable[Preference | Dropped], sides: tuple[str, ...]) -> Iterator[Encoded | Dropped]:
+        stream = iter(items)
+        while chunk := list(islice(stream, _CHUNK)):
+            texts = [None if isinstance(item, Dropped) else self._texts(item, sides, self._tokenizer) for item in chunk]
+            flat = [text for one in texts if isinstance(one, list) for text in one]
+            ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+            for item, one in zip(chunk, texts, strict=True):
+                if isinstance(item, Dropped):
+                    yield item
+                elif isinstance(one, Dropped):
+                    yield one
+                else:
+                    yield self._cut(item, next(ids), {side: next(ids) for side in sides})
+
+    def _cut(self, item: Preference, prompt: list[int], whole: dict[str, list[int]]) -> Encoded | Dropped:
+        """The responses behind `prompt` in `whole` (side to ids), shortened if that is wanted."""
+
+        def drop(reason: str, detail: str) -> Dropped:
+            return Dropped(item.source, item.row, reason, detail)
+
+        if not prompt:
+            return drop("empty_prompt", "no token")
+        responses = []
+        for side, ids in whole.items():
+            if ids[: len(prompt)] != prompt:
+                return drop("prompt_not_a_prefix", _where_it_differs(side, prompt, ids))
+            responses.append(_ended(ids[len(prompt) :], self._end))
+        limit = self._data.max_length
+        longest = len(prompt) + max(map(len, responses))
+        if longest > limit:
+            if self._data.too_long == "drop":
+                return drop("too_long", f"{longest} tokens, data.max_length is {limit}")
+            if len(prompt) >= limit:
+                return drop("prompt_too_long", f"{len(prompt)} tokens, data.max_length is {limit}")
+            responses = [ids[: limit - len(prompt)] for ids in responses]
+        return Encoded(item, prompt, responses)
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's turn under the chat template; the end-of-sequence token without a template.
+
+    Raises ConfigError where neither is known.
+    """
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    if tokenizer.chat_template:
+        marker = "refscoreboundary"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        after = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
+        for token in after:
+            if token in special:
+                return int(token)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer names no end-of-sequence token, so a response's end cannot be marked")
+    return int(tokenizer.eos_token_id)
+
+
+def _chat_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
+    from jinja2 import TemplateError
+
+    try:
+        prompt = tokenizer.apply_chat_template(item.prompt, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "assistant", "content": getattr(item, side)} for side in sides]
+        whole = [tokenizer.apply_chat_template([*item.prompt, turn], tokenize=False) for turn in turns]
+    except (TemplateError, TypeError, KeyError) as error:
+        return Dropped(item.source, item.row, "template_refused", str(error)[:200])
+    return [str(prompt), *map(str, whole)]
+
+
+def _plain_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
+    prompt = "".join(message["content"] for message in item.prompt)
+    # add_special_tokens is off for all texts alike, so the beginning-of-sequence token, where there is one, is set here
+    prompt = (tokenizer.bos_token or "") + prompt if getattr(tokenizer, "add_bos_token", False) else prompt
+    return [prompt, *(prompt + getattr(item, side) for side in sides)]
+
+
+def _where_it_differs(name: str, prompt: list[int], full: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+    return f"{name}: token {at} of {len(prompt)} differs once a response follows"
+
+
+def _ended(response: list[int], end: int) -> list[int]:
+    # what the template puts after the turn (a newline, say) is not the response's
+    if end in response:
+        last = len(response) - response[::-1].index(end)
+        return response[:last]
+    return [*response, end]
