@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,16 @@ def peak_memory_gib() -> float:
 
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system; does nothing where the C library has no malloc_trim (it is glibc's).
+
+    glibc keeps what is freed between small blocks that live on. Activations of ever other sizes then touch ever new pages:
+    training on CPU grew by a tenth of a GiB a step.
+    """
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def describe() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pipeline.errors import CheckError, ConfigError
 from pipeline.export import model_card, save_policy
 from pipeline.forward import Forward
 from pipeline.gate import GATE_PAIRS, measure_gate
-from pipeline.hardware import peak_memory_gib
+from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.identity import weights_digest
 from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
@@ -98,6 +98,7 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
             except NotFinite as stop:
                 _keep_not_finite(run, step + 1, stop, metrics)
                 raise
+            return_freed_memory()
             pending.append(found)
             tokens += sum(len(pairs.trees[row]) for row in rows)
             done = step + 1
