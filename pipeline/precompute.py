@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.config import Config, ReferenceConfig
 from pipeline.config_file import digest
 from pipeline.errors import CheckError
-from pipeline.hardware import device_kind
+from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
@@ -91,6 +91,8 @@ def make_plan(config: Config) -> Plan:
     )
     store = Store(reference.store, identity)
     keys = pl.concat(parts)
+    # what reading has left behind would stand beside the engine
+    return_freed_memory()
     return Plan(
         paths=paths,
         pairs=pairs,
@@ -118,11 +120,10 @@ def keys_of(reference_id: str, pairs: pa.Table) -> pl.Series:
 
 def first_positions(keys: pl.Series, wanted: pl.Series) -> array[int]:
     """Where each of `wanted` first stands in `keys`, ascending."""
-    if not len(wanted):
-        return array("q")
-    positions = pl.DataFrame({"key": keys}).with_row_index("position").unique("key", keep="first", maintain_order=True)
-    found = positions.join(pl.DataFrame({"key": wanted}), on="key", how="semi", maintain_order="left")["position"]
-    return array("q", found.cast(pl.Int64).to_numpy().tobytes())
+    first = keys.is_first_distinct()
+    if len(wanted) < first.sum():
+        first &= keys.is_in(wanted)
+    return array("q", first.arg_true().cast(pl.Int64).to_numpy().tobytes())
 
 
 def part_of(plan: Plan, number: int, parts: int) -> Plan:
