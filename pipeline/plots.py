@@ -61,13 +61,21 @@ def win_rates(rates: Sequence[tuple[str, dict[str, float]]]) -> Markup:
 def frontier(points: Sequence[Point], gain: str) -> Markup:
     """What training got against what it cost, a point a model, whiskers both ways; the reference costs nothing."""
     figure, axes = _axes(height=3.4)
-    for point in sorted(points, key=lambda one: one.cost[0]):
+    for number, point in enumerate(sorted(points, key=lambda one: one.cost[0])):
         colour = _BLUE if point.highlighted else _ORANGE
         (x, left, right), (y, low, high) = point.cost, point.gain
         axes.plot([left, right], [y, y], color=colour, linewidth=1.2, alpha=0.7)
         axes.plot([x, x], [low, high], color=colour, linewidth=1.2, alpha=0.7)
         axes.plot([x], [y], "o", color=colour, markersize=6)
-        axes.annotate(_short(point.name), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=_INK)
+        # names in turn above and below, as neighbours often have about the same gain
+        axes.annotate(
+            _short(point.name),
+            (x, y),
+            xytext=(6, -12 if number % 2 else 6),
+            textcoords="offset points",
+            fontsize=8,
+            color=_INK,
+        )
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("KL(policy || reference), nats a response")
     axes.set_ylabel(gain)
