@@ -96,7 +96,7 @@ def _is_ultrafeedback(row: Row) -> bool:
 def _starts_with_prompt(row: Row, column: str) -> bool:
     # UltraFeedback-binarized repeats the prompt inside both message lists; TRL's explicit format does not
     messages = row.get(column)
-    return _is_messages(messages) and len(messages) > 1  # type: ignore[arg-type]  # _is_messages says it is a list
+    return isinstance(messages, list) and len(messages) > 1 and _is_messages(messages)
 
 
 def _is_explicit_messages(row: Row) -> bool:

@@ -74,10 +74,7 @@ def _scores(plan: Plan, keys: pl.Series, pairs: pa.Table) -> dict[str, pa.Chunke
 
 
 def _must_cover(side: str, pairs: pa.Table, scores: pa.Table) -> None:
-    wanted, lengths = (
-        pl.from_arrow(column).list.len().to_numpy()  # type: ignore[union-attr]  # a Series, as it is a column
-        for column in (pairs[f"{side}_ids"], scores["logps"])
-    )
+    wanted, lengths = (pl.Series(column).list.len().to_numpy() for column in (pairs[f"{side}_ids"], scores["logps"]))
     if not np.array_equal(wanted, lengths):
         row = int(np.argmax(wanted != lengths))
         raise CheckError(f"{side} of pair {pairs['pair_id'][row]} has {wanted[row]} tokens but {lengths[row]} scores")

@@ -119,7 +119,7 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
             responses.append(np.stack(sides, axis=1).ravel())
     found.prompt_tokens, found.response_tokens = np.concatenate(prompts), np.concatenate(responses)
     found.drops = dict(sorted(found.drops.items(), key=lambda item: -item[1].count))
-    must_train(found.splits.get("train", 0) > 0, data, {reason: one.count for reason, one in found.drops.items()})
+    must_train(found.splits.get("train", 0), data, {reason: one.count for reason, one in found.drops.items()})
     return found
 
 

@@ -94,14 +94,17 @@ def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
     for item in stream:
-        (dropped if isinstance(item, Dropped) else pairs).append(item)  # type: ignore[arg-type]  # each to its own kind
-    must_train(any(pair.split == "train" for pair in pairs), data, count_reasons(dropped))
+        if isinstance(item, Dropped):
+            dropped.append(item)
+        else:
+            pairs.append(item)
+    must_train(sum(pair.split == "train" for pair in pairs), data, count_reasons(dropped))
     return PairSet(pairs, dropped, stream.formats, stream.digests)
 
 
-def must_train(some: bool, data: DataConfig, reasons: dict[str, int]) -> None:  # noqa: FBT001  # a fact, no option
-    """Raise DataError where no pair of the training split is left, with what became of the rows."""
-    if not some:
+def must_train(pairs: int, data: DataConfig, reasons: dict[str, int]) -> None:
+    """Raise DataError where none of the training split's pairs is left, with what became of the rows."""
+    if not pairs:
         said = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no rows"
         raise DataError(f"no pair is left to train on from {', '.join(data.path)} ({said})")
 

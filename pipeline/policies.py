@@ -6,6 +6,7 @@ Owns loading and what of it learns; how it is saved is `pipeline.export`'s.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,8 @@ def without_dropout(model: PreTrainedModel) -> None:
 
 
 def _four_bits(precision: torch.dtype) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401  # only whether it is there
-    except ImportError:
-        raise ConfigError(
-            "policy.load_in_4bit needs the package bitsandbytes: .venv/bin/uv pip install bitsandbytes"
-        ) from None
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("policy.load_in_4bit needs the package bitsandbytes: .venv/bin/uv pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

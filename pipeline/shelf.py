@@ -197,6 +197,7 @@ class RemoteShelf:
         except FileExistsError:
             log.debug("%s was published before", name)
         except NotImplementedError:
+            # a backend without conditional writes: the name decides the content, so writing it twice changes nothing
             if not self._files.exists(f"{self._root}/{name}"):
                 self._files.pipe_file(f"{self._root}/{name}", content)
         except Exception as error:  # noqa: BLE001  # likewise

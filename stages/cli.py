@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -262,7 +261,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("REFSCORE_DEBUG"):
             raise
-        _report_bug(error)
+        console.report_bug(error)
         sys.exit(1)
 
 
@@ -282,20 +281,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("MPLCONFIGDIR", str(Path("data/cache/matplotlib").absolute()))
-
-
-def _report_bug(error: Exception) -> None:
-    from pipeline import durable
-
-    path = Path("data/cache/last-error.txt")
-    try:
-        durable.write_text(path, traceback.format_exc())
-        where = f"details are in {path}; please report them"
-    except (RefscoreError, OSError):
-        where = "run again with REFSCORE_DEBUG=1 for details"
-    console.fail(
-        f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'} - a bug in refscore: {where}"
-    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,19 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pipeline import durable
+from pipeline.errors import RefscoreError
 
 # files and pipes have no width: wide enough that no table is folded
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
@@ -31,6 +36,17 @@ def say(text: str) -> None:
 def fail(text: str) -> None:
     """One error on the error stream."""
     err.print(f"[bold red]error:[/] {escape(text)}")
+
+
+def report_bug(error: Exception) -> None:
+    """An error that nobody foresaw: one line, and the traceback in a file. To be called where it was caught."""
+    path = Path("data/cache/last-error.txt")
+    try:
+        durable.write_text(path, traceback.format_exc())
+        where = f"details are in {path}; please report them"
+    except (RefscoreError, OSError):
+        where = "run again with REFSCORE_DEBUG=1 for details"
+    fail(f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'} - a bug in refscore: {where}")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
