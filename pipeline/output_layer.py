@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline import products
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +41,15 @@ class OutputLayer:
         return self.finish(torch.nn.functional.linear(hidden_nH.float(), self.weight_VH.float(), bias))
 
     def finish(self, product_nV: torch.Tensor) -> torch.Tensor:
-        """What comes after the matrix product."""
-        logits = product_nV * self.factor if self.factor != 1.0 else product_nV
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        """What comes after the matrix product, in float32 where there is anything to do."""
+        logits = product_nV.float() * self.factor if self.factor != 1.0 else product_nV
+        return logits if self.cap is None else torch.tanh(logits.float() / self.cap) * self.cap
+
+    def through_finish(self, change_nV: torch.Tensor, logits_nV: torch.Tensor) -> torch.Tensor:
+        """The derivative by the matrix product, of what has the derivative `change_nV` by the logits."""
+        if self.cap is not None:
+            change_nV = change_nV * (1 - (logits_nV / self.cap) ** 2)
+        return change_nV * self.factor if self.factor != 1.0 else change_nV
 
     def logps(
         self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, coarse: torch.dtype, *, squares: bool = False
@@ -81,51 +88,50 @@ class _Logps(torch.autograd.Function):
         coarse: torch.dtype,
         squares: bool,  # noqa: FBT001  # autograd functions take no keywords
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
         ctx.layer, ctx.coarse = layer, coarse
-        weight = weight_VH.float()
+        weight, bias = weight_VH.float(), None if bias_V is None else bias_V.float()
         logps, sums = (
             torch.empty(size, device=hidden_NH.device) for size in (len(targets_N), len(targets_N) * squares)
         )
         for rows in _chunks(len(targets_N), weight):
-            logits = _product(hidden_NH[rows].float(), weight, bias_V)
-            logits = layer.finish(logits)
-            normaliser = logits.logsumexp(1)
-            logps[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - normaliser
+            logps_nV = layer.finish(products.linear(hidden_NH[rows].float(), weight, bias)).log_softmax(1)
+            logps[rows] = logps_nV.gather(1, targets_N[rows, None])[:, 0]
             if squares:
-                sums[rows] = (2 * logits).logsumexp(1) - 2 * normaliser
+                sums[rows] = logps_nV.mul_(2).logsumexp(1)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logps)
         ctx.mark_non_differentiable(sums)
         return logps, sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient_N, _ = gradients
-        hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, targets_N, logps_N = ctx.saved_tensors
         layer, coarse = ctx.layer, ctx.coarse
-        weight = weight_VH.to(coarse)
+        weight, bias = weight_VH.to(coarse), None if bias_V is None else bias_V.to(coarse)
         hidden_gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        weight_gradient = torch.empty_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for rows in _chunks(len(targets_N), weight_VH):
-            hidden = hidden_NH[rows].to(coarse)
-            logits = layer.finish(_product(hidden, weight, bias_V).float())
-            slope = None if layer.cap is None else 1 - (logits / layer.cap) ** 2
-            # d logp / d logits = onehot(target) - softmax(logits); in place, as every activation is still alive here
-            change = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-gradient_N[rows, None])
-            change.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
-            if slope is not None:
-                change.mul_(slope)
-            if layer.factor != 1.0:
-                change.mul_(layer.factor)
+            hidden, gradient = hidden_NH[rows].to(coarse), gradient_N[rows, None]
+            logits = layer.finish(products.linear(hidden, weight, bias))
+            # d logp / d logits = onehot(target) - softmax(logits); 1 - p of the target from its exact logp, as p may round to 1
+            change = logits.softmax(1).neg_()
+            change.scatter_(1, targets_N[rows, None], -logps_N[rows, None].expm1().to(change.dtype))
+            change = layer.through_finish(change, logits).to(coarse)
+            # the gradient of each row's logp is a factor of the row, and so of smaller things than its logits
             if bias_gradient is not None:
-                bias_gradient += change.sum(0)
-            change = change.to(coarse)
+                bias_gradient += (change * gradient).sum(0)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = (change @ weight).to(hidden_gradient.dtype)
+                hidden_gradient[rows] = products.linear(change, weight.T) * gradient
             if weight_gradient is not None:
-                for some in range(0, len(weight), _VOCABULARY_BLOCK):
-                    block = slice(some, some + _VOCABULARY_BLOCK)
-                    weight_gradient[block] += change[:, block].T @ hidden
+                hidden = (hidden * gradient).to(coarse)
+                for start in range(0, len(weight), _VOCABULARY_BLOCK):
+                    block = slice(start, start + _VOCABULARY_BLOCK)
+                    product = products.linear(change[:, block].T, hidden.T)
+                    if rows.start:
+                        weight_gradient[block] += product
+                    else:
+                        weight_gradient[block] = product
         return (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(weight_VH.dtype),
@@ -141,10 +147,6 @@ def _chunks(tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
     size = max(1, LOGITS_BYTES // (4 * len(weight_VH)))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
-
-
-def _product(hidden_nH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.linear(hidden_nH, weight_VH, None if bias_V is None else bias_V.to(hidden_nH.dtype))
 
 
 @torch.no_grad()

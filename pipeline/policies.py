@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.forward import Forward, forward_of
 from pipeline.hardware import device_kind
 from pipeline.models import load_causal_lm
+from pipeline.products import recomputation
 from pipeline.reward import Rewards, load_reward_model, rewards_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     without_dropout(model)
     adapted = _adapted(model, config) if policy.lora else None
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputation})
         if adapted is not None:
             model.enable_input_require_grads()
     of = rewards_of if train.objective == "reward" else forward_of

@@ -2,8 +2,9 @@
 
 A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the
 trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which restart where the trunk
-ends. On CPU each tree is one call of scaled_dot_product_attention with a dense mask of its own; on a GPU the pack is one
-call of FlexAttention with a block mask. Logit soft-caps (Gemma 2) are computed in the open.
+ends. On CPU each tree has a dense mask of its own, in bfloat16 by `pipeline.cpu_attention`, in float32 by torch's
+scaled_dot_product_attention; on a GPU the pack is one call of FlexAttention with a block mask. Logit soft-caps (Gemma 2)
+are computed in the open.
 
 Shapes: H heads, T tokens of the pack, t tokens of a tree, D size of a head.
 """
@@ -16,6 +17,8 @@ from functools import cache
 from typing import Any
 
 import torch
+
+from pipeline import cpu_attention
 
 NAME = "refscore_tree"
 
@@ -51,15 +54,28 @@ class Pack:
         """Boolean mask [size, size] of tree `number`, filled up behind it; None where it is plainly causal."""
         key = (number, window)
         if key not in self._masks:
-            rows = torch.arange(self.trees[number].start, self.trees[number].stop, device=self.tree_T.device)
-            plain = not self.branching[number] and (window is None or window >= len(rows))
-            mask = None if plain else self.may_see(window)(0, 0, rows[:, None], rows[None, :])
-            if mask is not None:
-                mask = torch.nn.functional.pad(mask, (0, size - len(rows), 0, size - len(rows)))
-                mask[len(rows) :, 0] = True  # a row that sees nothing would be NaN
-            self._masks[key] = mask
+            self._masks[key] = self._seen(number, window, size)
         found: torch.Tensor | None = self._masks[key]
         return found
+
+    def bias(self, number: int, window: int | None, size: int) -> torch.Tensor:
+        """float32 [size, size] to be added to the scores of tree `number`: -inf where a position is not seen."""
+        key = ("bias", number, window)
+        if key not in self._masks:
+            seen = self._seen(number, window, size)
+            seen = torch.ones(size, size, dtype=torch.bool).tril() if seen is None else seen
+            self._masks[key] = torch.zeros(size, size).masked_fill_(~seen, float("-inf"))
+        found: torch.Tensor = self._masks[key]
+        return found
+
+    def _seen(self, number: int, window: int | None, size: int) -> torch.Tensor | None:
+        rows = torch.arange(self.trees[number].start, self.trees[number].stop, device=self.tree_T.device)
+        if not self.branching[number] and (window is None or window >= len(rows)):
+            return None
+        mask = self.may_see(window)(0, 0, rows[:, None], rows[None, :])
+        mask = torch.nn.functional.pad(mask, (0, size - len(rows), 0, size - len(rows)))
+        mask[len(rows) :, 0] = True  # a row that sees nothing would be NaN
+        return mask
 
     def block_mask(self, window: int | None) -> Any:
         """FlexAttention's block mask of the whole pack."""
@@ -107,14 +123,19 @@ def attend(
     """
     if any(others.get(name) is not None for name in ("s_aux", "position_bias")) or others.get("dropout"):
         raise NotImplementedError(f"{type(module).__name__} adds terms to its attention")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (side.repeat_interleave(groups, dim=1) for side in (key, value))
     pack: Pack | None = getattr(attention_mask, "refscore_pack", None)
     if pack is None:
         if attention_mask is not None:
             raise NotImplementedError(f"{type(module).__name__} makes an attention mask of its own")
         pack = _one_sequence(query.shape[2], query.device)
+    if query.device.type == "cpu" and softcap is None and _in_bfloat16(query):
+        biases = [pack.bias(number, sliding_window, _rounded(rows)) for number, rows in enumerate(pack.trees)]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sides = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        return cpu_attention.attend(sides, pack.trees, biases, scaling), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (side.repeat_interleave(groups, dim=1) for side in (key, value))
     if query.is_cuda:
         found = _flex_attention()(
             query, key, value, score_mod=_capped(softcap), block_mask=pack.block_mask(sliding_window), scale=scaling
@@ -134,6 +155,12 @@ def attend(
     return found.transpose(1, 2).contiguous(), None
 
 
+def _in_bfloat16(query: torch.Tensor) -> bool:
+    # rotary embeddings widen queries and keys, which autocast would narrow again
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return autocast or query.dtype == torch.bfloat16
+
+
 def _of_tree(
     sides: tuple[torch.Tensor, ...],
     pack: Pack,
@@ -144,10 +171,14 @@ def _of_tree(
 ) -> torch.Tensor:
     """Attention within tree `number` of a pack [1, H, t, D], computed at a rounded length."""
     rows = pack.trees[number]
-    length = rows.stop - rows.start
-    size = -(-length // _LENGTH) * _LENGTH
+    length, size = rows.stop - rows.start, _rounded(rows)
     query, key, value = (torch.nn.functional.pad(side[:, :, rows], (0, 0, 0, size - length)) for side in sides)
     return _sdpa(query, key, value, pack.dense_mask(number, window, size), scaling, softcap)[:, :, :length]
+
+
+def _rounded(rows: slice) -> int:
+    length: int = rows.stop - rows.start
+    return -(-length // _LENGTH) * _LENGTH
 
 
 def _sdpa(

@@ -136,6 +136,19 @@ def test_bfloat16_products_give_the_same_gradients_but_for_their_digits(name):
         assert torch.cosine_similarity(exact.flatten(), coarse.flatten(), dim=0) > 0.9995
 
 
+def test_a_token_that_is_almost_sure_keeps_its_gradient():
+    """1 - p is 0.0002 here, which bfloat16 cannot tell from nothing as a difference from 1."""
+    from pipeline.output_layer import OutputLayer
+
+    weight = torch.nn.Parameter(torch.eye(4))
+    hidden = torch.tensor([[9.0, 0.0, -1.0, -1.0]], requires_grad=True)
+    for coarse in (torch.float32, torch.bfloat16):
+        logps, _ = OutputLayer(weight, None, 1.0, None).logps(hidden, torch.tensor([0]), coarse)
+        (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+        expected = torch.tensor([1.0, 0, 0, 0]) - hidden.detach()[0].softmax(0)
+        torch.testing.assert_close(gradient[0], expected, atol=0, rtol=1e-2)
+
+
 def test_a_soft_cap_is_derived_by_hand():
     from pipeline.output_layer import OutputLayer
 
@@ -197,10 +210,33 @@ def test_layers_that_cannot_be_masked_go_to_padded_sequences_and_the_log_says_so
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_every_listed_architecture_is_packed(name, caplog):
-    forward_of(build(MODELS[name]), "tree")
+def test_every_listed_architecture_is_packed(name, dtype, caplog):
+    forward_of(build(MODELS[name]).to(dtype), "tree")
     assert not caplog.text
+
+
+def see_everything(pack, window):
+    return lambda batch, head, q, k: (pack.tree_T[q] == pack.tree_T[k]) & (k <= q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("broken", ["masks", "positions"])
+def test_a_model_that_gets_a_mask_or_positions_wrong_is_not_packed(name, dtype, broken, monkeypatch, caplog):
+    if broken == "masks":
+        monkeypatch.setattr(Pack, "may_see", see_everything)
+    else:
+        kind = type(build(MODELS[name]).base_model)
+        forward = kind.forward
+
+        def without_positions(self, *given, position_ids=None, **named):
+            return forward(self, *given, **named)
+
+        monkeypatch.setattr(kind, "forward", without_positions)
+    forward_of(build(MODELS[name]).to(dtype), "tree")
+    assert "does not follow the mask of a tree" in caplog.text
 
 
 def test_trees_of_one_prompt_share_its_trunk_and_equal_branches_are_read_once(monkeypatch):
