@@ -83,7 +83,9 @@ class ReferenceConfig(_Section):
         True, description="read a prompt once for all responses to it; false: every sequence is read whole"
     )
     tokens_per_shard: int | None = Field(
-        None, ge=1, description="tokens scored between two publications; default 16384 on CPU, 1048576 on a GPU"
+        None,
+        ge=1,
+        description="tokens scored between two publications; default 16384 on CPU, 1048576 on a GPU, an eighth at first",
     )
     max_batched_tokens: int | None = Field(
         None, ge=16, description="tokens in one forward pass; default: what a 1 GiB block of logits allows"

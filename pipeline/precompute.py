@@ -28,7 +28,7 @@ from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
 from pipeline.schema import read_about
 from pipeline.scoring import Request, Scorer, numerics_of
-from pipeline.store import Scored, Store, logps_problem
+from pipeline.store import Scored, Store, first_of_each, logps_problem
 from pipeline.vocabulary import template_digest, vocabulary_digest
 
 # sequences that are sorted together: enough for full shards of similar lengths, few enough to stay small in memory
@@ -39,7 +39,8 @@ _WINDOW = 16_384
 class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
-    `keys` has two entries a pair, chosen then rejected; `missing` are positions in it, ascending, one for each absent key.
+    `keys` has two entries a pair, chosen then rejected, of which `sequences` differ; `missing` are positions in it,
+    ascending, one for each absent key.
     """
 
     paths: ReferencePaths
@@ -47,14 +48,10 @@ class Plan:
     identity: ReferenceIdentity
     store: Store
     keys: pl.Series
+    sequences: int
     missing: array[int]
     vocabulary: str
     template: str
-
-    @property
-    def sequences(self) -> int:
-        """Distinct sequences of the data."""
-        return self.keys.n_unique()
 
     @property
     def missing_tokens(self) -> int:
@@ -99,6 +96,7 @@ def make_plan(config: Config) -> Plan:
         identity=identity,
         store=store,
         keys=keys,
+        sequences=len(first_of_each(keys)),
         missing=first_positions(keys, store.missing(keys)),
         vocabulary=vocabulary_digest(tokenizer),
         template=template_digest(tokenizer),
@@ -120,10 +118,10 @@ def keys_of(reference_id: str, pairs: pa.Table) -> pl.Series:
 
 def first_positions(keys: pl.Series, wanted: pl.Series) -> array[int]:
     """Where each of `wanted` first stands in `keys`, ascending."""
-    first = keys.is_first_distinct()
-    if len(wanted) < first.sum():
-        first &= keys.is_in(wanted)
-    return array("q", first.arg_true().cast(pl.Int64).to_numpy().tobytes())
+    first = first_of_each(keys)
+    if len(wanted) < len(first):
+        first = first[keys.gather(first).is_in(wanted).to_numpy()]
+    return array("q", first.tobytes())
 
 
 def part_of(plan: Plan, number: int, parts: int) -> Plan:
@@ -144,7 +142,14 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
 
     Raises CheckError for scores that cannot be true, or when the weights change meanwhile.
     """
-    for shard in shards_of(plan, reference.tokens_per_shard or default_tokens_per_shard()):
+    tokens = default_tokens_per_shard()
+    # the first default shard is small: numbers to look at, and proof that all is well, after seconds
+    shards = (
+        shards_of(plan, reference.tokens_per_shard)
+        if reference.tokens_per_shard
+        else shards_of(plan, tokens, tokens // 8)
+    )
+    for shard in shards:
         requests = [request for _, request in shard]
         keys = [plan.keys[position] for position, _ in shard]
         publish_scores(plan, keys, requests, scorer.score(requests))
@@ -173,12 +178,13 @@ def check_scores(keys: list[bytes], requests: list[Request], scores: list[np.nda
     return rows
 
 
-def shards_of(plan: Plan, tokens: int) -> Iterator[list[tuple[int, Request]]]:
-    """Missing positions and their sequences in groups of about `tokens` tokens.
+def shards_of(plan: Plan, tokens: int, first: int | None = None) -> Iterator[list[tuple[int, Request]]]:
+    """Missing positions and their sequences in groups of about `tokens` tokens, the first of about `first`.
 
     Within a window of the data responses to one prompt stand together, and prompts with the longest sequence come first, so
     that a lack of memory shows at once.
     """
+    budget = first or tokens
     for window in _windows(plan):
         prompts = {position: prompt.tobytes() for position, (prompt, _) in window.items()}
         longest: dict[bytes, int] = {}
@@ -189,9 +195,9 @@ def shards_of(plan: Plan, tokens: int) -> Iterator[list[tuple[int, Request]]]:
         for position in sorted(window, key=lambda at: (-longest[prompts[at]], prompts[at], at)):
             prompt, response = window[position]
             request = Request(prompt.tolist(), response.tolist())
-            if shard and filled + len(request) > tokens:
+            if shard and filled + len(request) > budget:
                 yield shard
-                shard, filled = [], 0
+                shard, filled, budget = [], 0, tokens
             shard.append((position, request))
             filled += len(request)
         if shard:

@@ -66,13 +66,13 @@ class Store:
 
     def missing(self, keys: pl.Series) -> pl.Series:
         """Those `keys` (Binary) that the store lacks, each once, in order of first occurrence; reads keys only."""
-        wanted = pl.LazyFrame({"key": keys}).unique(maintain_order=True)
+        distinct = keys.gather(first_of_each(keys))
 
         def read(shards: list[Path]) -> pl.Series:
-            held = pl.scan_parquet(shards).select("key")
+            wanted, held = pl.LazyFrame({"key": distinct}), pl.scan_parquet(shards).select("key")
             return wanted.join(held, on="key", how="anti", maintain_order="left").collect(engine="streaming")["key"]
 
-        return self._read(read, keys.unique(maintain_order=True))
+        return self._read(read, distinct)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""
@@ -122,6 +122,35 @@ class Store:
                 if all(shard.exists() for shard in shards) or attempt + 1 == _ATTEMPTS:
                     raise DataError(f"the store cannot be read ({error}): run 'refscore store verify'") from None
         raise AssertionError
+
+
+def first_of_each(keys: pl.Series) -> np.ndarray:
+    """Positions, ascending, at which each of `keys` (Binary, sha256 digests) first stands.
+
+    By sorting: Polars' hash table of as many keys takes several times their memory, and is kept for later use.
+    """
+    if keys.is_empty():
+        return np.empty(0, dtype=np.int64)
+    column = keys.to_arrow(compat_level=pl.CompatLevel.oldest())
+    _, ends, content = column.buffers()
+    bounds = np.frombuffer(ends, dtype=np.int64)[column.offset : column.offset + len(keys) + 1]
+    words = np.frombuffer(content, dtype=np.uint8)[bounds[0] : bounds[-1]].view(np.uint64).reshape(len(keys), 4)
+    order = np.argsort(words[:, 0], kind="stable")
+    repeats = _equal_neighbours(words[:, :1], order)
+    if not np.array_equal(repeats, _equal_neighbours(words, order)):
+        # digests with the same first word
+        order = np.lexsort(words.T)
+        repeats = _equal_neighbours(words, order)
+    found: np.ndarray = np.sort(np.delete(order, repeats + 1))
+    return found
+
+
+def _equal_neighbours(words: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Places in `order` whose row of `words` equals the next one's."""
+    places = np.arange(len(order) - 1)
+    for column in words.T:
+        places = places[column[order[places]] == column[order[places + 1]]]
+    return places
 
 
 def read_reference(directory: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
     gc.freeze()
     gc.enable()
     if device_kind() == "cpu":
+        _inspect_models_here()
         # the CPU backend's default takes most of the machine's memory; on a GPU vLLM measures what is free
         options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     try:
@@ -46,6 +47,18 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
         )
     except ValueError as error:
         raise ConfigError(f"vLLM cannot load {directory}: {' '.join(str(error).split())[:400]}") from None
+
+
+def _inspect_models_here() -> None:
+    """Let vLLM ask a model's class what it can in this process, which loads it next in any case.
+
+    vLLM does it in a process of its own so as not to start CUDA in this one; there it imports everything again, 10 s on two
+    cores, whenever its cache does not know the class yet.
+    """
+    from vllm.model_executor.models import registry
+
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = lambda ask: ask()  # noqa: SLF001  # there is no setting
 
 
 def speed_up_float32_output_layer(model: torch.nn.Module) -> None:

@@ -76,6 +76,15 @@ def test_a_score_that_is_gone_after_scoring_is_named(config):
         list(joined(plan))
 
 
+def test_the_first_shard_may_be_smaller_and_all_is_in_one(config):
+    plan = make_plan(config)
+    shards = list(shards_of(plan, 150, 40))
+    sizes = [sum(len(request) for _, request in shard) for shard in shards]
+    assert sizes[0] <= 40 or len(shards[0]) == 1
+    assert max(sizes[1:]) > 40
+    assert sorted(position for shard in shards for position, _ in shard) == list(plan.missing)
+
+
 def test_shards_keep_a_prompts_responses_together_longest_first_within_their_budget(config):
     plan = make_plan(config)
     shards = [[request for _, request in shard] for shard in shards_of(plan, 150)]

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import CheckError
 from pipeline.identity import Numerics, ReferenceIdentity, key_of
 from pipeline.schema import SCORES, write_parquet
-from pipeline.store import Scored, Store, check_shard
+from pipeline.store import Scored, Store, check_shard, first_of_each
 
 REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
 
@@ -50,6 +50,22 @@ def test_what_is_missing_is_named_once_in_order(store):
     store.publish([scored(1), scored(2)])
     asked = keys(scored(5), scored(2), scored(4), scored(5))
     assert store.missing(asked).to_list() == [scored(5).key, scored(4).key]
+
+
+@pytest.mark.parametrize("alike", [0, 8, 31])
+def test_the_first_of_each_key_is_found_however_alike_they_are(alike):
+    draw = np.random.default_rng(0)
+    some = [b"\0" * alike + draw.bytes(32 - alike) for _ in range(50)] + [b"\0" * 32]
+    asked = [some[at] for at in draw.integers(len(some), size=400)]
+    seen = set()
+    expected = [at for at, key in enumerate(asked) if key not in seen and not seen.add(key)]
+    series = pl.Series(asked, dtype=pl.Binary)
+    assert first_of_each(series).tolist() == expected
+    # a part of a longer series, in pieces
+    pieces = pl.concat([pl.Series([some[0]], dtype=pl.Binary), series[:100], series[100:]], rechunk=False)
+    assert first_of_each(pieces[1:]).tolist() == expected
+    assert first_of_each(series[:1]).tolist() == [0]
+    assert first_of_each(series[:0]).tolist() == []
 
 
 def test_opening_and_asking_creates_nothing(store, tmp_path):
