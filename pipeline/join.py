@@ -56,9 +56,9 @@ def _groups(plan: Plan) -> Iterator[tuple[int, pa.Table]]:
         yield start, pa.concat_tables(held)
 
 
-def _scores(plan: Plan, keys: pl.Series, pairs: pa.Table) -> dict[str, pa.ChunkedArray]:
+def _scores(plan: Plan, keys: pa.FixedSizeBinaryArray, pairs: pa.Table) -> dict[str, pa.ChunkedArray]:
     scores = plan.store.found(keys).select("key", "logps", "logp")
-    found = pl.DataFrame({"key": keys}).join(scores, on="key", how="left", maintain_order="left")
+    found = pl.DataFrame({"key": pl.Series(keys)}).join(scores, on="key", how="left", maintain_order="left")
     absent = found["logp"].is_null().arg_true().to_list()
     if absent:
         ids = ", ".join(pairs["pair_id"][position // 2].as_py() for position in absent[:10])

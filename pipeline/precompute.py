@@ -8,14 +8,12 @@ working file and from there to the engine: memory holds a few numbers a pair, ne
 from __future__ import annotations
 
 import zlib
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from pipeline.config import Config, ReferenceConfig
@@ -47,21 +45,21 @@ class Plan:
     pairs: PairTable
     identity: ReferenceIdentity
     store: Store
-    keys: pl.Series
+    keys: pa.FixedSizeBinaryArray
     sequences: int
-    missing: array[int]
+    missing: np.ndarray
     vocabulary: str
     template: str
 
     @property
     def missing_tokens(self) -> int:
         """Tokens of what is missing, prompt included."""
-        return int(self.pairs.lengths(np.asarray(self.missing)).sum(dtype=np.int64))
+        return int(self.pairs.lengths(self.missing).sum(dtype=np.int64))
 
     @property
     def longest_missing(self) -> int:
         """Tokens of the longest sequence that is missing."""
-        return int(self.pairs.lengths(np.asarray(self.missing)).max(initial=0))
+        return int(self.pairs.lengths(self.missing).max(initial=0))
 
     def row(self, number: int) -> dict[str, Any]:
         """A pair under its names in pairs.parquet."""
@@ -80,14 +78,14 @@ def make_plan(config: Config) -> Plan:
     paths = locate_reference(reference)
     tokenizer = load_tokenizer(paths.merged, reference)
     identity = identify(paths.base, numerics, paths.adapter)
-    parts: list[pl.Series] = []
+    parts: list[pa.FixedSizeBinaryArray] = []
     pairs = write_pairs(
         config.data,
         PairStream(config.data, tokenizer),
         lambda table: parts.append(keys_of(identity.reference_id, table)),
     )
     store = Store(reference.store, identity)
-    keys = pl.concat(parts)
+    keys = pa.concat_arrays(parts)
     # what reading has left behind would stand beside the engine
     return_freed_memory()
     return Plan(
@@ -97,44 +95,35 @@ def make_plan(config: Config) -> Plan:
         store=store,
         keys=keys,
         sequences=len(first_of_each(keys)),
-        missing=first_positions(keys, store.missing(keys)),
+        missing=store.missing(keys),
         vocabulary=vocabulary_digest(tokenizer),
         template=template_digest(tokenizer),
     )
 
 
-def keys_of(reference_id: str, pairs: pa.Table) -> pl.Series:
-    """Keys of the pairs' sequences, chosen then rejected of each pair, as a Binary series."""
+def keys_of(reference_id: str, pairs: pa.Table) -> pa.FixedSizeBinaryArray:
+    """Keys of the pairs' sequences, chosen then rejected of each pair."""
     columns = [_lists(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    return pl.Series(
-        (
-            key_of(reference_id, prompt, response)
-            for prompt, *responses in zip(*columns, strict=True)
-            for response in responses
-        ),
-        dtype=pl.Binary,
-    )
-
-
-def first_positions(keys: pl.Series, wanted: pl.Series) -> array[int]:
-    """Where each of `wanted` first stands in `keys`, ascending."""
-    first = first_of_each(keys)
-    if len(wanted) < len(first):
-        first = first[keys.gather(first).is_in(wanted).to_numpy()]
-    return array("q", first.tobytes())
+    found = [
+        key_of(reference_id, prompt, response)
+        for prompt, *responses in zip(*columns, strict=True)
+        for response in responses
+    ]
+    return pa.array(found, pa.binary(32))
 
 
 def part_of(plan: Plan, number: int, parts: int) -> Plan:
     """The plan with what is missing in one of `parts` parts: decided by the prompt's ids, so siblings are in one part."""
-    kept = array("q")
-    missing = np.asarray(plan.missing)
+    kept: list[int] = []
     for first, table in plan.pairs.groups(["prompt_ids"]):
-        low, high = np.searchsorted(missing, [2 * first, 2 * (first + len(table))])
+        low, high = np.searchsorted(plan.missing, [2 * first, 2 * (first + len(table))])
         prompts = _lists(table, "prompt_ids") if low < high else []
-        for position in missing[low:high].tolist():
-            if zlib.crc32(prompts[position // 2 - first].tobytes()) % parts == number:
-                kept.append(position)
-    return replace(plan, missing=kept)
+        kept += [
+            position
+            for position in plan.missing[low:high].tolist()
+            if zlib.crc32(prompts[position // 2 - first].tobytes()) % parts == number
+        ]
+    return replace(plan, missing=np.asarray(kept, dtype=np.int64))
 
 
 def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]) -> None:
@@ -151,7 +140,7 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
     )
     for shard in shards:
         requests = [request for _, request in shard]
-        keys = [plan.keys[position] for position, _ in shard]
+        keys = [plan.keys[position].as_py() for position, _ in shard]
         publish_scores(plan, keys, requests, scorer.score(requests))
         on_shard(len(shard), sum(map(len, requests)))
 
@@ -211,14 +200,13 @@ def default_tokens_per_shard() -> int:
 
 def _windows(plan: Plan) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
     """Missing positions with prompt and response ids, in the order of the data."""
-    missing = np.asarray(plan.missing)
     window: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for first, table in plan.pairs.groups(["prompt_ids", "chosen_ids", "rejected_ids"]):
-        low, high = np.searchsorted(missing, [2 * first, 2 * (first + len(table))])
+        low, high = np.searchsorted(plan.missing, [2 * first, 2 * (first + len(table))])
         if low == high:
             continue
         prompts, *sides = (_lists(table, name) for name in table.column_names)
-        for position in missing[low:high].tolist():
+        for position in plan.missing[low:high].tolist():
             row = position // 2 - first
             window[position] = prompts[row], sides[position % 2][row]
         if len(window) >= _WINDOW:

@@ -103,6 +103,6 @@ def _write_shards(plan: Plan, tokens: int) -> Path:
     with pq.ParquetWriter(path, _SHARD, compression="zstd") as writer:
         for shard in shards_of(plan, tokens):
             table = score_table.table_of([request for _, request in shard])
-            keys = pa.array([plan.keys[position] for position, _ in shard], pa.binary(32))
+            keys = plan.keys.take(pa.array([position for position, _ in shard]))
             writer.write_table(table.add_column(0, "key", keys).cast(_SHARD), row_group_size=len(table))
     return path

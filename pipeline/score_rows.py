@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from pipeline.config import Config
@@ -27,7 +26,7 @@ from pipeline.preferences import Dropped, Preference
 from pipeline.rows import Row, open_rows
 from pipeline.schema import SCORED
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
-from pipeline.store import Store
+from pipeline.store import Store, first_of_each
 from pipeline.token_ids import Encoded, Encoder
 
 _PART = 8192
@@ -69,16 +68,16 @@ class RowScorer:
             None if one is None else key_of(self.identity.reference_id, one.prompt_ids, one.response_ids)
             for one in requests
         ]
-        wanted = pl.Series([key for key in keys if key is not None], dtype=pl.Binary)
+        wanted = pa.array([key for key in keys if key is not None], pa.binary(32))
         self._score(dict(zip(keys, requests, strict=True)), wanted)
         scores = {row["key"]: row for row in self._store.found(wanted).iter_rows(named=True)}
         rows = [_row(item, one, scores.get(key)) for item, one, key in zip(items, found, keys, strict=True)]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)
 
-    def _score(self, requests: dict[bytes | None, Request | None], wanted: pl.Series) -> None:
-        missing = self._store.missing(wanted).to_list()
-        self.hits += wanted.n_unique() - len(missing)
+    def _score(self, requests: dict[bytes | None, Request | None], wanted: pa.FixedSizeBinaryArray) -> None:
+        missing = wanted.take(pa.array(self._store.missing(wanted))).to_pylist()
+        self.hits += len(first_of_each(wanted)) - len(missing)
         if not missing:
             return
         if self._scorer is None:

@@ -52,9 +52,9 @@ class Store:
         self.reference = reference
         self.shelves = [open_shelf(place, reference.reference_id) for place in places]
 
-    def found(self, keys: pl.Series) -> pl.DataFrame:
-        """Scores of those `keys` (Binary) that the store holds: SCORES' columns, one row a key, in no order."""
-        wanted = pl.LazyFrame({"key": keys}).unique()
+    def found(self, keys: pa.FixedSizeBinaryArray) -> pl.DataFrame:
+        """Scores of those `keys` that the store holds: SCORES' columns, one row a key, in no order."""
+        wanted = pl.LazyFrame({"key": pl.Series(keys)}).unique()
         empty = pl.DataFrame(SCORES.empty_table())
 
         def read(shards: list[Path]) -> pl.DataFrame:
@@ -64,15 +64,17 @@ class Store:
 
         return self._read(read, empty)
 
-    def missing(self, keys: pl.Series) -> pl.Series:
-        """Those `keys` (Binary) that the store lacks, each once, in order of first occurrence; reads keys only."""
-        distinct = keys.gather(first_of_each(keys))
+    def missing(self, keys: pa.FixedSizeBinaryArray) -> np.ndarray:
+        """Positions, ascending, at which those of `keys` first stand that the store lacks; reads keys only."""
+        first = first_of_each(keys)
 
-        def read(shards: list[Path]) -> pl.Series:
-            wanted, held = pl.LazyFrame({"key": distinct}), pl.scan_parquet(shards).select("key")
-            return wanted.join(held, on="key", how="anti", maintain_order="left").collect(engine="streaming")["key"]
+        def read(shards: list[Path]) -> np.ndarray:
+            wanted = pl.LazyFrame({"key": pl.Series(keys.take(pa.array(first))), "at": first})
+            held = pl.scan_parquet(shards).select("key")
+            lacking = wanted.join(held, on="key", how="anti", maintain_order="left").select("at")
+            return lacking.collect(engine="streaming")["at"].to_numpy()
 
-        return self._read(read, distinct)
+        return self._read(read, first)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""
@@ -124,17 +126,14 @@ class Store:
         raise AssertionError
 
 
-def first_of_each(keys: pl.Series) -> np.ndarray:
-    """Positions, ascending, at which each of `keys` (Binary, sha256 digests) first stands.
+def first_of_each(keys: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Positions, ascending, at which each of `keys` (sha256 digests) first stands.
 
     By sorting: Polars' hash table of as many keys takes several times their memory, and is kept for later use.
     """
-    if keys.is_empty():
+    if not len(keys):
         return np.empty(0, dtype=np.int64)
-    column = keys.to_arrow(compat_level=pl.CompatLevel.oldest())
-    _, ends, content = column.buffers()
-    bounds = np.frombuffer(ends, dtype=np.int64)[column.offset : column.offset + len(keys) + 1]
-    words = np.frombuffer(content, dtype=np.uint8)[bounds[0] : bounds[-1]].view(np.uint64).reshape(len(keys), 4)
+    words = np.frombuffer(keys.buffers()[1], dtype=np.uint64).reshape(-1, 4)[keys.offset : keys.offset + len(keys)]
     order = np.argsort(words[:, 0], kind="stable")
     repeats = _equal_neighbours(words[:, :1], order)
     if not np.array_equal(repeats, _equal_neighbours(words, order)):

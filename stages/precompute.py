@@ -38,7 +38,7 @@ def run(config: Config, run: Run, *, plan_only: bool, shard: str | None = None) 
     if plan_only:
         return
 
-    if plan.missing:
+    if len(plan.missing):
         if problem := plan.store.why_not_writable():
             raise RefscoreError(
                 f"{len(plan.missing)} of {plan.sequences} sequences must be scored, but the store cannot be written "

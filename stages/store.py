@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 
 from pipeline.compaction import compact, look
 from pipeline.config import Config
@@ -93,8 +94,8 @@ def explain(config: Config, row: int | None) -> None:
     positions = [at for at in range(len(plan.keys)) if row is None or source_rows[at // 2] == row]
     if not positions:
         raise DataError(f"no pair comes from row {row}: 'refscore validate' says what was dropped and why")
-    absent = set(plan.store.missing(plan.keys).to_list())
-    misses = [at for at in positions if plan.keys[at] in absent]
+    absent = set(plan.keys.take(pa.array(plan.missing)).to_pylist())
+    misses = [at for at in positions if plan.keys[at].as_py() in absent]
     console.say(f"reference {reference[:12]}: {len(positions) - len(misses)} hits, {len(misses)} misses")
     if not misses:
         return

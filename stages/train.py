@@ -151,7 +151,7 @@ def _ensure_pairs(config: Config, run: Run) -> None:
     if is_current(run.pairs, config):
         return
     plan = make_plan(config)
-    if plan.missing:
+    if len(plan.missing):
         raise ConfigError(
             f"{len(plan.missing)} of {plan.sequences} sequences have no stored score for reference "
             f"{plan.identity.reference_id[:12]}: run 'refscore precompute' with the same configuration and run first"

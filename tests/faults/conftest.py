@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import polars as pl
+import pyarrow as pa
 import pytest
 
 from pipeline.identity import Numerics, ReferenceIdentity, key_of
@@ -44,8 +44,8 @@ def open_store(where: Path) -> Store:
     return Store([str(where)], REFERENCE)
 
 
-def keys_of(numbers) -> pl.Series:
-    return pl.Series([oracle(number).key for number in numbers], dtype=pl.Binary)
+def keys_of(numbers) -> pa.FixedSizeBinaryArray:
+    return pa.array([oracle(number).key for number in numbers], pa.binary(32))
 
 
 def found_numbers(where: Path, numbers) -> set[int]:

@@ -51,7 +51,7 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
         for side in ("chosen", "rejected"):
             assert row[f"ref_{side}_logps"] == pytest.approx([-token / 100 for token in row[f"{side}_ids"]])
             assert row[f"ref_{side}_logp"] == pytest.approx(-sum(row[f"{side}_ids"]) / 100)
-    assert not make_plan(config).missing
+    assert not len(make_plan(config).missing)
 
 
 @pytest.mark.parametrize(

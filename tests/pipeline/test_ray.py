@@ -42,7 +42,7 @@ DRIVER = """
 
         ray_launcher.score_missing(plan, config.reference, on_shard)
         again = make_plan(config)
-        assert not again.missing, len(again.missing)
+        assert not len(again.missing), len(again.missing)
         write_joined(Path("ray.parquet"), again, {})
         print("RESULT", len(plan.missing), sum(shards), len(shards), len(killed))
 """
