@@ -78,7 +78,9 @@ class ReferenceConfig(_Section):
     launcher: Literal["local", "ray"] = Field(
         "local", description="local: workers are processes of this machine; ray: actors of a Ray cluster (extra `ray`)"
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that one engine of vLLM spreads a model over")
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="GPUs, or groups of processors, that one engine of vLLM spreads a model over"
+    )
     share_prompts: bool = Field(
         True, description="read a prompt once for all responses to it; false: every sequence is read whole"
     )

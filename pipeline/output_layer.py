@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_BYTES = 32 * 2**20
+# oneDNN keeps half a megabyte of compiled code for every number of rows it has seen, up to a thousand of them
+_ROWS = 64
 # rows of the weight's gradient that one product makes: less stands beside the gradient itself
 _VOCABULARY_BLOCK = 8192
 
@@ -90,14 +92,14 @@ class _Logps(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.layer, ctx.coarse = layer, coarse
         weight, bias = weight_VH.float(), None if bias_V is None else bias_V.float()
-        logps, sums = (
-            torch.empty(size, device=hidden_NH.device) for size in (len(targets_N), len(targets_N) * squares)
-        )
-        for rows in _chunks(len(targets_N), weight):
-            logps_nV = layer.finish(products.linear(hidden_NH[rows].float(), weight, bias)).log_softmax(1)
-            logps[rows] = logps_nV.gather(1, targets_N[rows, None])[:, 0]
+        hidden, targets = _filled_up(weight, hidden_NH, targets_N)
+        logps, sums = (torch.empty(size, device=hidden.device) for size in (len(targets), len(targets) * squares))
+        for rows in _chunks(len(targets), weight):
+            logps_nV = layer.finish(products.linear(hidden[rows].float(), weight, bias)).log_softmax(1)
+            logps[rows] = logps_nV.gather(1, targets[rows, None])[:, 0]
             if squares:
                 sums[rows] = logps_nV.mul_(2).logsumexp(1)
+        logps, sums = logps[: len(targets_N)], sums[: len(targets_N)]
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logps)
         ctx.mark_non_differentiable(sums)
         return logps, sums
@@ -106,7 +108,8 @@ class _Logps(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient_N, _ = gradients
         hidden_NH, weight_VH, bias_V, targets_N, logps_N = ctx.saved_tensors
-        layer, coarse = ctx.layer, ctx.coarse
+        tokens, layer, coarse = len(targets_N), ctx.layer, ctx.coarse
+        hidden_NH, targets_N, logps_N, gradient_N = _filled_up(weight_VH, hidden_NH, targets_N, logps_N, gradient_N)
         weight, bias = weight_VH.to(coarse), None if bias_V is None else bias_V.to(coarse)
         hidden_gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.empty_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -133,7 +136,7 @@ class _Logps(torch.autograd.Function):
                     else:
                         weight_gradient[block] = product
         return (
-            hidden_gradient,
+            None if hidden_gradient is None else hidden_gradient[:tokens],
             None if weight_gradient is None else weight_gradient.to(weight_VH.dtype),
             None if bias_gradient is None else bias_gradient.to(bias_V.dtype),
             None,
@@ -143,10 +146,21 @@ class _Logps(torch.autograd.Function):
         )
 
 
+def _chunk_size(weight_VH: torch.Tensor) -> int:
+    return max(1, LOGITS_BYTES // (4 * len(weight_VH)))
+
+
 def _chunks(tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
-    size = max(1, LOGITS_BYTES // (4 * len(weight_VH)))
+    size = _chunk_size(weight_VH)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
+
+
+def _filled_up(weight_VH: torch.Tensor, *sides: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of N rows with zeros behind them, so that the last chunk has one of few sizes."""
+    last = len(sides[0]) % _chunk_size(weight_VH)
+    more = min(-last % _ROWS, _chunk_size(weight_VH) - last)
+    return [torch.nn.functional.pad(side, (0, 0) * (side.ndim - 1) + (0, more)) for side in sides]
 
 
 @torch.no_grad()

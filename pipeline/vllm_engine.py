@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options: Any) -> LLM:
     """VLLM's LLM on `directory`, eager, in this process.
 
-    Raises ConfigError where the model cannot be loaded by vLLM.
+    Raises ConfigError where the model cannot be loaded by vLLM, or spread over as many processors.
     """
-    prepare_environment()
+    prepare_environment(options.get("tensor_parallel_size", 1))
     # thousands of modules that live to the end: collecting among them would take seconds of the start
     gc.disable()
     from vllm import LLM
@@ -102,14 +102,20 @@ def stop_engine(llm: LLM) -> None:
     gc.collect()
 
 
-def prepare_environment() -> None:
-    """Set what vLLM reads from the environment; must come before its first import. What the user set stays."""
+def prepare_environment(ranks: int = 1) -> None:
+    """Set what vLLM reads from the environment; must come before its first import. What the user set stays.
+
+    On a CPU each of the `ranks` that share a model gets processors of its own. Raises ConfigError where these are too few.
+    """
     cores = processors()
+    if device_kind() == "cpu" and ranks > len(cores):
+        raise ConfigError(f"reference.tensor_parallel_size is {ranks}, but there are {len(cores)} processors here")
+    of_rank = [cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] for rank in range(ranks)]
     for name, value in {
         # without it vLLM turns torch down to one thread
-        "OMP_NUM_THREADS": str(len(cores)),
+        "OMP_NUM_THREADS": str(len(cores) // ranks or 1),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, some)) for some in of_rank),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(Path("data/cache/vllm").absolute()),

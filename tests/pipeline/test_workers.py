@@ -1,6 +1,8 @@
 """Two engines in processes of their own: the same bits as one, also when one of them dies."""
 
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from pipeline.config import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import processors
 from pipeline.scoring import numerics_of, start_scorer
+from pipeline.vllm_engine import prepare_environment
 from pipeline.workers import Workers, parts_of
-from tests.conftest import PROCESSORS
+from tests.conftest import PROCESSORS, ROOT
 from tests.pipeline.sequences import LIMIT, edge_cases
 from tests.pipeline.test_vllm_scoring import scored  # noqa: F401  # the fixture
 
@@ -31,6 +34,22 @@ def test_two_workers_give_the_bits_of_one_and_one_that_dies_is_replaced(tiny_mod
         assert "worker 0 died (exit code -9): started again" in caplog.text
         processes = [worker._process for worker in workers._workers]
     assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("all_processors")
+@pytest.mark.skipif(len(PROCESSORS) < 2, reason="two processes need two processors")
+def test_a_model_that_is_spread_over_two_processes_gives_the_same_scores(tiny_model, scored, tmp_path):  # noqa: F811
+    """Sums over the halves of a layer come in another order, so the last bits differ."""
+    command = [sys.executable, "-m", "tests.pipeline.vllm_spread", str(tiny_model), str(tmp_path / "logps.npy")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = np.load(tmp_path / "logps.npy")
+    assert np.abs(found - scored["shared"]).max() < 1e-4
+
+
+def test_a_model_is_not_spread_over_more_processors_than_there_are():
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 99, but there are"):
+        prepare_environment(99)
 
 
 def test_parts_keep_siblings_together_and_are_of_about_one_size():
