@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,9 @@ def hidden_states_of(model: PreTrainedModel, layout: str, precision: torch.dtype
     device = next(model.parameters()).device
 
     def arithmetic() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16) if precision == torch.bfloat16 else FastProducts()
+        if precision == torch.bfloat16:
+            return torch.autocast(device.type, torch.bfloat16)
+        return FastProducts() if device.type == "cpu" else nullcontext()
 
     if reason := _why_not_packed(model):
         log.warning("layout: separate padded sequences, as %s", reason)

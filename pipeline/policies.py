@@ -53,7 +53,8 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     without_dropout(model)
     adapted = _adapted(model, config) if policy.lora else None
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputation})
+        contexts = {"context_fn": recomputation} if device_kind() == "cpu" else {}
+        model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         if adapted is not None:
             model.enable_input_require_grads()
     of = rewards_of if train.objective == "reward" else forward_of
