@@ -142,6 +142,8 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
         requests = [request for _, request in shard]
         keys = [plan.keys[position].as_py() for position, _ in shard]
         publish_scores(plan, keys, requests, scorer.score(requests))
+        # activations of ever other sizes leave holes that glibc keeps
+        return_freed_memory()
         on_shard(len(shard), sum(map(len, requests)))
 
 

@@ -41,7 +41,7 @@ def main() -> None:
                 if not (Path(where) / package).exists():
                     (Path(where) / package).symlink_to(ROOT / package)
             scoring, again = measure(command, where), measure(command, where)
-            print(f"{rows:10,}{scoring[0]:14.1f}{scoring[1]:12.2f}{again[0]:16.1f}{again[1]:12.2f}", flush=True)
+            print(f"{rows:10,}{scoring[0]:14.1f}{scoring[1]:12.3f}{again[0]:16.1f}{again[1]:12.3f}", flush=True)
 
 
 def write(path: Path, rows: int) -> Path:

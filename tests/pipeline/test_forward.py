@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline import products
 from pipeline.errors import ConfigError
 from pipeline.forward import Tree, forward_of, merge, pack_trees
 from pipeline.tree_attention import Pack, attend, carrier
@@ -114,6 +115,23 @@ def test_the_output_layer_runs_in_chunks_with_equal_results(monkeypatch):
     whole = flat(forward_of(model, "tree")(TREES))
     monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 4 * 97 * 3)
     torch.testing.assert_close(flat(forward_of(model, "tree")(TREES)), whole, atol=1e-6, rtol=0)
+
+
+def test_the_output_layer_multiplies_few_numbers_of_rows(monkeypatch):
+    """oneDNN keeps code for each of them: a run over data of all lengths must not fill memory with it."""
+    from pipeline.output_layer import OutputLayer
+
+    seen = set()
+    linear = products.linear
+    monkeypatch.setattr(products, "linear", lambda hidden, *rest: seen.add(len(hidden)) or linear(hidden, *rest))
+    monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 4 * 11 * 150)
+    layer = OutputLayer(torch.nn.Parameter(torch.randn(11, 4)), None, 1.0, None)
+    for tokens in range(1, 400, 7):
+        hidden = torch.randn(tokens, 4, requires_grad=True)
+        logps, _ = layer.logps(hidden, torch.zeros(tokens, dtype=torch.int64), torch.bfloat16)
+        assert logps.shape == torch.autograd.grad(logps.sum(), hidden)[0].shape[:1] == (tokens,)
+    # the last is the weight's gradient, with a row for each entry of the vocabulary
+    assert seen == {64, 128, 150, 11}
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "gemma"])
