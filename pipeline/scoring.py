@@ -5,6 +5,7 @@ An engine's numerics are known before it is started, so a run that finds everyth
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import numpy as np
 
 from pipeline.config import ReferenceConfig
 from pipeline.errors import ConfigError
-from pipeline.hardware import device_kind
+from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.identity import Numerics
 
 
@@ -86,6 +87,9 @@ def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics
         yield scorer
     finally:
         scorer.close()
+        # joining pairs and scores comes next, and would stand beside what the engine leaves behind
+        gc.collect()
+        return_freed_memory()
 
 
 def _start(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Scorer:
