@@ -1,8 +1,8 @@
 """Attention of packed trees on a CPU in bfloat16, by plain matrix products.
 
-torch's fused attention is slow on short sequences, above all in its backward pass: the products below take half of its
-time on trees of 100 to 500 tokens. They add up in float32, so that scores are no less exact than the fused kernel's. The
-backward pass computes the probabilities again; nothing of the size of a tree squared outlives a layer but the masks.
+torch's fused attention is slow on short sequences, above all in its backward pass. The products below add up in float32,
+so that scores are no less exact than the fused kernel's. The backward pass computes the probabilities again; nothing of the
+size of a tree squared outlives a layer but the masks.
 
 Shapes: T tokens of the pack, t tokens of a tree, b rows of a block, K key heads, G query heads to each, D size of a head
 (values may have their own).

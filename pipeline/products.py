@@ -1,7 +1,7 @@
 """float32 products of layers on a CPU, by oneDNN.
 
-torch multiplies float32 with MKL, which on AMD's processors reaches half of oneDNN's speed (210 against 470 GFLOP/s on two
-cores of an EPYC); bfloat16 goes through oneDNN in any case. Results differ in rounding alone: both are float32 throughout.
+torch multiplies float32 with MKL, which on AMD's processors reaches half of oneDNN's speed (`make bench-score` prints
+both peaks); bfloat16 goes through oneDNN in any case. Results differ in rounding alone: both are float32 throughout.
 
 Shapes: H and V, sizes of a layer's input and output.
 """

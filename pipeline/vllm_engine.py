@@ -52,8 +52,8 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
 def _inspect_models_here() -> None:
     """Let vLLM ask a model's class what it can in this process, which loads it next in any case.
 
-    vLLM does it in a process of its own so as not to start CUDA in this one; there it imports everything again, 10 s on two
-    cores, whenever its cache does not know the class yet.
+    vLLM does it in a process of its own so as not to start CUDA in this one; there it imports everything again
+    whenever its cache does not know the class yet.
     """
     from vllm.model_executor.models import registry
 
