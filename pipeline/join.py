@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from pipeline import durable
 from pipeline.errors import CheckError
+from pipeline.hardware import return_freed_memory
 from pipeline.pair_table import GROUP
 from pipeline.precompute import Plan
 from pipeline.schema import PAIRS, parquet_writer
 
-# row groups that are looked up in the store together: each look-up reads the keys of every shard
-_TOGETHER = 8
+# bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
+_AT_ONCE = 2**24
+# a sequence takes four bytes a token, and about this where it is looked up
+_PER_SEQUENCE = 64
 
 
 def write_joined(path: Path, plan: Plan, about: dict[str, Any], *, scored: bool = True) -> None:
@@ -32,10 +34,11 @@ def joined(plan: Plan, *, scored: bool = True) -> Iterator[pa.Table]:
 
     Raises CheckError where a score is not there or has not the tokens' number of values.
     """
-    for first, pairs in _groups(plan):
+    scores = _Scores(plan) if scored else None
+    for first, pairs in plan.pairs.groups():
         columns = dict(zip(pairs.schema.names, pairs.columns, strict=True))
-        if scored:
-            columns |= _scores(plan, plan.keys[2 * first : 2 * (first + len(pairs))], pairs)
+        if scores:
+            columns |= scores.columns(first, first + len(pairs))
         else:
             columns |= {
                 name: pa.nulls(len(pairs), PAIRS.field(name).type) for name in PAIRS.names if name not in columns
@@ -43,38 +46,63 @@ def joined(plan: Plan, *, scored: bool = True) -> Iterator[pa.Table]:
         yield pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
 
 
-def _groups(plan: Plan) -> Iterator[tuple[int, pa.Table]]:
-    held: list[pa.Table] = []
-    start = 0
-    for first, table in plan.pairs.groups():
-        start = first if not held else start
-        held.append(table)
-        if len(held) == _TOGETHER or len(table) < GROUP:
-            yield start, pa.concat_tables(held)
-            held = []
-    if held:
-        yield start, pa.concat_tables(held)
+class _Scores:
+    """The scores of a plan's pairs, read from the store for as many row groups at a time as `_AT_ONCE` allows."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._lookup = plan.store.lookup(plan.keys)
+        self._first = self._end = 0
+        self._logps: pa.Array = None
 
-def _scores(plan: Plan, keys: pa.FixedSizeBinaryArray, pairs: pa.Table) -> dict[str, pa.ChunkedArray]:
-    scores = plan.store.found(keys).select("key", "logps", "logp")
-    found = pl.DataFrame({"key": pl.Series(keys)}).join(scores, on="key", how="left", maintain_order="left")
-    absent = found["logp"].is_null().arg_true().to_list()
-    if absent:
-        ids = ", ".join(pairs["pair_id"][position // 2].as_py() for position in absent[:10])
-        raise CheckError(f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}")
-    # Polars' lists have 64-bit offsets, PAIRS' columns 32-bit ones
-    kinds = pa.schema([("logps", PAIRS.field("ref_chosen_logps").type), ("logp", pa.float64())])
-    columns: dict[str, pa.ChunkedArray] = {}
-    for side, name in enumerate(("chosen", "rejected")):
-        table = found.select("logps", "logp")[side::2].to_arrow().cast(kinds)
-        _must_cover(name, pairs, table)
-        columns |= {f"ref_{name}_logps": table["logps"], f"ref_{name}_logp": table["logp"]}
-    return columns
+    def columns(self, first: int, end: int) -> dict[str, pa.Array]:
+        """PAIRS' score columns of pairs `first` to `end`, a row group."""
+        if end > self._end:
+            self._first, self._end = first, self._reach(first)
+            self._load(np.arange(2 * first, 2 * self._end))
+            # shard by shard read, and the writer of pairs.parquet stands beside it
+            return_freed_memory()
+        columns: dict[str, pa.Array] = {}
+        for side, name in enumerate(("chosen", "rejected")):
+            at = np.arange(2 * (first - self._first) + side, 2 * (end - self._first), 2)
+            columns |= {
+                f"ref_{name}_logps": self._logps.take(pa.array(at)),
+                f"ref_{name}_logp": pa.array(self._sums[at]),
+            }
+        return columns
 
+    def _reach(self, first: int) -> int:
+        pairs = self._plan.pairs
+        tokens = pairs.response_tokens[2 * first :].reshape(-1, 2).sum(axis=1, dtype=np.int64)
+        fit = int(np.searchsorted(np.cumsum(4 * tokens + 2 * _PER_SEQUENCE), _AT_ONCE, side="right"))
+        return len(pairs) if fit == len(tokens) else min(first + max(fit // GROUP, 1) * GROUP, len(pairs))
 
-def _must_cover(side: str, pairs: pa.Table, scores: pa.Table) -> None:
-    wanted, lengths = (pl.Series(column).list.len().to_numpy() for column in (pairs[f"{side}_ids"], scores["logps"]))
-    if not np.array_equal(wanted, lengths):
-        row = int(np.argmax(wanted != lengths))
-        raise CheckError(f"{side} of pair {pairs['pair_id'][row]} has {wanted[row]} tokens but {lengths[row]} scores")
+    def _load(self, positions: np.ndarray) -> None:
+        lengths = self._plan.pairs.response_tokens[positions]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        self._logps = None  # not two of them at a time
+        values = np.full(offsets[-1], np.nan, dtype=np.float32)
+        self._sums = np.full(len(positions), np.nan)
+        for found, table in self._lookup.rows(positions):
+            at = found - positions[0]
+            scores = table["logps"].combine_chunks()
+            given = np.diff(scores.offsets)
+            self._must_cover(found, lengths[at], given)
+            logps = scores.flatten()
+            values[np.repeat(offsets[at] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
+            self._sums[at] = table["logp"]
+        self._must_be_there(positions[np.isnan(self._sums)])
+        kind = PAIRS.field("ref_chosen_logps").type
+        self._logps = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
+
+    def _must_cover(self, positions: np.ndarray, wanted: np.ndarray, given: np.ndarray) -> None:
+        if not np.array_equal(wanted, given):
+            at = int(np.argmax(wanted != given))
+            side = ("chosen", "rejected")[positions[at] % 2]
+            pair_id = self._plan.row(positions[at] // 2)["pair_id"]
+            raise CheckError(f"{side} of pair {pair_id} has {wanted[at]} tokens but {given[at]} scores")
+
+    def _must_be_there(self, absent: np.ndarray) -> None:
+        if len(absent):
+            ids = ", ".join(self._plan.row(position // 2)["pair_id"] for position in absent[:10])
+            raise CheckError(f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}")

@@ -21,12 +21,13 @@ from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.lookup import first_of_each
 from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
 from pipeline.schema import read_about
 from pipeline.scoring import Request, Scorer, numerics_of
-from pipeline.store import Scored, Store, first_of_each, logps_problem
+from pipeline.store import Scored, Store, logps_problem
 from pipeline.vocabulary import template_digest, vocabulary_digest
 
 # sequences that are sorted together: enough for full shards of similar lengths, few enough to stay small in memory
@@ -86,9 +87,8 @@ def make_plan(config: Config) -> Plan:
     )
     store = Store(reference.store, identity)
     keys = pa.concat_arrays(parts)
-    # what reading has left behind would stand beside the engine
-    return_freed_memory()
-    return Plan(
+    parts.clear()
+    plan = Plan(
         paths=paths,
         pairs=pairs,
         identity=identity,
@@ -99,6 +99,9 @@ def make_plan(config: Config) -> Plan:
         vocabulary=vocabulary_digest(tokenizer),
         template=template_digest(tokenizer),
     )
+    # what reading has left behind would stand beside the engine
+    return_freed_memory()
+    return plan
 
 
 def keys_of(reference_id: str, pairs: pa.Table) -> pa.FixedSizeBinaryArray:

@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.lookup import first_of_each
 from pipeline.models import load_tokenizer, locate_reference
 from pipeline.pairs import prompt_text
 from pipeline.precompute import check_scores
@@ -26,7 +27,7 @@ from pipeline.preferences import Dropped, Preference
 from pipeline.rows import Row, open_rows
 from pipeline.schema import SCORED
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
-from pipeline.store import Store, first_of_each
+from pipeline.store import Store
 from pipeline.token_ids import Encoded, Encoder
 
 _PART = 8192

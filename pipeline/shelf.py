@@ -207,8 +207,8 @@ class RemoteShelf:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """Every file that is named as a shard, sound or not."""
-    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name))
+    """Every file that is named as a shard, sound or not; a link to nothing is none."""
+    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
 
 
 def digest_in(name: str) -> str | None:

@@ -5,18 +5,17 @@ written under a temporary name, re-opened and checked, flushed, and given its fi
 directory is flushed last. Nothing is changed in place. A shard that fails a check goes to `corrupt/` and counts as not
 there: its rows are scored again, a wrong number is never returned.
 
-The first place of a store is written, all are read. Joins run in Polars, streaming: no Python object per key.
+The first place of a store is written, all are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,14 +25,9 @@ import pyarrow.parquet as pq
 from pipeline import durable
 from pipeline.errors import CheckError, DataError
 from pipeline.identity import ReferenceIdentity
+from pipeline.lookup import Lookup
 from pipeline.schema import SCORES, write_parquet
 from pipeline.shelf import digest_in, open_shelf
-
-log = logging.getLogger(__name__)
-
-Found = TypeVar("Found")
-# how often a listing is made again when a compaction removed files between listing and reading
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -52,29 +46,19 @@ class Store:
         self.reference = reference
         self.shelves = [open_shelf(place, reference.reference_id) for place in places]
 
+    def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
+        """Where each of `keys` stands; reads the shards' keys. Raises DataError where a shard cannot be read."""
+        return Lookup(lambda: [shard for shelf in self.shelves for shard in shelf.shards()], keys)
+
     def found(self, keys: pa.FixedSizeBinaryArray) -> pl.DataFrame:
         """Scores of those `keys` that the store holds: SCORES' columns, one row a key, in no order."""
-        wanted = pl.LazyFrame({"key": pl.Series(keys)}).unique()
-        empty = pl.DataFrame(SCORES.empty_table())
-
-        def read(shards: list[Path]) -> pl.DataFrame:
-            # two writers may have scored the same row: any one of the equal-keyed rows will do
-            rows = pl.scan_parquet(shards).join(wanted, on="key", how="semi").collect(engine="streaming")
-            return rows.unique("key", maintain_order=True)
-
-        return self._read(read, empty)
+        lookup = self.lookup(keys)
+        tables = [table for _, table in lookup.rows(lookup.held)]
+        return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *tables]))
 
     def missing(self, keys: pa.FixedSizeBinaryArray) -> np.ndarray:
-        """Positions, ascending, at which those of `keys` first stand that the store lacks; reads keys only."""
-        first = first_of_each(keys)
-
-        def read(shards: list[Path]) -> np.ndarray:
-            wanted = pl.LazyFrame({"key": pl.Series(keys.take(pa.array(first))), "at": first})
-            held = pl.scan_parquet(shards).select("key")
-            lacking = wanted.join(held, on="key", how="anti", maintain_order="left").select("at")
-            return lacking.collect(engine="streaming")["at"].to_numpy()
-
-        return self._read(read, first)
+        """Positions, ascending, at which those of `keys` first stand that the store lacks; reads the shards' keys."""
+        return self.lookup(keys).missing
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""
@@ -111,45 +95,6 @@ class Store:
                 about.unlink(missing_ok=True)
         durable.reached("publish: done")
         return name
-
-    def _read(self, read: Callable[[list[Path]], Found], nothing: Found) -> Found:
-        for attempt in range(_ATTEMPTS):
-            shards = [shard for shelf in self.shelves for shard in shelf.shards()]
-            if not shards:
-                return nothing
-            try:
-                return read(shards)
-            except (FileNotFoundError, pl.exceptions.PolarsError) as error:
-                # a compaction published its result before it removed these: list again
-                if all(shard.exists() for shard in shards) or attempt + 1 == _ATTEMPTS:
-                    raise DataError(f"the store cannot be read ({error}): run 'refscore store verify'") from None
-        raise AssertionError
-
-
-def first_of_each(keys: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """Positions, ascending, at which each of `keys` (sha256 digests) first stands.
-
-    By sorting: Polars' hash table of as many keys takes several times their memory, and is kept for later use.
-    """
-    if not len(keys):
-        return np.empty(0, dtype=np.int64)
-    words = np.frombuffer(keys.buffers()[1], dtype=np.uint64).reshape(-1, 4)[keys.offset : keys.offset + len(keys)]
-    order = np.argsort(words[:, 0], kind="stable")
-    repeats = _equal_neighbours(words[:, :1], order)
-    if not np.array_equal(repeats, _equal_neighbours(words, order)):
-        # digests with the same first word
-        order = np.lexsort(words.T)
-        repeats = _equal_neighbours(words, order)
-    found: np.ndarray = np.sort(np.delete(order, repeats + 1))
-    return found
-
-
-def _equal_neighbours(words: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Places in `order` whose row of `words` equals the next one's."""
-    places = np.arange(len(order) - 1)
-    for column in words.T:
-        places = places[column[order[places]] == column[order[places + 1]]]
-    return places
 
 
 def read_reference(directory: Path) -> dict[str, Any]:

@@ -70,6 +70,22 @@ def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
     assert len(make_plan(config).missing) == 13
 
 
+def test_however_few_scores_are_held_at_a_time_the_pairs_are_the_same(config, monkeypatch):
+    plan = make_plan(config)
+    score_missing(plan, config.reference, Engine(), lambda sequences, tokens: None)
+    together = pa.concat_tables(joined(plan))
+    monkeypatch.setattr("pipeline.join._AT_ONCE", 1)
+    assert pa.concat_tables(joined(plan)).equals(together)
+
+
+def test_scores_of_another_number_of_tokens_are_refused(config):
+    plan = make_plan(config)
+    score_missing(plan, config.reference, Engine(), lambda sequences, tokens: None)
+    plan.pairs.response_tokens[3] += 1
+    with pytest.raises(CheckError, match=r"rejected of pair .* tokens but"):
+        list(joined(plan))
+
+
 def test_a_score_that_is_gone_after_scoring_is_named(config):
     plan = make_plan(config)
     with pytest.raises(CheckError, match="14 scores are missing"):

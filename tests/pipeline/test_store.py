@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.errors import CheckError
 from pipeline.identity import Numerics, ReferenceIdentity, key_of
+from pipeline.lookup import first_of_each
 from pipeline.schema import SCORES, write_parquet
-from pipeline.store import Scored, Store, check_shard, first_of_each
+from pipeline.store import Scored, Store, check_shard
 
 REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
 

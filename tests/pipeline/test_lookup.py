@@ -1,0 +1,126 @@
+"""Keys are found wherever they stand: however alike, however often asked for, while shards are merged under the reader."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.compaction import compact
+from pipeline.errors import DataError
+from pipeline.identity import Numerics, ReferenceIdentity
+from pipeline.lookup import Lookup, first_of_each
+from pipeline.shelf import shard_files
+from pipeline.store import Scored, Store
+
+REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
+
+
+def row(key):
+    draw = np.random.default_rng(list(key))
+    return Scored(key, 3, -draw.random(int(draw.integers(1, 9)), dtype=np.float32))
+
+
+def array(keys):
+    return pa.array(keys, pa.binary(32))
+
+
+def some_keys(alike, number=60):
+    draw = np.random.default_rng(0)
+    return [b"\7" * alike + draw.bytes(32 - alike) for _ in range(number)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store([str(tmp_path)], REFERENCE)
+
+
+def shards(store):
+    return shard_files(store.shelves[0].directory)
+
+
+def answers(lookup, positions):
+    found = {}
+    for part, table in lookup.rows(positions):
+        assert len(part) == len(table)
+        for position, one in zip(part.tolist(), table.to_pylist(), strict=True):
+            assert position not in found
+            found[position] = one
+    return found
+
+
+@pytest.mark.parametrize("alike", [0, 8, 16, 31])
+def test_every_held_position_gets_the_row_of_its_own_key(store, alike, monkeypatch):
+    keys = some_keys(alike)
+    for start in (0, 15, 30):
+        store.publish([row(key) for key in keys[start : start + 15]])
+    draw = np.random.default_rng(1)
+    asked = [keys[at] for at in draw.integers(len(keys), size=300)]
+    lookup = store.lookup(array(asked))
+    positions = np.arange(20, 280)
+    found = answers(lookup, positions)
+    assert set(found) == {at for at in positions if asked[at] in keys[:45]}
+    for position, one in found.items():
+        truth = row(asked[position])
+        assert (one["key"], one["logps"]) == (truth.key, truth.logps.tolist())
+    held = set(asked) & set(keys[:45])
+    assert {asked[at] for at in lookup.held} == held
+    assert sorted([*lookup.held, *lookup.missing]) == first_of_each(array(asked)).tolist()
+
+
+def test_a_shard_of_many_row_groups_is_read_where_the_keys_stand(store, monkeypatch):
+    monkeypatch.setattr("pipeline.store.write_parquet", in_small_groups)
+    keys = some_keys(0)
+    store.publish([row(key) for key in keys])
+    found = answers(store.lookup(array(keys)), np.arange(len(keys)))
+    assert [found[at]["logps"] for at in range(len(keys))] == [row(key).logps.tolist() for key in keys]
+
+
+def in_small_groups(path, table, about=None):
+    from pipeline.schema import parquet_writer
+
+    with parquet_writer(path, table.schema, about) as writer:
+        writer.write_table(table, row_group_size=7)
+
+
+def test_shards_merged_between_looking_up_and_reading_are_looked_up_again(store):
+    keys = some_keys(0)
+    for start in range(0, 60, 10):
+        store.publish([row(key) for key in keys[start : start + 10]])
+    lookup = store.lookup(array(keys))
+    parts = lookup.rows(np.arange(60))
+    seen = [next(parts)]
+    compact(store.shelves[0].directory, shards(store))
+    seen += parts
+    positions = np.concatenate([part for part, _ in seen])
+    assert sorted(positions) == list(range(60))
+    for part, table in seen:
+        assert table["key"].to_pylist() == [keys[at] for at in part]
+    # and once more, from the merged one
+    assert len(answers(lookup, np.arange(60))) == 60
+
+
+def test_a_shard_that_is_damaged_after_it_was_looked_up_is_an_error_and_no_number(store):
+    keys = some_keys(0)
+    store.publish([row(key) for key in keys])
+    lookup = store.lookup(array(keys))
+    (shard,) = shards(store)
+    content = bytearray(shard.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="store verify"):
+        answers(lookup, np.arange(60))
+
+
+def test_a_file_of_another_schema_is_named(tmp_path):
+    from pipeline.schema import write_parquet
+
+    other = tmp_path / "scores-of-others.parquet"
+    write_parquet(other, pa.table({"key": ["a"]}))
+    with pytest.raises(DataError, match=r"others.*another schema"):
+        Lookup(lambda: [other], array(some_keys(0)))
+
+
+def test_nothing_asked_is_nothing_found(store):
+    store.publish([row(key) for key in some_keys(0)])
+    lookup = store.lookup(array([]))
+    assert lookup.missing.tolist() == lookup.held.tolist() == []
+    assert answers(lookup, np.arange(0)) == {}
