@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.benchmarks.stages import ROOT, measure
+
+_MAKE_MODEL = "import sys, pathlib, tests.conftest as c; c.make_tiny_model(pathlib.Path(sys.argv[1]))"
 
 
 def main() -> None:
@@ -25,9 +28,8 @@ def main() -> None:
     print(f"engine {options.engine}")
     print(f"{'rows':>10}{'scoring, s':>14}{'peak GiB':>12}{'all stored, s':>16}{'peak GiB':>12}")
     with tempfile.TemporaryDirectory() as where:
-        from tests.conftest import make_tiny_model
-
-        model = make_tiny_model(Path(where) / "model")
+        model = Path(where) / "model"
+        subprocess.run([sys.executable, "-c", _MAKE_MODEL, model], check=True, cwd=ROOT, capture_output=True)
         for rows in options.rows:
             data = write(Path(where) / f"{rows}.jsonl", rows)
             config = Path(where) / f"{rows}.yaml"

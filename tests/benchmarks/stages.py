@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,11 @@ def main() -> None:
 
 
 def measure(command: list[str], where: str) -> tuple[float, float]:
-    """Wall seconds and peak resident GiB of one command; its output is shown only if it fails."""
+    """Wall seconds and peak resident GiB of one command; its output is shown only if it fails.
+
+    Linux starts a child's peak at what its parent holds, so this process must stay small: what else there is to do is done
+    in processes of its own.
+    """
     begun = time.monotonic()
     child = subprocess.Popen(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert child.stdout is not None
@@ -47,6 +52,8 @@ def measure(command: list[str], where: str) -> tuple[float, float]:
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{output}")
+    if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+        sys.exit(f"the peak of {' '.join(command)} cannot be told: this process has been as large")
     return time.monotonic() - begun, usage.ru_maxrss / 2**20
 
 
