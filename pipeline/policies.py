@@ -49,6 +49,8 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
         # frozen weights need no more digits than they were saved with
         saved = policy.lora and precision == torch.bfloat16
         model = load_causal_lm(base, policy, "auto" if saved else torch.float32, **options)
+    if policy.load_in_4bit:
+        _without_packing(model)
     model = model.to(device_kind())
     without_dropout(model)
     adapted = _adapted(model, config) if policy.lora else None
@@ -82,6 +84,17 @@ def _four_bits(precision: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=precision,
         llm_int8_skip_modules=["lm_head", "score"],
     )
+
+
+def _without_packing(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing weights for inference on CPU, at the first pass without gradients and for good.
+
+    On processors with AVX512-BF16 it does so in every evaluation, and what it computes with packed weights has no gradient:
+    adapters below learned next to nothing of what they should.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _adapted(model: PreTrainedModel, config: Config) -> Any:

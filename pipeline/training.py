@@ -6,7 +6,9 @@ Training reads pairs.parquet and the policy; it never opens the reference model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.config import TrainConfig
-from pipeline.errors import CheckError, DataError
+from pipeline.errors import CheckError, DataError, first_line
 from pipeline.forward import Forward, Tree
 from pipeline.hardware import device_kind
 from pipeline.loss_names import across_pairs, reference_free
@@ -82,11 +84,26 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
     return Pairs(pair_ids, trees, logps["chosen"], logps["rejected"])
 
 
+@contextmanager
+def _no_gradient_lost() -> Iterator[None]:
+    """Raise CheckError where a gradient ends at an operation that has none, of which torch only warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*autograd kernel was not registered")
+        try:
+            yield
+        except UserWarning as warning:
+            raise CheckError(
+                f"the policy cannot be trained so, as gradients do not pass one of its operations: {first_line(warning)}"
+            ) from None
+
+
+@_no_gradient_lost()
 def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
     """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS.
 
     The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
-    sort pairs see the whole step too: then every forward pass but a single one runs twice. Raises NotFinite.
+    sort pairs see the whole step too: then every forward pass but a single one runs twice. Raises NotFinite, and CheckError
+    where an operation of the model has no gradient.
     """
     groups = list(micro_batches(pairs, rows, train, train.per_device_train_batch_size))
     if across_pairs(train) and len(groups) > 1:

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config_file import load_overrides
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckError, ConfigError
 from pipeline.export import save_policy, trained_directory
 from pipeline.models import load_tokenizer
 from pipeline.optimizers import make_optimizer, update
@@ -159,6 +159,51 @@ def test_a_base_of_four_bits_learns_through_its_adapters(tiny_model, pairs):
     assert "Params4bit" in {type(p).__name__ for p in policy.model.parameters()}, kinds
     losses = steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(4))
     assert losses[-1] < losses[0] - 0.02
+
+
+def gradients(policy, pairs, config):
+    policy.model.train()
+    train_step(policy.forward, pairs, range(8), config.train)
+    found = {name: parameter.grad for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
+    policy.model.zero_grad()
+    return found
+
+
+def test_gradients_through_four_bits_are_those_of_the_same_weights_in_full_even_after_an_evaluation(tiny_model, pairs):
+    import bitsandbytes
+
+    config = config_of(tiny_model, "policy.lora={r: 8}", "policy.load_in_4bit=true")
+    policy = policy_of(tiny_model, config)
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02, generator=draw)
+    policy.model.eval()
+    evaluate(policy.forward, pairs, config.train)
+    found = gradients(policy, pairs, config)
+    assert len(found) == 28
+    for module in policy.model.modules():
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            full = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            full.weight.data = bitsandbytes.functional.dequantize_4bit(
+                layer.weight.data, layer.weight.quant_state
+            ).float()
+            full.weight.requires_grad_(False)
+            module.base_layer = full
+    for name, wanted in gradients(policy, pairs, config).items():
+        assert (found[name] - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+def test_an_operation_without_a_gradient_stops_training(tiny_model, pairs):
+    with torch.library._scoped_library("refscore_test", "DEF") as library:  # undone afterwards
+        library.define("copy(Tensor x) -> Tensor")
+        library.impl("copy", torch.clone, "CPU")
+        config = config_of(tiny_model)
+        policy = policy_of(tiny_model, config)
+        policy.model.model.layers[0].mlp.register_forward_hook(lambda *args: torch.ops.refscore_test.copy(args[2]))
+        with pytest.raises(CheckError, match=r"gradients do not pass .*refscore_test::copy"):
+            train_step(policy.forward, pairs, range(8), config.train)
 
 
 @pytest.mark.parametrize(("setting", "module"), [("policy.load_in_4bit=true", "bitsandbytes"), ("train.optimizer=adamw_8bit", "bitsandbytes.optim")])  # fmt: skip
