@@ -1,6 +1,6 @@
 """What a model that judges has said so far, in a file, by content: a killed evaluation asks nothing twice.
 
-One line of JSON a verdict, appended and flushed when it comes. The key is a digest of all that decides a verdict: the
+One line of JSON a verdict, appended when it comes. The key is a digest of all that decides a verdict: the
 judge's settings, its template, the prompt and both responses in their order. A torn last line is asked again.
 """
 
@@ -48,10 +48,8 @@ class Verdicts:
                 except (ValueError, KeyError, TypeError, AttributeError):
                     continue  # torn by a kill
         path.parent.mkdir(parents=True, exist_ok=True)
-        with explaining_disk(path):
-            self._file = path.open("a", encoding="utf-8")
-            if torn:
-                self._file.write("\n")
+        with explaining_disk(path), path.open("a", encoding="utf-8") as file:
+            file.write("\n" if torn else "")
 
     def get(self, key: str) -> Verdict | None:
         """What was said under this key before."""
@@ -59,10 +57,9 @@ class Verdicts:
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Keep a verdict, in memory and in the file."""
-        with self._lock, explaining_disk(self.path):
+        with self._lock, explaining_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             self._known[key] = verdict
-            self._file.write(json.dumps({"key": key, **asdict(verdict)}, ensure_ascii=False) + "\n")
-            self._file.flush()
+            file.write(json.dumps({"key": key, **asdict(verdict)}, ensure_ascii=False) + "\n")
 
 
 def key_of(judge: str, parts: Sequence[str]) -> str:
