@@ -5,9 +5,9 @@ FORMATS is asked in order. A conversion gives the prompt's messages and the two 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
+from itertools import takewhile
 
 from pipeline.errors import DataError
 from pipeline.rows import Row
@@ -132,7 +132,8 @@ def _is_implicit_strings(row: Row) -> bool:
 def _from_implicit_strings(row: Row) -> Converted:
     chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
     # the prompt ends at the last white space before the texts part, as a word must not be cut in two
-    common = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071  # characters are meant
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    common = sum(1 for _ in alike)
     if common < min(len(chosen), len(rejected)):
         while common and not chosen[common - 1].isspace():
             common -= 1

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,6 +39,10 @@ class Lookup:
         """Positions, ascending, at which those of the keys first stand that a shard holds."""
         found: np.ndarray = np.sort(self._firsts[self._shard >= 0])
         return found
+
+    def found(self) -> pl.DataFrame:
+        """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
+        return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *(table for _, table in self.rows(self.held))]))
 
     def rows(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Those of `positions` whose keys are held, in parts, each with a SCORES row for each of its positions."""
@@ -94,12 +99,6 @@ class Lookup:
             self._shard[at[equal]], self._row[at[equal]] = shard, rows[equal]
             # keys with the same first word stand behind one another
             rows, at = rows[~equal], at[~equal] + 1
-
-
-def first_of_each(keys: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """Positions, ascending, at which each of `keys` (sha256 digests) first stands."""
-    firsts: np.ndarray = np.sort(_distinct(_words(keys))[0])
-    return firsts
 
 
 def _words(keys: pa.FixedSizeBinaryArray) -> np.ndarray:

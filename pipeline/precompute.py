@@ -21,7 +21,6 @@ from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.identity import ReferenceIdentity, identify, key_of
-from pipeline.lookup import first_of_each
 from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
@@ -88,18 +87,20 @@ def make_plan(config: Config) -> Plan:
     store = Store(reference.store, identity)
     keys = pa.concat_arrays(parts)
     parts.clear()
+    lookup = store.lookup(keys)
     plan = Plan(
         paths=paths,
         pairs=pairs,
         identity=identity,
         store=store,
         keys=keys,
-        sequences=len(first_of_each(keys)),
-        missing=store.missing(keys),
+        sequences=len(lookup.missing) + len(lookup.held),
+        missing=lookup.missing,
         vocabulary=vocabulary_digest(tokenizer),
         template=template_digest(tokenizer),
     )
     # what reading has left behind would stand beside the engine
+    del lookup
     return_freed_memory()
     return plan
 

@@ -19,7 +19,6 @@ from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.identity import ReferenceIdentity, identify, key_of
-from pipeline.lookup import first_of_each
 from pipeline.models import load_tokenizer, locate_reference
 from pipeline.pairs import prompt_text
 from pipeline.precompute import check_scores
@@ -70,17 +69,17 @@ class RowScorer:
             for one in requests
         ]
         wanted = pa.array([key for key in keys if key is not None], pa.binary(32))
-        self._score(dict(zip(keys, requests, strict=True)), wanted)
-        scores = {row["key"]: row for row in self._store.found(wanted).iter_rows(named=True)}
+        lookup = self._store.lookup(wanted)
+        self.hits += len(lookup.held)
+        if missing := wanted.take(pa.array(lookup.missing)).to_pylist():
+            self._score(dict(zip(keys, requests, strict=True)), missing)
+            lookup = self._store.lookup(wanted)
+        scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [_row(item, one, scores.get(key)) for item, one, key in zip(items, found, keys, strict=True)]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)
 
-    def _score(self, requests: dict[bytes | None, Request | None], wanted: pa.FixedSizeBinaryArray) -> None:
-        missing = wanted.take(pa.array(self._store.missing(wanted))).to_pylist()
-        self.hits += len(first_of_each(wanted)) - len(missing)
-        if not missing:
-            return
+    def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
         if self._scorer is None:
             reference, longest = self._config.reference, self._config.data.max_length
             self._scorer = self._stack.enter_context(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,16 +48,6 @@ class Store:
     def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
         """Where each of `keys` stands; reads the shards' keys. Raises DataError where a shard cannot be read."""
         return Lookup(lambda: [shard for shelf in self.shelves for shard in shelf.shards()], keys)
-
-    def found(self, keys: pa.FixedSizeBinaryArray) -> pl.DataFrame:
-        """Scores of those `keys` that the store holds: SCORES' columns, one row a key, in no order."""
-        lookup = self.lookup(keys)
-        tables = [table for _, table in lookup.rows(lookup.held)]
-        return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *tables]))
-
-    def missing(self, keys: pa.FixedSizeBinaryArray) -> np.ndarray:
-        """Positions, ascending, at which those of `keys` first stand that the store lacks; reads the shards' keys."""
-        return self.lookup(keys).missing
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""

@@ -113,7 +113,7 @@ def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], tr
         terms, logps = _terms(forward, pairs, group, train, rows)
         found.append(_sums(terms, logps))
         _must_be_finite(found[-1]["loss"], pairs, rows)
-        (terms.losses.sum() / len(rows)).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        torch.autograd.backward(terms.losses.sum() / len(rows))
     return _means(found, len(rows))
 
 

@@ -80,9 +80,9 @@ def run(step: str, where: Path, size: int) -> None:
     store = Store([str(where)], REFERENCE)
     keys = pq.read_table(where / "asked.parquet")["key"].combine_chunks()
     if step.startswith("plan"):
-        assert abs(len(store.missing(keys)) - size / 2) <= SHARDS + 1
+        assert abs(len(store.lookup(keys).missing) - size / 2) <= SHARDS + 1
     elif step.startswith("open"):
-        rows = store.found(keys[:20_000])
+        rows = store.lookup(keys[:20_000]).found()
         assert abs(len(rows) - 10_000) < 500
     else:
         directory = where / REFERENCE.reference_id

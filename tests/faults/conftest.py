@@ -52,7 +52,7 @@ def found_numbers(where: Path, numbers) -> set[int]:
     """Which of `numbers` the store returns; every returned value must be the oracle's, every key returned once."""
     numbers = list(numbers)
     by_key = {oracle(number).key: number for number in numbers}
-    rows = open_store(where).found(keys_of(numbers))
+    rows = open_store(where).lookup(keys_of(numbers)).found()
     for key, logps, logp in rows.select("key", "logps", "logp").iter_rows():
         truth = oracle(by_key[key]).logps
         assert np.array_equal(np.array(logps, dtype=np.float32), truth)

@@ -219,7 +219,7 @@ def test_a_read_only_file_system_gives_hits_and_says_so_before_a_miss_is_scored(
     both.publish([oracle(n) for n in range(10, 20)])
     from tests.faults.conftest import keys_of
 
-    assert len(both.found(keys_of(range(20)))) == 20
+    assert len(both.lookup(keys_of(range(20))).found()) == 20
     case("read-only file system")
 
 
@@ -231,9 +231,9 @@ def test_eight_writers_of_overlapping_rows_lose_nothing(tmp_path, case):
         "mine = range(number * 50, number * 50 + 150)\n"
         "for start in range(mine.start, mine.stop, 10):\n"
         "    store, rows = open_store(Path(sys.argv[1])), range(start, start + 10)\n"
-        "    todo = [oracle(rows[at]) for at in store.missing(keys_of(rows))]\n"
+        "    todo = [oracle(rows[at]) for at in store.lookup(keys_of(rows)).missing]\n"
         "    if todo: store.publish(todo)\n"
-        "assert not len(store.missing(keys_of(mine)))\n"
+        "assert not len(store.lookup(keys_of(mine)).missing)\n"
     )
     writers = [
         subprocess.Popen([os.sys.executable, "-c", code, where, str(n)], cwd=ROOT, stderr=subprocess.PIPE, text=True)

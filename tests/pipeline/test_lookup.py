@@ -7,7 +7,7 @@ import pytest
 from pipeline.compaction import compact
 from pipeline.errors import DataError
 from pipeline.identity import Numerics, ReferenceIdentity
-from pipeline.lookup import Lookup, first_of_each
+from pipeline.lookup import Lookup
 from pipeline.shelf import shard_files
 from pipeline.store import Scored, Store
 
@@ -63,7 +63,26 @@ def test_every_held_position_gets_the_row_of_its_own_key(store, alike, monkeypat
         assert (one["key"], one["logps"]) == (truth.key, truth.logps.tolist())
     held = set(asked) & set(keys[:45])
     assert {asked[at] for at in lookup.held} == held
-    assert sorted([*lookup.held, *lookup.missing]) == first_of_each(array(asked)).tolist()
+    firsts = [at for at, key in enumerate(asked) if key not in asked[:at]]
+    assert sorted([*lookup.held, *lookup.missing]) == firsts
+
+
+def missing_of(keys):
+    return Lookup(list, keys).missing.tolist()
+
+
+@pytest.mark.parametrize("alike", [0, 8, 31])
+def test_the_first_of_each_key_is_found_however_alike_they_are(alike):
+    draw = np.random.default_rng(0)
+    some = [b"\0" * alike + draw.bytes(32 - alike) for _ in range(50)] + [b"\0" * 32]
+    asked = [some[at] for at in draw.integers(len(some), size=400)]
+    seen = set()
+    expected = [at for at, key in enumerate(asked) if key not in seen and not seen.add(key)]
+    assert missing_of(array(asked)) == expected
+    # a part of a longer array
+    assert missing_of(array([some[0], *asked, some[0]])[1:-1]) == expected
+    assert missing_of(array(asked)[:1]) == [0]
+    assert missing_of(array([])) == []
 
 
 def test_a_shard_of_many_row_groups_is_read_where_the_keys_stand(store, monkeypatch):

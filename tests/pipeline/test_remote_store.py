@@ -58,16 +58,16 @@ def test_what_one_machine_publishes_another_finds(bucket, tmp_path, monkeypatch)
     rows = [scored(n) for n in range(30)]
     store = Store([bucket], REFERENCE)
     assert store.why_not_writable() is None
-    assert len(store.missing(keys(*rows))) == 30
+    assert len(store.lookup(keys(*rows)).missing) == 30
     store.publish(rows[:20])
     # another machine: no local copy of anything
     monkeypatch.setattr(shelf, "CACHE", tmp_path / "other")
     other = Store([str(tmp_path / "local"), bucket], REFERENCE)
-    assert other.missing(keys(*rows)).tolist() == list(range(20, 30))
+    assert other.lookup(keys(*rows)).missing.tolist() == list(range(20, 30))
     other.publish(rows[20:])
-    assert len(other.found(keys(*rows))) == 30
+    assert len(other.lookup(keys(*rows)).found()) == 30
     # the first place was written, not the bucket
-    assert len(Store([bucket], REFERENCE).missing(keys(*rows))) == 10
+    assert len(Store([bucket], REFERENCE).lookup(keys(*rows)).missing) == 10
 
 
 def test_publishing_replaces_nothing(bucket):
@@ -96,7 +96,7 @@ def test_a_shard_damaged_in_the_bucket_is_a_miss(bucket, tmp_path, monkeypatch, 
     content[100] ^= 1
     files.pipe_file(shard, bytes(content))
     monkeypatch.setattr(shelf, "CACHE", tmp_path / "other")
-    assert len(Store([bucket], REFERENCE).missing(keys(scored(1)))) == 1
+    assert len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing) == 1
     assert "not the bytes that were published" in caplog.text
 
 

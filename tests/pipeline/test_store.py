@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.errors import CheckError
 from pipeline.identity import Numerics, ReferenceIdentity, key_of
-from pipeline.lookup import first_of_each
 from pipeline.schema import SCORES, write_parquet
 from pipeline.store import Scored, Store, check_shard
 
@@ -39,7 +38,7 @@ def test_what_was_published_is_found_bit_for_bit(store):
     rows = [scored(n, length=n + 1) for n in range(20)]
     store.publish(rows[:12])
     store.publish(rows[12:])
-    found = store.found(keys(*rows, b"\0" * 32))
+    found = store.lookup(keys(*rows, b"\0" * 32)).found()
     assert len(found) == 20
     logps = dict(zip(found["key"], found["logps"], strict=True))
     sums = dict(zip(found["key"], found["logp"], strict=True))
@@ -51,26 +50,12 @@ def test_what_was_published_is_found_bit_for_bit(store):
 def test_what_is_missing_is_named_once_in_order(store):
     store.publish([scored(1), scored(2)])
     asked = keys(scored(5), scored(2), scored(4), scored(5))
-    assert store.missing(asked).tolist() == [0, 2]
-
-
-@pytest.mark.parametrize("alike", [0, 8, 31])
-def test_the_first_of_each_key_is_found_however_alike_they_are(alike):
-    draw = np.random.default_rng(0)
-    some = [b"\0" * alike + draw.bytes(32 - alike) for _ in range(50)] + [b"\0" * 32]
-    asked = [some[at] for at in draw.integers(len(some), size=400)]
-    seen = set()
-    expected = [at for at, key in enumerate(asked) if key not in seen and not seen.add(key)]
-    assert first_of_each(keys(*asked)).tolist() == expected
-    # a part of a longer array
-    assert first_of_each(keys(some[0], *asked, some[0])[1:-1]).tolist() == expected
-    assert first_of_each(keys(*asked)[:1]).tolist() == [0]
-    assert first_of_each(keys()).tolist() == []
+    assert store.lookup(asked).missing.tolist() == [0, 2]
 
 
 def test_opening_and_asking_creates_nothing(store, tmp_path):
-    assert store.missing(keys(scored(1))).tolist() == [0]
-    assert store.found(keys(scored(1))).is_empty()
+    assert store.lookup(keys(scored(1))).missing.tolist() == [0]
+    assert store.lookup(keys(scored(1))).found().is_empty()
     assert store.why_not_writable() is None
     assert not (tmp_path / "store").exists()
 
@@ -87,7 +72,7 @@ def test_rows_published_twice_are_returned_once(store):
     rows = [scored(1), scored(2)]
     store.publish(rows)
     store.publish([scored(2), scored(3)])
-    assert len(store.found(keys(*rows, scored(3)))) == 3
+    assert len(store.lookup(keys(*rows, scored(3))).found()) == 3
     # the very same shard again is no error: its name is its content
     store.publish(rows)
     assert len(shards(store)) == 2
@@ -104,20 +89,20 @@ def test_a_damaged_shard_is_set_aside_and_counts_as_a_miss(store, damage, caplog
         content[len(content) // 2] ^= 4
     bad.write_bytes({"flip": content, "truncate": content[:-7], "empty": b"", "foreign": good.read_bytes()}[damage])
     with caplog.at_level(logging.WARNING):
-        found = store.found(keys(scored(1), scored(2)))
+        found = store.lookup(keys(scored(1), scored(2))).found()
     assert found["key"].to_list() == [scored(1).key]
     assert (bad.parent / "corrupt" / bad.name).exists()
     assert len(caplog.records) == 1
-    assert store.missing(keys(scored(1), scored(2))).tolist() == [1]
+    assert store.lookup(keys(scored(1), scored(2))).missing.tolist() == [1]
     store.publish([scored(2)])
-    assert len(store.found(keys(scored(1), scored(2)))) == 2
+    assert len(store.lookup(keys(scored(1), scored(2))).found()) == 2
 
 
 def test_leftovers_of_a_killed_writer_are_not_read(store):
     store.publish([scored(1)])
     (shard,) = shards(store)
     (shard.parent / ".tmp-1-ab-scores.parquet").write_bytes(shard.read_bytes()[:50])
-    assert len(store.found(keys(scored(1)))) == 1
+    assert len(store.lookup(keys(scored(1))).found()) == 1
 
 
 def test_the_whole_check_sees_a_wrong_sum(store):
@@ -134,7 +119,7 @@ def test_the_whole_check_sees_a_wrong_sum(store):
 def test_the_first_place_is_written_and_all_are_read(tmp_path):
     Store([str(tmp_path / "team")], REFERENCE).publish([scored(1)])
     both = Store([str(tmp_path / "mine"), str(tmp_path / "team")], REFERENCE)
-    assert both.missing(keys(scored(1), scored(2))).tolist() == [1]
+    assert both.lookup(keys(scored(1), scored(2))).missing.tolist() == [1]
     both.publish([scored(2)])
-    assert not len(both.missing(keys(scored(1), scored(2))))
+    assert not len(both.lookup(keys(scored(1), scored(2))).missing)
     assert len(list((tmp_path / "team").rglob("scores-*"))) == len(list((tmp_path / "mine").rglob("scores-*"))) == 1

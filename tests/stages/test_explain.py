@@ -204,4 +204,4 @@ def test_weights_that_change_while_they_are_scored_stop_the_publication(where, m
 
     with pytest.raises(CheckError, match="changed while they were scored"):
         precompute.score_missing(plan, config.reference, Disturbed(), lambda sequences, tokens: None)
-    assert len(plan.store.missing(plan.keys)) == 16
+    assert len(plan.store.lookup(plan.keys).missing) == 16
