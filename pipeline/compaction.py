@@ -1,28 +1,34 @@
 """Keeping a store tidy: leftovers of killed writers, references nobody uses, many small shards.
 
 Compaction publishes the merged shard before it removes the small ones, so there is no moment in which a key cannot be
-found; a reader that had listed the small ones lists again.
+found; a reader that had listed the small ones lists again. Which row a key has is decided by `pipeline.lookup` alone, over the
+whole directory: a merge never changes the row that a reader gets.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import polars as pl
 import pyarrow as pa
 
 from pipeline import durable
 from pipeline.errors import DataError
 from pipeline.identity import ReferenceIdentity
-from pipeline.schema import SCORES
-from pipeline.shelf import set_aside, shard_files
-from pipeline.store import Store, check_shard, read_reference
+from pipeline.lookup import Lookup
+from pipeline.registrations import DAY, registered
+from pipeline.schema import SCORES, about_in
+from pipeline.shard import Unsound, open_shard, published_at, shard_files
+from pipeline.shelf import LocalShelf, set_aside_if_damaged
+from pipeline.store import Store, read_reference
 
 SMALL_BYTES = 32 * 2**20
 MERGED_BYTES = 256 * 2**20
-_DAY = 24 * 3600
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,32 +41,41 @@ class Tidying:
 
 
 def look(store: Path, used: set[str]) -> Tidying:
-    """Find leftovers older than a day, references that none of `used` names, and groups of small shards to merge."""
-    references = sorted(path.parent for path in store.glob("*/reference.json"))
-    now = time.time()
-    leftovers = [path for path in store.glob(f"*/{durable.TEMPORARY}*") if now - path.stat().st_mtime > _DAY]
+    """Find leftovers older than a day, references that nobody uses, and groups of small shards to merge.
+
+    A reference is used if `used` names it, if a run that is registered in it may need it, or if a file in it is younger than
+    a day. Links to references elsewhere are left alone.
+    """
+    references = [path.parent for path in sorted(store.glob("*/reference.json")) if not path.parent.is_symlink()]
+    leftovers = [path for path in store.glob(f"*/{durable.TEMPORARY}*") if _age([path]) > DAY]
     return Tidying(
         leftovers=sorted(leftovers),
-        unreferenced=[directory for directory in references if directory.name not in used],
-        small={directory: groups for directory in references if (groups := _groups(directory))},
+        unreferenced=[each for each in references if each.name not in used and not _in_use(each)],
+        small={each: groups for each in references if (groups := _groups(each))},
     )
 
 
 def compact(directory: Path, group: list[Path]) -> int:
     """Merge the shards of `group` into one; returns its rows. Damaged shards are set aside, not merged."""
-    sound = []
-    for shard in group:
-        problem = check_shard(shard)
-        if problem:
-            set_aside(shard, problem)
-        else:
-            sound.append(shard)
+    sound = [shard for shard in group if _is_sound(shard)]
     durable.reached("compact: checked")
     if len(sound) < 2:
         return 0
+    store = Store([str(directory.parent)], _identity(directory))
+    contents = [content for shard in sound if (content := _content(shard))]
+    lookup = Lookup([LocalShelf(directory)], pa.concat_arrays([content.keys for content in contents]))
+    # rows that stand in an earlier shard outside the group too are that shard's
+    ours = lookup.held_by(sound)
+    tables = [SCORES.empty_table(), *(table for _, table in lookup.rows(ours))]
     # sorted by key: the same rows give the same bytes, whoever merges them
-    merged = pl.scan_parquet(sound).collect(engine="streaming").unique("key").sort("key")
-    name = Store([str(directory.parent)], _identity(directory)).publish_table(_as_scores(merged))
+    merged = pa.concat_tables(tables).sort_by("key").combine_chunks()
+    if len(merged) < len(ours) or len(contents) < len(sound):
+        return 0  # another compaction works here: what it leaves is merged the next time
+    name = ""
+    if len(merged):
+        circumstances = {repr(each): each for content in contents for each in content.circumstances}
+        published = min(content.published for content in contents)
+        name = store.publish_table(merged, [circumstances[key] for key in sorted(circumstances)], published)
     durable.reached("compact: published")
     for shard in sound:
         if shard.name != name:
@@ -71,25 +86,63 @@ def compact(directory: Path, group: list[Path]) -> int:
     return len(merged)
 
 
+@dataclass(frozen=True)
+class _Content:
+    keys: pa.FixedSizeBinaryArray
+    published: int
+    circumstances: list[dict[str, str]]
+
+
+def _content(shard: Path) -> _Content | None:
+    try:
+        with open_shard(shard) as file:
+            keys = file.read(columns=["key"])["key"].combine_chunks()
+            circumstances = about_in(file.schema_arrow).get("circumstances", [])
+            return _Content(keys, published_at(file), circumstances)
+    except (Unsound, FileNotFoundError):
+        return None
+
+
+def _is_sound(shard: Path) -> bool:
+    try:
+        return set_aside_if_damaged(shard) is None
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(reference: Path) -> bool:
+    if any(each.in_use() for each in registered(reference)):
+        return True
+    return _age([reference, *reference.iterdir()]) < DAY
+
+
+def _age(paths: Iterable[Path]) -> float:
+    """Seconds since the youngest of `paths` changed; what has vanished meanwhile changed just now."""
+    times = [status.st_mtime if (status := _if_there(path.stat)) else time.time() for path in paths]
+    return time.time() - max(times)
+
+
 def _groups(directory: Path) -> list[list[Path]]:
     groups: list[list[Path]] = []
     filled = 0
     for shard in shard_files(directory):
-        size = shard.stat().st_size
-        if size >= SMALL_BYTES:
+        status = _if_there(shard.stat)
+        if status is None or status.st_size >= SMALL_BYTES:
             continue
-        if not groups or filled + size > MERGED_BYTES:
+        if not groups or filled + status.st_size > MERGED_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(shard)
-        filled += size
+        filled += status.st_size
     return [group for group in groups if len(group) > 1]
 
 
-def _as_scores(frame: pl.DataFrame) -> pa.Table:
-    table = frame.to_arrow()
-    key = table["key"].combine_chunks().cast(pa.binary()).cast(pa.binary(32))
-    return pa.table([key, *(table[name].cast(SCORES.field(name).type) for name in SCORES.names[1:])], schema=SCORES)
+def _if_there(ask: Callable[[], T]) -> T | None:
+    """What `ask` says of a file; None if somebody has removed it."""
+    try:
+        return ask()
+    except FileNotFoundError:
+        return None
 
 
 def _identity(directory: Path) -> ReferenceIdentity:

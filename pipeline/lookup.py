@@ -1,61 +1,86 @@
 """Where many keys stand in a store's shards, and their rows; a question reads every row group at most once.
 
 Keys are matched by sorting and binary search: hash tables of millions of keys take several times the keys' memory.
+
+No row is handed out because it was found at some place: every row's own key is compared with the key asked, and its values
+are checked. A shard that fails in any way is examined anew (`Shelf.examine`); if it is damaged it is gone from the next
+listing, and what it held is looked for elsewhere, or is missing.
+
+A key that stands more than once has the row that was published first, by the publisher's clock and then by the shard's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.errors import DataError, first_line
+from pipeline.errors import RefscoreError
 from pipeline.schema import SCORES
+from pipeline.shard import Unsound, key_words, open_shard, published_at, rows_problem, words_of
+from pipeline.shelf import Patience, Shelf
+
+# readings of one shard that fail although it is sound when it is read whole: what lies between is to blame, and is named
+_DOUBTS = 3
 
 
 class Lookup:
-    """`keys` in the shards that `shards()` lists. Raises DataError, here and later, where a shard cannot be read."""
+    """`keys` in the shards of `shelves`. Raises RefscoreError, here and later, if a place or a shard may not be read."""
 
-    def __init__(self, shards: Callable[[], list[Path]], keys: pa.FixedSizeBinaryArray) -> None:
-        self._list = shards
-        self._words = _words(keys)
+    def __init__(self, shelves: Sequence[Shelf], keys: pa.FixedSizeBinaryArray) -> None:
+        self._shelves = shelves
+        self._words = words_of(keys)
         self._firsts, self._number = _distinct(self._words)
         self._heads = self._words[self._firsts, 0]
+        self._doubts: Counter[Path] = Counter()
         self._locate()
 
     @property
     def missing(self) -> np.ndarray:
         """Positions, ascending, at which those of the keys first stand that no shard holds."""
-        found: np.ndarray = np.sort(self._firsts[self._shard < 0])
-        return found
+        positions: np.ndarray = np.sort(self._firsts[self._shard < 0])
+        return positions
 
     @property
     def held(self) -> np.ndarray:
         """Positions, ascending, at which those of the keys first stand that a shard holds."""
-        found: np.ndarray = np.sort(self._firsts[self._shard >= 0])
-        return found
+        positions: np.ndarray = np.sort(self._firsts[self._shard >= 0])
+        return positions
 
     def found(self) -> pl.DataFrame:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
         return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *(table for _, table in self.rows(self.held))]))
 
+    def held_by(self, shards: list[Path]) -> np.ndarray:
+        """Like `held`, of the keys whose row stands in one of `shards`."""
+        numbers = [number for number, shard in enumerate(self._shards) if shard in set(shards)]
+        positions: np.ndarray = np.sort(self._firsts[np.isin(self._shard, numbers)])
+        return positions
+
     def rows(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Those of `positions` whose keys are held, in parts, each with a SCORES row for each of its positions."""
+        """Those of `positions` whose keys are held, in parts, each with a SCORES row for each of its positions.
+
+        Keys may turn out to be held no longer while their rows are read: then they are left out, and are `missing` from then on.
+        """
         left = np.ones(len(positions), dtype=bool)
+        patience = Patience()
         while True:
             try:
                 for places, table in self._rows(positions, np.flatnonzero(left)):
                     yield positions[places], table
                     left[places] = False
                 return
-            except FileNotFoundError:
+            except _Gone as gone:
                 # a compaction removed shards, whose rows it had published anew
-                self._locate()
+                patience.again(str(gone.shard), "it is gone when it is opened")
+            except _Doubtful as doubtful:
+                self._examine(doubtful)
+            self._locate()
 
     def _rows(self, positions: np.ndarray, places: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
         numbers = self._number[positions[places]]
@@ -63,49 +88,110 @@ class Lookup:
         order = np.lexsort((rows, shards))
         for shard in np.unique(shards[shards >= 0]):
             ours = order[slice(*np.searchsorted(shards, [shard, shard + 1], sorter=order))]
-            with _open(self._shards[shard]) as file:
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                ends = np.cumsum(sizes)
-                groups = np.searchsorted(ends, rows[ours], side="right")
-                for group in np.unique(groups):
-                    these = ours[groups == group]
-                    within = rows[these] - (ends[group] - sizes[group])
-                    yield places[these], file.read_row_group(group).take(pa.array(within))
+            with _named(self._shelf_of[shard], self._shards[shard]):
+                for these, table in _read(self._shards[shard], rows, ours):
+                    if not np.array_equal(key_words(table), self._words[positions[places[these]]]):
+                        raise Unsound("a row has another key than its place says")
+                    if problem := rows_problem(table):
+                        raise Unsound(problem)
+                    yield places[these], table
 
     def _locate(self) -> None:
         self._shards: list[Path] = []
+        self._shelf_of: list[Shelf] = []
+        self._order: list[tuple[int, str]] = []
         self._shard = np.full(len(self._firsts), -1, dtype=np.int32)
         self._row = np.zeros(len(self._firsts), dtype=np.int32)
+        patience = Patience()
         while True:
             try:
-                for shard in sorted(set(self._list()) - set(self._shards)):
-                    with _open(shard) as file:
-                        self._note(len(self._shards), _words(file.read(columns=["key"])["key"].combine_chunks()))
-                    self._shards.append(shard)
+                for shelf in self._shelves:
+                    for shard in sorted(set(shelf.shards()) - set(self._shards)):
+                        with _named(shelf, shard):
+                            self._take(shelf, shard)
                 return
-            except FileNotFoundError:
-                continue  # likewise
+            except _Gone as gone:
+                patience.again(str(gone.shard), "it is gone when it is opened")
+            except _Doubtful as doubtful:
+                self._examine(doubtful)
+
+    def _take(self, shelf: Shelf, shard: Path) -> None:
+        with open_shard(shard) as file:
+            words = key_words(file.read(columns=["key"]))
+            if len(words) != file.metadata.num_rows:
+                raise Unsound(f"{len(words)} keys in {file.metadata.num_rows} rows")
+            published = published_at(file)
+        self._shards.append(shard)
+        self._shelf_of.append(shelf)
+        self._order.append((published, shard.name))
+        self._note(len(self._shards) - 1, words)
 
     def _note(self, shard: int, held: np.ndarray) -> None:
-        """Note which of the keys are among the shard's, whose words are `held`."""
-        rows, at = np.arange(len(held)), np.searchsorted(self._heads, held[:, 0])
+        """Note which of the keys are among the shard's, whose words are `held`, unless they were published before."""
+        later = np.array([order > self._order[shard] for order in self._order])
+        # from the last row to the first, so that the first of two with one key stays
+        rows = np.arange(len(held))[::-1]
+        at = np.searchsorted(self._heads, held[rows, 0])
         while len(rows):
             inside = at < len(self._heads)
             rows, at = rows[inside], at[inside]
             alike = self._heads[at] == held[rows, 0]
             rows, at = rows[alike], at[alike]
             equal = (self._words[self._firsts[at]] == held[rows]).all(axis=1)
-            # two writers may have scored the same row: any one of the equal-keyed rows will do
-            self._shard[at[equal]], self._row[at[equal]] = shard, rows[equal]
+            known = self._shard[at[equal]]
+            ours = at[equal][(known < 0) | (known == shard) | later[known]]
+            mine = rows[equal][(known < 0) | (known == shard) | later[known]]
+            self._shard[ours], self._row[ours] = shard, mine
             # keys with the same first word stand behind one another
             rows, at = rows[~equal], at[~equal] + 1
 
+    def _examine(self, doubtful: _Doubtful) -> None:
+        shard = doubtful.shard
+        self._doubts[shard] += 1
+        sound = doubtful.shelf.examine(shard, doubtful.problem)
+        if self._doubts[shard] >= (_DOUBTS if sound else 2 * _DOUBTS):
+            raise RefscoreError(
+                f"{shard} reads differently each time ({doubtful.problem}): check this machine's memory, and the disk or the "
+                "network that the store lies on"
+            )
 
-def _words(keys: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """Keys as rows of four 64-bit numbers, without a copy."""
-    if not len(keys):
-        return np.empty((0, 4), dtype=np.uint64)
-    return np.frombuffer(keys.buffers()[1], dtype=np.uint64).reshape(-1, 4)[keys.offset : keys.offset + len(keys)]
+
+class _Gone(Exception):
+    """A shard that was listed and is not there."""
+
+    def __init__(self, shard: Path) -> None:
+        super().__init__(shard)
+        self.shard = shard
+
+
+class _Doubtful(Exception):
+    """A shard of which something was read that cannot be true."""
+
+    def __init__(self, shelf: Shelf, shard: Path, problem: str) -> None:
+        super().__init__(problem)
+        self.shelf, self.shard, self.problem = shelf, shard, problem
+
+
+@contextmanager
+def _named(shelf: Shelf, shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except Unsound as unsound:
+        raise _Doubtful(shelf, shard, str(unsound)) from None
+    except FileNotFoundError:
+        raise _Gone(shard) from None
+
+
+def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+    """The rows numbered `rows[ours]` (ascending) of a shard, row group by row group, each part with its share of `ours`."""
+    with open_shard(shard) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.searchsorted(ends, rows[ours], side="right")
+        for group in np.unique(groups):
+            these = ours[groups == group]
+            within = rows[these] - (ends[group] - sizes[group])
+            yield these, file.read_row_group(group).take(pa.array(within))
 
 
 def _distinct(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,16 +214,3 @@ def _differ_from_the_last(words: np.ndarray, order: np.ndarray) -> np.ndarray:
         in_order = column[order]
         new[1:] |= in_order[1:] != in_order[:-1]
     return new
-
-
-@contextmanager
-def _open(shard: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            if not file.schema_arrow.remove_metadata().equals(SCORES):
-                raise DataError(f"{shard} has another schema: run 'refscore store verify'")
-            yield file
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{shard} cannot be read ({first_line(error)}): run 'refscore store verify'") from None

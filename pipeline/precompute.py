@@ -26,7 +26,8 @@ from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
 from pipeline.schema import read_about
 from pipeline.scoring import Request, Scorer, numerics_of
-from pipeline.store import Scored, Store, logps_problem
+from pipeline.shard import logps_problem
+from pipeline.store import Scored, Store
 from pipeline.vocabulary import template_digest, vocabulary_digest
 
 # sequences that are sorted together: enough for full shards of similar lengths, few enough to stay small in memory

@@ -166,8 +166,20 @@ def read_about(path: Path) -> dict[str, Any]:
         metadata = pq.read_schema(path).metadata or {}
     except (FileNotFoundError, pa.ArrowException, OSError):
         return {}
-    about: dict[str, Any] = json.loads(metadata.get(b"refscore", b"{}"))
-    return about
+    return _about(metadata)
+
+
+def about_in(schema: pa.Schema) -> dict[str, Any]:
+    """The JSON kept in the metadata of a file's schema; empty if there is none, or none that can be read."""
+    return _about(schema.metadata or {})
+
+
+def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    try:
+        about = json.loads(metadata.get(b"refscore", b"{}"))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _must_equal(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:

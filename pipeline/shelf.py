@@ -1,7 +1,7 @@
-"""Where shards lie: a local directory, or any place fsspec reaches (`s3://...`). One reference's files on one place.
+"""Where shards lie: a local directory here, a place that fsspec reaches in `pipeline.remote_shelf`. One reference on one place.
 
-A shelf lists and hands out immutable files and takes new ones, never replacing any. Shards carry the sha256 of their
-bytes in their name; a remote shard is copied into a local cache once, under that name, and checked there.
+A shelf lists and hands out immutable files and takes new ones. A sound file is never replaced; a damaged one that holds a
+name which is published again is. Shards carry the sha256 of their bytes in their name.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import secrets
 import shutil
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
 from pipeline import durable
-from pipeline.digests import file_sha256, files_sha256
-from pipeline.errors import ConfigError, RefscoreError, first_line
+from pipeline.digests import files_sha256
+from pipeline.errors import RefscoreError, first_line
+from pipeline.shard import check_shard, digest_in, sha256_now, shard_files
 
 log = logging.getLogger(__name__)
 
-SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
-CACHE = Path("data/cache/shards")
+# what a file system answers that has no hard links, or has them not here
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL)
 
 
 def is_url(place: str) -> bool:
@@ -39,15 +41,27 @@ class Shelf(Protocol):
         ...
 
     def shards(self) -> list[Path]:
-        """Local paths of every shard whose bytes are those that were published; damaged ones are set aside."""
+        """Local paths of every shard whose bytes are known as those that were published; damaged ones are set aside.
+
+        Raises RefscoreError if the place is not there or cannot be read.
+        """
+        ...
+
+    def examine(self, shard: Path, problem: str) -> bool:
+        """Look at one of `shards()` anew, every byte, as `problem` was seen in it; whether it is sound.
+
+        An unsound one is set aside and not listed again.
+        """
         ...
 
     def publish(self, file: Path, name: str) -> None:
-        """Make a finished local file visible as `name`, durably, unless that name exists."""
+        """Make a finished local file visible as `name`, durably. What stands under that name already is kept if it has
+        the same bytes, and replaced if it has not.
+        """
         ...
 
     def why_not_writable(self) -> str | None:
-        """Why nothing can be published here; None if it can. Leaves nothing behind."""
+        """Why nothing can be published here; None if it can. Leaves nothing behind that it may remove."""
         ...
 
     def workspace(self) -> Path:
@@ -55,37 +69,76 @@ class Shelf(Protocol):
         ...
 
 
-def open_shelf(place: str, reference_id: str) -> Shelf:
-    """The shelf of a reference at a local directory or URL."""
-    return RemoteShelf(place, reference_id) if is_url(place) else LocalShelf(Path(place).expanduser() / reference_id)
+class Patience:
+    """Bounded retries, counted per name: waits a little longer each time, then raises RefscoreError."""
+
+    _TRIES = 6
+
+    def __init__(self) -> None:
+        self._failures: Counter[str] = Counter()
+
+    def again(self, name: str, problem: str) -> None:
+        """Wait before the next try, as `name` failed by `problem`. Raises RefscoreError after the last one."""
+        self._failures[name] += 1
+        if self._failures[name] >= self._TRIES:
+            raise RefscoreError(
+                f"{name} is listed but cannot be read, {self._TRIES} times in a row ({problem}): check the file or object, "
+                "the network and your rights; once it is removed its rows are scored again"
+            )
+        time.sleep(0.01 * 2 ** self._failures[name])
 
 
 class LocalShelf:
-    """A directory; see `Shelf`. Opening and listing create nothing."""
+    """A directory; see `Shelf`. Opening creates nothing; listing creates `corrupt/` if there is something to set aside.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    `first` is the place that is written: it need not exist yet, if it can be made.
+    """
+
+    def __init__(self, directory: Path, *, first: bool = True) -> None:
+        self.directory, self._first = directory, first
+        self._unsound: set[str] = set()
 
     @property
     def name(self) -> str:
         return str(self.directory)
 
     def shards(self) -> list[Path]:
-        """See `Shelf.shards`. Files are read once and remembered by size, mtime and inode."""
+        """See `Shelf.shards`. Files are read once and remembered (`pipeline.digests`)."""
+        self._must_be_readable()
+        patience = Patience()
         while True:
-            shards = shard_files(self.directory)
+            listed = [shard for shard in shard_files(self.directory) if shard.name not in self._unsound]
             try:
-                digests = files_sha256(shards)
+                digests = files_sha256(listed)
                 break
-            except FileNotFoundError:
-                continue  # compacted away or set aside by someone else meanwhile: list again
+            except FileNotFoundError as error:
+                # compacted away or set aside by someone else meanwhile: list again
+                patience.again(str(error.filename), first_line(error))
+            except PermissionError as error:
+                raise RefscoreError(
+                    f"{error.filename} may not be read by this user: ask for the right to read it, or leave its place "
+                    "out of reference.store"
+                ) from None
         sound = []
-        for shard in shards:
+        for shard in listed:
             if digests[shard] == digest_in(shard.name):
                 sound.append(shard)
-            else:
-                set_aside(shard, "its bytes are not those that were published")
+            elif self.examine(shard, "its bytes are not those that were published"):
+                # it was published anew since it was listed
+                sound.append(shard)
         return sound
+
+    def examine(self, shard: Path, problem: str) -> bool:
+        """See `Shelf.examine`."""
+        try:
+            found = set_aside_if_damaged(shard)
+        except FileNotFoundError:
+            return False
+        if found is None:
+            log.debug("%s: %s, but it is sound when read again", shard.name, problem)
+            return True
+        self._unsound.add(shard.name)
+        return False
 
     def publish(self, file: Path, name: str) -> None:
         """See `Shelf.publish`: a hard link, which cannot replace."""
@@ -94,28 +147,28 @@ class LocalShelf:
         try:
             os.link(file, final)
         except FileExistsError:
-            log.debug("%s was published before with the same bytes", name)
+            if not _same_bytes(final, file):
+                log.warning("%s was damaged: the same rows, published again, take its place", final)
+                _copy(file, final)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
+            if error.errno not in _NO_LINKS:
                 raise
-            # a file system without hard links: the name is a digest, so what it might replace has the same bytes
-            if not final.exists():
-                shutil.copyfile(file, beside := durable.temporary_beside(final))
-                durable.flush(beside)
-                beside.rename(final)
+            if not _same_bytes(final, file):
+                _copy(file, final)
+        self._unsound.discard(name)
         durable.reached("publish: linked")
         durable.flush(self.directory)
         durable.reached("publish: directory flushed")
 
     def why_not_writable(self) -> str | None:
         """See `Shelf.why_not_writable`: by writing, as rights alone do not tell of read-only mounts."""
-        place = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
+        place = _nearest_existing(self.directory)
         probe = place / f"{durable.TEMPORARY}probe-{secrets.token_hex(4)}"
         try:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            return f"{place}: {error.strerror}"
+            return f"{place}: {error.strerror or first_line(error)}"
         return None
 
     def workspace(self) -> Path:
@@ -123,106 +176,94 @@ class LocalShelf:
         self.directory.mkdir(parents=True, exist_ok=True)
         return self.directory
 
-
-class RemoteShelf:
-    """A place that fsspec reaches; see `Shelf`."""
-
-    def __init__(self, url: str, reference_id: str) -> None:
-        import fsspec
-
-        self._url = f"{url.rstrip('/')}/{reference_id}"
+    def _must_be_readable(self) -> None:
+        """An absent or unreadable place must not pass for an empty one: everything would be scored again."""
+        place = self.directory.parent
         try:
-            self._files, self._root = fsspec.url_to_fs(self._url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"store {url}: {error} (for s3:// install refscore with the extra 's3')") from None
-        self._cache = CACHE / reference_id
-
-    @property
-    def name(self) -> str:
-        return self._url
-
-    def shards(self) -> list[Path]:
-        """See `Shelf.shards`; fetches what the local cache lacks."""
-        names = [name for name in self._names() if SHARD.fullmatch(name)]
-        return [path for name in names if (path := self._fetched(name)) is not None]
-
-    def publish(self, file: Path, name: str) -> None:
-        """See `Shelf.publish`: put-if-absent."""
-        self._put(name, file.read_bytes())
-        durable.reached("publish: linked")
-        if SHARD.fullmatch(name):
-            LocalShelf(self._cache).publish(file, name)
-
-    def why_not_writable(self) -> str | None:
-        """See `Shelf.why_not_writable`: by writing and removing an empty object."""
-        probe = f"{self._root}/{durable.TEMPORARY}probe-{secrets.token_hex(4)}"
-        try:
-            self._files.pipe_file(probe, b"")
-            self._files.rm_file(probe)
-        except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-            return f"{self._url}: {first_line(error)}"
-        return None
-
-    def workspace(self) -> Path:
-        """See `Shelf.workspace`: the local cache."""
-        self._cache.mkdir(parents=True, exist_ok=True)
-        return self._cache
-
-    def _names(self) -> list[str]:
-        try:
-            self._files.invalidate_cache()
-            return sorted(str(path).rsplit("/", 1)[-1] for path in self._files.ls(self._root, detail=False))
+            next((self.directory if self.directory.exists() else place).iterdir(), None)
         except FileNotFoundError:
-            return []
-        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            if not self._first:
+                raise RefscoreError(
+                    f"store {place} does not exist: mount it, correct its name in reference.store, or leave it out; only the "
+                    "first place of a list is made if it is absent"
+                ) from None
+            if problem := self.why_not_writable():
+                raise RefscoreError(
+                    f"store {place} does not exist and cannot be made ({problem}): mount it, or name another place in "
+                    "reference.store"
+                ) from None
+        except OSError as error:
             raise RefscoreError(
-                f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
-                "credentials in the environment, or leave this place out of reference.store"
+                f"store {self.directory} cannot be listed ({error.strerror or first_line(error)}): mend its rights, or leave "
+                "it out of reference.store"
             ) from None
 
-    def _fetched(self, name: str) -> Path | None:
-        local = self._cache / name
-        if local.exists() and file_sha256(local) == digest_in(name):
-            return local
-        with durable.replacing(local) as temporary:
-            self._files.get_file(f"{self._root}/{name}", str(temporary))
-        if file_sha256(local) == digest_in(name):
-            return local
-        set_aside(local, f"the copy at {self._url} has not the bytes that were published")
+
+def set_aside_if_damaged(shard: Path) -> str | None:
+    """Look at a shard anew and, if it is damaged, move it to `corrupt/`, where no reader looks, and say so once.
+
+    Returns what is wrong with it, None if it is sound. Somebody may publish the same name again meanwhile: only the very file
+    that was looked at is moved. Raises FileNotFoundError if it is gone.
+    """
+    looked_at = _file(shard)
+    problem = check_shard(shard)
+    if problem is None:
         return None
-
-    def _put(self, name: str, content: bytes) -> None:
-        try:
-            self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
-        except FileExistsError:
-            log.debug("%s was published before", name)
-        except NotImplementedError:
-            # a backend without conditional writes: the name decides the content, so writing it twice changes nothing
-            if not self._files.exists(f"{self._root}/{name}"):
-                self._files.pipe_file(f"{self._root}/{name}", content)
-        except Exception as error:  # noqa: BLE001  # likewise
-            raise RefscoreError(
-                f"{name} cannot be published to {self._url} ({first_line(error)}); what was published before stays"
-            ) from None
-
-
-def shard_files(directory: Path) -> list[Path]:
-    """Every file that is named as a shard, sound or not; a link to nothing is none."""
-    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
-
-
-def digest_in(name: str) -> str | None:
-    """The sha256 that a shard's name promises."""
-    found = SHARD.fullmatch(name)
-    return found.group(1) if found else None
-
-
-def set_aside(shard: Path, problem: str) -> None:
-    """Move a damaged shard to `corrupt/`, where no reader looks, and say so once."""
     corrupt = shard.parent / "corrupt"
+    aside = corrupt / shard.name
     try:
         corrupt.mkdir(exist_ok=True)
-        shard.rename(corrupt / shard.name)
-        log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
+        shard.rename(aside)
+    except FileNotFoundError:
+        return problem  # another reader was first
     except OSError:
         log.warning("%s: %s; it cannot be moved, its rows count as not scored", shard, problem)
+        return problem
+    if _file(aside) != looked_at:
+        _give_back(aside, shard)
+        return check_shard(shard)
+    log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
+    return problem
+
+
+def _file(path: Path) -> tuple[int, int, int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _give_back(aside: Path, shard: Path) -> None:
+    try:
+        os.link(aside, shard)
+    except FileExistsError:
+        pass  # published once more
+    except OSError:
+        aside.rename(shard)
+        return
+    aside.unlink(missing_ok=True)
+
+
+def _same_bytes(final: Path, file: Path) -> bool:
+    """Whether what stands under the final name has the bytes of `file`; a link to nothing and a missing file have not."""
+    try:
+        return sha256_now(final) == sha256_now(file)
+    except FileNotFoundError:
+        if not file.exists():
+            raise
+        return False
+    except OSError:
+        return False
+
+
+def _copy(file: Path, final: Path) -> None:
+    """A copy of `file` under the final name, in one step, whatever stood there."""
+    beside = durable.temporary_beside(final)
+    try:
+        shutil.copyfile(file, beside)
+        durable.flush(beside)
+        beside.replace(final)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(each for each in (path, *path.absolute().parents) if each.exists())

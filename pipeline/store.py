@@ -5,14 +5,15 @@ written under a temporary name, re-opened and checked, flushed, and given its fi
 directory is flushed last. Nothing is changed in place. A shard that fails a check goes to `corrupt/` and counts as not
 there: its rows are scored again, a wrong number is never returned.
 
-The first place of a store is written, all are read.
+The first place of a store is written, all are read. What a shard says of itself, beside its rows: when it was published
+(nanoseconds since 1970), and the circumstances that the reference's identity leaves out on purpose.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import durable
-from pipeline.errors import CheckError, DataError
+from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.identity import ReferenceIdentity
 from pipeline.lookup import Lookup
+from pipeline.registrations import register
+from pipeline.remote_shelf import RemoteShelf
 from pipeline.schema import SCORES, write_parquet
-from pipeline.shelf import digest_in, open_shelf
+from pipeline.shard import key_words, rows_problem, sha256_now
+from pipeline.shelf import LocalShelf, Shelf, is_url
+
+# a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -43,96 +50,104 @@ class Store:
 
     def __init__(self, places: Sequence[str], reference: ReferenceIdentity) -> None:
         self.reference = reference
-        self.shelves = [open_shelf(place, reference.reference_id) for place in places]
+        self.shelves = [
+            _open_shelf(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
+        ]
 
     def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
-        """Where each of `keys` stands; reads the shards' keys. Raises DataError where a shard cannot be read."""
-        return Lookup(lambda: [shard for shelf in self.shelves for shard in shelf.shards()], keys)
+        """Where each of `keys` stands; reads the shards' keys. Raises RefscoreError if a place or shard may not be read."""
+        return Lookup(self.shelves, keys)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""
         return self.shelves[0].why_not_writable()
 
-    def publish(self, rows: Sequence[Scored]) -> None:
-        """Make `rows` findable, all or none, durably.
+    def publish(self, rows: Sequence[Scored], circumstances: Mapping[str, str] | None = None) -> None:
+        """Make `rows` findable, all or none, durably; `circumstances` are kept beside them.
 
         Raises CheckError for a value that cannot be a log-probability, RefscoreError where the disk refuses.
         """
-        self.publish_table(_table(rows))
+        self.publish_table(_table(rows), [dict(circumstances or {})])
 
-    def publish_table(self, table: pa.Table) -> str:
-        """Publish rows that are in SCORES' form already; returns the shard's name."""
+    def publish_table(
+        self, table: pa.Table, circumstances: Sequence[Mapping[str, str]] = (), published: int | None = None
+    ) -> str:
+        """Publish rows that are in SCORES' form already; returns the shard's name.
+
+        `published` is when the rows were first published, by default now. Raises like `publish`, and CheckError if a key stands
+        twice.
+        """
+        _must_be_true(table)
+        about = {
+            "reference_id": self.reference.reference_id,
+            "published": time.time_ns() if published is None else published,
+            "circumstances": [dict(each) for each in circumstances],
+        }
+        for _ in range(_TRIES):
+            try:
+                return self._publish(table, about)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise RefscoreError(
+                    f"{self.shelves[0].name} cannot be written ({first_line(error)}): what was published before stays; choose "
+                    "another place, or mend this one, and run the same command again"
+                ) from None
+        raise RefscoreError(
+            f"{self.shelves[0].name}: a file is removed each time before it is published, {_TRIES} times now: "
+            "is something else tidying this directory?"
+        )
+
+    def register(self, run: Path) -> None:
+        """Leave word, in every directory of the store that can be written, that `run` uses this reference."""
+        for shelf in self.shelves:
+            if isinstance(shelf, LocalShelf) and shelf.directory.is_dir():
+                register(shelf.directory, run)
+
+    def _publish(self, table: pa.Table, about: dict[str, Any]) -> str:
         durable.reached("publish: begun")
         shelf = self.shelves[0]
         with durable.explaining_disk(Path(shelf.name), table.nbytes):
             temporary = durable.temporary_beside(shelf.workspace() / "scores.parquet")
+            described = temporary.with_name(f"{temporary.name}.json")
             try:
-                about = temporary.with_name(f"{temporary.name}.json")
-                about.write_text(json.dumps(self.reference.described(), indent=2) + "\n", encoding="utf-8")
-                shelf.publish(about, "reference.json")
+                described.write_text(json.dumps(self.reference.described(), indent=2) + "\n", encoding="utf-8")
+                shelf.publish(described, "reference.json")
                 durable.reached("publish: reference described")
-                write_parquet(temporary, table, {"reference_id": self.reference.reference_id})
+                write_parquet(temporary, table, about)
                 durable.reached("publish: written")
                 _must_read_back(temporary, table)
                 durable.reached("publish: checked")
                 durable.flush(temporary)
                 durable.reached("publish: flushed")
-                name = f"scores-{_sha256(temporary)}.parquet"
+                name = f"scores-{sha256_now(temporary)}.parquet"
                 shelf.publish(temporary, name)
             finally:
                 temporary.unlink(missing_ok=True)
-                about.unlink(missing_ok=True)
+                described.unlink(missing_ok=True)
         durable.reached("publish: done")
         return name
 
 
+def _open_shelf(place: str, reference_id: str, *, first: bool) -> Shelf:
+    if is_url(place):
+        return RemoteShelf(place, reference_id)
+    return LocalShelf(Path(place).expanduser() / reference_id, first=first)
+
+
 def read_reference(directory: Path) -> dict[str, Any]:
-    """The content of a reference's reference.json; DataError where it cannot be read."""
+    """The content of a reference's reference.json; DataError if it cannot be read, or describes no reference."""
+    file = directory / "reference.json"
     try:
-        content = json.loads((directory / "reference.json").read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{directory}/reference.json cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{directory}/reference.json holds no object")
+        raise DataError(f"{file} cannot be read ({first_line(error)}): the next precompute writes it anew") from None
+    if not isinstance(content, dict) or not isinstance(content.get("numerics"), dict):
+        raise DataError(f"{file} describes no reference: the next precompute writes it anew")
     return content
 
 
-def check_shard(shard: Path) -> str | None:
-    """What is wrong with a shard, every byte and value looked at; None if nothing is."""
-    if digest_in(shard.name) != _sha256(shard):
-        return "its bytes are not those that were published"
-    try:
-        if not pq.read_schema(shard).remove_metadata().equals(SCORES):
-            return "it has another schema"
-        table = pq.read_table(shard, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        return f"it is not readable as Parquet ({str(error).splitlines()[0]})"
-    tokens, sums = table["response_tokens"].to_numpy(), table["logp"].to_numpy()
-    for row, logps in enumerate(table["logps"]):
-        values = logps.values.to_numpy(zero_copy_only=False)
-        if problem := logps_problem(values, int(tokens[row])):
-            return f"row {row}: {problem}"
-        if abs(values.sum(dtype=np.float64) - sums[row]) > 1e-9 * (1 + abs(sums[row])):
-            return f"row {row}: logp is not the sum of logps"
-    return None
-
-
-def logps_problem(logps: np.ndarray, tokens: int) -> str | None:
-    """Why these values cannot be the log-probabilities of `tokens` tokens; None if they can."""
-    if len(logps) != tokens:
-        return f"{len(logps)} values for {tokens} tokens"
-    if not np.isfinite(logps).all():
-        return f"value {int(np.argmin(np.isfinite(logps)))} is not finite"
-    if (logps > 0).any():
-        return f"value {int(np.argmax(logps > 0))} is {float(logps.max())}, above 0"
-    return None
-
-
 def _table(rows: Sequence[Scored]) -> pa.Table:
-    for row in rows:
-        problem = logps_problem(row.logps, len(row.logps)) or (None if len(row.logps) else "no token")
-        if problem:
-            raise CheckError(f"refusing to store a score that cannot be true: {problem} (key {row.key.hex()[:12]})")
     offsets = np.cumsum([0, *(len(row.logps) for row in rows)], dtype=np.int32)
     values = np.concatenate([row.logps for row in rows]).astype(np.float32) if rows else np.zeros(0, np.float32)
     return pa.table(
@@ -148,11 +163,14 @@ def _table(rows: Sequence[Scored]) -> pa.Table:
     )
 
 
+def _must_be_true(table: pa.Table) -> None:
+    if problem := rows_problem(table):
+        raise CheckError(f"refusing to store a score that cannot be true: {problem}")
+    words = key_words(table)
+    if len(np.unique(words, axis=0)) != len(words):
+        raise CheckError("refusing to store two scores of one key: one of them could not be found again")
+
+
 def _must_read_back(path: Path, table: pa.Table) -> None:
     if not pq.read_table(path, page_checksum_verification=True).equals(table):
         raise CheckError(f"{path} does not read back as it was written: the disk or the memory is not sound")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
-import polars as pl
+import numpy as np
 import pyarrow as pa
 
 from pipeline.compaction import compact, look
 from pipeline.config import Config
-from pipeline.errors import CheckError, ConfigError, DataError
+from pipeline.errors import CheckError, ConfigError, DataError, first_line
 from pipeline.explain import causes, nearest_reference, remember
+from pipeline.identity import VERSION
 from pipeline.precompute import make_plan
+from pipeline.registrations import registered
 from pipeline.runs import RUNS, existing_runs, open_run, read_json
-from pipeline.shelf import is_url, set_aside, shard_files
-from pipeline.store import check_shard, read_reference
+from pipeline.shard import Unsound, key_words, open_shard, shard_files
+from pipeline.shelf import is_url, set_aside_if_damaged
+from pipeline.store import read_reference
 from stages import console
 
 
 def ls(store: str) -> None:
     """A row for each reference."""
-    used: dict[str, list[str]] = {}
-    last: dict[str, str] = {}
-    for name in existing_runs():
-        provenance = read_json(open_run(name).provenance)
-        reference = str(provenance.get("reference_id"))
-        used.setdefault(reference, []).append(name)
-        times = [stage.get("finished", "") for stage in provenance.get("stages", {}).values()]
-        last[reference] = max([last.get(reference, ""), *times])
+    used, last = _uses()
     rows = []
+    problems: list[str] = []
     for directory in _references(store):
-        about = read_reference(directory)["numerics"]
-        shards = shard_files(directory)
-        counts = pl.scan_parquet(shards).select(
-            pl.col("key").n_unique(), (pl.col("prompt_tokens") + pl.col("response_tokens")).sum()
-        )
-        sequences, tokens = counts.collect().row(0) if shards else (0, 0)
+        numerics = _numerics(directory)
+        counts, sizes, damaged = _contents(directory)
+        if damaged:
+            problems.append(f"{directory}: {damaged} shards cannot be read: 'refscore store verify' sets them aside")
+        names = {*used.get(directory.name, []), *(each.name for each in registered(directory) if each.in_use())}
         rows.append(
             [
                 directory.name[:12],
-                f"{about['engine']} {about['engine_version']}, {about['dtype']} on {about['device']}",
-                f"{sequences:,}",
-                f"{tokens:,}",
-                str(len(shards)),
-                f"{sum(shard.stat().st_size for shard in shards):,}",
+                numerics,
+                f"{counts[0]:,}",
+                f"{counts[1]:,}",
+                str(len(sizes)),
+                f"{sum(sizes):,}",
                 last.get(directory.name, "")[:10] or "never",
-                ", ".join(used.get(directory.name, [])) or "none",
+                ", ".join(sorted(names)) or "none",
             ]
         )
     console.table(
         str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows
     )
+    for problem in problems:
+        console.say(problem)
 
 
 def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
-    """Say what could be tidied; with `apply` do it, with `unreferenced` delete what no run here uses too."""
+    """Say what could be tidied; with `apply` do it, with `unreferenced` delete what no run uses too."""
     _references(store)
-    used = {str(read_json(open_run(name).provenance).get("reference_id")) for name in existing_runs()}
-    found = look(Path(store), used)
+    found = look(Path(store), set(_uses()[0]))
     for path in found.leftovers:
-        console.say(f"leftover of a killed writer: {path} ({path.stat().st_size:,} bytes)")
+        console.say(f"leftover of a killed writer: {path} ({_bytes_of([path]):,} bytes)")
     for directory in found.unreferenced:
-        size = sum(shard.stat().st_size for shard in shard_files(directory))
-        console.say(f"used by no run in {RUNS}: {directory} ({size:,} bytes)")
+        size = _bytes_of(shard_files(directory))
+        console.say(f"used by no run in {RUNS} nor by any that is registered in it: {directory} ({size:,} bytes)")
     for directory, groups in found.small.items():
         for group in groups:
             console.say(f"small shards: {len(group)} in {directory.name[:12]} could be one")
@@ -76,13 +74,81 @@ def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
         path.unlink(missing_ok=True)
     if unreferenced:
         for directory in found.unreferenced:
-            shutil.rmtree(directory)
-            console.say(f"deleted {directory}")
+            try:
+                shutil.rmtree(directory)
+            except OSError as error:
+                console.say(f"{directory} cannot be deleted whole ({first_line(error)}): what is left is left")
+            else:
+                console.say(f"deleted {directory}")
     for directory, groups in found.small.items():
         if directory.exists():
             for group in groups:
-                rows = compact(directory, group)
+                try:
+                    rows = compact(directory, group)
+                except DataError as problem:
+                    console.say(f"not merged: {problem}")
+                    break
                 console.say(f"merged {len(group)} shards of {directory.name[:12]}: {rows:,} sequences")
+
+
+def _uses() -> tuple[dict[str, list[str]], dict[str, str]]:
+    """For each reference the runs of this checkout that use it, and when the last of their stages finished."""
+    used: dict[str, list[str]] = {}
+    last: dict[str, str] = {}
+    for name in existing_runs():
+        provenance = read_json(open_run(name).provenance)
+        reference = str(provenance.get("reference_id"))
+        used.setdefault(reference, []).append(name)
+        times = [stage.get("finished", "") for stage in provenance.get("stages", {}).values()]
+        last[reference] = max([last.get(reference, ""), *times])
+    return used, last
+
+
+def _numerics(directory: Path) -> str:
+    try:
+        content = read_reference(directory)
+    except DataError as problem:
+        return str(problem)
+    numerics = content["numerics"]
+    engine, version, dtype, device = (
+        numerics.get(name, "?") for name in ("engine", "engine_version", "dtype", "device")
+    )
+    text = f"{engine} {version}, {dtype} on {device}"
+    if content.get("version") != VERSION:
+        text += (
+            f"; identity of version {content.get('version')}, which this refscore (version {VERSION}) never asks for: "
+            "'refscore store gc --apply --unreferenced' deletes it once no run uses it"
+        )
+    return text
+
+
+def _contents(directory: Path) -> tuple[tuple[int, int], list[int], int]:
+    """Sequences and tokens, the bytes of every shard, and how many shards cannot be read."""
+    words: list[np.ndarray] = [np.empty((0, 4), np.uint64)]
+    tokens: list[np.ndarray] = [np.empty(0, np.int64)]
+    sizes: list[int] = []
+    damaged = 0
+    for shard in shard_files(directory):
+        try:
+            with open_shard(shard) as file:
+                table = file.read(columns=["key", "prompt_tokens", "response_tokens"])
+            words.append(key_words(table))
+            tokens.append(table["prompt_tokens"].to_numpy().astype(np.int64) + table["response_tokens"].to_numpy())
+            sizes.append(shard.stat().st_size)
+        except FileNotFoundError:
+            continue
+        except Unsound:
+            damaged += 1
+    _, firsts = np.unique(np.concatenate(words), axis=0, return_index=True)
+    return (len(firsts), int(np.concatenate(tokens)[firsts].sum())), sizes, damaged
+
+
+def _bytes_of(paths: list[Path]) -> int:
+    size = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def explain(config: Config, row: int | None) -> None:
@@ -122,12 +188,14 @@ def verify(store: str) -> None:
     bad = checked = 0
     for directory in _references(store):
         for shard in shard_files(directory):
+            try:
+                problem = set_aside_if_damaged(shard)
+            except FileNotFoundError:
+                continue  # merged into another meanwhile
             checked += 1
-            problem = check_shard(shard)
             if problem:
                 bad += 1
                 console.say(f"{shard}: {problem}")
-                set_aside(shard, problem)
     console.say(f"{checked} shards checked, {bad} damaged")
     if bad:
         raise CheckError(
@@ -142,4 +210,8 @@ def _references(store: str) -> list[Path]:
         )
     if not Path(store).is_dir():
         raise DataError(f"store {store} does not exist: 'refscore precompute' makes it, or name another with --store")
-    return sorted(path.parent for path in Path(store).glob("*/reference.json"))
+    try:
+        directories = sorted(Path(store).iterdir())
+    except OSError as error:
+        raise DataError(f"store {store} cannot be listed ({error.strerror}): mend its rights") from None
+    return [directory for directory in directories if (directory / "reference.json").exists()]

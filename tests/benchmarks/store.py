@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.compaction import compact
 from pipeline.identity import Numerics, ReferenceIdentity
 from pipeline.schema import SCORES
-from pipeline.shelf import shard_files
+from pipeline.shard import shard_files
 from pipeline.store import Store
 from tests.benchmarks.stages import measure
 

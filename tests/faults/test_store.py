@@ -15,11 +15,13 @@ import pytest
 
 from pipeline.compaction import compact, look
 from pipeline.schema import SCORES
-from pipeline.shelf import shard_files
+from pipeline.shard import shard_files
 from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCE = "".join((ROOT / "pipeline" / name).read_text() for name in ("store.py", "shelf.py", "compaction.py"))
+SOURCE = "".join(
+    (ROOT / "pipeline" / name).read_text() for name in ("store.py", "shelf.py", "compaction.py", "remote_shelf.py")
+)
 POINTS = re.findall(r'reached\("((?:publish|compact): [^"]+)"\)', SOURCE)
 PUBLISH = list(dict.fromkeys(point for point in POINTS if point.startswith("publish")))
 COMPACT = list(dict.fromkeys(point for point in POINTS if point.startswith("compact")))
@@ -61,7 +63,7 @@ def test_a_compaction_killed_anywhere_loses_nothing(tmp_path, case, point):
     for start in range(0, 60, 10):
         open_store(where).publish([oracle(n) for n in range(start, start + 12)])
     done = child(
-        "from pipeline.compaction import compact\nfrom pipeline.shelf import shard_files\n"
+        "from pipeline.compaction import compact\nfrom pipeline.shard import shard_files\n"
         "die_at(sys.argv[2])\ncompact(Path(sys.argv[1]), shard_files(Path(sys.argv[1])))",
         directory(where), point,
     )  # fmt: skip
@@ -90,7 +92,7 @@ def test_readers_find_every_key_while_compactions_run(tmp_path, case):
     for start in range(0, 200, 5):
         open_store(where).publish([oracle(n) for n in range(start, start + 5)])
     code = (
-        "from pipeline.compaction import compact\nfrom pipeline.shelf import shard_files\n"
+        "from pipeline.compaction import compact\nfrom pipeline.shard import shard_files\n"
         "d = Path(sys.argv[1])\n"
         "while len(shard_files(d)) > 1: compact(d, shard_files(d)[:3])\n"
     )

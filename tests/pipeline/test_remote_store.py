@@ -1,14 +1,17 @@
 """The store at an S3 URL, against a real S3 server process."""
 
+import json
 import socket
 import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline import shelf
+from pipeline import remote_shelf
 from pipeline.errors import ConfigError, RefscoreError
+from pipeline.schema import SCORES
 from pipeline.store import Store
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 from tests.pipeline.test_store import REFERENCE, keys, scored
@@ -61,7 +64,7 @@ def test_what_one_machine_publishes_another_finds(bucket, tmp_path, monkeypatch)
     assert len(store.lookup(keys(*rows)).missing) == 30
     store.publish(rows[:20])
     # another machine: no local copy of anything
-    monkeypatch.setattr(shelf, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
     other = Store([str(tmp_path / "local"), bucket], REFERENCE)
     assert other.lookup(keys(*rows)).missing.tolist() == list(range(20, 30))
     other.publish(rows[20:])
@@ -81,7 +84,11 @@ def test_publishing_replaces_nothing(bucket):
     reference = next(path for path in before if path.endswith("reference.json"))
     with pytest.raises(FileExistsError):
         files.pipe_file(reference, b"{}", mode="create")
-    store.publish([scored(1)])
+    table = store.lookup(keys(scored(1))).found().to_arrow().cast(SCORES)
+    published = pq.read_schema(next((remote_shelf.CACHE / REFERENCE.reference_id).glob("scores-*"))).metadata[
+        b"refscore"
+    ]
+    store.publish_table(table, [{}], published=json.loads(published)["published"])
     files.invalidate_cache()
     assert {path: files.info(path)["ETag"] for path in files.ls(root)} == before
 
@@ -95,7 +102,7 @@ def test_a_shard_damaged_in_the_bucket_is_a_miss(bucket, tmp_path, monkeypatch, 
     content = bytearray(files.cat_file(shard))
     content[100] ^= 1
     files.pipe_file(shard, bytes(content))
-    monkeypatch.setattr(shelf, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
     assert len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing) == 1
     assert "not the bytes that were published" in caplog.text
 

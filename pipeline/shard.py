@@ -1,0 +1,148 @@
+"""One shard: its name, what must hold of its bytes and rows, and opening it so that damage of any kind has one name.
+
+Page checksums cover the pages' content. They cover neither the footer nor the headers of pages, so no row is believed
+because the file could be read: who takes rows compares their keys and asks `rows_problem`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import RefscoreError, first_line
+from pipeline.schema import SCORES, about_in
+
+SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
+# relative to the sum: far above the rounding of a sum in float64, far below what a changed float32 makes
+_SUM_TOLERANCE = 1e-11
+
+
+class Unsound(Exception):
+    """A shard that could not be read, or rows of it that cannot be true; the message says what was seen."""
+
+
+def digest_in(name: str) -> str | None:
+    """The sha256 that a shard's name promises."""
+    promised = SHARD.fullmatch(name)
+    return promised.group(1) if promised else None
+
+
+def sha256_now(path: Path) -> str:
+    """sha256 (hex) of the file's bytes, read now, whatever is remembered of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """Every file whose name is a shard's name, damaged or not; dangling links are skipped."""
+    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
+
+
+@contextmanager
+def open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
+    """The shard as a Parquet file with SCORES' schema, page checksums verified.
+
+    Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file
+    that is gone; RefscoreError for one that this user may not read.
+    """
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            if not file.schema_arrow.remove_metadata().equals(SCORES):
+                raise Unsound("it has another schema")
+            yield file
+    except (Unsound, FileNotFoundError):
+        raise
+    except PermissionError:
+        raise RefscoreError(
+            f"{shard} may not be read by this user: ask for the right to read it, or leave its place out of reference.store"
+        ) from None
+    except Exception as error:  # noqa: BLE001  # what a Parquet reader raises for damaged bytes knows no bounds
+        raise Unsound(f"it is not readable as Parquet ({first_line(error)})") from None
+
+
+def published_at(file: pq.ParquetFile) -> int:
+    """When the rows of an open shard were published: nanoseconds since 1970 by the publisher's clock; 0 if it does not say."""
+    published = about_in(file.schema_arrow).get("published")
+    return published if isinstance(published, int) else 0
+
+
+def rows_problem(table: pa.Table) -> str | None:
+    """Why rows of SCORES cannot be true: lengths, values and sums of every one; None if they can."""
+    if any(column.null_count for column in table.columns):
+        return "a value is absent"
+    logps, tokens, sums = table["logps"].combine_chunks(), table["response_tokens"].to_numpy(), table["logp"].to_numpy()
+    lengths = np.diff(logps.offsets.to_numpy())
+    values = logps.flatten().to_numpy(zero_copy_only=False)
+    if not np.array_equal(lengths, tokens) or (lengths < 1).any():
+        row = int(np.argmax((lengths != tokens) | (lengths < 1)))
+        return f"row {row}: {lengths[row]} values for {tokens[row]} tokens"
+    impossible = ~np.isfinite(values) | (values > 0)
+    if impossible.any():
+        row = int(np.searchsorted(np.cumsum(lengths), int(np.argmax(impossible)), side="right"))
+        return f"row {row}: {logps_problem(logps[row].values.to_numpy(zero_copy_only=False), int(tokens[row]))}"
+    if len(table):
+        totals = np.add.reduceat(values.astype(np.float64), np.cumsum(lengths) - lengths)
+        # written so that a sum that is NaN is a problem too
+        wrong = ~(np.abs(totals - sums) <= _SUM_TOLERANCE * (1 + np.abs(totals)))
+        if wrong.any():
+            return f"row {int(np.argmax(wrong))}: logp is not the sum of logps"
+    return None
+
+
+def logps_problem(logps: np.ndarray, tokens: int) -> str | None:
+    """Why these values cannot be the log-probabilities of `tokens` tokens; None if they can."""
+    if len(logps) != tokens:
+        return f"{len(logps)} values for {tokens} tokens"
+    if not np.isfinite(logps).all():
+        return f"value {int(np.argmin(np.isfinite(logps)))} is not finite"
+    if (logps > 0).any():
+        return f"value {int(np.argmax(logps > 0))} is {float(logps.max())}, above 0"
+    return None
+
+
+def check_shard(shard: Path) -> str | None:
+    """What is wrong with a shard, every byte and value looked at now; None if nothing is.
+
+    Raises FileNotFoundError if it is gone, RefscoreError if it may not be read.
+    """
+    try:
+        with open_shard(shard) as file:
+            if digest_in(shard.name) != sha256_now(shard):
+                return "its bytes are not those that were published"
+            seen: list[np.ndarray] = []
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                if problem := rows_problem(table):
+                    return f"row group {group}, {problem}"
+                seen.append(key_words(table))
+            words = np.concatenate([np.empty((0, 4), np.uint64), *seen])
+            if len(np.unique(words, axis=0)) != len(words):
+                return "it holds a key twice"
+    except Unsound as unsound:
+        try:
+            same = digest_in(shard.name) == sha256_now(shard)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            return f"it cannot be read ({first_line(error)})"
+        return str(unsound) if same else f"its bytes are not those that were published ({unsound})"
+    return None
+
+
+def key_words(table: pa.Table) -> np.ndarray:
+    """The keys of rows of SCORES as rows of four 64-bit numbers."""
+    return words_of(table["key"].combine_chunks())
+
+
+def words_of(keys: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Keys as rows of four 64-bit numbers, without a copy."""
+    if not len(keys):
+        return np.empty((0, 4), dtype=np.uint64)
+    return np.frombuffer(keys.buffers()[1], dtype=np.uint64).reshape(-1, 4)[keys.offset : keys.offset + len(keys)]
