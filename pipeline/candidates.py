@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, first_line
-from pipeline.identity import adapter_digests, weights_digest
-from pipeline.models import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter
+from pipeline.identity import adapter_digests
+from pipeline.models import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest
 from pipeline.runs import RUNS, Run
 from pipeline.vocabulary import vocabulary_digest
 
@@ -40,7 +40,7 @@ class Candidate:
     @property
     def digest(self) -> str:
         """Digest of the weights, the adapter's included."""
-        parts = [weights_digest(self.base), *(sorted(adapter_digests(self.adapter).items()) if self.adapter else [])]
+        parts = [model_digest(self.base), *(sorted(adapter_digests(self.adapter).items()) if self.adapter else [])]
         return json.dumps(parts)
 
     def merged(self) -> Path:

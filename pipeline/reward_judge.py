@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.candidates import Named
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
-from pipeline.identity import weights_digest
 from pipeline.judge_config import JudgeConfig
 from pipeline.judging import Judge, Reward, Shown, by_reward
-from pipeline.models import load_tokenizer, locate
+from pipeline.model_config import position_limit, read_config, text_config
+from pipeline.models import load_tokenizer, locate, model_digest
 from pipeline.scoring import installed_version
 from pipeline.verdicts import Verdict, Verdicts, key_of
 from pipeline.vllm_engine import (
     kv_cache_bytes_per_token,
     prepare_environment,
-    read_config,
     start_engine,
     stop_engine,
 )
@@ -52,7 +51,7 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
     if not same and not tokenizer.chat_template:
         raise ConfigError(f"judge {settings.shown}: its tokenizer has no chat template, and it is not the samples' own")
     dtype = judge_dtype(settings)
-    identity = f"{weights_digest(directory)} {_engine(settings)} {dtype} {same}"
+    identity = f"{model_digest(directory)} {_engine(settings)} {dtype} {same}"
 
     def reward(items: Sequence[Shown]) -> list[float | None]:
         # the very tokens decide where they are what the model reads
@@ -85,7 +84,7 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
     from vllm import PoolingParams, TokensPrompt
 
     longest = max(map(len, ids))
-    cache = kv_cache_bytes_per_token(read_config(directory), dtype) * (longest + 1) * _CONCURRENT / 2**30
+    cache = kv_cache_bytes_per_token(text_config(directory), dtype) * (longest + 1) * _CONCURRENT / 2**30
     engine = start_engine(
         directory,
         runner="pooling",
@@ -121,8 +120,8 @@ def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]])
 
 
 def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float | None]:
-    limit = read_config(directory).get("max_position_embeddings")
-    fits = [not isinstance(limit, int) or len(one) < limit for one in ids]
+    limit = position_limit(directory)
+    fits = [limit is None or len(one) < limit for one in ids]
     if not all(fits):
         log.warning("judge %s: %d responses are longer than it reads", settings.shown, fits.count(False))
     asked = [one for one, fit in zip(ids, fits, strict=True) if fit]

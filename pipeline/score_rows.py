@@ -40,7 +40,10 @@ class RowScorer:
         self._paths = locate_reference(config.reference)
         self._encoder = Encoder(config.data, load_tokenizer(self._paths.merged, config.reference))
         self.identity: ReferenceIdentity = identify(
-            self._paths.base, numerics_of(config.reference), self._paths.adapter
+            self._paths.base,
+            numerics_of(config.reference),
+            self._paths.adapter,
+            trusts_code=config.reference.trust_remote_code,
         )
         self._store = Store(config.reference.store, self.identity)
         self._stack = ExitStack()

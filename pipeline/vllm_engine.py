@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import logging
 import os
 import warnings
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, memory_gib, processors
+from pipeline.models import only_loaded
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
     from vllm import LLM
 
 
@@ -37,7 +38,7 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
         options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     try:
         return LLM(
-            model=str(directory),
+            model=str(only_loaded(directory)),
             dtype=dtype,
             enforce_eager=True,
             disable_log_stats=True,
@@ -128,21 +129,17 @@ def prepare_environment(ranks: int = 1) -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model; of the text part where the model has several."""
-    content: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    nested = content.get("text_config")
-    return nested if isinstance(nested, dict) else content
+def kv_cache_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
+    """Bytes of keys and values that one token occupies in all layers; 0 for a model without attention."""
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * config.num_hidden_layers * heads * head_dim * (4 if dtype == "float32" else 2))
 
 
-def kv_cache_bytes_per_token(config: dict[str, Any], dtype: str) -> int:
-    """Bytes of keys and values that one token occupies in all layers."""
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * heads * head_dim * (4 if dtype == "float32" else 2))
-
-
-def kv_cache_gib(config: dict[str, Any], dtype: str, tokens: int) -> float:
+def kv_cache_gib(config: PretrainedConfig, dtype: str, tokens: int) -> float:
     """GiB of keys and values for `tokens` tokens; at least one, at most half of the memory."""
     needed = kv_cache_bytes_per_token(config, dtype) * tokens / 2**30
     return min(max(1.0, needed), memory_gib() / 2)

@@ -14,8 +14,9 @@ from pipeline.config import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
+from pipeline.model_config import position_limit, text_config
 from pipeline.scoring import Request
-from pipeline.vllm_engine import kv_cache_gib, read_config, speed_up_float32_output_layer, start_engine, stop_engine
+from pipeline.vllm_engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
 from pipeline.vllm_runners import runner_of, score_with
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ class VllmScorer:
     """See `pipeline.scoring.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
-        config = read_config(directory)
+        config = text_config(directory, trusts_code=reference.trust_remote_code)
         # one more than the longest: vLLM refuses a sequence that leaves no room for the sampled token
         model_len = longest + 1
-        limit = config.get("max_position_embeddings")
-        if isinstance(limit, int) and longest > limit:
+        limit = position_limit(directory)
+        if limit is not None and longest > limit:
             raise ConfigError(
                 f"the longest sequence has {longest} tokens, the model reads {limit}: lower data.max_length"
             )
@@ -42,7 +43,7 @@ class VllmScorer:
             # the sampled token is never read, so no position lies beyond the limit
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
         self.batched_tokens = batched = reference.max_batched_tokens or _batched_tokens(
-            int(config["vocab_size"]), model_len
+            int(config.vocab_size), model_len
         )
         options: dict[str, Any] = {"block_size": _CPU_BLOCK} if device_kind() == "cpu" else {}
         self._llm = start_engine(

@@ -6,7 +6,6 @@ import re
 import time
 
 from pipeline.config import Config, without_reference
-from pipeline.digests import files_sha256, unread_bytes
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.join import write_joined
 from pipeline.loss_names import reference_free
@@ -15,6 +14,7 @@ from pipeline.precompute import Plan, about_pairs, make_plan, part_of, score_mis
 from pipeline.runs import Run, record
 from pipeline.schema import write_table
 from pipeline.scoring import start_scorer
+from pipeline.weights import tensor_digests, unread_bytes
 from stages import console
 
 _WORTH_A_BAR = 2**30  # bytes: a second or two of reading
@@ -119,12 +119,12 @@ def show_plan(plan: Plan, *, scored: bool = True) -> None:
 
 def _hash_weights(config: Config) -> None:
     """Hash weights that were not seen before, with a bar where that takes a while; the plan then finds them known."""
-    files = sorted(locate_reference(config.reference).base.glob("*.safetensors"))
-    unread = unread_bytes(files)
+    base = locate_reference(config.reference).base
+    unread = unread_bytes(base)
     if unread < _WORTH_A_BAR:
         return
     with console.progress("hashing weights, MiB", unread // 2**20) as ticker:
-        files_sha256(files, lambda read: ticker.advance(read // 2**20, ""))
+        tensor_digests(base, lambda read: ticker.advance(read // 2**20, ""))
 
 
 def _score(plan: Plan, config: Config) -> None:

@@ -22,7 +22,7 @@ from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.identity import weights_digest
 from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
-from pipeline.models import load_tokenizer, locate
+from pipeline.models import load_tokenizer, locate, policy_digest
 from pipeline.optimizers import make_optimizer, update
 from pipeline.policies import Policy, load_policy
 from pipeline.precompute import is_current, make_plan
@@ -171,7 +171,7 @@ def _must_share_vocabulary(base: Path, config: Config, about: dict[str, Any]) ->
 def _training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
     inputs = {name: about[name] for name in ("reference_id", "inputs_digest", "source_digests")}
     trained = {
-        "policy": weights_digest(base),
+        "policy": policy_digest(base),
         **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),
     }
     return digest(config.train.model_dump(mode="json", exclude=_UNTRAINED), {**inputs, **trained})

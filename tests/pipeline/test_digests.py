@@ -1,7 +1,11 @@
-"""Digests are remembered by path, size, mtime and inode, and read again when any of them differs."""
+"""Digests are remembered while nothing says that a file changed; what could hide a change is not trusted."""
 
 import hashlib
+import json
 import os
+import shutil
+import subprocess
+import time
 
 import pytest
 
@@ -12,7 +16,13 @@ from pipeline import digests
 def file(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"a" * 1000)
+    settle()
     return path
+
+
+def settle():
+    """Let the moment pass in which a file could change again without another time."""
+    time.sleep(2 * digests._TICK / 1e9)
 
 
 def truth(path):
@@ -29,21 +39,54 @@ def test_a_known_file_is_not_read_again(file, monkeypatch):
     assert digests.file_sha256(file) == truth(file)
 
 
-@pytest.mark.parametrize("change", ["size", "mtime", "inode"])
+@pytest.mark.parametrize("change", ["size", "mtime", "inode", "in place"])
 def test_any_difference_reads_it_again(file, change):
     before = digests.file_sha256(file)
+    assert digests.unread_bytes([file]) == 0
     status = file.stat()
     if change == "size":
         file.write_bytes(b"a" * 1001)
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     elif change == "mtime":
         file.write_bytes(b"b" * 1000)
+    elif change == "in place":
+        with file.open("r+b") as content:
+            content.write(b"b")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        now = file.stat()
+        assert (now.st_size, now.st_mtime_ns, now.st_ino) == (status.st_size, status.st_mtime_ns, status.st_ino)
     else:
         other = file.with_name("other")
         other.write_bytes(b"b" * 1000)
         os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
         other.replace(file)
+    settle()
     assert digests.file_sha256(file) == truth(file) != before
+
+
+@pytest.mark.parametrize("when", ["epoch", "future", "now"])
+def test_times_that_could_hide_a_change_are_not_trusted(file, when):
+    seconds = {"epoch": 1.5, "future": time.time() + 1000, "now": time.time() + 0.01}[when]
+    os.utime(file, (seconds, seconds))
+    if when != "now":
+        settle()
+    assert digests.file_sha256(file) == truth(file)
+    assert digests.unread_bytes([file]) == 1000
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, monkeypatch):
+    read = digests._sha256
+
+    def changing(path, on_bytes):
+        digest = read(path, on_bytes)
+        path.write_bytes(b"b" * 1000)
+        return digest
+
+    monkeypatch.setattr(digests, "_sha256", changing)
+    digests.file_sha256(file)
+    monkeypatch.setattr(digests, "_sha256", read)
+    settle()
+    assert digests.file_sha256(file) == truth(file)
 
 
 def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_only(file):
@@ -53,3 +96,61 @@ def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_only(file):
     digests.MEMORY.unlink()
     digests.MEMORY.mkdir()
     assert digests.file_sha256(file) == truth(file)
+
+
+def test_a_memory_of_an_earlier_form_is_passed_over(file):
+    status = file.stat()
+    digests.MEMORY.parent.mkdir(parents=True)
+    earlier = {f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}": "0" * 64, "x": 3}
+    digests.MEMORY.write_text(json.dumps(earlier))
+    assert digests.file_sha256(file) == truth(file)
+
+
+@pytest.mark.parametrize("kernel", ["names mounts", "names none"])
+def test_images_with_reproducible_times_mounted_in_turn_at_one_path_are_told_apart(tmp_path, kernel, monkeypatch):
+    if not shutil.which("mksquashfs"):
+        pytest.skip("mksquashfs is not installed: a read-only file system without an image is tested below")
+    if kernel == "names none":
+        monkeypatch.setattr(digests, "_mount_of", lambda _: None)
+    place = tmp_path / "mounted"
+    place.mkdir()
+    found = []
+    for content in (b"a", b"b"):
+        source, image = tmp_path / content.decode(), tmp_path / f"{content.decode()}.squashfs"
+        source.mkdir()
+        (source / "w.safetensors").write_bytes(content * 1000)
+        subprocess.run(
+            ["mksquashfs", source, image, "-all-time", "1600000000", "-mkfs-time", "1600000000", "-quiet", "-no-progress"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        if subprocess.run(["mount", "-o", "loop", image, place], check=False, capture_output=True).returncode:
+            pytest.skip("mounting an image needs root and loop devices")
+        try:
+            found.append((digests.file_sha256(place / "w.safetensors"), truth(place / "w.safetensors")))
+            assert (digests.unread_bytes([place / "w.safetensors"]) == 0) == (kernel == "names mounts")
+        finally:
+            subprocess.run(["umount", place], check=True)
+    assert all(ours == theirs for ours, theirs in found)
+    assert found[0] != found[1]
+
+
+def test_a_file_on_a_read_only_mount_is_known_by_the_mount(file, monkeypatch):
+    class ReadOnly:
+        f_flag = os.ST_RDONLY
+
+    monkeypatch.setattr(digests.os, "statvfs", lambda _: ReadOnly)
+    mounts = iter(["first", "first", "first", "second"])
+    monkeypatch.setattr(digests, "_mount_of", lambda _: next(mounts))
+    digests.file_sha256(file)
+    assert digests.unread_bytes([file]) == 0
+    assert digests.unread_bytes([file]) == 1000
+    monkeypatch.setattr(digests, "_mount_of", lambda _: None)
+    assert digests.file_stamp(file) is None
+
+
+def test_every_mount_has_a_name_of_its_own(tmp_path):
+    name = digests._mount_of(tmp_path)
+    if name is None:
+        pytest.skip("this kernel names no mounts (before Linux 6.8)")
+    assert name == digests._mount_of(tmp_path)
+    assert name != digests._mount_of("/proc")

@@ -8,17 +8,17 @@ import pytest
 from pipeline.identity import Numerics, ReferenceIdentity, identify, key_of
 
 NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
-GOLDEN = ReferenceIdentity({"model.safetensors": "ab" * 32}, {"model_type": "llama", "hidden_size": 64}, NUMERICS)
+GOLDEN = ReferenceIdentity({"model.norm.weight": "ab" * 32}, {"model_type": "llama", "hidden_size": 64}, NUMERICS)
 
 
 def test_golden_vectors():
     """Written down once: a change here throws every user's store away."""
-    assert GOLDEN.reference_id == "9d9466bee38c34c8558a37a689d36d1658f8575722a393d2651e0694acdd6ea8"
+    assert GOLDEN.reference_id == "7a147334b0a8c2fddb9b3b47c9b795792a6fb105181b4a4cd7dfb3132f02272e"
     assert (
-        key_of("00" * 32, [1, 2, 3], [4, 5]).hex() == "39b1b243f980e2f6be61057fa3551a83fe0612dfd2e29255538efc9239376606"
+        key_of("00" * 32, [1, 2, 3], [4, 5]).hex() == "ba277b24ab806be64b5d74c7e339079c0c6431cd46e2b80702e21ca35cbd1dea"
     )
     assert (
-        key_of("00" * 32, [], [2**31 - 1]).hex() == "4958264ea7126728f54e64c87ac5f8cdf76ca52cd02cb101b9d419b5f2d88133"
+        key_of("00" * 32, [], [2**31 - 1]).hex() == "bc38813d3749aa9e84008a4ebb36b5ff33b74cb1e80f42d6e48a7457f6e991cb"
     )
 
 
@@ -136,3 +136,48 @@ def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
     assert abs(logps - plain).max() > 1e-2
     with pytest.raises(ConfigError, match="no PEFT adapter"):
         locate_reference(reference.model_copy(update={"adapter": str(model)}))
+
+
+def test_bases_of_equal_weights_and_another_configuration_are_merged_apart(model, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.config import ReferenceConfig
+    from pipeline.models import locate_reference
+
+    adapter = make_adapter(model, tmp_path / "adapter")
+    other = shutil.copytree(model, tmp_path / "other")
+    content = json.loads((other / "config.json").read_text())
+    content["rope_parameters"]["rope_theta"] = 77.0
+    (other / "config.json").write_text(json.dumps(content))
+    merged = [
+        locate_reference(ReferenceConfig(model=str(base), adapter=str(adapter))).merged for base in (model, other)
+    ]
+    assert merged[0] != merged[1]
+    ids = torch.arange(12)[None]
+    one, two = (AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits for path in merged)
+    assert (one - two).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_whatever_is_merged_or_copied_along_decides_where_it_is_kept(model, tmp_path, file):
+    from pipeline.config import ReferenceConfig
+    from pipeline.models import locate_reference
+
+    adapter = make_adapter(model, tmp_path / "adapter")
+    reference = ReferenceConfig(model=str(model), adapter=str(adapter))
+    before = locate_reference(reference).merged
+    content = (model / file).read_text()
+    (model / file).write_text(content.replace("{", '{"more": 1,' if file == "config.json" else "{ ", 1))
+    assert locate_reference(reference).merged != before
+
+
+def test_a_reference_of_another_version_is_a_message():
+    from pipeline.errors import DataError
+
+    with pytest.raises(DataError, match="version 1"):
+        ReferenceIdentity.from_described({**GOLDEN.described(), "version": 1})
+    with pytest.raises(DataError, match="describes no reference"):
+        ReferenceIdentity.from_described({"version": 2})
