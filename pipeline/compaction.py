@@ -63,14 +63,16 @@ def compact(directory: Path, group: list[Path]) -> int:
         return 0
     store = Store([str(directory.parent)], _identity(directory))
     contents = [content for shard in sound if (content := _content(shard))]
+    if len(contents) < len(sound):
+        return 0  # another compaction works here: what it leaves is merged the next time
     lookup = Lookup([LocalShelf(directory)], pa.concat_arrays([content.keys for content in contents]))
     # rows that stand in an earlier shard outside the group too are that shard's
     ours = lookup.held_by(sound)
     tables = [SCORES.empty_table(), *(table for _, table in lookup.rows(ours))]
     # sorted by key: the same rows give the same bytes, whoever merges them
     merged = pa.concat_tables(tables).sort_by("key").combine_chunks()
-    if len(merged) < len(ours) or len(contents) < len(sound):
-        return 0  # another compaction works here: what it leaves is merged the next time
+    if len(merged) < len(ours):
+        return 0  # a shard turned out damaged while it was read
     name = ""
     if len(merged):
         circumstances = {repr(each): each for content in contents for each in content.circumstances}

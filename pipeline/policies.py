@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# parts of the names under which architectures keep how much is left to chance
+_RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
+
+
 @dataclass(frozen=True)
 class Policy:
     """`model` is what runs; `adapted` is PEFT's view of it where adapters are trained; `forward` is its forward pass."""
@@ -64,12 +68,17 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """Turn dropout off for good: the stored reference was scored without it."""
+    """Turn off for good whatever is random in a forward pass of training: the stored reference was scored without it.
+
+    Architectures drop out by modules, by numbers that they hand to functions, and by skipping layers; experts are chosen with
+    noise. All of these numbers are attributes of modules. The configuration keeps its own, for whoever trains on.
+    """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):  # noqa: SLF001  # what all kinds of dropout derive from
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and any(word in name for word in _RANDOM):
+                setattr(module, name, 0.0)
 
 
 def _four_bits(precision: torch.dtype) -> Any:

@@ -19,7 +19,8 @@ import torch
 
 from pipeline.config import PolicyConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.forward import Hidden, Tree, hidden_states_of, merge
+from pipeline.forward import Hidden, hidden_states_of
+from pipeline.trees import Tree, merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,20 +30,28 @@ if TYPE_CHECKING:
 class Rewards:
     """A function from trees to scores: for each tree and branch a float32 scalar."""
 
-    hidden_of: Hidden
+    hidden: Hidden
     head: torch.nn.Module
 
     def __call__(self, trees: Sequence[Tree]) -> list[list[torch.Tensor]]:
         """Scores of every branch of every tree."""
         merged, places = merge(trees)
         # the forward pass leaves out what predicts nothing, a branch's last token: behind one more it is read
-        longer = [Tree(tree.trunk, tuple((*branch, 0) for branch in tree.branches)) for tree in merged]
-        hidden_NH = self.hidden_of(longer)
+        longer = _with_one_more(merged)
+        hidden_NH = self.hidden.of(longer)
         ends = list(itertools.accumulate(len(branch) for tree in longer for branch in tree.branches))
         last = hidden_NH[torch.tensor(ends, device=hidden_NH.device) - 1]
         with torch.autocast(last.device.type, enabled=False):
             scores = self.head(last.float())[:, 0]
         return [[scores[place] for place in tree] for tree in places]
+
+    def tokens(self, trees: Sequence[Tree]) -> int:
+        """Tokens that the model reads for `trees`, filling of batches included."""
+        return self.hidden.tokens(_with_one_more(merge(trees)[0]))
+
+
+def _with_one_more(trees: Sequence[Tree]) -> list[Tree]:
+    return [Tree(tree.trunk, tuple((*branch, 0) for branch in tree.branches)) for tree in trees]
 
 
 def rewards_of(model: PreTrainedModel, layout: str, precision: torch.dtype) -> Rewards:

@@ -19,7 +19,7 @@ import torch
 
 from pipeline.config import TrainConfig
 from pipeline.errors import CheckError, DataError, first_line
-from pipeline.forward import Forward, Tree
+from pipeline.forward import Forward
 from pipeline.hardware import device_kind
 from pipeline.loss_names import across_pairs, reference_free
 from pipeline.losses import (
@@ -32,6 +32,7 @@ from pipeline.losses import (
 )
 from pipeline.reward import Rewards
 from pipeline.schema import PAIRS, read_table
+from pipeline.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], tr
     sort pairs see the whole step too: then every forward pass but a single one runs twice. Raises NotFinite, and CheckError
     where an operation of the model has no gradient.
     """
-    groups = list(micro_batches(pairs, rows, train, train.per_device_train_batch_size))
+    groups = list(micro_batches(forward, pairs, rows, train, train.per_device_train_batch_size))
     if across_pairs(train) and len(groups) > 1:
         return _step_in_two_passes(forward, pairs, groups, train)
     found: list[dict[str, float]] = []
@@ -121,7 +122,7 @@ def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], tr
 def evaluate(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -> dict[str, float]:
     """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them."""
     rows = range(len(pairs))
-    groups = list(micro_batches(pairs, rows, train, train.per_device_eval_batch_size))
+    groups = list(micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size))
     if not across_pairs(train):
         return _means([_sums(*_terms(forward, pairs, group, train, rows)) for group in groups], len(pairs))
     whole = _joined([_pair_logps(forward, pairs, group, train, rows) for group in groups])
@@ -133,35 +134,30 @@ def pair_rewards(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -
     """Rewards of chosen and rejected, float64 [pairs], in the order of `pairs`."""
     rows = range(len(pairs))
     rewards = np.zeros((2, len(pairs)))
-    for group in micro_batches(pairs, rows, train, train.per_device_eval_batch_size):
+    for group in micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size):
         terms = _terms(forward, pairs, group, train, rows)[0]
         rewards[0, group] = terms.chosen_rewards.cpu().numpy()
         rewards[1, group] = terms.rejected_rewards.cpu().numpy()
     return rewards[0], rewards[1]
 
 
-def micro_batches(pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int) -> Iterable[list[int]]:
-    """Rows of each forward pass: at most `size` pairs and `train.tokens_per_batch` tokens; pairs of one prompt together,
-    where they share the trunk, similar lengths together.
+def micro_batches(
+    forward: Forward | Rewards, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int
+) -> Iterable[list[int]]:
+    """Rows of each forward pass: at most `size` pairs, and `train.tokens_per_batch` tokens of those that `forward` reads for
+    them; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.
     """
     budget = train.tokens_per_batch or default_tokens_per_batch()
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         by_prompt.setdefault(tuple(pairs.trees[row].trunk), []).append(row)
+    longest_first = sorted(by_prompt.values(), key=lambda same: (-max(len(pairs.trees[row]) for row in same), same))
     group: list[int] = []
-    filled, trunk = 0, None
-    longest_first = sorted(
-        by_prompt.items(), key=lambda item: (-max(len(pairs.trees[row]) for row in item[1]), item[1])
-    )
-    for prompt, same in longest_first:
-        for row in same:
-            shared = len(prompt) if trunk == prompt and train.layout == "tree" else 0
-            if group and (len(group) == size or filled + len(pairs.trees[row]) - shared > budget):
-                yield group
-                group, filled, shared = [], 0, 0
-            group.append(row)
-            filled += len(pairs.trees[row]) - shared
-            trunk = prompt
+    for row in (row for same in longest_first for row in same):
+        if group and (len(group) == size or forward.tokens([pairs.trees[each] for each in (*group, row)]) > budget):
+            yield group
+            group = []
+        group.append(row)
     if group:
         yield group
 

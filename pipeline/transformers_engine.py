@@ -6,19 +6,20 @@ the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.config import ReferenceConfig
-from pipeline.forward import Tree, forward_of
+from pipeline.forward import forward_of
 from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
 from pipeline.models import load_causal_lm
 from pipeline.scoring import Request
 from pipeline.sharing import siblings
+from pipeline.trees import Tree
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
@@ -35,10 +36,8 @@ class TransformersScorer:
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
         found = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
-        for batch in batches(sequences, self.batched_tokens):
-            trees = [
-                Tree(sequences[tree[0]].prompt_ids, tuple(sequences[at].response_ids for at in tree)) for tree in batch
-            ]
+        for batch in batches(sequences, self.batched_tokens, self._forward.hidden.tokens):
+            trees = [tree_of(sequences, part) for part in batch]
             for tree, branches in zip(batch, self._forward(trees), strict=True):
                 for at, logps in zip(tree, branches, strict=True):
                     found[at] = logps.float().cpu().numpy()
@@ -49,34 +48,37 @@ class TransformersScorer:
         del self._forward
 
 
-def batches(sequences: Sequence[Request], budget: int) -> list[list[list[int]]]:
+def batches(
+    sequences: Sequence[Request], budget: int, tokens: Callable[[Sequence[Tree]], int]
+) -> list[list[list[int]]]:
     """Batches of trees, a tree being the places of sequences with one prompt; similar sizes together.
 
-    A batch has at most `budget` tokens, unless a single sequence has more.
+    A batch has at most `budget` of the tokens that `tokens` says are read for its trees, unless a single sequence has more.
     """
-    trees = [tree for group in siblings(sequences) for tree in _cut(sequences, group, budget)]
-    sizes = [_tokens(sequences, tree) for tree in trees]
-    groups: list[list[list[int]]] = []
-    filled = 0
+    cut = [part for group in siblings(sequences) for part in _cut(sequences, group, budget, tokens)]
+    trees = [tree_of(sequences, part) for part in cut]
+    sizes = [tokens([tree]) for tree in trees]
+    groups: list[list[int]] = []
     for number in sorted(range(len(trees)), key=lambda number: -sizes[number]):
-        if not groups or filled + sizes[number] > budget:
+        if not groups or tokens([trees[each] for each in (*groups[-1], number)]) > budget:
             groups.append([])
-            filled = 0
-        groups[-1].append(trees[number])
-        filled += sizes[number]
-    return groups
+        groups[-1].append(number)
+    return [[cut[number] for number in group] for group in groups]
 
 
-def _cut(sequences: Sequence[Request], group: list[int], budget: int) -> Iterator[list[int]]:
+def tree_of(sequences: Sequence[Request], part: Sequence[int]) -> Tree:
+    """The tree of sequences with one prompt, by their places."""
+    return Tree(sequences[part[0]].prompt_ids, tuple(sequences[at].response_ids for at in part))
+
+
+def _cut(
+    sequences: Sequence[Request], group: list[int], budget: int, tokens: Callable[[Sequence[Tree]], int]
+) -> Iterator[list[int]]:
     """The group in pieces whose trees fit the budget."""
-    tree: list[int] = []
+    part: list[int] = []
     for at in group:
-        if tree and _tokens(sequences, [*tree, at]) > budget:
-            yield tree
-            tree = []
-        tree.append(at)
-    yield tree
-
-
-def _tokens(sequences: Sequence[Request], tree: Sequence[int]) -> int:
-    return len(sequences[tree[0]].prompt_ids) + sum(len(sequences[at].response_ids) for at in tree)
+        if part and tokens([tree_of(sequences, [*part, at])]) > budget:
+            yield part
+            part = []
+        part.append(at)
+    yield part

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from pipeline.errors import ConfigError
-from pipeline.forward import Tree, forward_of, merge, pack_trees
+from pipeline.forward import forward_of
 from pipeline.tree_attention import Pack, attend, carrier
+from pipeline.trees import Tree, merge, pack_trees
 
 SIZES = {
     "vocab_size": 97,
@@ -191,7 +192,7 @@ def test_trees_of_one_prompt_share_its_trunk_and_equal_branches_are_read_once(mo
     assert places == [[0, 1], [3, 4], [1, 2, 0]]
     model = build(MODELS["llama"])
     forward = forward_of(model, "tree")
-    monkeypatch.setattr("pipeline.forward._WIDTH", {})
+    monkeypatch.setattr("pipeline.trees._WIDTH", {})
     read = []
     embed = model.base_model.embed_tokens.forward
     monkeypatch.setattr(model.base_model.embed_tokens, "forward", lambda ids: read.append(ids.numel()) or embed(ids))

@@ -11,6 +11,7 @@ from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpo
 from pipeline.config_file import load_overrides
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import save_policy, trained_directory
+from pipeline.forward import Hidden
 from pipeline.models import load_tokenizer
 from pipeline.optimizers import make_optimizer, update
 from pipeline.policies import load_policy
@@ -140,8 +141,10 @@ def test_both_passes_of_losses_that_sort_pairs_drop_the_same(tiny_model, pairs):
     policy = policy_of(tiny_model, config)
     policy.model.train()
     seen = []
-    hidden_of = policy.forward.hidden_of
-    object.__setattr__(policy.forward, "hidden_of", lambda trees: seen.append(hidden_of(trees)) or seen[-1])
+    hidden = policy.forward.hidden
+    object.__setattr__(
+        policy.forward, "hidden", Hidden(lambda trees: seen.append(hidden.of(trees)) or seen[-1], hidden.tokens)
+    )
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:

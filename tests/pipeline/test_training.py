@@ -9,12 +9,14 @@ import torch
 
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
-from pipeline.forward import Tree, forward_of
+from pipeline.forward import forward_of
 from pipeline.gate import measure_gate
 from pipeline.models import load_causal_lm
 from pipeline.optimizers import make_optimizer
+from pipeline.routes import Route
 from pipeline.schema import PAIRS, write_table
 from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, micro_batches, pair_rewards, train_step
+from pipeline.trees import Tree
 
 
 def rows_of(number):
@@ -160,27 +162,44 @@ def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, da
         load_pairs(path, "train")
 
 
-def test_a_forward_pass_keeps_to_its_pairs_and_tokens_and_prompts_stay_together(pairs):
-    trees = pairs.trees
-    for size, budget in ((3, 10**6), (16, 40), (2, 25), (16, 1)):
-        train = TrainConfig(tokens_per_batch=budget)
-        groups = list(micro_batches(pairs, range(16), train, size))
-        assert sorted(row for group in groups for row in group) == list(range(16))
-        for group in groups:
-            assert len(group) <= size
-            assert len(group) == 1 or sum(len(trees[row]) for row in group) <= budget
-    # two more pairs of the first prompt: their trunk is counted once in a tree, each time in separate sequences
+WAYS = {
+    "packed": Route("packed"),
+    "packed up to a limit": Route("packed", "positions", 14),
+    "padded": Route("padded", "its layers"),
+    "alone": Route("alone", "its positions"),
+}
+
+
+@pytest.mark.parametrize("layout", ["tree", "separate"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_pass_reads_no_more_than_its_budget_whatever_the_way(pairs, reference, way, layout, monkeypatch):
+    """What reaches the embeddings is counted, filling of packs to a rounded width left out."""
+    monkeypatch.setattr("pipeline.forward.route_of", lambda model, precision: WAYS[way])
+    monkeypatch.setattr("pipeline.trees._WIDTH", {})
+    model = copy.deepcopy(reference)
+    read = []
+    embed = model.base_model.embed_tokens.forward
+    monkeypatch.setattr(model.base_model.embed_tokens, "forward", lambda ids: read.append(ids.numel()) or embed(ids))
+    forward = forward_of(model, layout)
+    # pairs of one prompt share their trunk, and a branch that stands twice is read once
+    trunk = pairs.trees[0].trunk
     doubled = Pairs(
         [*pairs.pair_ids, "a", "b"],
-        [*trees, *(Tree(trees[0].trunk, ([1, 2, number], [3, number])) for number in (4, 5))],
+        [*pairs.trees, Tree(trunk, ([1, 2, 4], [3, 4])), Tree(trunk, ([1, 2, 5], [3, 4]))],
         [*pairs.ref_chosen_logps, *(np.zeros(3, np.float32),) * 2],
         [*pairs.ref_rejected_logps, *(np.zeros(2, np.float32),) * 2],
     )
-    trunk, tokens = len(trees[0].trunk), sum(len(doubled.trees[row]) for row in (0, 16, 17))
-    shared = TrainConfig(tokens_per_batch=tokens - 2 * trunk)
-    assert [sorted(group) for group in micro_batches(doubled, [16, 0, 17], shared, 8)] == [[0, 16, 17]]
-    apart = TrainConfig(tokens_per_batch=tokens - 2 * trunk, layout="separate")
-    assert len(list(micro_batches(doubled, [16, 0, 17], apart, 8))) > 1
+    for size, budget in ((3, 10**6), (18, 60), (2, 45), (18, 1)):
+        groups = list(micro_batches(forward, doubled, range(18), TrainConfig(tokens_per_batch=budget), size))
+        assert sorted(row for group in groups for row in group) == list(range(18))
+        for group in groups:
+            trees = [doubled.trees[row] for row in group]
+            read.clear()
+            with torch.no_grad():
+                forward(trees)
+            assert sum(read) == forward.tokens(trees)
+            assert len(group) <= size
+            assert len(group) == 1 or sum(read) <= budget
 
 
 def test_the_token_budget_changes_no_loss(pairs, reference):

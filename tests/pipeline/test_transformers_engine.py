@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import ReferenceConfig
 from pipeline.scoring import numerics_of, start_scorer
 from pipeline.sharing import Branch, branches_of, copy_shared, shared_tokens, siblings
-from pipeline.transformers_engine import batches
+from pipeline.transformers_engine import batches, tree_of
 from tests.pipeline.sequences import LIMIT, edge_cases, plain_logps
 
 CASES = edge_cases(32)
@@ -35,14 +35,12 @@ def test_every_score_equals_a_plain_forward(shared, scores, tiny_model):
 
 
 def test_batches_hold_every_sequence_once_within_their_budget():
-    found = batches(REQUESTS, 700)
+    found = batches(REQUESTS, 700, lambda trees: sum(map(len, trees)))
     assert sorted(at for batch in found for tree in batch for at in tree) == list(range(len(REQUESTS)))
     for batch in found:
         for tree in batch:
             assert len({tuple(REQUESTS[at].prompt_ids) for at in tree}) == 1
-        tokens = sum(
-            len(REQUESTS[tree[0]].prompt_ids) + sum(len(REQUESTS[at].response_ids) for at in tree) for tree in batch
-        )
+        tokens = sum(len(tree_of(REQUESTS, tree)) for tree in batch)
         assert tokens <= 700 or (len(batch) == 1 and len(batch[0]) == 1)
 
 

@@ -1,0 +1,91 @@
+"""Trees of token ids and how they are laid into one sequence: a prompt (trunk) and the responses to it (branches).
+
+Trees with the same trunk are merged, and equal branches read once. Packed, the trunk stands once, positions of every branch go
+on where the trunk ends. The last token of a branch predicts nothing and is left out.
+
+Shapes: T tokens of a pack, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.tree_attention import Pack
+
+# Widths of packs are multiples of this, so that they are few: on a GPU every width is compiled once, on CPU blocks of memory
+# fit again that an earlier pack has freed.
+_WIDTH = {"cuda": 1024, "cpu": 128}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token ids of a prompt and of the responses to it."""
+
+    trunk: Sequence[int]
+    branches: tuple[Sequence[int], ...]
+
+    def __len__(self) -> int:
+        """Tokens of the laid-out sequence; the last token of a branch predicts nothing and is left out."""
+        return len(self.trunk) + sum(len(branch) - 1 for branch in self.branches)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence in it, a prompt with one response to its last token."""
+        return len(self.trunk) + max(map(len, self.branches))
+
+
+def merge(trees: Sequence[Tree]) -> tuple[list[Tree], list[list[int]]]:
+    """Trees with every trunk once and every branch of it once; for each given tree and branch its number among the
+    merged trees' branches, counted through.
+    """
+    branches: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    for tree in trees:
+        known = branches.setdefault(tuple(tree.trunk), {})
+        for branch in tree.branches:
+            known.setdefault(tuple(branch), len(known))
+    starts, count = {}, 0
+    for trunk, known in branches.items():
+        starts[trunk] = count
+        count += len(known)
+    places = []
+    for tree in trees:
+        trunk = tuple(tree.trunk)
+        places.append([starts[trunk] + branches[trunk][tuple(branch)] for branch in tree.branches])
+    return [Tree(trunk, tuple(known)) for trunk, known in branches.items()], places
+
+
+def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tensor, Pack, torch.Tensor]:
+    """Token ids [T], the pack, and the positions [N] whose hidden states predict the branches' tokens."""
+    total, multiple = sum(map(len, trees)), _WIDTH.get(device.type, 1)
+    width = -(-total // multiple) * multiple
+    ids, positions, number_of = (np.zeros(width, dtype=np.int64) for _ in range(3))
+    branch_of = np.full(width, -1, dtype=np.int64)
+    rows, slices, start = [], [], 0
+    for number, tree in enumerate(trees):
+        first, end = start, start + len(tree.trunk)
+        ids[first:end], branch_of[first:end], positions[first:end] = tree.trunk, 0, np.arange(end - first)
+        start = end
+        for which, branch in enumerate(tree.branches, start=1):
+            inner = len(branch) - 1
+            ids[start : start + inner], branch_of[start : start + inner] = branch[:-1], which
+            positions[start : start + inner] = np.arange(end - first, end - first + inner)
+            # the trunk's last position predicts the first token of every branch
+            rows.append(np.concatenate([[end - 1], np.arange(start, start + inner)]))
+            start += inner
+        number_of[first:start] = number
+        slices.append(slice(first, start))
+    # padding at the end sees padding only, and is in no tree's slice
+    number_of[total:] = len(trees)
+    tree_T, branch_T, positions_T = (
+        torch.from_numpy(values).to(device) for values in (number_of, branch_of, positions)
+    )
+    pack = Pack(tree_T, branch_T, positions_T, slices, [len(tree.branches) > 1 for tree in trees])
+    return torch.from_numpy(ids).to(device), pack, torch.from_numpy(np.concatenate(rows)).to(device)
+
+
+def separated(trees: Sequence[Tree]) -> list[Tree]:
+    return [Tree(tree.trunk, (branch,)) for tree in trees for branch in tree.branches]
