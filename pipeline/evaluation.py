@@ -117,9 +117,10 @@ def cost_figures(kl: pa.Table | None, rewards: dict[str, list[float | None]]) ->
     `kl`: kl.parquet, the reference's responses too; `rewards`: judge -> rewards of its rows.
     """
     found: dict[str, Any] = {}
-    rows = [] if kl is None else kl.select(["model", "prompt_id"]).to_pylist()
+    if kl is None:
+        return found
+    rows = kl.select(["model", "prompt_id"]).to_pylist()
     for model in dict.fromkeys(row["model"] for row in rows):
-        assert kl is not None
         found[model] = {} if model == "reference" else divergence(kl.filter(pc.equal(kl["model"], model)))
         found[model]["reward"] = {}
         for judge, values in rewards.items():

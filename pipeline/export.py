@@ -3,37 +3,84 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from pipeline import __version__, durable
 from pipeline.config import Config
 from pipeline.errors import DataError
+from pipeline.export_check import CHECKED, must_agree, outputs_of
 from pipeline.loss_names import reference_free
 from pipeline.models import copy_tokenizer, load_causal_lm, merge_adapter
-from pipeline.policies import Policy
+from pipeline.policies import Policy, four_bits, without_packing
 from pipeline.reward import align_padding
 from pipeline.runs import Run, versions
+from pipeline.trees import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def save_policy(policy: Policy, base: Path, config: Config, run: Run, card: str, tokenizer: Any) -> None:
+def save_policy(
+    policy: Policy, base: Path, config: Config, run: Run, card: str, tokenizer: Any, trees: Sequence[Tree]
+) -> dict[str, float]:
     """Write what was trained: `run.adapter` in PEFT's layout where adapters were, and `run.model` in transformers' layout
     beside the tokenizer files of `base` (with adapters: merged in float32, if `policy.lora.merge`).
+
+    Each is loaded again before it takes its place, and must give the trained model's outputs on `trees`; returns by how much
+    they differ. Raises CheckError if one does not.
     """
-    lora = config.policy.lora
+    lora, rewards = config.policy.lora, config.train.objective == "reward"
+    trees = trees[:CHECKED]
+    trained = outputs_of(policy.model, trees, rewards=rewards)
+    coarse = policy.model.dtype != torch.float32 or config.policy.load_in_4bit
+    differences: dict[str, float] = {}
+
+    def check(
+        name: str, place: Path, load: Callable[[], PreTrainedModel], expected: np.ndarray, *, rough: bool
+    ) -> None:
+        difference = must_agree(load(), place, expected, trees, rewards=rewards, coarse=rough)
+        differences[name] = difference
+
     if lora is None:
-        _replace(run.model, lambda to: _save_whole(policy.model, base, to, card, tokenizer))
-        return
-    _replace(run.adapter, lambda to: _save_adapter(policy.adapted, to, card))
+        _replace(
+            run.model,
+            lambda to: _save_whole(policy.model, base, to, card, tokenizer),
+            lambda at: check("model", run.model, lambda: _load(at, config), trained, rough=coarse),
+        )
+        return differences
+    _replace(
+        run.adapter,
+        lambda to: _save_adapter(policy.adapted, to, card),
+        lambda at: check(
+            "adapter",
+            run.adapter,
+            lambda: _with_adapter(policy.model, base, config, at).get_base_model(),
+            trained,
+            rough=coarse,
+        ),
+    )
     if not lora.merge:
         shutil.rmtree(run.model, ignore_errors=True)
-        return
-    merged = _merged(policy.model, base, config, run.adapter)
-    _replace(run.model, lambda to: _save_whole(merged, base, to, card, tokenizer))
+        return differences
+    full = config.model_copy(update={"policy": config.policy.model_copy(update={"load_in_4bit": False})})
+    adapted = _with_adapter(policy.model, base, full, run.adapter)
+    if config.policy.load_in_4bit:
+        # trained on a base of four bits, merged into the base itself: what must agree is the adapter beside it
+        trained = outputs_of(adapted.get_base_model(), trees, rewards=rewards)
+    merged = adapted.merge_and_unload()
+    _replace(
+        run.model,
+        lambda to: _save_whole(merged, base, to, card, tokenizer),
+        lambda at: check(
+            "model", run.model, lambda: _load(at, config), trained, rough=coarse and not config.policy.load_in_4bit
+        ),
+    )
+    return differences
 
 
 def trained_directory(run: Run, base: Path, config: Config) -> Path:
@@ -61,27 +108,52 @@ def _save_adapter(adapted: Any, directory: Path, card: str) -> None:
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def _merged(model: PreTrainedModel, base: Path, config: Config, adapter: Path) -> PreTrainedModel:
-    """The adapter merged into a fresh float32 base: a base in four or sixteen bits would round it away."""
-    import torch
+def _with_adapter(model: PreTrainedModel, base: Path, config: Config, adapter: Path) -> Any:
+    """PEFT's view of the adapter on a fresh base: in float32, as one of fewer bits would round it away, or in the four bits that
+    it was trained on.
+    """
     from peft import PeftModel
 
+    options: dict[str, Any] = {"quantization_config": four_bits(torch.float32)} if config.policy.load_in_4bit else {}
     if config.train.objective == "reward":
         fresh = type(model).from_pretrained(
-            base, num_labels=1, pad_token_id=model.config.pad_token_id, dtype=torch.float32, local_files_only=True
+            base,
+            num_labels=1,
+            pad_token_id=model.config.pad_token_id,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=config.policy.trust_remote_code,
+            **options,
         )
     else:
-        fresh = load_causal_lm(base, config.policy, torch.float32)
-    merged: PreTrainedModel = PeftModel.from_pretrained(fresh, adapter).merge_and_unload()
-    return merged
+        fresh = load_causal_lm(base, config.policy, torch.float32, **options)
+    if options:
+        without_packing(fresh)
+    return PeftModel.from_pretrained(fresh, adapter)
 
 
-def _replace(directory: Path, write: Callable[[Path], None]) -> None:
-    """Make `directory` anew with `write`; the old one goes in one step."""
+def _load(directory: Path, config: Config) -> PreTrainedModel:
+    if config.train.objective != "reward":
+        return load_causal_lm(directory, config.policy, torch.float32)
+    from transformers import AutoModelForSequenceClassification
+
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=config.policy.trust_remote_code,
+    )
+    return model
+
+
+def _replace(directory: Path, write: Callable[[Path], None], check: Callable[[Path], None]) -> None:
+    """Make `directory` anew with `write`, if what was written passes `check`; the old one goes in one step."""
     temporary, old = durable.temporary_beside(directory), durable.temporary_beside(directory)
     try:
         with durable.explaining_disk(directory):
             write(temporary)
+            check(temporary)
             for file in temporary.iterdir():
                 durable.flush(file)
             if directory.exists():

@@ -18,8 +18,9 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
     """The configured optimizer over the weights that learn; norms and biases are not decayed.
 
     adamw: Loshchilov and Hutter 2017 (1711.05101). adamw_8bit: the same with block-wise 8-bit moments, Dettmers et al. 2021
-    (2110.02861). adafactor: Shazeer and Stern 2018 (1804.04235), factored second moments, no first. ConfigError where
-    the package of adamw_8bit is missing.
+    (2110.02861). adafactor: Shazeer and Stern 2018 (1804.04235), factored second moments, no first, steps clipped at a root mean
+    square of 1 and not scaled by the weights' size. The first step of each changes a weight by about the learning rate (root
+    mean square). ConfigError where the package of adamw_8bit is missing.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, others = ([p for p in parameters if (p.ndim >= 2) == decays] for decays in (True, False))
@@ -29,7 +30,14 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
         if chosen
     ]
     if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=train.learning_rate)
+        from transformers.optimization import Adafactor
+
+        # as transformers' Trainer sets it: the rate is the rate. Scaled by the weights' size, as torch's does, a step at 1e-6 is
+        # 2e-8 on a layer, and 1e-9 on an adapter that begins at zero
+        factored: torch.optim.Optimizer = Adafactor(
+            groups, lr=train.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
+        )
+        return factored
     if train.optimizer == "adamw_8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import Config
+from pipeline.config import Config, LoraConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward import Forward, forward_of
 from pipeline.hardware import device_kind
@@ -46,7 +46,7 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     precision = torch.float32 if train.precision == "float32" else torch.bfloat16
     options: dict[str, Any] = {}
     if policy.load_in_4bit:
-        options["quantization_config"] = _four_bits(precision)
+        options["quantization_config"] = four_bits(precision)
     if train.objective == "reward":
         model = load_reward_model(base, policy, tokenizer, ends, **options)
     else:
@@ -54,10 +54,10 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
         saved = policy.lora and precision == torch.bfloat16
         model = load_causal_lm(base, policy, "auto" if saved else torch.float32, **options)
     if policy.load_in_4bit:
-        _without_packing(model)
+        without_packing(model)
     model = model.to(device_kind())
     without_dropout(model)
-    adapted = _adapted(model, config) if policy.lora else None
+    adapted = _adapted(model, policy.lora, rewards=train.objective == "reward") if policy.lora else None
     if train.gradient_checkpointing:
         contexts = {"context_fn": recomputation} if device_kind() == "cpu" else {}
         model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
@@ -81,7 +81,8 @@ def without_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def _four_bits(precision: torch.dtype) -> Any:
+def four_bits(precision: torch.dtype) -> Any:
+    """The configuration of a base in NF4. Raises ConfigError if bitsandbytes is missing."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError("policy.load_in_4bit needs the package bitsandbytes: .venv/bin/uv pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -95,7 +96,7 @@ def _four_bits(precision: torch.dtype) -> Any:
     )
 
 
-def _without_packing(model: PreTrainedModel) -> None:
+def without_packing(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing weights for inference on CPU, at the first pass without gradients and for good.
 
     On processors with AVX512-BF16 it does so in every evaluation, and what it computes with packed weights has no gradient:
@@ -106,19 +107,18 @@ def _without_packing(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _adapted(model: PreTrainedModel, config: Config) -> Any:
+def _adapted(model: PreTrainedModel, lora: LoraConfig, *, rewards: bool) -> Any:
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    lora = config.policy.lora
-    assert lora is not None
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type="SEQ_CLS" if config.train.objective == "reward" else "CAUSAL_LM",
+        task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
     )
+    tied = _is_tied(model)
     try:
         adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
@@ -127,4 +127,15 @@ def _adapted(model: PreTrainedModel, config: Config) -> Any:
         ) from None
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ConfigError("policy.lora.target_modules: the output layer cannot have an adapter; leave it out")
+    if tied and isinstance(model.get_input_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            "policy.lora.target_modules: the embeddings cannot have an adapter, as this model's output layer is tied to them: "
+            "merged, the adapter would change the output layer too, which it did not in training. Leave them out"
+        )
     return adapted
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output layer's weights are the embeddings'."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embeddings is not None and head.weight is embeddings.weight

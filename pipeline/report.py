@@ -27,8 +27,7 @@ _SHOWN = 60
 
 def write_report(run: Run, config: Config, figures: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     """Render the page from the run's artifacts, `figures` (eval.json) and `samples` (worst first)."""
-    metrics = pl.from_arrow(read_table(run.metrics, METRICS))
-    assert isinstance(metrics, pl.DataFrame)
+    metrics = pl.DataFrame(read_table(run.metrics, METRICS))
     leading = leading_judge(figures)
     gain = gain_of(figures)
     points = points_of(figures, gain) if gain else []

@@ -104,19 +104,23 @@ def _preference(source: str, number: int, row: Row) -> Preference | Dropped:
     return Preference(source, number, prompt, response, "")
 
 
+def _without_scores(dropped: Dropped, prompt: str | None, response: str | None) -> Row:
+    nothing = dict.fromkeys(("prompt_ids", "response_ids", "logps", "logp"))
+    texts = {"prompt": prompt, "response": response}
+    return {"source_row": dropped.row, **texts, **nothing, "problem": f"{dropped.reason} {dropped.detail}".strip()}
+
+
 def _row(item: Preference | Dropped, encoded: Encoded | Dropped, score: dict[str, Any] | None) -> Row:
-    texts: dict[str, str | None] = {"prompt": None, "response": None}
-    if isinstance(item, Preference):
-        texts = {"prompt": prompt_text(item.prompt), "response": item.chosen}
+    if isinstance(item, Dropped):
+        return _without_scores(item, None, None)
     if isinstance(encoded, Dropped):
-        nothing = dict.fromkeys(("prompt_ids", "response_ids", "logps", "logp"))
-        return {"source_row": encoded.row, **texts, **nothing, "problem": f"{encoded.reason} {encoded.detail}".strip()}
-    assert isinstance(item, Preference)
+        return _without_scores(encoded, prompt_text(item.prompt), item.chosen)
     if score is None or len(score["logps"]) != len(encoded.responses[0]):
         raise DataError(f"row {item.row} has no whole score in the store after scoring: run 'refscore store verify'")
     return {
         "source_row": item.row,
-        **texts,
+        "prompt": prompt_text(item.prompt),
+        "response": item.chosen,
         "prompt_ids": encoded.prompt_ids,
         "response_ids": encoded.responses[0],
         "logps": np.asarray(score["logps"], np.float32),

@@ -107,11 +107,12 @@ def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], tr
     where an operation of the model has no gradient.
     """
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_train_batch_size))
-    if across_pairs(train) and len(groups) > 1:
+    if isinstance(forward, Forward) and across_pairs(train) and len(groups) > 1:
         return _step_in_two_passes(forward, pairs, groups, train)
+    mean_tokens = _mean_chosen_tokens(pairs, rows)
     found: list[dict[str, float]] = []
     for group in groups:
-        terms, logps = _terms(forward, pairs, group, train, rows)
+        terms, logps = _terms(forward, pairs, group, train, mean_tokens)
         found.append(_sums(terms, logps))
         _must_be_finite(found[-1]["loss"], pairs, rows)
         torch.autograd.backward(terms.losses.sum() / len(rows))
@@ -123,9 +124,10 @@ def evaluate(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -> di
     """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them."""
     rows = range(len(pairs))
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size))
-    if not across_pairs(train):
-        return _means([_sums(*_terms(forward, pairs, group, train, rows)) for group in groups], len(pairs))
-    whole = _joined([_pair_logps(forward, pairs, group, train, rows) for group in groups])
+    mean_tokens = _mean_chosen_tokens(pairs, rows)
+    if isinstance(forward, Rewards) or not across_pairs(train):
+        return _means([_sums(*_terms(forward, pairs, group, train, mean_tokens)) for group in groups], len(pairs))
+    whole = _joined([_pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
     return _means([_sums(preference_loss(whole, train), whole)], len(pairs))
 
 
@@ -134,8 +136,9 @@ def pair_rewards(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -
     """Rewards of chosen and rejected, float64 [pairs], in the order of `pairs`."""
     rows = range(len(pairs))
     rewards = np.zeros((2, len(pairs)))
+    mean_tokens = _mean_chosen_tokens(pairs, rows)
     for group in micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size):
-        terms = _terms(forward, pairs, group, train, rows)[0]
+        terms = _terms(forward, pairs, group, train, mean_tokens)[0]
         rewards[0, group] = terms.chosen_rewards.cpu().numpy()
         rewards[1, group] = terms.rejected_rewards.cpu().numpy()
     return rewards[0], rewards[1]
@@ -171,21 +174,24 @@ def default_tokens_per_batch() -> int:
 
 
 def _terms(
-    forward: Forward | Rewards, pairs: Pairs, group: Sequence[int], train: TrainConfig, rows: Sequence[int]
+    forward: Forward | Rewards, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
 ) -> tuple[LossTerms, PairLogps | None]:
-    """Loss terms of the pairs of `group`, a part of the step's `rows`; and their logps where there are any."""
-    if train.objective == "reward":
+    """Loss terms of the pairs of `group`, and their logps if there are any; `mean_tokens` of the chosen side of the whole step."""
+    if isinstance(forward, Rewards):
         scores = forward([pairs.trees[row] for row in group])
         chosen, rejected = (torch.stack([tree[side] for tree in scores]) for side in (0, 1))
         return bradley_terry_loss(chosen, rejected), None
-    logps = _pair_logps(forward, pairs, group, train, rows)
+    logps = _pair_logps(forward, pairs, group, train, mean_tokens)
     return preference_loss(logps, train), logps
 
 
+def _mean_chosen_tokens(pairs: Pairs, rows: Sequence[int]) -> float:
+    return float(np.mean([len(pairs.trees[row].branches[0]) for row in rows]))
+
+
 def _pair_logps(
-    forward: Forward | Rewards, pairs: Pairs, group: Sequence[int], train: TrainConfig, rows: Sequence[int]
+    forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
 ) -> PairLogps:
-    assert isinstance(forward, Forward)
     trees = [pairs.trees[row] for row in group]
     if train.use_weighting:
         found, squares = forward.aligned(trees)
@@ -211,18 +217,19 @@ def _pair_logps(
         torch.stack([weighted_sums(logps, ld_alpha=None) for logps in found], dim=1),
         torch.tensor(lengths, dtype=torch.float64, device=device).T,
         torch.stack(weights),
-        float(np.mean([len(pairs.trees[row].branches[0]) for row in rows])),
+        mean_tokens,
     )
 
 
 def _step_in_two_passes(
-    forward: Forward | Rewards, pairs: Pairs, groups: list[list[int]], train: TrainConfig
+    forward: Forward, pairs: Pairs, groups: list[list[int]], train: TrainConfig
 ) -> dict[str, float]:
     """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
     rows = [row for group in groups for row in group]
     # forked, so that dropout of adapters falls alike in both passes
+    mean_tokens = _mean_chosen_tokens(pairs, rows)
     with torch.no_grad(), torch.random.fork_rng():
-        whole = _joined([_pair_logps(forward, pairs, group, train, rows) for group in groups])
+        whole = _joined([_pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
     leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
     terms = preference_loss(whole, train)
     found = _sums(terms, whole)
@@ -230,7 +237,7 @@ def _step_in_two_passes(
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
     start = 0
     for group in groups:
-        part, stop = _pair_logps(forward, pairs, group, train, rows), start + len(group)
+        part, stop = _pair_logps(forward, pairs, group, train, mean_tokens), start + len(group)
         torch.autograd.backward([part.policy_2B, part.sums_2B], [gradient[:, start:stop] for gradient in gradients])
         start = stop
     return _means([found], len(rows))

@@ -129,8 +129,10 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
     durable.write_json(run.health, {"words": health.words(metrics.rows(), train, steps)})
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
     card = model_card(config, run.name, about["reference_id"], len(pairs), results)
-    save_policy(policy, base, config, run, card, tokenizer)
-    record(run, config, "train", training=training, steps=steps, pairs=len(pairs), results=results)
+    optimizer.state.clear()  # a second model is loaded to be compared
+    exported = save_policy(policy, base, config, run, card, tokenizer, pairs.trees)
+    facts = {"training": training, "steps": steps, "pairs": len(pairs), "results": results, "export_check": exported}
+    record(run, config, "train", **facts)
     for name, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
         before, after = metrics.first(f"eval_{name}"), metrics.last(f"eval_{name}")
         if before is not None and after is not None:
@@ -224,7 +226,8 @@ def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: P
         durable.write_json(run.gate, {"applies": False, "reason": reason})
         console.say(f"gate      does not apply: {reason}")
         return
-    assert isinstance(policy.forward, Forward)
+    if not isinstance(policy.forward, Forward):
+        return  # a reward model compares nothing with the reference, as was said above
     policy.model.eval()
     precise = config.train.precision == "float32" and about.get("dtype") == "float32"
     rows = list(range(min(GATE_PAIRS, len(pairs))))

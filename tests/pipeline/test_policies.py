@@ -1,12 +1,14 @@
 """Adapters, four bits, optimizers and reward models: what learns, what is saved, and that others load it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import pipeline.export
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config_file import load_overrides
 from pipeline.errors import CheckError, ConfigError
@@ -17,6 +19,8 @@ from pipeline.optimizers import make_optimizer, update
 from pipeline.policies import load_policy
 from pipeline.runs import open_run
 from pipeline.training import Pairs, evaluate, train_step
+from pipeline.trees import Tree
+from tests.conftest import make_tiny_model
 from tests.pipeline.test_training import rows_of
 
 
@@ -32,8 +36,6 @@ def policy_of(model, config, ends=frozenset({0})):
 
 @pytest.fixture
 def pairs():
-    from pipeline.forward import Tree
-
     rows = rows_of(8)
     trees = [Tree(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
     ref = [[-3.0 * torch.ones(len(row[side])).numpy() for row in rows] for side in ("chosen_ids", "rejected_ids")]
@@ -63,6 +65,28 @@ def test_every_optimizer_learns_and_resumes_without_changing_a_bit(tmp_path, tin
     assert steps(again, second, pairs, config, range(2, 5)) == losses[2:]
     for mine, theirs in zip(again.model.parameters(), policy.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("scale", [0.0, 0.02, 3.0])
+def test_a_rate_makes_a_step_of_its_size_whatever_the_weights(optimizer, scale):
+    """The root mean square of the first update is the rate: on layers, on large weights, on an adapter's zeros."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 128)
+    with torch.no_grad():
+        layer.weight.normal_(std=scale) if scale else layer.weight.zero_()
+    before = layer.weight.detach().clone()
+    rate = 1e-3
+    train = load_overrides(
+        {"data": {"path": "x"}}, [f"train.optimizer={optimizer}", f"train.learning_rate={rate}"]
+    ).train
+    chosen = make_optimizer(layer, train)
+    layer(torch.randn(32, 64)).square().sum().backward()
+    # gradients far larger and far smaller than any clip
+    layer.weight.grad.mul_(1e-3)
+    update(layer, chosen, rate, 1e9)
+    step = (layer.weight - before).square().mean().sqrt().item()
+    assert 0.5 * rate < step < 1.1 * rate
 
 
 def test_optimizers_with_less_state_keep_less(tiny_model, pairs):
@@ -96,7 +120,7 @@ def test_adapters_learn_alone_and_merge_to_the_same_log_probabilities(tmp_path, 
     save_checkpoint(tmp_path / "checkpoints", 4, "t", policy.model, optimizer, 1)
     assert set(load_file(tmp_path / "checkpoints/step_000004/model.safetensors")) == set(learning)
     run = open_run("lora")
-    save_policy(policy, tiny_model, config, run, "card", load_tokenizer(tiny_model, config.policy))
+    save_policy(policy, tiny_model, config, run, "card", load_tokenizer(tiny_model, config.policy), pairs.trees)
     settings = json.loads((run.adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (4, 8)
     merged = policy_of(run.model, config_of(run.model))
@@ -104,7 +128,7 @@ def test_adapters_learn_alone_and_merge_to_the_same_log_probabilities(tmp_path, 
     expected, found = (evaluate(each.forward, pairs, config.train) for each in (policy, merged))
     assert found == pytest.approx(expected, abs=1e-4)
     apart = config_of(tiny_model, "policy.lora={r: 4, alpha: 8, merge: false}")
-    save_policy(policy, tiny_model, apart, run, "card", load_tokenizer(tiny_model, config.policy))
+    save_policy(policy, tiny_model, apart, run, "card", load_tokenizer(tiny_model, config.policy), pairs.trees)
     assert not run.model.exists()
     assert trained_directory(run, tiny_model, apart).name.startswith("merged-")
 
@@ -116,6 +140,67 @@ def test_target_modules_decide_where_adapters_are(tiny_model):
         policy_of(tiny_model, config_of(tiny_model, "policy.lora={target_modules: [nothing]}"))
     with pytest.raises(ConfigError, match="output layer"):
         policy_of(tiny_model, config_of(tiny_model, "policy.lora={target_modules: [q_proj, lm_head]}"))
+
+
+def test_embeddings_have_adapters_only_if_the_output_layer_is_its_own(tmp_path, tiny_model, pairs):
+    adapters = "policy.lora={r: 4, alpha: 64, target_modules: [q_proj, embed_tokens]}"
+    with pytest.raises(ConfigError, match="tied"):
+        policy_of(tiny_model, config_of(tiny_model, adapters))
+    untied = make_tiny_model(tmp_path / "untied", tie_word_embeddings=False)
+    config = config_of(untied, adapters)
+    policy = policy_of(untied, config)
+    steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(3))
+    tokenizer = load_tokenizer(untied, config.policy)
+    assert save_policy(policy, untied, config, open_run("untied"), "card", tokenizer, pairs.trees)["model"] < 1e-4
+
+
+SPOILED = {
+    "a weight": ("train.seed=0", "model", lambda tensors: {name: tensor * 1.02 for name, tensor in tensors.items()}),
+    "a head": (
+        "train.objective=reward",
+        "model",
+        lambda tensors: {**tensors, "score.weight": tensors["score.weight"] * 0},
+    ),
+    "an adapter": ("policy.lora={r: 4, alpha: 64}", "adapter", lambda tensors: {n: t * 0 for n, t in tensors.items()}),
+    "a merge": ("policy.lora={r: 4, alpha: 64}", "model", lambda tensors: {n: t * 1.02 for n, t in tensors.items()}),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_an_export_that_is_not_what_was_trained_fails_and_replaces_nothing(tiny_model, pairs, what, monkeypatch):
+    setting, name, spoil = SPOILED[what]
+    config = config_of(tiny_model, setting)
+    policy = policy_of(tiny_model, config, {branch[-1] for tree in pairs.trees for branch in tree.branches})
+    steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(3))
+    run, tokenizer = open_run("spoiled"), load_tokenizer(tiny_model, config.policy)
+    differences = save_policy(policy, tiny_model, config, run, "card", tokenizer, pairs.trees)
+    assert name in differences
+    assert max(differences.values()) < 1e-4
+    (file,) = (run.model if name == "model" else run.adapter).glob("*.safetensors")
+    before = file.read_bytes()
+    write = pipeline.export._save_whole if name == "model" else pipeline.export._save_adapter
+
+    def spoiled(model, *others):
+        write(model, *others)
+        directory = next(other for other in others if isinstance(other, Path) and other != tiny_model)
+        (weights,) = directory.glob("*.safetensors")
+        save_file(spoil(load_file(weights)), weights, {"format": "pt"})
+
+    monkeypatch.setattr(pipeline.export, write.__name__, spoiled)
+    with pytest.raises(CheckError, match="not what was trained"):
+        save_policy(policy, tiny_model, config, run, "card", tokenizer, pairs.trees)
+    assert file.read_bytes() == before
+    assert not [path for path in run.directory.iterdir() if path.name.startswith(".tmp")]
+
+
+def test_a_base_of_four_bits_is_exported_with_both_checks(tiny_model, pairs):
+    config = config_of(tiny_model, "policy.lora={r: 8, alpha: 64}", "policy.load_in_4bit=true")
+    policy = policy_of(tiny_model, config)
+    steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(3))
+    tokenizer = load_tokenizer(tiny_model, config.policy)
+    differences = save_policy(policy, tiny_model, config, open_run("four"), "card", tokenizer, pairs.trees)
+    assert differences["adapter"] < 0.02
+    assert differences["model"] < 1e-4
 
 
 def test_dropout_falls_on_adapters_while_training_only(tiny_model, pairs):
@@ -241,7 +326,7 @@ def test_a_reward_model_learns_and_transformers_reads_the_same_scores(tiny_model
     figures = evaluate(policy.forward, pairs, config.train)
     assert "logps/chosen" not in figures
     run = open_run("reward")
-    save_policy(policy, tiny_model, config, run, "card", load_tokenizer(tiny_model, config.policy))
+    save_policy(policy, tiny_model, config, run, "card", load_tokenizer(tiny_model, config.policy), pairs.trees)
     model = AutoModelForSequenceClassification.from_pretrained(run.model, dtype=torch.float32).eval()
     policy.model.eval()
     assert model.config.num_labels == 1

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+import pipeline.training
 from pipeline.config import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward import forward_of
@@ -269,3 +270,18 @@ def test_rewards_of_pairs_are_in_their_order(pairs, reference):
             forward_of(other, "separate"), Pairs(*(side[row : row + 1] for side in vars(pairs).values())), train
         )
         assert (chosen[row], rejected[row]) == pytest.approx((one["rewards/chosen"], one["rewards/rejected"]), abs=1e-4)
+
+
+def test_a_step_and_an_evaluation_look_at_every_length_once(pairs, reference, monkeypatch):
+    """Means over the whole were taken anew for every forward pass: quadratic in the pairs."""
+    taken = []
+    mean = pipeline.training._mean_chosen_tokens
+    monkeypatch.setattr(
+        pipeline.training, "_mean_chosen_tokens", lambda pairs, rows: taken.append(len(rows)) or mean(pairs, rows)
+    )
+    forward = forward_of(reference, "tree")
+    train = TrainConfig(per_device_eval_batch_size=2, per_device_train_batch_size=2)
+    evaluate(forward, pairs, train)
+    pair_rewards(forward, pairs, train)
+    train_step(forward_of(copy.deepcopy(reference), "tree"), pairs, range(8), train)
+    assert taken == [16, 16, 8]

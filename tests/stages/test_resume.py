@@ -50,6 +50,27 @@ def test_the_same_configuration_gives_the_same_metrics_and_resuming_changes_no_b
     assert len(list((tmp_path / "data/runs/whole/checkpoints").iterdir())) == 2
 
 
+def test_resuming_with_dropout_changes_no_bit(tmp_path, tiny_model):
+    """Dropout goes on where it was: the random state is part of a checkpoint."""
+    data = write_rows(tmp_path / "preferences.jsonl", preference_rows(24))
+    train = {"max_steps": 6, "save_steps": 2, "eval_steps": 0, "learning_rate": 0.01}
+    policy = {"lora": {"r": 4, "alpha": 32, "dropout": 0.5}}
+    config = experiment(tmp_path, tiny_model, data, train=train, policy=policy)
+    refscore(tmp_path, "precompute", "--config", config, "--run", "whole")
+    refscore(tmp_path, "train", "--config", config, "--run", "whole")
+    killed_after(tmp_path, config, "killed", step=3)
+    assert "resuming after step 2" in refscore(tmp_path, "train", "--config", config, "--run", "killed")
+    whole, killed = (
+        (
+            pl.read_parquet(tmp_path / f"data/runs/{name}/metrics.parquet").select(SETTLED),
+            load_file(tmp_path / f"data/runs/{name}/adapter/adapter_model.safetensors"),
+        )
+        for name in ("whole", "killed")
+    )
+    assert whole[0].equals(killed[0])
+    assert all(bool((tensor == killed[1][name]).all()) for name, tensor in whole[1].items())
+
+
 def killed_after(where, config, run, step):
     """Start training and send SIGKILL once the line of `step` was printed."""
     child = subprocess.Popen(

@@ -1,0 +1,66 @@
+"""Is what was exported what was trained? The directory is loaded again and must give the trained model's outputs on a few pairs.
+
+Outputs are log-probabilities of response tokens, or rewards of responses for a reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.errors import CheckError
+from pipeline.forward import forward_of
+from pipeline.gate import TOLERANCES
+from pipeline.hardware import device_kind, return_freed_memory
+from pipeline.reward import rewards_of
+from pipeline.trees import Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# trees that are compared: a wrong head, a missing adapter or weights of another step show in the first
+CHECKED = 4
+
+
+@torch.no_grad()
+def outputs_of(model: PreTrainedModel, trees: Sequence[Tree], *, rewards: bool) -> np.ndarray:
+    """Log-probabilities of all response tokens of `trees`, or rewards of all responses: float64, in order.
+
+    In float32 arithmetic, unless the weights have fewer digits. Runs in evaluation mode, and leaves the model in the mode it was
+    in and with the attention it had.
+    """
+    training, attention = model.training, model.config.get_text_config()._attn_implementation  # noqa: SLF001  # no public name
+    model.eval()
+    precision = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    run = (rewards_of if rewards else forward_of)(model, "separate", precision)
+    parts = [output.reshape(-1) for tree in trees for outputs in run([tree]) for output in outputs]
+    model.set_attn_implementation(attention)
+    model.train(training)
+    outputs: np.ndarray = torch.cat(parts).double().cpu().numpy()
+    return outputs
+
+
+def must_agree(
+    exported: PreTrainedModel, place: Path, trained: np.ndarray, trees: Sequence[Tree], *, rewards: bool, coarse: bool
+) -> float:
+    """Mean absolute difference between an exported model, loaded again from `place`, and the outputs when it was trained.
+
+    `coarse`: some of the weights have, or had, 16 bits or fewer. Raises CheckError if the difference is more than arithmetic
+    makes.
+    """
+    again = outputs_of(exported.to(device_kind()), trees, rewards=rewards)
+    return_freed_memory()
+    difference = float(np.abs(again - trained).mean()) if len(again) == len(trained) else float("nan")
+    allowed = TOLERANCES["bfloat16" if coarse else "float32"][1]
+    if not difference <= allowed:
+        what = "rewards" if rewards else "log-probabilities of tokens"
+        raise CheckError(
+            f"what was exported is not what was trained: loaded again, {what} of {len(trees)} pairs differ by "
+            f"{difference:.4f} on average, allowed is {allowed}. {place} keeps what it held; the checkpoints hold the trained "
+            "weights"
+        )
+    return difference
