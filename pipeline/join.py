@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
 from pipeline.pair_table import GROUP
 from pipeline.precompute import Plan
-from pipeline.schema import PAIRS, parquet_writer
+from pipeline.schema import DROPPED, PAIRS, parquet_writer
 
 # bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
 _AT_ONCE = 2**24
@@ -22,19 +22,31 @@ _AT_ONCE = 2**24
 _PER_SEQUENCE = 64
 
 
-def write_joined(path: Path, plan: Plan, about: dict[str, Any], *, scored: bool = True) -> None:
+def write_joined(
+    path: Path, plan: Plan, about: dict[str, Any], *, scored: bool = True, left_out: Collection[int] = ()
+) -> None:
     """Write pairs.parquet durably, with what it says of itself; see `joined`."""
     with durable.replacing(path) as temporary, parquet_writer(temporary, PAIRS, about) as writer:
-        for table in joined(plan, scored=scored):
+        for table in joined(plan, scored=scored, left_out=left_out):
             writer.write_table(table)
 
 
-def joined(plan: Plan, *, scored: bool = True) -> Iterator[pa.Table]:
-    """Every pair with its scores from the store, in order; not `scored`: with nulls in their place.
+def dropped_with(plan: Plan, left_out: Mapping[int, str]) -> pa.Table:
+    """dropped.parquet's content: what planning dropped, and the pairs that scoring left out, with their ids."""
+    rows = []
+    for number, detail in sorted(left_out.items()):
+        pair = plan.row(number)
+        rows.append({**{name: pair.get(name) for name in DROPPED.names}, "reason": "not_finite", "detail": detail})
+    return pa.concat_tables([plan.pairs.dropped_table(), pa.Table.from_pylist(rows, schema=DROPPED)])
+
+
+def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -> Iterator[pa.Table]:
+    """Every pair but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
 
     Raises CheckError where a score is not there or has not the tokens' number of values.
     """
-    scores = _Scores(plan) if scored else None
+    scores = _Scores(plan, left_out) if scored else None
+    absent = np.fromiter(left_out, dtype=np.int64, count=len(left_out))
     for first, pairs in plan.pairs.groups():
         columns = dict(zip(pairs.schema.names, pairs.columns, strict=True))
         if scores:
@@ -43,14 +55,16 @@ def joined(plan: Plan, *, scored: bool = True) -> Iterator[pa.Table]:
             columns |= {
                 name: pa.nulls(len(pairs), PAIRS.field(name).type) for name in PAIRS.names if name not in columns
             }
-        yield pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
+        table = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
+        here = absent[(absent >= first) & (absent < first + len(table))] - first
+        yield table.take(pa.array(np.setdiff1d(np.arange(len(table)), here))) if len(here) else table
 
 
 class _Scores:
     """The scores of a plan's pairs, read from the store for as many row groups at a time as `_AT_ONCE` allows."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, left_out: Collection[int]) -> None:
+        self._plan, self._left_out = plan, left_out
         self._lookup = plan.store.lookup(plan.keys)
         self._first = self._end = 0
         self._logps: pa.Array = None
@@ -91,7 +105,8 @@ class _Scores:
             logps = scores.flatten()
             values[np.repeat(offsets[at] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
             self._sums[at] = table["logp"]
-        self._must_be_there(positions[np.isnan(self._sums)])
+        absent = positions[np.isnan(self._sums)]
+        self._must_be_there(absent[~np.isin(absent // 2, list(self._left_out))])
         kind = PAIRS.field("ref_chosen_logps").type
         self._logps = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
 
@@ -105,4 +120,7 @@ class _Scores:
     def _must_be_there(self, absent: np.ndarray) -> None:
         if len(absent):
             ids = ", ".join(self._plan.row(position // 2)["pair_id"] for position in absent[:10])
-            raise CheckError(f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}")
+            raise CheckError(
+                f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}: a shard was set aside "
+                "or removed meanwhile. Run 'refscore precompute' again, which scores what is missing"
+            )

@@ -158,7 +158,9 @@ def _table(pairs: list[Pair]) -> pa.Table:
 
 def _dropped(rows: list[Dropped]) -> pa.Table:
     columns = {"source": "source", "source_row": "row", "reason": "reason", "detail": "detail"}
-    return pa.table({to: [getattr(row, of) for row in rows] for to, of in columns.items()}, schema=DROPPED)
+    filled = {to: [getattr(row, of) for row in rows] for to, of in columns.items()}
+    nothing = {name: pa.nulls(len(rows), DROPPED.field(name).type) for name in DROPPED.names if name not in filled}
+    return pa.table({**filled, **nothing}, schema=DROPPED)
 
 
 def _lengths(table: pa.Table, column: str) -> np.ndarray:

@@ -19,11 +19,12 @@ import pyarrow as pa
 from pipeline.config import Config, ReferenceConfig
 from pipeline.config_file import digest
 from pipeline.errors import CheckError
-from pipeline.hardware import device_kind, return_freed_memory
+from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
+from pipeline.quarantine import score_each, why_quarantined
 from pipeline.schema import read_about
 from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.shard import logps_problem
@@ -131,10 +132,13 @@ def part_of(plan: Plan, number: int, parts: int) -> Plan:
     return replace(plan, missing=np.asarray(kept, dtype=np.int64))
 
 
-def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]) -> None:
+def score_missing(
+    plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_shard: Callable[[int, int], None]
+) -> dict[bytes, str]:
     """Score what `plan` misses and publish it shard by shard; `on_shard(sequences, tokens)` after each.
 
-    Raises CheckError for scores that cannot be true, or when the weights change meanwhile.
+    Returns the keys of sequences whose scores are not finite, and why: they are not published. Raises CheckError for
+    scores that cannot be true, or when the weights change meanwhile.
     """
     tokens = default_tokens_per_shard()
     # the first default shard is small: numbers to look at, and proof that all is well, after seconds
@@ -143,36 +147,51 @@ def score_missing(plan: Plan, reference: ReferenceConfig, scorer: Scorer, on_sha
         if reference.tokens_per_shard
         else shards_of(plan, tokens, tokens // 8)
     )
+    quarantined: dict[bytes, str] = {}
     for shard in shards:
         requests = [request for _, request in shard]
         keys = [plan.keys[position].as_py() for position, _ in shard]
-        publish_scores(plan, keys, requests, scorer.score(requests))
+        quarantined |= publish_scores(plan, keys, requests, score_each(scorer, requests))
         # activations of ever other sizes leave holes that glibc keeps
         return_freed_memory()
         on_shard(len(shard), sum(map(len, requests)))
+    return quarantined
 
 
-def publish_scores(plan: Plan, keys: list[bytes], requests: list[Request], scores: list[np.ndarray]) -> None:
-    """Publish one shard. Raises CheckError for scores that cannot be true, or where the weights are no longer the plan's."""
-    rows = check_scores(keys, requests, scores)
+def publish_scores(
+    plan: Plan, keys: list[bytes], requests: list[Request], scores: list[np.ndarray]
+) -> dict[bytes, str]:
+    """Publish one shard; returns the keys of what is not finite, and why.
+
+    Raises CheckError for scores that cannot be true, or if the weights are no longer the plan's.
+    """
+    rows, quarantined = check_scores(keys, requests, scores)
     now = identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter, trusts_code=bool(plan.identity.code))
     if now != plan.identity:
         raise CheckError(
             f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"
         )
-    plan.store.publish(rows)
+    if rows:
+        plan.store.publish(rows, circumstances())
+    return quarantined
 
 
-def check_scores(keys: list[bytes], requests: list[Request], scores: list[np.ndarray]) -> list[Scored]:
-    """Rows for the store. Raises CheckError for scores that cannot be true."""
-    rows = []
+def check_scores(
+    keys: list[bytes], requests: list[Request], scores: list[np.ndarray]
+) -> tuple[list[Scored], dict[bytes, str]]:
+    """Rows for the store, and the keys of scores that are not finite. Raises CheckError for scores that cannot be true."""
+    rows: list[Scored] = []
+    quarantined: dict[bytes, str] = {}
     for key, request, logps in zip(keys, requests, scores, strict=True):
+        if len(logps) == len(request.response_ids) and (why := why_quarantined(logps)):
+            quarantined[key] = why
+            continue
         if problem := logps_problem(logps, len(request.response_ids)):
             raise CheckError(
                 f"the engine's scores cannot be true: {problem} (prompt of {len(request.prompt_ids)} tokens)"
             )
         rows.append(Scored(key, len(request.prompt_ids), logps))
-    return rows
+    return rows, quarantined
 
 
 def shards_of(plan: Plan, tokens: int, first: int | None = None) -> Iterator[list[tuple[int, Request]]]:

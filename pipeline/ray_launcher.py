@@ -50,7 +50,7 @@ class Scorer:
         return score_table.score(table, self._scorer)
 
 
-def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[int, int], None]) -> None:
+def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[int, int], None]) -> dict[bytes, str]:
     """Like `precompute.score_missing`, on the cluster that RAY_ADDRESS names, else on one started here."""
     try:
         import ray
@@ -88,10 +88,12 @@ def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[in
                 "threads": threads,
             },
         )
+        quarantined: dict[bytes, str] = {}
         for table in scored.iter_batches(batch_format="pyarrow", batch_size=None):
             requests = score_table.requests_in(table)
-            publish_scores(plan, table["key"].to_pylist(), requests, score_table.logps_in(table))
+            quarantined |= publish_scores(plan, table["key"].to_pylist(), requests, score_table.logps_in(table))
             on_shard(len(requests), sum(map(len, requests)))
+        return quarantined
     finally:
         if ours:
             ray.shutdown()

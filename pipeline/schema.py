@@ -38,8 +38,19 @@ PAIRS = pa.schema(
         ("ref_rejected_logp", pa.float64()),
     ]
 )
+# marks a column that files of an earlier version lack; it reads as null
+_LATER = {b"later": b"true"}
 DROPPED = pa.schema(
-    [("source", pa.string()), ("source_row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
+    [
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        # of pairs that were tokenised before they were left out
+        pa.field("prompt_ids", _ids, metadata=_LATER),
+        pa.field("chosen_ids", _ids, metadata=_LATER),
+        pa.field("rejected_ids", _ids, metadata=_LATER),
+    ]
 )
 SCORES = pa.schema(
     [
@@ -152,8 +163,15 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     """
     try:
         found = pq.read_schema(path)
+        later = [field for field in schema if field.name not in found.names and (field.metadata or {}).get(b"later")]
+        for field in later:
+            found = found.append(field)
         _must_equal(path, found, schema)
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        there = None if columns is None else [name for name in columns if name not in {field.name for field in later}]
+        table = pq.read_table(path, columns=there, page_checksum_verification=True)
+        for field in later if columns is None else [field for field in later if field.name in columns]:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+        return table
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: run the stage that writes it first") from None
     except (pa.ArrowException, OSError) as error:

@@ -18,11 +18,13 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
+from pipeline.hardware import circumstances
 from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models import load_tokenizer, locate_reference
 from pipeline.pairs import prompt_text
 from pipeline.precompute import check_scores
 from pipeline.preferences import Dropped, Preference
+from pipeline.quarantine import score_each
 from pipeline.rows import Row, open_rows
 from pipeline.schema import SCORED
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
@@ -48,6 +50,7 @@ class RowScorer:
         self._store = Store(config.reference.store, self.identity)
         self._stack = ExitStack()
         self._scorer: Scorer | None = None
+        self._quarantined: dict[bytes, str] = {}
         self.hits = self.scored = self.dropped = 0
 
     def __enter__(self) -> Self:
@@ -78,9 +81,24 @@ class RowScorer:
             self._score(dict(zip(keys, requests, strict=True)), missing)
             lookup = self._store.lookup(wanted)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
-        rows = [_row(item, one, scores.get(key)) for item, one, key in zip(items, found, keys, strict=True)]
+        rows = [
+            _row(item, self._or_quarantined(item, one, key), scores.get(key))
+            for item, one, key in zip(items, found, keys, strict=True)
+        ]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)
+
+    @property
+    def not_finite(self) -> int:
+        """Sequences whose scores are not finite, so far."""
+        return len(self._quarantined)
+
+    def _or_quarantined(
+        self, item: Preference | Dropped, encoded: Encoded | Dropped, key: bytes | None
+    ) -> Encoded | Dropped:
+        if key in self._quarantined:
+            return Dropped(item.source, item.row, "not_finite", self._quarantined[key])
+        return encoded
 
     def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
         if self._scorer is None:
@@ -91,9 +109,11 @@ class RowScorer:
         asked = [(key, request) for key in missing if (request := requests[key]) is not None]
         asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
         sequences = [request for _, request in asked]
-        scores = self._scorer.score(sequences)
-        self._store.publish(check_scores([key for key, _ in asked], sequences, scores))
-        self.scored += len(sequences)
+        rows, quarantined = check_scores([key for key, _ in asked], sequences, score_each(self._scorer, sequences))
+        if rows:
+            self._store.publish(rows, circumstances())
+        self.scored += len(rows)
+        self._quarantined |= quarantined
 
 
 def _preference(source: str, number: int, row: Row) -> Preference | Dropped:

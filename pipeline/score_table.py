@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from pipeline.quarantine import score_each
 from pipeline.scoring import Request, Scorer
 
 _IDS = pa.list_(pa.int32())
@@ -18,7 +19,7 @@ _LOGPS = pa.list_(pa.float32())
 
 def score(table: pa.Table, scorer: Scorer) -> pa.Table:
     """`table` with the column `logps`; row order stays."""
-    scores = scorer.score(requests_in(table))
+    scores = score_each(scorer, requests_in(table))
     offsets = np.cumsum([0, *map(len, scores)], dtype=np.int32)
     values = np.concatenate([*scores, np.zeros(0, np.float32)]).astype(np.float32)
     return table.append_column("logps", pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=_LOGPS))

@@ -17,6 +17,7 @@ from pipeline.forward import forward_of
 from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
 from pipeline.models import load_causal_lm
+from pipeline.quarantine import computed
 from pipeline.scoring import Request
 from pipeline.sharing import siblings
 from pipeline.trees import Tree
@@ -40,7 +41,7 @@ class TransformersScorer:
             trees = [tree_of(sequences, part) for part in batch]
             for tree, branches in zip(batch, self._forward(trees), strict=True):
                 for at, logps in zip(tree, branches, strict=True):
-                    found[at] = logps.float().cpu().numpy()
+                    found[at] = computed(logps.float().cpu().numpy())
         return found
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 Responses to one prompt share its keys and values through vLLM's prefix cache. For tokens taken from the cache vLLM computes
 no log-probabilities: the V1 runner returns uninitialised memory in their place, the V2 runner returns None. So scores start
 as NaN, only rows from `num_cached_tokens` on are taken, what siblings share is copied, and what is left is scored again
-without the cache. Nothing that is NaN leaves here.
+without the cache. Nothing that is NaN leaves here; what was computed and is no number leaves as -inf (`pipeline.quarantine`).
 
 Row i of a sequence predicts its token i + 1: row len(prompt) - 1 predicts the first token of the response.
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
+from pipeline.quarantine import computed
 from pipeline.scoring import Request
 from pipeline.sharing import Branch, branches_of, copy_shared, siblings
 
@@ -220,7 +221,7 @@ def _take_flat(item: Request, output: Any, values: np.ndarray) -> None:
     begin, end = flat.start_indices[start + skip], flat.end_indices[-1]
     if end - begin != len(asked) or list(flat.token_ids[begin:end]) != asked:
         raise CheckError("vLLM returned log-probabilities of other token ids than were asked")
-    values[skip:] = flat.logprobs[begin:end]
+    values[skip:] = computed(np.asarray(flat.logprobs[begin:end]))
 
 
 def _checked_rows(output: Any, asked: np.ndarray) -> np.ndarray | None:
@@ -230,4 +231,4 @@ def _checked_rows(output: Any, asked: np.ndarray) -> np.ndarray | None:
         return None
     if found.shape != asked.shape:
         raise CheckError(f"vLLM returned rows of the shape {found.shape}, {asked.shape} were asked")
-    return np.asarray(found, dtype=np.float32)
+    return computed(np.asarray(found))

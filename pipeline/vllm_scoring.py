@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config import ReferenceConfig
 from pipeline.errors import ConfigError
-from pipeline.hardware import device_kind
+from pipeline.hardware import device_kind, note_circumstances
 from pipeline.identity import Numerics
 from pipeline.model_config import position_limit, text_config
 from pipeline.scoring import Request
@@ -65,6 +65,13 @@ class VllmScorer:
         self._runner = runner_of(self._llm)
         # vLLM turns caching off for models whose layers cannot share a prefix
         self._shares = bool(self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
+        note_circumstances(
+            runner=str(self._runner),
+            attention=str(
+                getattr(self._llm.llm_engine.vllm_config.attention_config, "backend", None) or "vLLM's choice"
+            ),
+            tensor_parallel_size=str(reference.tensor_parallel_size),
+        )
         log.info(
             "vLLM: %s, %s",
             self._runner,

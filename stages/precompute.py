@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 
 from pipeline.config import Config, without_reference
-from pipeline.errors import ConfigError, RefscoreError
-from pipeline.join import write_joined
+from pipeline.errors import CheckError, ConfigError, RefscoreError
+from pipeline.join import dropped_with, write_joined
 from pipeline.loss_names import reference_free
 from pipeline.models import locate_reference
 from pipeline.precompute import Plan, about_pairs, make_plan, part_of, score_missing
+from pipeline.quarantine import pairs_left_out
 from pipeline.runs import Run, record
 from pipeline.schema import write_table
 from pipeline.scoring import start_scorer
@@ -38,13 +40,15 @@ def run(config: Config, run: Run, *, plan_only: bool, shard: str | None = None) 
     if plan_only:
         return
 
+    quarantined: dict[bytes, str] = {}
     if len(plan.missing):
         if problem := plan.store.why_not_writable():
             raise RefscoreError(
                 f"{len(plan.missing)} of {plan.sequences} sequences must be scored, but the store cannot be written "
                 f"({problem}): put a directory of your own first, --set 'reference.store=[data/store, THIS ONE]'"
             )
-        _score(plan, config)
+        plan.store.register(run.directory)
+        quarantined = _score(plan, config)
     else:
         console.say("nothing to score: every sequence is in the store; no engine is started")
 
@@ -52,9 +56,21 @@ def run(config: Config, run: Run, *, plan_only: bool, shard: str | None = None) 
         console.say(
             f"part {shard} is in the store; when all parts are, the same command without --shard writes the pairs"
         )
+        _say_quarantined(quarantined, run)
         return
-    write_pairs(plan, config, run)
+    write_pairs(plan, config, run, quarantined=quarantined)
     console.say(f"pairs     {run.pairs}")
+    _say_quarantined(quarantined, run)
+
+
+def _say_quarantined(quarantined: dict[bytes, str], run: Run) -> None:
+    """Raises CheckError if there are any, after all else is done."""
+    if quarantined:
+        raise CheckError(
+            f"{len(quarantined)} sequences have no finite score under this reference, and are not stored. Their pairs are left "
+            f"out: {run.dropped} lists them as not_finite, with their token ids. Everything else is scored and written, and "
+            "'refscore train' runs on it; another reference.dtype may give them scores"
+        )
 
 
 def _part(shard: str | None) -> tuple[int, int] | None:
@@ -77,11 +93,19 @@ def write_unscored(config: Config, run: Run, *, plan_only: bool = False) -> None
         console.say(f"pairs     {run.pairs}")
 
 
-def write_pairs(plan: Plan, config: Config, run: Run, *, scored: bool = True) -> None:
-    """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json."""
+def write_pairs(
+    plan: Plan, config: Config, run: Run, *, scored: bool = True, quarantined: Mapping[bytes, str] | None = None
+) -> None:
+    """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json.
+
+    Pairs of `quarantined` keys are dropped as not_finite.
+    """
     about = about_pairs(plan, config, scored=scored)
-    write_table(run.dropped, plan.pairs.dropped_table())
-    write_joined(run.pairs, plan, about, scored=scored)
+    left_out = pairs_left_out(plan.keys, quarantined or {})
+    write_table(run.dropped, dropped_with(plan, left_out))
+    write_joined(run.pairs, plan, about, scored=scored, left_out=left_out)
+    if scored:
+        plan.store.register(run.directory)
     record(
         run,
         config,
@@ -89,7 +113,8 @@ def write_pairs(plan: Plan, config: Config, run: Run, *, scored: bool = True) ->
         reference_id=plan.identity.reference_id,
         reference=plan.identity.described(),
         sequences=plan.sequences,
-        scored=len(plan.missing) if scored else 0,
+        scored=len(plan.missing) - len(quarantined or {}) if scored else 0,
+        not_finite=len(left_out),
         digests={"data": plan.pairs.digests, "reference_weights": plan.identity.weights_digest},
     )
 
@@ -127,7 +152,8 @@ def _hash_weights(config: Config) -> None:
         tensor_digests(base, lambda read: ticker.advance(read // 2**20, ""))
 
 
-def _score(plan: Plan, config: Config) -> None:
+def _score(plan: Plan, config: Config) -> dict[bytes, str]:
+    """Score what is missing; returns the keys of what is not finite, and why."""
     reference = config.reference
     begun = time.monotonic()
     done = tokens = 0
@@ -144,14 +170,13 @@ def _score(plan: Plan, config: Config) -> None:
                 from pipeline import ray_launcher
 
                 console.say(f"starting {reference.engine} in {reference.workers} Ray actors ...")
-                ray_launcher.score_missing(plan, reference, on_shard)
-                return
+                return ray_launcher.score_missing(plan, reference, on_shard)
             console.say(f"starting {reference.engine} ...")
             numerics = plan.identity.numerics
             with start_scorer(reference, plan.paths.merged, numerics, plan.longest_missing) as scorer:
                 console.say(f"engine ready after {console.duration(time.monotonic() - begun)}")
                 ticker.started = time.monotonic()
-                score_missing(plan, reference, scorer, on_shard)
+                return score_missing(plan, reference, scorer, on_shard)
     except KeyboardInterrupt:
         console.say(
             f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"

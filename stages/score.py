@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import durable
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckError, ConfigError
 from pipeline.schema import SCORED, parquet_writer
 from pipeline.score_rows import RowScorer
 from stages import console
@@ -29,4 +29,9 @@ def run(data: Path, out: Path, config: Config) -> None:
                 tokens += sum(len(ids) for ids in table["response_ids"].to_pylist() if ids is not None)
                 console.say(f"{rows} rows: {scorer.hits} hits, {scorer.scored} scored, {scorer.dropped} with a problem")
     mean = f", {nats / tokens:.4f} nats a token" if tokens else ""
+    if scorer.not_finite:
+        raise CheckError(
+            f"{scorer.not_finite} sequences have no finite score under this reference: their rows in {out} say not_finite and hold "
+            "no score; all other rows are whole"
+        )
     console.say(f"scores    {out}  ({tokens} response tokens{mean}, {console.duration(time.monotonic() - begun)})")
