@@ -22,7 +22,7 @@ from pipeline.models import ModelSpec, load_tokenizer
 from pipeline.pairs import prompt_id_of
 from pipeline.scoring import numerics_of
 from pipeline.token_ids import end_of_turn_id
-from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, start_engine, stop_engine
+from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, running_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def generator(
     if settings.dtype == "auto":
         raise ValueError("dtype is not settled")
     cache = kv_cache_bytes_per_token(config, settings.dtype) * model_len * _CONCURRENT / 2**30
-    engine = start_engine(
+    with running_engine(
         directory,
         trust_remote_code=spec.trust_remote_code,
         dtype=settings.dtype,
@@ -94,39 +94,36 @@ def generator(
         enable_chunked_prefill=False,
         skip_tokenizer_init=True,
         **_lora_options(adapter),
-    )
-    lora = _lora_request(adapter)
+    ) as engine:
+        lora = _lora_request(adapter)
 
-    def generate(prompts: Sequence[Sequence[int]], settings: GenerateConfig, on_done: OnDone) -> list[list[Sample]]:
-        requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
-        found: list[Sample] = []
-        # several waves at a time keep the batch full and still show progress
-        for start in range(0, len(requests), 4 * _CONCURRENT):
-            wave = requests[start : start + 4 * _CONCURRENT]
-            params = [
-                SamplingParams(
-                    max_tokens=settings.max_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=request_seed(settings.seed, prompt, number),
-                    stop_token_ids=stops,
-                    detokenize=False,
-                )
-                for prompt, number in wave
-            ]
-            inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in wave]
-            for output in engine.generate(inputs, params, use_tqdm=False, lora_request=lora):
-                one = output.outputs[0]
-                ids = list(one.token_ids)
-                text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                found.append(Sample(text, ids, str(one.finish_reason)))
-            on_done(len(wave), sum(len(sample.ids) for sample in found[start:]))
-        return [found[at : at + settings.samples] for at in range(0, len(found), settings.samples)]
+        def generate(prompts: Sequence[Sequence[int]], settings: GenerateConfig, on_done: OnDone) -> list[list[Sample]]:
+            requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
+            found: list[Sample] = []
+            # several waves at a time keep the batch full and still show progress
+            for start in range(0, len(requests), 4 * _CONCURRENT):
+                wave = requests[start : start + 4 * _CONCURRENT]
+                params = [
+                    SamplingParams(
+                        max_tokens=settings.max_tokens,
+                        temperature=settings.temperature,
+                        top_p=settings.top_p,
+                        seed=request_seed(settings.seed, prompt, number),
+                        stop_token_ids=stops,
+                        detokenize=False,
+                    )
+                    for prompt, number in wave
+                ]
+                inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in wave]
+                for output in engine.generate(inputs, params, use_tqdm=False, lora_request=lora):
+                    one = output.outputs[0]
+                    ids = list(one.token_ids)
+                    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                    found.append(Sample(text, ids, str(one.finish_reason)))
+                on_done(len(wave), sum(len(sample.ids) for sample in found[start:]))
+            return [found[at : at + settings.samples] for at in range(0, len(found), settings.samples)]
 
-    try:
         yield generate
-    finally:
-        stop_engine(engine)
 
 
 def stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -26,8 +26,7 @@ from pipeline.verdicts import Verdict, Verdicts, key_of
 from pipeline.vllm_engine import (
     kv_cache_bytes_per_token,
     prepare_environment,
-    start_engine,
-    stop_engine,
+    running_engine,
 )
 
 if TYPE_CHECKING:
@@ -103,15 +102,6 @@ def _ask_all(
     length = max(map(len, prompts.values())) + new_tokens + 1
     dtype = judge_dtype(settings)
     cache = kv_cache_bytes_per_token(text_config(directory), dtype) * length * _CONCURRENT / 2**30
-    engine = start_engine(
-        directory,
-        dtype=dtype,
-        kv_cache_gib=max(0.5, 1.1 * cache),
-        max_model_len=length,
-        max_num_batched_tokens=max(4096, length),
-        max_num_seqs=_CONCURRENT,
-        skip_tokenizer_init=True,
-    )
     params = SamplingParams(
         max_tokens=new_tokens,
         temperature=0.0,
@@ -119,21 +109,29 @@ def _ask_all(
         stop_token_ids=stop_ids(directory, tokenizer),
         logprob_token_ids=[token for ids in letters.values() for token in ids] or None,
     )
-    keys = list(prompts)
-    # wave by wave, so that a kill loses one wave
-    for start in range(0, len(keys), _WAVE):
-        wave = keys[start : start + _WAVE]
-        inputs = [TokensPrompt(prompt_token_ids=prompts[key]) for key in wave]
-        for key, output in zip(wave, engine.generate(inputs, params, use_tqdm=False), strict=True):
-            reply = output.outputs[0]
-            text = str(tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
-            value = parsed(text)
-            if one_token:
-                seen = {token: math.exp(one.logprob) for token, one in reply.logprobs[0].items()}
-                first, second = (sum(seen.get(token, 0.0) for token in letters[letter]) for letter in LETTERS)
-                value = weighed(first, second, settings.min_mass)
-            verdicts.add(key, Verdict(value, text, len(prompts[key]), len(reply.token_ids)))
-    stop_engine(engine)
+    with running_engine(
+        directory,
+        dtype=dtype,
+        kv_cache_gib=max(0.5, 1.1 * cache),
+        max_model_len=length,
+        max_num_batched_tokens=max(4096, length),
+        max_num_seqs=_CONCURRENT,
+        skip_tokenizer_init=True,
+    ) as engine:
+        keys = list(prompts)
+        # wave by wave, so that a kill loses one wave
+        for start in range(0, len(keys), _WAVE):
+            wave = keys[start : start + _WAVE]
+            inputs = [TokensPrompt(prompt_token_ids=prompts[key]) for key in wave]
+            for key, output in zip(wave, engine.generate(inputs, params, use_tqdm=False), strict=True):
+                reply = output.outputs[0]
+                text = str(tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
+                value = parsed(text)
+                if one_token:
+                    seen = {token: math.exp(one.logprob) for token, one in reply.logprobs[0].items()}
+                    first, second = (sum(seen.get(token, 0.0) for token in letters[letter]) for letter in LETTERS)
+                    value = weighed(first, second, settings.min_mass)
+                verdicts.add(key, Verdict(value, text, len(prompts[key]), len(reply.token_ids)))
 
 
 def _fitting(

@@ -24,8 +24,7 @@ from pipeline.verdicts import Verdict, Verdicts, key_of
 from pipeline.vllm_engine import (
     kv_cache_bytes_per_token,
     prepare_environment,
-    start_engine,
-    stop_engine,
+    running_engine,
 )
 from pipeline.vocabulary import template_digest, vocabulary_digest
 
@@ -85,7 +84,7 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
 
     longest = max(map(len, ids))
     cache = kv_cache_bytes_per_token(text_config(directory), dtype) * (longest + 1) * _CONCURRENT / 2**30
-    engine = start_engine(
+    with running_engine(
         directory,
         runner="pooling",
         dtype=dtype,
@@ -93,14 +92,13 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
         max_model_len=longest + 1,
         max_num_batched_tokens=max(4096, longest + 1),
         max_num_seqs=_CONCURRENT,
-    )
-    # without use_activation=False a sigmoid comes back
-    found = engine.classify(
-        [TokensPrompt(prompt_token_ids=list(one)) for one in ids],
-        pooling_params=PoolingParams(use_activation=False),
-        use_tqdm=False,
-    )
-    stop_engine(engine)
+    ) as engine:
+        # without use_activation=False a sigmoid comes back
+        found = engine.classify(
+            [TokensPrompt(prompt_token_ids=list(one)) for one in ids],
+            pooling_params=PoolingParams(use_activation=False),
+            use_tqdm=False,
+        )
     return [float(one.outputs.probs[0]) for one in found]
 
 

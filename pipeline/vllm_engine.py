@@ -7,6 +7,8 @@ import gc
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +93,16 @@ def speed_up_float32_output_layer(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LogitsProcessor) and module.head_dtype == torch.float32:
             module.register_forward_pre_hook(in_float32)
+
+
+@contextmanager
+def running_engine(directory: Path, **options: Any) -> Iterator[LLM]:
+    """`start_engine`, and `stop_engine` however the block ends."""
+    engine = start_engine(directory, **options)
+    try:
+        yield engine
+    finally:
+        stop_engine(engine)
 
 
 def stop_engine(llm: LLM) -> None:

@@ -59,6 +59,13 @@ class VllmScorer:
             hf_overrides={"head_dtype": "float32"} if numerics.dtype != "float32" else {},
             **options,
         )
+        try:
+            self._set_up(reference, numerics)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, reference: ReferenceConfig, numerics: Numerics) -> None:
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and reference.tensor_parallel_size == 1
         if device_kind() == "cpu" and numerics.dtype != "float32" and in_process:
             self._llm.apply_model(speed_up_float32_output_layer)
