@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults check bench bench-score bench-memory bench-train bench-store demo-data requirements clean
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store demo-data requirements clean
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -47,6 +47,9 @@ check: .venv/.test ## lint and strict types
 
 faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/README.md
 	@REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults
+
+mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=losses for one file
+	@.venv/bin/python -m tests.mutants $(FILE)
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
 	@.venv/bin/python -m tests.benchmarks.store
