@@ -31,6 +31,7 @@ COVERING = {
     "pairs": ["pipeline/test_pairs.py"],
     "token_ids": ["pipeline/test_pairs.py"],
     "output_layer": ["pipeline/test_output_layer.py"],
+    "divergence": ["pipeline/test_divergence.py"],
     "cpu_attention": ["pipeline/test_cpu_attention.py"],
 }
 LOGGING = {"debug", "info", "warning", "error", "exception"}

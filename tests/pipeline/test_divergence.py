@@ -1,0 +1,73 @@
+"""KL's figures against hand values, and both estimates against the divergence of distributions known whole."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.config import GenerateConfig, ReferenceConfig
+from pipeline.divergence import divergence, kl_table, on_policy
+from pipeline.schema import KL
+
+
+def table(*rows):
+    """kl.parquet's rows from (prompt, the policy's logps, the reference's logps)."""
+    import pyarrow as pa
+
+    found = [{"prompt_id": prompt, "logps": own, "ref_logps": ref} for prompt, own, ref in rows]
+    return pa.Table.from_pylist(
+        found, schema=pa.schema([KL.field(name) for name in ("prompt_id", "logps", "ref_logps")])
+    )
+
+
+def test_figures_by_hand():
+    # gaps: 1 and -0.5; 2; 0.25. Sums of the responses: 0.5 and 2 for prompt a, 0.25 for prompt b
+    figures = divergence(table(("a", [-1, -2], [-2, -1.5]), ("a", [-1], [-3]), ("b", [-0.5], [-0.75])))
+    assert figures["kl"]["mean"] == pytest.approx((1.25 + 0.25) / 2)
+    assert figures["per_token"] == pytest.approx(2.75 / 4)
+    assert (figures["responses"], figures["tokens"]) == (3, 4)
+
+    def estimate(gap):  # r - 1 - log r with r = pi_ref / pi = e^-gap
+        return math.exp(-gap) - 1 + gap
+
+    of_a = (estimate(1) + estimate(-0.5) + estimate(2)) / 2
+    assert figures["low_variance"]["mean"] == pytest.approx((of_a + estimate(0.25)) / 2)
+    assert figures["kl"]["low"] < figures["kl"]["mean"] < figures["kl"]["high"]
+
+
+def test_no_response_token_is_no_division_by_zero():
+    assert divergence(table(("a", [], [])))["per_token"] == 0
+
+
+def test_both_estimates_reach_the_divergence_of_known_distributions():
+    policy, reference = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    # every outcome as often as the policy samples it: the means are exact
+    drawn = np.repeat([0, 1, 2], [5, 3, 2])
+    rows = [(str(at), [math.log(policy[one])], [math.log(reference[one])]) for at, one in enumerate(drawn)]
+    figures = divergence(table(*rows))
+    exact = float((policy * np.log(policy / reference)).sum())
+    assert figures["kl"]["mean"] == pytest.approx(exact, abs=1e-6)
+    assert figures["low_variance"]["mean"] == pytest.approx(exact, abs=1e-6)
+    assert figures["low_variance"]["low"] >= 0
+
+
+def test_the_table_holds_both_scores_and_their_sums():
+    samples = table(("a", None, None), ("b", None, None))
+    own, ref = [np.float32([-1, -2]), np.float32([-3])], [np.float32([-0.5, -1]), np.float32([-4])]
+    rows = kl_table(samples, own, ref).to_pylist()
+    assert [row["logps"] for row in rows] == [[-1, -2], [-3]]
+    assert [row["ref_logps"] for row in rows] == [[-0.5, -1], [-4]]
+    assert [(row["logp"], row["ref_logp"]) for row in rows] == [(-3, -1.5), (-3, -4)]
+    for missing in ((None, ref), (own, None)):
+        assert [row["logp"] for row in kl_table(samples, *missing).to_pylist()] == [None, None]
+    with pytest.raises(ValueError):
+        kl_table(samples, own[:1], ref)
+    with pytest.raises(ValueError):
+        kl_table(samples, own, ref[:1])
+
+
+def test_it_is_sampled_whole_at_temperature_one_in_the_dtype_that_scores():
+    settings = on_policy(
+        GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3), ReferenceConfig(model="any", dtype="float32")
+    )
+    assert (settings.temperature, settings.top_p, settings.samples, settings.dtype) == (1.0, 1.0, 3, "float32")
