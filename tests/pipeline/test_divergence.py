@@ -71,3 +71,47 @@ def test_it_is_sampled_whole_at_temperature_one_in_the_dtype_that_scores():
         GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3), ReferenceConfig(model="any", dtype="float32")
     )
     assert (settings.temperature, settings.top_p, settings.samples, settings.dtype) == (1.0, 1.0, 3, "float32")
+
+
+def test_sums_and_columns_are_as_wide_as_declared():
+    samples = table(("a", None, None))
+    own = [np.full(1000, -0.1, dtype=np.float32)]
+    found = kl_table(samples, own, own)
+    assert found.schema == kl_table(samples, None, None).schema == KL
+    exact = math.fsum(map(float, own[0]))
+    assert found["logp"].to_pylist() == found["ref_logp"].to_pylist() == [pytest.approx(exact, rel=1e-12)]
+
+
+def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
+    import pyarrow as pa
+
+    from pipeline import divergence as module
+    from pipeline.judging import Prompt
+
+    asked = []
+
+    class Scorer:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *stop):
+            asked.append("stopped")
+
+        def score(self, requests):
+            asked.append([(list(one.prompt_ids), list(one.response_ids)) for one in requests])
+            return iter([np.float32([-len(one.response_ids)]) for one in requests])
+
+    def start(*arguments):
+        asked.append(arguments)
+        return Scorer()
+
+    monkeypatch.setattr(module, "start_scorer", start)
+    reference = ReferenceConfig(model="any", dtype="float32")
+    samples = pa.table({"prompt_id": ["b", "a"], "response_ids": [[7, 8, 9], [6]]})
+    prompts = [Prompt("a", "A", ids=[1]), Prompt("b", "B", ids=[2, 3])]
+    logps = module.score_responses(reference, tmp_path, prompts, samples)
+    assert [one.tolist() for one in logps] == [[-3], [-1]]
+    given, requests, stopped = asked
+    assert given == (reference, tmp_path, module.numerics_of(reference), 5)
+    assert requests == [([2, 3], [7, 8, 9]), ([1], [6])]
+    assert stopped == "stopped"

@@ -67,3 +67,11 @@ def test_the_split_into_micro_batches_does_not_change_a_step():
 def test_learning_rates_by_hand(kind, expected):
     train = TrainConfig(learning_rate=1.0, warmup_ratio=0.2, lr_scheduler_type=kind)
     assert [learning_rate(step, 10, train) for step in range(10)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_number_of_steps_means_the_epochs_however_it_is_written():
+    by_epochs, zero = TrainConfig(num_train_epochs=2, max_steps=-1), TrainConfig(num_train_epochs=2, max_steps=0)
+    assert total_steps(9, zero) == total_steps(9, by_epochs) > 0
+    assert [pairs_of_step(step, 9, zero) for step in range(9)] == [
+        pairs_of_step(step, 9, by_epochs) for step in range(9)
+    ]
