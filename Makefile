@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults check bench bench-score bench-memory bench-train bench-store demo-data requirements clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store demo-data requirements clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -50,6 +50,9 @@ faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/R
 
 architectures: .venv/.test ## which families of models are read how; writes the table in tests/architectures.md
 	@REFSCORE_WRITE_ARCHITECTURES=1 .venv/bin/python -m pytest tests/pipeline/test_architectures.py
+
+mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=losses for one file
+	@.venv/bin/python -m tests.mutants $(FILE)
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
 	@.venv/bin/python -m tests.benchmarks.store

@@ -1,49 +1,117 @@
-"""Both estimates of KL(policy || reference) against the sum over every response that there can be."""
+"""KL's figures against hand values, and both estimates against the divergence of distributions known whole."""
 
-import itertools
+import math
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from pipeline.divergence import divergence
+from pipeline.config import GenerateConfig, ReferenceConfig
+from pipeline.divergence import divergence, kl_table, on_policy
 from pipeline.schema import KL
 
 
-def table(rows):
-    filled = [
-        {"prompt_id": f"{number}", "sample": 0, "model": "policy", "topic": "", "prompt": "", "response": "",
-         "response_ids": [], "finish_reason": "stop", "tokens": len(own), "logps": own, "ref_logps": ref,
-         "logp": sum(own), "ref_logp": sum(ref)}
-        for number, (own, ref) in enumerate(rows)
-    ]  # fmt: skip
-    return pa.Table.from_pylist(filled, schema=KL)
+def table(*rows):
+    """kl.parquet's rows from (prompt, the policy's logps, the reference's logps)."""
+    import pyarrow as pa
+
+    found = [{"prompt_id": prompt, "logps": own, "ref_logps": ref} for prompt, own, ref in rows]
+    return pa.Table.from_pylist(
+        found, schema=pa.schema([KL.field(name) for name in ("prompt_id", "logps", "ref_logps")])
+    )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_expectation_of_both_estimates_is_the_divergence(seed):
-    """Responses of two tokens from three, each as often as the policy samples it."""
-    draw = np.random.default_rng(seed)
-    policy, reference = draw.dirichlet([4, 4, 4], size=2), draw.dirichlet([4, 4, 4], size=2)
-    counted = {"kl": 0.0, "low_variance": 0.0}
-    for tokens in itertools.product(range(3), repeat=2):
-        own = [float(np.log(policy[at, token])) for at, token in enumerate(tokens)]
-        ref = [float(np.log(reference[at, token])) for at, token in enumerate(tokens)]
-        figures = divergence(table([(own, ref)]))
-        for name in counted:
-            counted[name] += float(np.exp(sum(own))) * figures[name]["mean"]
-        # of every single response it is never negative
-        assert figures["low_variance"]["mean"] >= 0
-    truth = float((policy * np.log(policy / reference)).sum())
-    assert counted["kl"] == pytest.approx(truth, abs=1e-6)
-    assert counted["low_variance"] == pytest.approx(truth, abs=1e-6)
+def test_figures_by_hand():
+    # gaps: 1 and -0.5; 2; 0.25. Sums of the responses: 0.5 and 2 for prompt a, 0.25 for prompt b
+    figures = divergence(table(("a", [-1, -2], [-2, -1.5]), ("a", [-1], [-3]), ("b", [-0.5], [-0.75])))
+    assert figures["kl"]["mean"] == pytest.approx((1.25 + 0.25) / 2)
+    assert figures["per_token"] == pytest.approx(2.75 / 4)
+    assert (figures["responses"], figures["tokens"]) == (3, 4)
+
+    def estimate(gap):  # r - 1 - log r with r = pi_ref / pi = e^-gap
+        return math.exp(-gap) - 1 + gap
+
+    of_a = (estimate(1) + estimate(-0.5) + estimate(2)) / 2
+    assert figures["low_variance"]["mean"] == pytest.approx((of_a + estimate(0.25)) / 2)
+    assert figures["kl"]["low"] < figures["kl"]["mean"] < figures["kl"]["high"]
 
 
-def test_by_hand():
-    figures = divergence(table([([-1.0, -2.0], [-1.5, -1.0]), ([-0.5], [-2.0])]))
-    # log-ratios 0.5 and -1 of the one response, 1.5 of the other
-    assert figures["kl"]["mean"] == pytest.approx((-0.5 + 1.5) / 2)
-    second = [np.exp(-0.5) - 1 + 0.5 + np.exp(1.0) - 1 - 1, np.exp(-1.5) - 1 + 1.5]
-    assert figures["low_variance"]["mean"] == pytest.approx(np.mean(second), abs=1e-6)
-    assert figures["per_token"] == pytest.approx(1.0 / 3)
-    assert (figures["responses"], figures["tokens"]) == (2, 3)
+def test_no_response_token_is_no_division_by_zero():
+    assert divergence(table(("a", [], [])))["per_token"] == 0
+
+
+def test_both_estimates_reach_the_divergence_of_known_distributions():
+    policy, reference = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    # every outcome as often as the policy samples it: the means are exact
+    drawn = np.repeat([0, 1, 2], [5, 3, 2])
+    rows = [(str(at), [math.log(policy[one])], [math.log(reference[one])]) for at, one in enumerate(drawn)]
+    figures = divergence(table(*rows))
+    exact = float((policy * np.log(policy / reference)).sum())
+    assert figures["kl"]["mean"] == pytest.approx(exact, abs=1e-6)
+    assert figures["low_variance"]["mean"] == pytest.approx(exact, abs=1e-6)
+    assert figures["low_variance"]["low"] >= 0
+
+
+def test_the_table_holds_both_scores_and_their_sums():
+    samples = table(("a", None, None), ("b", None, None))
+    own, ref = [np.float32([-1, -2]), np.float32([-3])], [np.float32([-0.5, -1]), np.float32([-4])]
+    rows = kl_table(samples, own, ref).to_pylist()
+    assert [row["logps"] for row in rows] == [[-1, -2], [-3]]
+    assert [row["ref_logps"] for row in rows] == [[-0.5, -1], [-4]]
+    assert [(row["logp"], row["ref_logp"]) for row in rows] == [(-3, -1.5), (-3, -4)]
+    for missing in ((None, ref), (own, None)):
+        assert [row["logp"] for row in kl_table(samples, *missing).to_pylist()] == [None, None]
+    with pytest.raises(ValueError):
+        kl_table(samples, own[:1], ref)
+    with pytest.raises(ValueError):
+        kl_table(samples, own, ref[:1])
+
+
+def test_it_is_sampled_whole_at_temperature_one_in_the_dtype_that_scores():
+    settings = on_policy(
+        GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3), ReferenceConfig(model="any", dtype="float32")
+    )
+    assert (settings.temperature, settings.top_p, settings.samples, settings.dtype) == (1.0, 1.0, 3, "float32")
+
+
+def test_sums_and_columns_are_as_wide_as_declared():
+    samples = table(("a", None, None))
+    own = [np.full(1000, -0.1, dtype=np.float32)]
+    found = kl_table(samples, own, own)
+    assert found.schema == kl_table(samples, None, None).schema == KL
+    exact = math.fsum(map(float, own[0]))
+    assert found["logp"].to_pylist() == found["ref_logp"].to_pylist() == [pytest.approx(exact, rel=1e-12)]
+
+
+def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
+    import pyarrow as pa
+
+    from pipeline import divergence as module
+    from pipeline.judging import Prompt
+
+    asked = []
+
+    class Scorer:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *stop):
+            asked.append("stopped")
+
+        def score(self, requests):
+            asked.append([(list(one.prompt_ids), list(one.response_ids)) for one in requests])
+            return iter([np.float32([-len(one.response_ids)]) for one in requests])
+
+    def start(*arguments):
+        asked.append(arguments)
+        return Scorer()
+
+    monkeypatch.setattr(module, "start_scorer", start)
+    reference = ReferenceConfig(model="any", dtype="float32")
+    samples = pa.table({"prompt_id": ["b", "a"], "response_ids": [[7, 8, 9], [6]]})
+    prompts = [Prompt("a", "A", ids=[1]), Prompt("b", "B", ids=[2, 3])]
+    logps = module.score_responses(reference, tmp_path, prompts, samples)
+    assert [one.tolist() for one in logps] == [[-3], [-1]]
+    given, requests, stopped = asked
+    assert given == (reference, tmp_path, module.numerics_of(reference), 5)
+    assert requests == [([2, 3], [7, 8, 9]), ([1], [6])]
+    assert stopped == "stopped"

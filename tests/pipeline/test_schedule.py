@@ -30,6 +30,26 @@ def test_max_steps_goes_on_into_further_epochs():
     assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
 
 
+@pytest.mark.parametrize(("epochs", "expected"), [(1, [4, 4, 2]), (2, [4] * 5), (1.5, [4, 4, 4, 3]), (0.5, [4, 1])])
+def test_epochs_whole_and_broken_by_hand(epochs, expected):
+    train = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, num_train_epochs=epochs)
+    assert total_steps(10, train) == len(expected)
+    # the step after the last has no pairs
+    assert [len(pairs_of_step(step, 10, train)) for step in range(len(expected) + 1)] == [*expected, 0]
+
+
+def test_one_step_is_a_number_of_steps_like_any_other():
+    train = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, num_train_epochs=2, max_steps=1)
+    assert total_steps(10, train) == 1
+    # a step of a training by steps is whole, whatever the epochs say
+    assert len(pairs_of_step(9, 10, train)) == 4
+
+
+def test_a_rate_falls_over_a_single_step_after_the_warm_up():
+    train = TrainConfig(learning_rate=1.0, warmup_ratio=0.5, lr_scheduler_type="linear")
+    assert [learning_rate(step, 2, train) for step in range(3)] == [1.0, 1.0, 0.0]
+
+
 def test_the_split_into_micro_batches_does_not_change_a_step():
     one = TrainConfig(per_device_train_batch_size=8, gradient_accumulation_steps=1)
     many = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -47,3 +67,11 @@ def test_the_split_into_micro_batches_does_not_change_a_step():
 def test_learning_rates_by_hand(kind, expected):
     train = TrainConfig(learning_rate=1.0, warmup_ratio=0.2, lr_scheduler_type=kind)
     assert [learning_rate(step, 10, train) for step in range(10)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_number_of_steps_means_the_epochs_however_it_is_written():
+    by_epochs, zero = TrainConfig(num_train_epochs=2, max_steps=-1), TrainConfig(num_train_epochs=2, max_steps=0)
+    assert total_steps(9, zero) == total_steps(9, by_epochs) > 0
+    assert [pairs_of_step(step, 9, zero) for step in range(9)] == [
+        pairs_of_step(step, 9, by_epochs) for step in range(9)
+    ]
