@@ -52,8 +52,8 @@ class PairStream:
     is asked, DataError where a source cannot be read.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._data, self._encoder = data, Encoder(data, tokenizer)
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
+        self._data, self._encoder = data, Encoder(data, tokenizer, positions)
         self.formats: dict[str, str] = {}
         self.digests: dict[str, str] = {}
 

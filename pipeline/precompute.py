@@ -21,6 +21,7 @@ from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.model_config import position_limit
 from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
@@ -83,7 +84,7 @@ def make_plan(config: Config) -> Plan:
     parts: list[pa.FixedSizeBinaryArray] = []
     pairs = write_pairs(
         config.data,
-        PairStream(config.data, tokenizer),
+        PairStream(config.data, tokenizer, position_limit(paths.base)),
         lambda table: parts.append(keys_of(identity.reference_id, table)),
     )
     store = Store(reference.store, identity)

@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.hardware import circumstances
 from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.model_config import position_limit
 from pipeline.models import load_tokenizer, locate_reference
 from pipeline.pairs import prompt_text
 from pipeline.precompute import check_scores
@@ -40,7 +41,8 @@ class RowScorer:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._paths = locate_reference(config.reference)
-        self._encoder = Encoder(config.data, load_tokenizer(self._paths.merged, config.reference))
+        tokenizer = load_tokenizer(self._paths.merged, config.reference)
+        self._encoder = Encoder(config.data, tokenizer, position_limit(self._paths.base))
         self.identity: ReferenceIdentity = identify(
             self._paths.base,
             numerics_of(config.reference),

@@ -32,15 +32,21 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenises rows as they come. Raises ConfigError where the tokenizer cannot do what `data` asks."""
+    """Tokenises rows as they come; `positions`: tokens that the model has positions for, if anything limits them.
 
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    Raises ConfigError where the tokenizer cannot do what `data` asks.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
         if data.template == "chat" and not tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template: set data.template=none for plain text")
         end = end_of_turn_id(tokenizer) if data.template == "chat" else tokenizer.eos_token_id
         if end is None:
             raise ConfigError("the tokenizer names no end-of-sequence token, so a response's end cannot be marked")
         self._data, self._tokenizer, self._end = data, tokenizer, end
+        self._limit, self._limit_is = data.max_length, f"data.max_length is {data.max_length}"
+        if positions is not None and positions < data.max_length:
+            self._limit, self._limit_is = positions, f"the model reads {positions}"
         self._texts = _chat_texts if data.template == "chat" else _plain_texts
 
     def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
@@ -48,7 +54,7 @@ class Encoder:
         for found in self._encode(items, ("chosen", "rejected")):
             if isinstance(found, Encoded) and found.responses[0] == found.responses[1]:
                 item, length = found.preference, len(found.responses[0])
-                cut = len(found.prompt_ids) + length == self._data.max_length
+                cut = len(found.prompt_ids) + length == self._limit
                 yield (
                     Dropped(item.source, item.row, "identical_after_truncation", f"equal in the first {length} tokens")
                     if cut and self._data.too_long == "truncate_response"
@@ -88,13 +94,13 @@ class Encoder:
             if ids[: len(prompt)] != prompt:
                 return drop("prompt_not_a_prefix", _where_it_differs(side, prompt, ids))
             responses.append(_ended(ids[len(prompt) :], self._end))
-        limit = self._data.max_length
+        limit = self._limit
         longest = len(prompt) + max(map(len, responses))
         if longest > limit:
             if self._data.too_long == "drop":
-                return drop("too_long", f"{longest} tokens, data.max_length is {limit}")
+                return drop("too_long", f"{longest} tokens, {self._limit_is}")
             if len(prompt) >= limit:
-                return drop("prompt_too_long", f"{len(prompt)} tokens, data.max_length is {limit}")
+                return drop("prompt_too_long", f"{len(prompt)} tokens, {self._limit_is}")
             responses = [ids[: limit - len(prompt)] for ids in responses]
         return Encoded(item, prompt, responses)
 

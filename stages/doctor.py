@@ -71,10 +71,8 @@ def _engine() -> Finding:
         return Finding("scoring", "reference.engine=transformers only")
     if device_kind() == "cuda":
         return Finding("scoring", "reference.engine=vllm")
-    # make bench-score, SmolLM2-135M on two cores; the README has the table
     return Finding(
-        "scoring",
-        "reference.engine=vllm scored 6.0 pairs/s in float32, transformers 5.8 in a third of the memory, and was done first",
+        "scoring", "reference.engine=vllm, or transformers in less memory; 'make bench-score' times both here"
     )
 
 

@@ -22,6 +22,7 @@ from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.identity import weights_digest
 from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
+from pipeline.model_config import position_limit
 from pipeline.models import load_tokenizer, locate, policy_digest
 from pipeline.optimizers import make_optimizer, update
 from pipeline.policies import Policy, load_policy
@@ -57,6 +58,7 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
     # load
     scored = not reference_free(train)
     pairs, held_out = (load_pairs(run.pairs, split, scored=scored) for split in ("train", "eval"))
+    _must_fit_positions(base, config, pairs, held_out)
     steps = total_steps(len(pairs), train)
     torch.manual_seed(train.seed)
     tokenizer = load_tokenizer(base, config.policy)
@@ -167,6 +169,16 @@ def _must_share_vocabulary(base: Path, config: Config, about: dict[str, Any]) ->
         raise ConfigError(
             f"policy.model {config.policy.model!r} has another vocabulary than reference.model {config.reference.model!r}: "
             "a token id does not mean the same to both, so they cannot be compared"
+        )
+
+
+def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:
+    limit = position_limit(base)
+    longest = max((tree.longest for pairs in splits for tree in pairs.trees), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"the longest pair has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
+            f"data.max_length={limit} or less, run precompute again (nothing is scored twice), or choose another policy"
         )
 
 
