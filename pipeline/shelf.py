@@ -192,6 +192,10 @@ class LocalShelf:
                     f"store {place} does not exist and cannot be made ({problem}): mount it, or name another place in "
                     "reference.store"
                 ) from None
+        except NotADirectoryError:
+            raise RefscoreError(
+                f"store {place} is no directory, so it cannot be written or read: name a directory in reference.store"
+            ) from None
         except OSError as error:
             raise RefscoreError(
                 f"store {self.directory} cannot be listed ({error.strerror or first_line(error)}): mend its rights, or leave "

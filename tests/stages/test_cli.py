@@ -105,7 +105,7 @@ def test_every_command_and_option_has_help_and_every_command_stands_in_the_readm
         (["verify", "--run", "gone"], 2, "has no configuration"),
         (["store", "ls"], 3, "does not exist"),
         (["store", "verify", "--store", "s3://bucket/x"], 2, "only directories"),
-        (["precompute", "--config", "c.yaml", "--set", "reference.store=d.jsonl"], 1, "the store cannot be written"),
+        (["precompute", "--config", "c.yaml", "--set", "reference.store=d.jsonl"], 1, "is no directory"),
     ],
     ids=lambda value: " ".join(value[:5]) if isinstance(value, list) else "",
 )

@@ -5,7 +5,7 @@ import hashlib
 import polars as pl
 import pytest
 
-import pipeline.forward
+import pipeline.routes
 from pipeline.config import LoraConfig, PolicyConfig, TrainConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 
@@ -91,7 +91,7 @@ def test_changing_it_changes_something(ground, field, monkeypatch):
 def outcome(where, config, run, settings, monkeypatch):
     """Metrics without times, artifacts, weights, and how many tokens each forward pass read."""
     passes = []
-    packed = pipeline.forward._packed
+    packed = pipeline.routes.read_packed
     layers = []
     with monkeypatch.context() as patch:
         from transformers.models.llama.modeling_llama import LlamaMLP
@@ -99,8 +99,8 @@ def outcome(where, config, run, settings, monkeypatch):
         mlp = LlamaMLP.forward
         patch.setattr(LlamaMLP, "forward", lambda *each: layers.append(1) or mlp(*each))
         patch.setattr(
-            pipeline.forward,
-            "_packed",
+            pipeline.routes,
+            "read_packed",
             lambda model, trees: passes.append(sum(map(len, trees))) or packed(model, trees),
         )
         arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
