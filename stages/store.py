@@ -29,7 +29,9 @@ def ls(store: str) -> None:
     rows = []
     problems: list[str] = []
     for directory in _references(store):
-        numerics = _numerics(directory)
+        numerics, problem = _numerics(directory)
+        if problem:
+            problems.append(problem)
         counts, sizes, damaged = _contents(directory)
         if damaged:
             problems.append(f"{directory}: {damaged} shards cannot be read: 'refscore store verify' sets them aside")
@@ -104,22 +106,23 @@ def _uses() -> tuple[dict[str, list[str]], dict[str, str]]:
     return used, last
 
 
-def _numerics(directory: Path) -> str:
+def _numerics(directory: Path) -> tuple[str, str | None]:
+    """The reference's numerics in words, and what is wrong with it, if anything is."""
     try:
         content = read_reference(directory)
     except DataError as problem:
-        return str(problem)
+        return "unknown", str(problem)
     numerics = content["numerics"]
     engine, version, dtype, device = (
         numerics.get(name, "?") for name in ("engine", "engine_version", "dtype", "device")
     )
-    text = f"{engine} {version}, {dtype} on {device}"
-    if content.get("version") != VERSION:
-        text += (
-            f"; identity of version {content.get('version')}, which this refscore (version {VERSION}) never asks for: "
-            "'refscore store gc --apply --unreferenced' deletes it once no run uses it"
-        )
-    return text
+    words = f"{engine} {version}, {dtype} on {device}"
+    if content.get("version") == VERSION:
+        return words, None
+    return words, (
+        f"{directory}: an identity of version {content.get('version')}, for which this refscore (version {VERSION}) never asks: "
+        "its sequences are scored again; 'refscore store gc --apply --unreferenced' deletes it once no run uses it"
+    )
 
 
 def _contents(directory: Path) -> tuple[tuple[int, int], list[int], int]:
