@@ -20,6 +20,8 @@ from pipeline.schema import DROPPED, PAIRS, read_about, read_table
 from pipeline.store import read_reference
 
 Row = dict[str, Any]
+# tensors that are named one by one; another model differs in all of them
+_LISTED = 3
 _WORDS = {"weights": "weights of", "architecture": "config.json:", "numerics": "numerics:", "version": "key format"}
 
 
@@ -53,10 +55,13 @@ def differences(stored: Row, wanted: Row) -> list[str]:
             if before != after:
                 words.append(f"{_WORDS.get(section, section)} {before!r} -> {after!r}")
             continue
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                was, now = (_short(value.get(name)) for value in (before, after))
-                words.append(f"{_WORDS.get(section, section)} {name} {was} -> {now}")
+        differing = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+        counted = ""
+        if section in ("weights", "adapter") and len(differing) > _LISTED:
+            counted, differing = f"{len(differing)} tensors, first ", differing[:1]
+        for name in differing:
+            was, now = (_short(value.get(name)) for value in (before, after))
+            words.append(f"{_WORDS.get(section, section)} {counted}{name} {was} -> {now}")
     return words
 
 
