@@ -30,6 +30,11 @@ def test_the_template_is_applied_once_and_the_response_ends_the_turn(tmp_path, t
     assert tokenizer.decode(pair.rejected_ids) == "Go away.<|end|>"
 
 
+def test_a_response_that_holds_the_end_token_is_kept_to_its_last_one(tmp_path, tokenizer):
+    (pair,) = build(tmp_path, tokenizer, [row(chosen="First.<|end|>Second.")], eval_fraction=0).pairs
+    assert tokenizer.decode(pair.chosen_ids) == "First.<|end|>Second.<|end|>"
+
+
 def test_ids_are_those_of_the_whole_conversation(tmp_path, tokenizer):
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     (pair,) = build(tmp_path, tokenizer, [row(prompt=turns)], eval_fraction=0).pairs
