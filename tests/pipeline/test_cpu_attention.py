@@ -101,3 +101,11 @@ def test_torch_computes_as_before_afterwards():
     with pytest.raises(RuntimeError):
         cpu_attention.attend((query, key[..., :3], value), [slice(0, 8)], [bias(8, 32, 3)], 0.25)
     assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize(("trees", "biases"), [(2, 1), (1, 2)])
+def test_a_tree_without_its_bias_is_refused_and_not_left_at_zero(trees, biases):
+    query, key, value, _ = inputs(2, 2, 8)
+    slices = [slice(0, 4), slice(4, 8)]
+    with pytest.raises(ValueError):
+        cpu_attention.attend((query, key, value), slices[:trees], [bias(4, 4, 1)] * biases, 0.25)

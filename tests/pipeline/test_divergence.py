@@ -35,8 +35,9 @@ def test_figures_by_hand():
     assert figures["kl"]["low"] < figures["kl"]["mean"] < figures["kl"]["high"]
 
 
-def test_no_response_token_is_no_division_by_zero():
+def test_nats_per_token_of_no_token_and_of_one():
     assert divergence(table(("a", [], [])))["per_token"] == 0
+    assert divergence(table(("a", [-1], [-3])))["per_token"] == 2
 
 
 def test_both_estimates_reach_the_divergence_of_known_distributions():

@@ -70,7 +70,7 @@ def test_learning_rates_by_hand(kind, expected):
 
 
 def test_no_number_of_steps_means_the_epochs_however_it_is_written():
-    by_epochs, zero = TrainConfig(num_train_epochs=2, max_steps=-1), TrainConfig(num_train_epochs=2, max_steps=0)
+    by_epochs, zero = TrainConfig(num_train_epochs=1.5), TrainConfig(num_train_epochs=1.5, max_steps=0)
     assert total_steps(9, zero) == total_steps(9, by_epochs) > 0
     assert [pairs_of_step(step, 9, zero) for step in range(9)] == [
         pairs_of_step(step, 9, by_epochs) for step in range(9)
