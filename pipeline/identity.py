@@ -83,6 +83,12 @@ class ReferenceIdentity:
             _canonical([self.weights, self.adapter] if self.adapter else self.weights).encode()
         ).hexdigest()
 
+    @property
+    def model_digest(self) -> str:
+        """sha256 (hex) of all but the numerics: what lies in the model's files, whatever computes with it."""
+        described = {name: value for name, value in self.described().items() if name != "numerics"}
+        return hashlib.sha256(_canonical(described).encode()).hexdigest()
+
     def described(self) -> dict[str, Any]:
         """The content of reference.json."""
         return {

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MODELS = Path("data/models")
 VIEWS = Path("data/cache/views")
 RECORD = "refscore.json"
+# what is fetched of a model on the Hub
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -101,6 +103,18 @@ def locate(spec: ModelSpec) -> Path:
             "convert them with transformers' save_pretrained on a machine where you trust them"
         )
     return directory
+
+
+def at_hand(spec: ModelSpec) -> Path | None:
+    """The directory of a model that needs no making or fetching; None if it does."""
+    name = spec.model
+    if name.startswith("embedded:"):
+        directory: Path | None = MODELS / name.removeprefix("embedded:")
+    elif Path(name).expanduser().is_dir():
+        directory = Path(name).expanduser()
+    else:
+        directory = _in_hub_cache(name, spec.revision)
+    return directory if directory and (directory / "config.json").is_file() else None
 
 
 class ReferencePaths(NamedTuple):
@@ -227,13 +241,22 @@ def load_causal_lm(
 # --- where models come from
 
 
+def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ConfigError(

@@ -20,9 +20,9 @@ from pipeline.config import Config, ReferenceConfig
 from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
-from pipeline.identity import ReferenceIdentity, identify, key_of
+from pipeline.identity import Numerics, ReferenceIdentity, identify, key_of
 from pipeline.model_config import position_limit
-from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
+from pipeline.models import ReferencePaths, at_hand, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream, source_digests
 from pipeline.quarantine import score_each, why_quarantined
@@ -255,9 +255,11 @@ def inputs_digest(config: Config) -> str:
 
 
 def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
-    """Whether `path` was made from this configuration and from the bytes that its data files have now, with scores if asked.
+    """Whether `path` was made from this configuration and from what its data files and its reference hold now, with scores
+    if asked.
 
-    A source that is gone or is no file (a Hub data set) is taken to be unchanged.
+    What is not at hand is taken to be unchanged: a source that is gone or is no file (a Hub data set), a reference that
+    would have to be fetched.
     """
     about = read_about(path)
     if not about or about.get("inputs_digest") != inputs_digest(config):
@@ -266,13 +268,29 @@ def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
         return False
     return all(
         digest in (None, about["source_digests"].get(name)) for name, digest in source_digests(config.data).items()
-    )
+    ) and _reference_is_that_of(about, config.reference)
+
+
+def _reference_is_that_of(about: dict[str, Any], reference: ReferenceConfig) -> bool:
+    """Whether weights, configuration, adapter and tokenizer are those that pairs.parquet was made with, if they are at hand."""
+    base = at_hand(reference)
+    adapter = Path(reference.adapter).expanduser() if reference.adapter else None
+    if base is None or (adapter and not adapter.is_dir()):
+        return True
+    tokenizer = load_tokenizer(base, reference)
+    numerics = Numerics("", "", "", "", "")  # an engine that was updated since makes no score untrue
+    return [about.get(name) for name in ("model", "vocabulary", "template")] == [
+        identify(base, numerics, adapter, trusts_code=reference.trust_remote_code).model_digest,
+        vocabulary_digest(tokenizer),
+        template_digest(tokenizer),
+    ]
 
 
 def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str, object]:
     """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
     return {
         "reference_id": plan.identity.reference_id,
+        "model": plan.identity.model_digest,
         "weights_digest": plan.identity.weights_digest,
         "dtype": plan.identity.numerics.dtype,
         "inputs_digest": inputs_digest(config),

@@ -32,10 +32,11 @@ _GIVE_UP = 8
 def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     """The judge at `settings.argument`. Nothing is sent before the first duel that `verdicts` does not know."""
     asked: list[str] = []
+    how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         model = settings.model or _only_model(settings)
-        identity = f"{settings.argument} {model} {settings.verdict} {settings.max_tokens} {template_digest()}"
+        identity = f"{settings.argument} {model} {how} {template_digest()}"
         keys = [key_of(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
         missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}

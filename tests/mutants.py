@@ -33,6 +33,18 @@ COVERING = {
     "output_layer": ["pipeline/test_output_layer.py"],
     "divergence": ["pipeline/test_divergence.py"],
     "cpu_attention": ["pipeline/test_cpu_attention.py"],
+    "tree_attention": ["pipeline/test_forward.py", "pipeline/test_transformers_engine.py"],
+    "forward": ["pipeline/test_forward.py", "pipeline/test_training.py"],
+    "trees": ["pipeline/test_forward.py", "pipeline/test_training.py"],
+    "optimizers": ["pipeline/test_policies.py", "pipeline/test_training.py"],
+    "checkpoint": ["faults/test_checkpoint.py", "pipeline/test_training.py", "stages/test_resume.py"],
+    "digests": ["pipeline/test_digests.py"],
+    "identity": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py", "pipeline/test_lookup.py"],
+    "weights": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py"],
+    "store": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
+    "shard": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
+    "lookup": ["pipeline/test_lookup.py", "pipeline/test_store.py", "pipeline/test_places.py"],
+    "join": ["pipeline/test_precompute.py"],
 }
 LOGGING = {"debug", "info", "warning", "error", "exception"}
 

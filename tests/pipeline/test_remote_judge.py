@@ -1,6 +1,7 @@
 """`llm:<url>` against a server on loopback that answers by rule: orders, failures, limits, keys, and going on after a kill."""
 
 import json
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,11 +15,15 @@ from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
 
 
 class Server(ThreadingHTTPServer):
-    """Prefers the longer block; `fail` answers the first so many requests with an error of that status."""
+    """Prefers the longer block; `fail` answers the first so many requests with an error of that status.
 
-    def __init__(self, *, fail=(), key=None, models=("m",), logprobs=True):
+    `mass`: the probability of both letters together, four fifths of it that of the longer block's.
+    """
+
+    def __init__(self, *, fail=(), key=None, models=("m",), logprobs=True, mass=1.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked, self.fail, self.key, self.models, self.logprobs = [], list(fail), key, models, logprobs
+        self.mass = mass
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -47,12 +52,13 @@ class Handler(BaseHTTPRequestHandler):
         letter = "A" if len(first) > len(second) else "B"
         if request["max_tokens"] == 1:
             reply = {"message": {"role": "assistant", "content": letter}}
+            sure, other = (math.log(share * self.server.mass) for share in (0.8, 0.2))
             top = [
-                {"token": letter, "logprob": -0.2231436},
-                {"token": "B" if letter == "A" else "A", "logprob": -1.6094379},
+                {"token": letter, "logprob": sure},
+                {"token": "B" if letter == "A" else "A", "logprob": other},
             ]
             if self.server.logprobs:
-                reply["logprobs"] = {"content": [{"token": letter, "logprob": -0.2231436, "top_logprobs": top}]}
+                reply["logprobs"] = {"content": [{"token": letter, "logprob": sure, "top_logprobs": top}]}
         else:
             said = "I cannot tell." if "unclear" in text else f"Both are fine. Verdict: A?\n**Verdict: {letter}**"
             reply = {"message": {"role": "assistant", "content": said}}
@@ -127,6 +133,14 @@ def test_letters_with_too_little_probability_are_a_failure(tmp_path, serve):
     from pipeline.judge_prompts import weighed
 
     assert weighed(0.05, 0.05, 0.2) is None
+
+
+def test_another_threshold_is_another_judge(tmp_path, serve):
+    """What was said under one `min_mass` is not taken for what would be said under another."""
+    server = serve(mass=0.5)
+    assert [one.winner for one in judge_both_orders(judge(tmp_path, server), items(1))] == ["policy"] * 2
+    found = judge_both_orders(judge(tmp_path, server, min_mass=0.6), items(1))
+    assert [one.winner for one in found] == ["failed"] * 2
 
 
 def test_the_last_verdict_of_a_reasoned_reply_counts_and_none_is_a_failure(tmp_path, serve):

@@ -1,0 +1,55 @@
+"""pairs.parquet is of its reference as it is now: files that change under one name are noticed before anything is trained."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+
+
+@pytest.fixture
+def where(tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "reference")
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(8)))
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "r", "--set", "reference.model=reference")
+    return tmp_path
+
+
+def train(where, code=0):
+    options = ("--config", "experiment.yaml", "--run", "r", "--set", "train.max_steps=1")
+    return refscore_here(where, "train", *options, "--set", "reference.model=reference", "--restart", code=code)
+
+
+def test_other_weights_under_the_same_name_are_not_the_reference_of_the_pairs(where):
+    kept = shutil.copytree(where / "reference", where / "kept")
+    make_tiny_model(where / "reference", seed=1)
+    said = train(where, code=2)
+    assert "16 of 16 sequences have no stored score" in said
+    assert "run 'refscore precompute'" in said
+    # and back again: everything is in the store
+    shutil.rmtree(where / "reference")
+    kept.rename(where / "reference")
+    train(where)
+
+
+def test_another_template_under_the_same_name_is_noticed(where):
+    template = where / "reference" / "chat_template.jinja"
+    template.write_text("the cat " + template.read_text())
+    assert "no stored score" in train(where, code=2)
+
+
+def test_a_configuration_that_computes_other_numbers_is_noticed(where):
+    path = where / "reference" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-2}))
+    assert "no stored score" in train(where, code=2)
+
+
+def test_a_reference_that_is_not_at_hand_is_not_needed(where):
+    (where / "reference").rename(where / "gone")
+    assert "gate" in train(where)
+
+
+def test_an_engine_that_was_updated_since_makes_no_score_untrue(where, monkeypatch):
+    monkeypatch.setattr("pipeline.scoring.importlib.metadata.version", lambda name: "99")
+    assert "gate      passed" in train(where)
