@@ -199,13 +199,13 @@ def test_hand_values():
     assert terms.rejected_rewards.item() == pytest.approx(-0.25)
     smoothed = preference_loss(pair, TrainConfig(beta=0.5, label_smoothing=0.1)).losses.item()
     assert smoothed == pytest.approx(0.9 * math.log(1 + math.exp(-0.75)) + 0.1 * math.log(1 + math.exp(0.75)), abs=1e-6)
-    # (1.5 - 1 / (2 * 0.5))^2 of sums, (1/4 + 0.5/2 - 1)^2 of means
-    assert preference_loss(pair, TrainConfig(loss_type="ipo_sum", beta=0.5)).losses.item() == pytest.approx(0.25)
+    # (1.5 - 1 / (2 * 0.4))^2 of sums, (1/4 + 0.5/2 - 1.25)^2 of means: no sign or factor gives the same by chance
+    assert preference_loss(pair, TrainConfig(loss_type="ipo_sum", beta=0.4)).losses.item() == pytest.approx(0.0625)
     of_means = one_pair(-10.0, -12.0, -11.0, -11.5, tokens=(4.0, 2.0))
-    assert preference_loss(of_means, TrainConfig(loss_type="ipo", beta=0.5)).losses.item() == pytest.approx(0.25)
-    assert bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.5])).losses.item() == pytest.approx(
-        math.log(1 + math.exp(-1.5))
-    )
+    assert preference_loss(of_means, TrainConfig(loss_type="ipo", beta=0.4)).losses.item() == pytest.approx(0.5625)
+    ranked = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.5]))
+    assert ranked.losses.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
+    assert (ranked.chosen_rewards.item(), ranked.rejected_rewards.item()) == (2.0, 0.5)
 
 
 def test_equal_models_give_ln_2():
@@ -222,3 +222,7 @@ def test_long_responses_keep_their_digits():
 def test_a_certain_response_has_a_finite_orpo_loss():
     terms = preference_loss(one_pair(0.0, -3.0, 0.0, 0.0), TrainConfig(loss_type="orpo"))
     assert math.isfinite(terms.losses.item())
+    # a certain rejected one: odds of 1e6, the largest that are told apart
+    terms = preference_loss(one_pair(-3.0, 0.0, 0.0, 0.0), TrainConfig(loss_type="orpo", beta=1.0))
+    odds = math.exp(-3) / (1 - math.exp(-3))
+    assert terms.losses.item() == pytest.approx(3 + math.log(1e6) - math.log(odds), abs=0.1)
