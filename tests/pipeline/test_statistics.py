@@ -9,7 +9,17 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline.statistics import bootstrap_mean, detectable, holm, paired, prompts_for, share, sign_test, wilson
+from pipeline.statistics import (
+    RESAMPLES,
+    bootstrap_mean,
+    detectable,
+    holm,
+    paired,
+    prompts_for,
+    share,
+    sign_test,
+    wilson,
+)
 
 
 def test_the_interval_is_the_central_limit_theorems_for_many_values():
@@ -21,8 +31,23 @@ def test_the_interval_is_the_central_limit_theorems_for_many_values():
     assert found.high == pytest.approx(values.mean() + half, abs=0.003)
 
 
-def test_equal_values_have_no_width():
+def test_the_interval_is_scipys_percentile_bootstrap_and_the_same_every_time():
+    # lopsided, so that other kinds of bootstrap give other ends
+    values = np.random.default_rng(1).exponential(size=30).tolist()
+    for seed in (0, 7):
+        wanted = stats.bootstrap(
+            (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+        ).confidence_interval
+        found = bootstrap_mean(values, seed) if seed else bootstrap_mean(values)
+        assert (found.low, found.high) == (wanted.low, wanted.high)
+
+
+def test_equal_values_have_no_width_and_none_no_mean():
     assert vars(bootstrap_mean([0.5] * 9)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert vars(bootstrap_mean([0.3])) == {"mean": 0.3, "low": 0.3, "high": 0.3}
+    assert vars(bootstrap_mean([0.0, 1.0])) == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_mean([])
 
 
 @pytest.mark.parametrize(("wins", "number"), [(0, 5), (3, 10), (17, 20), (40, 40), (61, 77)])
@@ -32,10 +57,21 @@ def test_wilson_is_statsmodels(wins, number):
     assert (found.low, found.high) == pytest.approx((max(0, low), min(1, high)), abs=1e-12)
 
 
+def test_wilson_is_a_share_of_something():
+    for wrong in ((0, 0), (4, 3), (-1, 3)):
+        with pytest.raises(ValueError, match="successes of"):
+            wilson(*wrong)
+    assert wilson(1, 1).mean == 1.0
+    assert all(wilson(number, number).high <= 1 and wilson(0, number).low >= 0 for number in range(1, 300))
+
+
 @pytest.mark.parametrize(
     ("scores", "method"),
     [
         ([1.0] * 77, "wilson"),
+        ([0.5] * 77, "wilson"),
+        ([1.0, 0.0] * 25, "bootstrap"),
+        ([1.0] * 72 + [0.0] * 5, "bootstrap"),
         ([1.0, 0.0] * 10, "wilson"),
         ([1.0, 0.5] * 38, "bootstrap"),
         ([1.0] * 76 + [0.0], "wilson"),
@@ -56,8 +92,9 @@ def test_the_sign_test_is_the_binomials_tails():
 
 
 def test_holm_is_statsmodels():
-    p_values = np.random.default_rng(2).random(9) ** 3
-    assert holm(p_values.tolist()) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
+    for power in (3, 1):
+        p_values = np.random.default_rng(2).random(9) ** power
+        assert holm(p_values.tolist()) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
     assert holm([]) == []
 
 
@@ -66,8 +103,10 @@ def test_the_detectable_difference_has_the_power_it_promises():
     distance = detectable(scores)
     power = TTestPower().power(distance / np.std(scores, ddof=1), len(scores), 0.05)
     assert power == pytest.approx(0.8, abs=0.005)
-    assert prompts_for(scores, distance / 2) == 1600
+    assert prompts_for(scores, distance / 3) == 3600
     assert detectable([1.0]) is None
+    # a standard deviation of sqrt(1/2) over sqrt(2) prompts
+    assert detectable([1.0, 0.0]) == pytest.approx((1.959964 + 0.841621) / 2, abs=1e-5)
     assert prompts_for([0.5, 0.5], 0.1) is None
 
 
@@ -82,6 +121,13 @@ def test_pairing_cancels_what_the_prompts_share():
     assert found.difference.half_width < 0.03 < bootstrap_mean(list(first.values())).half_width
     assert found.sign_test_p < 1e-6
     assert paired({"a": 1.0}, {"b": 1.0}) is None
+
+
+def test_pairs_that_are_even_say_nothing_about_a_direction():
+    first = {"a": 1.0, "b": 0.5, "c": 0.5, "d": 1.0, "e": 0.5, "f": 0.0}
+    second = {"a": 0.5, "b": 0.0, "c": 0.0, "d": 0.5, "e": 0.5, "f": 0.0}
+    assert paired(first, second).sign_test_p == sign_test(4, 0) == 0.125
+    assert paired(second, first).sign_test_p == 0.125
 
 
 @pytest.mark.parametrize(
