@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +39,17 @@ def test_a_known_file_is_not_read_again(file, monkeypatch):
     assert digests.files_sha256([file], seen.append) == {file: truth(file)}
     assert sum(seen) == 1000
     assert digests.unread_bytes([file]) == 0
-    monkeypatch.setattr(digests, "_sha256", lambda *_: pytest.fail("read again"))
+    other = file.with_name("other")
+    other.write_bytes(b"b" * 10)
+    settle()
+    # a new one beside it is read, and the known one is not
+    read = digests._sha256
+    monkeypatch.setattr(
+        digests, "_sha256", lambda path, heard: read(path, heard) if path == other else pytest.fail("read again")
+    )
+    assert digests.files_sha256([file, other]) == {file: truth(file), other: truth(other)}
+    # where files can be written, the mount says nothing
+    monkeypatch.setattr(digests, "_mount_of", lambda _: pytest.fail("asked for the mount"))
     assert digests.file_sha256(file) == truth(file)
 
 
@@ -74,6 +88,37 @@ def test_times_that_could_hide_a_change_are_not_trusted(file, when):
     assert digests.unread_bytes([file]) == 1000
 
 
+def test_the_moment_in_which_a_change_could_hide_is_that_of_the_file_systems_clock(file, monkeypatch):
+    """Whole seconds are times of a coarse file system: two of them must have passed, not a twentieth."""
+    whole = int(time.time()) - 1
+    os.utime(file, (whole, whole))
+    settle()
+    assert digests.file_stamp(file) is None
+    os.utime(file, (whole - 2, whole - 2))
+    settle()
+    assert digests.file_stamp(file)
+    # to the nanosecond
+    for changed, tick in ((whole * 10**9 + 7, digests._TICK), (whole * 10**9, digests._COARSE_TICK)):
+        os.utime(file, ns=(changed, changed))
+        status = file.stat()
+        fake = SimpleNamespace(
+            **{name: getattr(status, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns")},
+            st_ctime_ns=changed,
+        )
+        monkeypatch.setattr(type(file), "stat", lambda self, *_, fake=fake, **__: fake)
+        for since, trusted in ((tick - 1, False), (tick, True)):
+            monkeypatch.setattr(digests.time, "time_ns", lambda now=changed + since: now)
+            assert bool(digests.file_stamp(file)) == trusted
+        monkeypatch.undo()
+
+
+def test_what_is_older_than_ten_years_of_the_clock_is_no_time(file):
+    for seconds, trusted in ((digests._NO_TIME - 1, False), (digests._NO_TIME, True)):
+        os.utime(file, (seconds, seconds))
+        settle()
+        assert bool(digests.file_stamp(file)) == trusted
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, monkeypatch):
     read = digests._sha256
 
@@ -84,14 +129,28 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, monkeypatc
 
     monkeypatch.setattr(digests, "_sha256", changing)
     digests.file_sha256(file)
+    assert not digests.MEMORY.exists()
     monkeypatch.setattr(digests, "_sha256", read)
     settle()
     assert digests.file_sha256(file) == truth(file)
 
 
+def test_a_stamp_is_given_again_to_a_file_that_kept_it_only(file):
+    stamp = digests.file_stamp(file)
+    assert digests.unchanged_stamp(file, stamp) == stamp
+    assert digests.unchanged_stamp(file, None) is None
+    file.write_bytes(b"b")
+    settle()
+    assert digests.unchanged_stamp(file, stamp) is None
+    file.unlink()
+    assert digests.unchanged_stamp(file, stamp) is None
+
+
 def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_only(file):
     digests.MEMORY.parent.mkdir(parents=True)
     digests.MEMORY.write_text("{broken")
+    assert digests.file_sha256(file) == truth(file)
+    digests.MEMORY.write_text("[]")
     assert digests.file_sha256(file) == truth(file)
     digests.MEMORY.unlink()
     digests.MEMORY.mkdir()
@@ -140,7 +199,7 @@ def test_a_file_on_a_read_only_mount_is_known_by_the_mount(file, monkeypatch):
 
     monkeypatch.setattr(digests.os, "statvfs", lambda _: ReadOnly)
     mounts = iter(["first", "first", "first", "second"])
-    monkeypatch.setattr(digests, "_mount_of", lambda _: next(mounts))
+    monkeypatch.setattr(digests, "_mount_of", lambda path: next(mounts) if path == file else pytest.fail("of another"))
     digests.file_sha256(file)
     assert digests.unread_bytes([file]) == 0
     assert digests.unread_bytes([file]) == 1000
@@ -149,8 +208,16 @@ def test_a_file_on_a_read_only_mount_is_known_by_the_mount(file, monkeypatch):
 
 
 def test_every_mount_has_a_name_of_its_own(tmp_path):
-    name = digests._mount_of(tmp_path)
-    if name is None:
+    if tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 8):
         pytest.skip("this kernel names no mounts (before Linux 6.8)")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    name, other = digests._mount_of(tmp_path), digests._mount_of("/proc")
+    assert re.fullmatch(rf"{boot}\.[1-9]\d*", name)
     assert name == digests._mount_of(tmp_path)
-    assert name != digests._mount_of("/proc")
+    assert name != other
+    # numbers given one after the other from 2 ** 31 on: small ones, if read in the right order of bytes
+    assert all(int(one.partition(".")[2]) < 2**40 for one in (name, other))
+    assert digests._mount_of(tmp_path / "absent") is None
+    # a link is a file of the mount that it leads to
+    (tmp_path / "link").symlink_to("/proc")
+    assert digests._mount_of(tmp_path / "link") == other

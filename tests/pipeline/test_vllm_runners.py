@@ -128,8 +128,8 @@ def changed(**fields):
     def spoil(outputs):
         for name, change in fields.items():
             place = outputs[-1].prompt_logprobs if name.startswith("flat_") else outputs[-1]
-            name = name.removeprefix("flat_")
-            setattr(place, name, change(getattr(place, name)))
+            field = name.removeprefix("flat_")
+            setattr(place, field, change(getattr(place, field)))
         return outputs
 
     return spoil
