@@ -255,6 +255,8 @@ class Config(_Section):
         ]
         if self.reference.tensor_parallel_size > 1 and self.reference.engine != "vllm":
             problems.append("reference.tensor_parallel_size spreads vLLM's model: it needs reference.engine=vllm")
+        if self.reference.kv_cache_gib is not None and self.reference.engine != "vllm":
+            problems.append("reference.kv_cache_gib is the size of vLLM's cache: it needs reference.engine=vllm")
         shown = [judge.shown for judge in self.judge]
         problems += [
             f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1

@@ -82,6 +82,13 @@ def locate(spec: ModelSpec) -> Path:
     Raises ConfigError where the name leads nowhere or the directory holds no safetensors weights.
     """
     name = spec.model
+    on_the_hub = not name.startswith("embedded:") and not Path(name).expanduser().is_dir()
+    # with trust_remote_code a revision says which code is trusted, wherever it lies
+    if spec.revision and not on_the_hub and not spec.trust_remote_code:
+        raise ConfigError(
+            f"model {name!r} lies here and has no revisions, so revision {spec.revision!r} would change nothing: remove it, "
+            "or name a model of the Hub"
+        )
     if name.startswith("embedded:"):
         directory = _embedded(name.removeprefix("embedded:"))
     elif Path(name).expanduser().is_dir():

@@ -16,7 +16,7 @@ from pipeline.config import DataConfig
 from pipeline.errors import DataError
 from pipeline.formats import Message
 from pipeline.preferences import Dropped, Preference, open_source
-from pipeline.rows import source_digest
+from pipeline.rows import must_read_all, source_digest
 from pipeline.token_ids import Encoded, Encoder
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class PairStream:
     """
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
+        must_read_all(data)
         self._data, self._encoder = data, Encoder(data, tokenizer, positions)
         self.formats: dict[str, str] = {}
         self.digests: dict[str, str] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig
-from pipeline.errors import DataError, first_line
+from pipeline.errors import ConfigError, DataError, first_line
 
 Row = dict[str, Any]
 
@@ -33,6 +33,18 @@ def open_rows(name: str, data: DataConfig) -> tuple[Callable[[], Iterator[Row]],
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (".jsonl", ".json", ".parquet"):
         return _data_set(name, data.split, data.revision)
     raise DataError(f"{name}: no such file or folder, and not of a Hub data set's form owner/name")
+
+
+def must_read_all(data: DataConfig) -> None:
+    """Raise ConfigError if a field says how to read a kind of source that `data` has none of."""
+    sources = [Path(name).expanduser() for name in [*data.path, *filter(None, [data.eval_path])]]
+    if data.revision and all(path.exists() for path in sources):
+        raise ConfigError("data.revision is that of a Hub data set, and data.path names none: remove it")
+    if data.split != DataConfig.model_fields["split"].default and all(path.is_file() for path in sources):
+        raise ConfigError(
+            f"data.split={data.split} chooses a split of a folder or Hub data set, and data.path names files only: remove it, "
+            "or give the folder"
+        )
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

@@ -48,6 +48,8 @@ def _next(config: Config, last: Run) -> list[str]:
         f"data.eval_path={json.dumps(str(last.held_out))}",
         "data.columns={}",
         "data.max_rows=null",
+        "data.split=train",
+        "data.revision=null",
         f"policy.model={policy}",
         "policy.revision=null",
     ]

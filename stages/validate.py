@@ -10,6 +10,7 @@ from pipeline.errors import DataError
 from pipeline.models import load_tokenizer, locate
 from pipeline.pairs import build_pairs, count_reasons
 from pipeline.preferences import Dropped, Preference, open_source
+from pipeline.rows import must_read_all
 from stages import console
 
 _SHOWN = 20
@@ -21,6 +22,7 @@ def run(data: str, overrides: list[str], model: str | None) -> None:
     if model is not None:
         _tokenised(config, model)
         return
+    must_read_all(config.data)
     source = open_source(data, config.data)
     pairs = 0
     turns: dict[int, int] = {}

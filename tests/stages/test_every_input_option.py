@@ -1,0 +1,216 @@
+"""No silent no-op: changing any field of `data` and `reference` changes the pairs, the store, what an engine is told, or an error.
+
+A real model of transformers scores. Doubles stand in for vLLM, for workers' processes, for Ray, and for a data set of the Hub;
+a model of the Hub lies in a cache of the Hub's layout.
+"""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub.constants
+import polars as pl
+import pytest
+import torch
+
+import pipeline.ray_launcher
+import pipeline.scoring
+import pipeline.vllm_scoring
+import pipeline.workers
+from pipeline import score_table
+from pipeline.config import DataConfig, ReferenceConfig
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.pipeline.engines import Flat
+
+ON_VLLM = {"reference.engine": "vllm"}
+FIRST, SECOND, CODED = "a" * 40, "b" * 40, "c" * 40
+# field: the change, and what must be set beside it (in both runs) for the field to have a meaning
+CHANGES = {
+    "data.path": ("other.jsonl", {}),
+    "data.eval_path": ("other.jsonl", {}),
+    "data.eval_fraction": (0.6, {}),
+    "data.split": ("test", {"data.path": "folder"}),
+    "data.revision": ("old", {"data.path": "tests/pairs"}),
+    "data.columns": ("{prompt: question, chosen: good, rejected: bad}", {"data.path": "renamed.jsonl"}),
+    "data.template": ("none", {}),
+    "data.max_length": (40, {}),
+    "data.too_long": ("truncate_response", {"data.max_length": 40}),
+    "data.max_rows": (5, {}),
+    "reference.model": ("other", {}),
+    "reference.revision": (SECOND, {"reference.model": "tests/tiny"}),
+    "reference.trust_remote_code": ("true", {"reference.model": "tests/tiny", "reference.revision": CODED}),
+    "reference.adapter": ("adapter", {}),
+    "reference.engine": ("vllm", {}),
+    "reference.dtype": ("bfloat16", {}),
+    "reference.store": ("elsewhere", {}),
+    "reference.workers": (2, {}),
+    "reference.launcher": ("ray", {}),
+    "reference.tensor_parallel_size": (2, ON_VLLM),
+    "reference.share_prompts": ("false", ON_VLLM),
+    "reference.tokens_per_shard": (100, {}),
+    "reference.max_batched_tokens": (64, ON_VLLM),
+    "reference.kv_cache_gib": (2.5, ON_VLLM),
+}
+
+
+def test_every_field_is_walked():
+    fields = {f"data.{name}" for name in DataConfig.model_fields}
+    fields |= {f"reference.{name}" for name in ReferenceConfig.model_fields}
+    assert fields == CHANGES.keys()
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, tiny_model):
+    """A directory with data, models, an adapter and a cache of the Hub, and a memory of what runs without a change gave."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    where = tmp_path_factory.mktemp("options")
+    rows = preference_rows(12)
+    write_rows(where / "preferences.jsonl", rows)
+    write_rows(where / "other.jsonl", rows[3:8])
+    write_rows(
+        where / "renamed.jsonl",
+        [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows],
+    )
+    for split, part in (("train", rows[:8]), ("test", rows[8:])):
+        write_rows(where / "folder" / f"{split}.jsonl", part)
+    make_tiny_model(where / "other", seed=1)
+    torch.manual_seed(2)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(where / "adapter")
+    in_hub_cache(where / "hub", FIRST, tiny_model)
+    in_hub_cache(where / "hub", SECOND, where / "other")
+    with_code(in_hub_cache(where / "hub", CODED, tiny_model))
+    return where, experiment(where, tiny_model, where / "preferences.jsonl"), {}
+
+
+def in_hub_cache(hub, revision, model):
+    """The model as huggingface_hub keeps one, under `main` if it is the first."""
+    (hub / "models--tests--tiny" / "refs").mkdir(parents=True, exist_ok=True)
+    if revision == FIRST:
+        (hub / "models--tests--tiny" / "refs" / "main").write_text(revision)
+    return shutil.copytree(model, hub / "models--tests--tiny" / "snapshots" / revision)
+
+
+def with_code(directory):
+    """Code that comes with the model, and computes other numbers."""
+    (directory / "coded.py").write_text(
+        "from transformers import LlamaForCausalLM\n"
+        "class Coded(LlamaForCausalLM):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.model.norm.register_forward_hook(lambda module, given, found: found * 0.5)\n"
+    )
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "coded.Coded"}}))
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_changing_it_changes_something(ground, field, monkeypatch):
+    where, config, known = ground
+    value, beside = CHANGES[field]
+    name = repr(beside)
+    if name not in known:
+        known[name] = outcome(where, config, beside, monkeypatch)
+    changed = outcome(where, config, {**beside, field: value}, monkeypatch)
+    assert changed != known[name]
+    # neither is an error, but where the error is what changes
+    assert known[name][0] == 0 or field == "data.columns"
+    assert changed[0] == 0 or field == "reference.launcher"
+
+
+def test_without_a_change_nothing_changes(ground, monkeypatch):
+    """Else the walk would pass for any field."""
+    where, config, _ = ground
+    for beside in ({}, ON_VLLM, {"data.path": "tests/pairs"}):
+        assert outcome(where, config, beside, monkeypatch) == outcome(where, config, beside, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"data.split": "test"}, "data.path names files only"),
+        ({"data.revision": "old"}, "data.path names none"),
+        ({"reference.revision": "old"}, "has no revisions"),
+        ({"reference.kv_cache_gib": 2.5}, "needs reference.engine=vllm"),
+        ({"reference.tensor_parallel_size": 2}, "needs reference.engine=vllm"),
+    ],
+)
+def test_a_field_that_nothing_would_read_is_refused(ground, setting, said, monkeypatch):
+    where, config, _ = ground
+    code, text, *_ = outcome(where, config, setting, monkeypatch)
+    assert code == 2
+    assert said in text
+
+
+def outcome(where, config, settings, monkeypatch):
+    """Exit code, what was said if it failed, pairs, drops, where shards lie and how large they are, what doubles were told."""
+    told = []
+    for name in ("data", "elsewhere"):
+        shutil.rmtree(where / name, ignore_errors=True)
+    with monkeypatch.context() as patch:
+        doubles(patch, where, told)
+        arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        code, text = 0, ""
+        try:
+            refscore_here(where, "precompute", "--config", config, "--run", "r", *arguments)
+        except AssertionError as failed:  # it holds the exit code and what was said
+            text, code = str(failed), 2 if "(2)" in str(failed) else 1
+    run = where / "data/runs/r"
+    tables = [
+        pl.read_parquet(run / name).to_dicts() if (run / name).is_file() else None
+        for name in ("pairs.parquet", "dropped.parquet")
+    ]
+    shards = sorted(
+        (str(path.parent.parent.relative_to(where)), pl.read_parquet(path).height)
+        for path in where.glob("**/scores-*.parquet")
+    )
+    told = [
+        (one[0], [(ids, how.skip_reading_prefix_cache) for ids, how in one[1].sent]) if isinstance(one, tuple) else one
+        for one in told
+    ]
+    return code, text, tables, shards, told
+
+
+def doubles(patch, where, told):
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(where / "hub"))
+    patch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(where / "hub"), raising=False)
+
+    def load_dataset(name, split, revision, real=datasets.load_dataset):
+        if name != "tests/pairs":
+            return real(name, split=split, revision=revision)
+        return datasets.Dataset.from_list(preference_rows(6 if revision == "old" else 9))
+
+    patch.setattr(datasets, "load_dataset", load_dataset)
+
+    def start_engine(directory, **options):
+        engine = Flat()
+        engine.llm_engine.vllm_config.cache_config.enable_prefix_caching = options["enable_prefix_caching"]
+        engine.llm_engine.vllm_config.attention_config = SimpleNamespace(backend=None)
+        told.append((options, engine))
+        return engine
+
+    patch.setattr(pipeline.vllm_scoring, "start_engine", start_engine)
+    patch.setattr(pipeline.vllm_scoring, "stop_engine", lambda engine: None)
+
+    class Worker:
+        """A worker in this process."""
+
+        def __init__(self, number, share, reference, directory, numerics, longest):
+            told.append(f"worker {number}")
+            self.scorer = pipeline.scoring._start(reference, directory, numerics, longest)
+
+        def wait_until_ready(self):
+            pass
+
+        def score(self, table):
+            return score_table.score(table, self.scorer)
+
+        def stop(self):
+            pass
+
+    patch.setattr(pipeline.workers, "_Worker", Worker)
+    patch.setattr(pipeline.workers, "processors", lambda: [0, 1])
+    patch.setattr(pipeline.ray_launcher, "score_missing", lambda plan, *_: told.append("ray") or {})
