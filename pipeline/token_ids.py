@@ -108,15 +108,20 @@ class Encoder:
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant's turn under the chat template; the end-of-sequence token without a template.
 
-    Raises ConfigError where neither is known.
+    Raises ConfigError if neither is known, or if the template refuses a conversation.
     """
+    from jinja2 import TemplateError
+
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     if tokenizer.chat_template:
         marker = "refscoreboundary"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        after = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
-        for token in after:
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            raise ConfigError(f"the chat template refuses a user's turn with its answer ({error})") from None
+        _, found, after = text.rpartition(marker)
+        for token in tokenizer(after, add_special_tokens=False)["input_ids"] if found else []:
             if token in special:
                 return int(token)
     if tokenizer.eos_token_id is None:
