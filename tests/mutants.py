@@ -48,14 +48,16 @@ COVERING = {
     "join": ["pipeline/test_precompute.py"],
 }
 LOGGING = {"debug", "info", "warning", "error", "exception"}
+# which UTF-8 is meant by: None is what this platform takes
+_ENCODINGS = {"utf-8", "ascii", "none"}
 
 
 class Count(NamedTuple):
-    """The verdicts on one file's mutants; messages are the mutants that change only what a person reads."""
+    """The verdicts on one file's mutants; `aside` counts those that change nothing a program could see."""
 
     killed: int
     survivors: list[str]
-    messages: int
+    aside: int
     seconds: float
 
     @property
@@ -66,13 +68,13 @@ class Count(NamedTuple):
 def main(names: list[str]) -> None:
     if unknown := sorted(set(names) - set(COVERING)):
         sys.exit(f"no tests are named for {', '.join(unknown)}; known are {', '.join(COVERING)}")
-    print("| file | mutants | killed | survivors | share | messages | seconds |\n|---|--:|--:|--:|--:|--:|--:|")
+    print("| file | mutants | killed | survivors | share | set aside | seconds |\n|---|--:|--:|--:|--:|--:|--:|")
     survivors = []
     for name in names or COVERING:
         count = run(name)
         mutants = count.killed + len(count.survivors)
         print(
-            f"| {name} | {mutants} | {count.killed} | {len(count.survivors)} | {count.share:.1%} | {count.messages} "
+            f"| {name} | {mutants} | {count.killed} | {len(count.survivors)} | {count.share:.1%} | {count.aside} "
             f"| {count.seconds:.0f} |",
             flush=True,
         )
@@ -133,41 +135,59 @@ def judged(codes: dict[str, int | None], mutated: str, seconds: float) -> Count:
         SystemExit: no mutant was made, or one has no verdict.
     """
     functions = {node.name: node for node in ast.walk(ast.parse(mutated)) if isinstance(node, ast.FunctionDef)}
-    killed, messages, survivors = 0, 0, []
+    killed, aside, survivors = 0, 0, []
     for key, code in codes.items():
         name = key.rpartition(".")[2]
         original, mutant = functions[f"{name.rpartition('__mutmut_')[0]}__mutmut_orig"], functions[name]
         status = status_by_exit_code[code]
         if status not in {"killed", "timeout", "survived", "no tests", "segfault"}:
             sys.exit(f"{key} has no verdict: {status}")
-        if without_messages(original) == without_messages(mutant):
-            messages += 1
+        if without_asides(original) == without_asides(mutant):
+            aside += 1
         elif status in {"survived", "no tests"}:
             survivors.append(f"{key} ({status})\n{difference(original, mutant)}")
         else:
             killed += 1
     if not killed and not survivors:
         sys.exit("no mutant was made: nothing was tested")
-    return Count(killed, survivors, messages, seconds)
+    return Count(killed, survivors, aside, seconds)
 
 
-class _Messages(ast.NodeTransformer):
-    """Empties what is said to a person: the arguments of raised errors and of log lines."""
+class _Asides(ast.NodeTransformer):
+    """Empties what is said to a person (the arguments of raised errors and of log lines), and takes two keywords away:
+    `strict` of a zip, a guard over lists that were made side by side, and the spelling of an encoding.
+    """
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        node.keywords = [
+            one
+            for one in node.keywords
+            if not (one.arg == "strict" and getattr(node.func, "id", "") == "zip")
+            and not (one.arg == "encoding" and _spelling(one.value) in _ENCODINGS)
+        ]
+        return node
 
     def visit_Raise(self, node: ast.Raise) -> ast.Raise:
+        self.generic_visit(node)
         if isinstance(node.exc, ast.Call):
             node.exc = ast.Call(node.exc.func, [], [])
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr:
+        self.generic_visit(node)
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "attr", "") in LOGGING:
             node.value = ast.Call(node.value.func, [], [])
         return node
 
 
-def without_messages(function: ast.FunctionDef) -> str:
-    """The function's signature and body as text, with nothing in it that only a person reads."""
-    copy = _Messages().visit(ast.parse(ast.unparse(function)).body[0])
+def _spelling(value: ast.expr) -> str:
+    return str(value.value).lower() if isinstance(value, ast.Constant) else ""
+
+
+def without_asides(function: ast.FunctionDef) -> str:
+    """The function's signature and body as text, without what `_Asides` takes away."""
+    copy = _Asides().visit(ast.parse(ast.unparse(function)).body[0])
     return ast.unparse(copy).replace(function.name, "function")
 
 

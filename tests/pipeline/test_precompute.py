@@ -1,6 +1,7 @@
 """Scores that cannot be true never reach the store; every missing sequence is asked for once."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,9 @@ import pytest
 from pipeline import join, pair_table, precompute
 from pipeline.config_file import load_config
 from pipeline.errors import CheckError
-from pipeline.join import joined
+from pipeline.join import dropped_with, joined, write_joined
 from pipeline.precompute import make_plan, score_missing, shards_of
+from pipeline.schema import DROPPED, PAIRS, read_about, read_table
 from tests.conftest import experiment, preference_rows, write_rows
 
 
@@ -79,18 +81,130 @@ def test_however_few_scores_are_held_at_a_time_the_pairs_are_the_same(config, mo
     assert pa.concat_tables(joined(plan)).equals(together)
 
 
-def test_scores_of_another_number_of_tokens_are_refused(config):
-    plan = make_plan(config)
-    score_missing(plan, config.reference, Engine(), lambda sequences, tokens: None)
-    plan.pairs.response_tokens[3] += 1
-    with pytest.raises(CheckError, match=r"rejected of pair .* tokens but"):
+@pytest.mark.parametrize(("position", "side"), [(3, "rejected"), (10, "chosen")])
+def test_scores_of_another_number_of_tokens_are_refused(config, position, side):
+    plan = scored_plan(config)
+    plan.pairs.response_tokens[position] += 1
+    pair_id, tokens = plan.row(position // 2)["pair_id"], plan.pairs.response_tokens[position]
+    with pytest.raises(CheckError, match=f"{side} of pair {pair_id} has {tokens} tokens but {tokens - 1} scores"):
         list(joined(plan))
+
+
+def scored_plan(config, spoil=lambda logps: logps):
+    plan = make_plan(config)
+    score_missing(plan, config.reference, Engine(spoil), lambda sequences, tokens: None)
+    return plan
 
 
 def test_a_score_that_is_gone_after_scoring_is_named(config):
     plan = make_plan(config)
-    with pytest.raises(CheckError, match="14 scores are missing"):
+    ids = [plan.row(number)["pair_id"] for number in range(7)]
+    with pytest.raises(CheckError, match=r"(8|14) scores are missing") as stop:
         list(joined(plan))
+    # of as many row groups as are read at a time, the first ten: two of each pair
+    seen = min(10, int(str(stop.value).split()[0])) // 2
+    named = ", ".join(pair_id for pair_id in ids[:seen] for _ in range(2))
+    assert f"first of the pairs {named}:" in str(stop.value)
+
+
+def test_without_scores_the_pairs_are_the_same_and_the_store_is_not_asked(config, monkeypatch):
+    plan = scored_plan(config)
+    with_scores = pa.concat_tables(joined(plan))
+    monkeypatch.setattr(type(plan.store), "lookup", lambda *_: pytest.fail("asked"))
+    without = pa.concat_tables(joined(plan, scored=False))
+    assert without.schema == with_scores.schema == PAIRS
+    scores = [f"ref_{side}_{what}" for side in ("chosen", "rejected") for what in ("logps", "logp")]
+    assert without.drop(scores).equals(with_scores.drop(scores))
+    assert all(without[name].null_count == 7 for name in scores)
+
+
+@pytest.mark.parametrize("numbers", [[0], [3], [4], [6], [0, 3, 4, 5], list(range(7))])
+def test_pairs_that_are_left_out_are_gone_and_the_others_unmoved(config, numbers):
+    plan = scored_plan(config)
+    every = pa.concat_tables(joined(plan))
+    kept = pa.array([number for number in range(7) if number not in numbers], pa.int64())
+    assert pa.concat_tables(joined(plan, left_out=dict.fromkeys(numbers, "why"))).equals(every.take(kept))
+    unscored = pa.concat_tables(joined(plan, scored=False, left_out=numbers))
+    assert unscored["pair_id"].equals(every.take(kept)["pair_id"])
+
+
+def test_only_pairs_that_are_left_out_may_lack_a_score(config):
+    plan = make_plan(config)
+    missing = plan.row(3)["chosen_ids"]
+    # -inf: computed, and no number; so it is not stored
+    score_missing(plan, config.reference, Engine(infinite(len(missing))), lambda sequences, tokens: None)
+    lacking = [
+        number
+        for number in range(7)
+        for side in ("chosen", "rejected")
+        if len(plan.row(number)[f"{side}_ids"]) == len(missing)
+    ]
+    assert len(set(lacking)) < 7
+    left_out = dict.fromkeys(lacking, "value 0")
+    assert sum(map(len, joined(plan, left_out=left_out))) == 7 - len(left_out)
+    for spared in lacking:
+        with pytest.raises(CheckError, match=f"of the pairs {plan.row(spared)['pair_id']}"):
+            list(joined(plan, left_out=left_out.keys() - {spared}))
+
+
+def infinite(length):
+    return lambda logps: np.where(len(logps) == length, -np.inf, logps).astype(np.float32)
+
+
+def test_the_file_holds_the_joined_pairs_and_what_it_says_of_itself(config, tmp_path):
+    plan = scored_plan(config)
+    path = tmp_path / "pairs.parquet"
+    for left_out in ([], [2, 5]):
+        write_joined(path, plan, {"k": [1]}, left_out=left_out)
+        assert read_table(path, PAIRS).equals(pa.concat_tables(joined(plan, left_out=left_out)))
+        assert read_about(path)["k"] == [1]
+    write_joined(path, plan, {}, scored=False)
+    assert read_table(path, PAIRS).equals(pa.concat_tables(joined(plan, scored=False)))
+    assert [one.name for one in tmp_path.iterdir() if "pairs" in one.name] == ["pairs.parquet"]
+
+
+def test_what_scoring_left_out_stands_with_what_planning_dropped(config):
+    write_rows(Path(config.data.path[0]), [*preference_rows(6), {"prompt": "Hi?", "chosen": "", "rejected": "x"}])
+    plan = make_plan(config)
+    first, *rest = dropped_with(plan, {4: "chosen: late", 1: "rejected: early"}).to_pylist()
+    assert first["reason"] == "empty_response"
+    for row, number, detail in zip(rest, (1, 4), ("rejected: early", "chosen: late"), strict=True):
+        pair = plan.row(number)
+        assert row == {
+            **{name: pair.get(name) for name in DROPPED.names},
+            "reason": "not_finite",
+            "detail": detail,
+        }
+        assert row["prompt_ids"] == pair["prompt_ids"]
+    assert dropped_with(plan, {}).schema == DROPPED
+
+
+def test_as_many_row_groups_are_read_at_a_time_as_scores_fit(config, monkeypatch):
+    plan, reads = scored_plan(config), []
+    load = join._Scores._load
+    monkeypatch.setattr(
+        join._Scores, "_load", lambda self, at: reads.append((at[0] // 2, (at[-1] + 1) // 2)) or load(self, at)
+    )
+    monkeypatch.setattr(join, "GROUP", 2)
+    monkeypatch.setattr(pair_table, "GROUP", 2)
+    plan = make_plan(config)
+    tokens = plan.pairs.response_tokens.reshape(-1, 2).sum(axis=1)
+    size = [4 * int(number) + 2 * 64 for number in tokens]
+
+    def read(at_once):
+        reads.clear()
+        monkeypatch.setattr(join, "_AT_ONCE", at_once)
+        assert sum(map(len, joined(plan))) == 7
+        return list(reads)
+
+    assert read(2**24) == [(0, 7)]
+    assert read(sum(size)) == [(0, 7)]
+    # one byte less: whole groups only, and what is left after them
+    assert read(sum(size) - 1) == [(0, 6), (6, 7)]
+    assert read(sum(size[:4]))[0] == (0, 4)
+    assert read(sum(size[:4]) - 1)[0] == (0, 2)
+    # never less than a group
+    assert read(1) == [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
 def test_the_first_shard_may_be_smaller_and_all_is_in_one(config):
