@@ -16,7 +16,7 @@ from pipeline.judging import (
     majority,
     winner_of,
 )
-from pipeline.statistics import wilson
+from pipeline.statistics import detectable, wilson
 from pipeline.winrates import by_topic, comparison_scores, prompt_scores, win_rate
 
 
@@ -142,3 +142,37 @@ def test_length_control_takes_the_differences_of_the_judged_prompts():
     assert rate.length_controlled.low < 0.5 < rate.length_controlled.high
     assert win_rate(judged([(1.0, 1.0)] * 20), {}).length_controlled is None
     assert prompt_scores(comparison_scores(judged([(1.0, 0.0)]))) == {"0": 0.5}
+
+
+def only_score(scores):
+    (found,) = comparison_scores(judged([scores])).values()
+    return found.score, found.flipped
+
+
+def test_a_contradiction_is_a_tie_however_sure_one_order_was_and_a_leaning_is_none():
+    assert only_score((0.95, 0.2)) == (0.5, True)
+    assert only_score((0.5, 0.2)) == (pytest.approx(0.35), False)
+    assert only_score((0.9, 0.7)) == (pytest.approx(0.8), False)
+    assert only_score((0.9, None)) == (None, False)
+
+
+def test_a_rate_says_how_its_interval_was_made_and_what_it_could_have_shown():
+    few = win_rate(judged([(1.0, 1.0), (0.0, 0.0)] * 10))
+    many = win_rate(judged([(1.0, 1.0), (0.0, 0.0)] * 40))
+    assert (few.method, many.method) == ("wilson", "bootstrap")
+    assert few.detectable == detectable([1.0, 0.0] * 10) > many.detectable > 0
+
+
+def test_the_first_response_wins_in_decided_verdicts_of_both_orders_only():
+    rate = win_rate(judged([(1.0, 0.0), (0.5, 0.5), (None, 1.0), (1.0, 1.0)]))
+    # first, first; nobody; the policy as second; the policy as first and as second
+    assert rate.first_wins == pytest.approx(3 / 5)
+    pairs = [Judgement("a", 0, "j", "policy", "reference", "pair", "policy", 1.0)]
+    assert win_rate(pairs).first_wins is None
+    assert win_rate(judged([(0.5, 0.5)])).first_wins is None
+
+
+def test_the_best_topic_comes_first_and_equal_ones_by_name():
+    scores = [(0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (0.5, 0.5), (1.0, 1.0)]
+    topics = {"0": "a", "1": "z", "2": "m", "3": "b", "4": "k"}
+    assert list(by_topic(judged(scores), topics)) == ["k", "m", "z", "b", "a"]
