@@ -1,10 +1,6 @@
 """`llm:<url>` against a server on loopback that answers by rule: orders, failures, limits, keys, and going on after a kill."""
 
 import json
-import math
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,76 +8,7 @@ from pipeline.errors import ConfigError, RefscoreError
 from pipeline.judge_config import JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
-
-
-class Server(ThreadingHTTPServer):
-    """Prefers the longer block; `fail` answers the first so many requests with an error of that status.
-
-    `mass`: the probability of both letters together, four fifths of it that of the longer block's.
-    """
-
-    def __init__(self, *, fail=(), key=None, models=("m",), logprobs=True, mass=1.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.fail, self.key, self.models, self.logprobs = [], list(fail), key, models, logprobs
-        self.mass = mass
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.answer(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
-            self.answer(401, {"error": {"message": "wrong key"}})
-            return
-        if self.server.fail:
-            self.answer(self.server.fail.pop(), {"error": {"message": "not now"}})
-            return
-        text = request["messages"][0]["content"]
-        self.server.asked.append((time.monotonic(), text))
-        first, second = (text.split(f"<response-{name}-")[1].split("\n")[1] for name in "AB")
-        letter = "A" if len(first) > len(second) else "B"
-        if request["max_tokens"] == 1:
-            reply = {"message": {"role": "assistant", "content": letter}}
-            sure, other = (math.log(share * self.server.mass) for share in (0.8, 0.2))
-            top = [
-                {"token": letter, "logprob": sure},
-                {"token": "B" if letter == "A" else "A", "logprob": other},
-            ]
-            if self.server.logprobs:
-                reply["logprobs"] = {"content": [{"token": letter, "logprob": sure, "top_logprobs": top}]}
-        else:
-            said = "I cannot tell." if "unclear" in text else f"Both are fine. Verdict: A?\n**Verdict: {letter}**"
-            reply = {"message": {"role": "assistant", "content": said}}
-        usage = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
-        self.answer(
-            200,
-            {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [{"index": 0, "finish_reason": "stop", **reply}],
-                "usage": usage,
-            },
-        )
-
-    def answer(self, status, content):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+from tests.pipeline.letter_server import Server
 
 
 @pytest.fixture

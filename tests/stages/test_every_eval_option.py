@@ -1,0 +1,138 @@
+"""No silent no-op: changing any field of `generate` changes samples, verdicts, KL, new pairs, or what comes next.
+
+A double stands in for vLLM's sampling: what it writes is drawn from all that it is given. Scores are transformers' own.
+"""
+
+import json
+import random
+import shutil
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+
+import pipeline.generate
+import stages.iterate
+from pipeline.config import GenerateConfig
+from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
+
+# field: the change, and what must be set beside it (in both runs) for the field to have a meaning
+EVAL = {
+    "generate.max_tokens": (5, {}),
+    "generate.temperature": (0.2, {}),
+    "generate.top_p": (0.5, {}),
+    "generate.samples": (2, {}),
+    "generate.seed": (9, {}),
+    "generate.max_prompts": (2, {}),
+    "generate.dtype": ("bfloat16", {}),
+    "generate.baseline": ("other", {}),
+    "generate.models": ("{x: other}", {}),
+    "generate.kl_samples": (2, {}),
+}
+PAIRS = {
+    "generate.pair_samples": (3, {}),
+    "generate.pair_prompts": (2, {}),
+    "generate.pair_judge": ("rule:contains=dog", {"generate.pair_margin": 0.1}),
+    "generate.pair_margin": (0.1, {}),
+}
+ITERATE = {"generate.next_reference": ("previous", {})}
+COMMANDS = {"eval": EVAL, "pairs": PAIRS, "iterate": ITERATE}
+CHANGES = {name: (command, *change) for command, fields in COMMANDS.items() for name, change in fields.items()}
+TABLES = ("samples", "kl", "judgements", "pair_samples")
+
+
+def test_every_field_is_walked():
+    assert {f"generate.{name}" for name in GenerateConfig.model_fields} == CHANGES.keys()
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, tiny_model):
+    """A directory with a trained run, and a memory of what commands without a change gave."""
+    where = tmp_path_factory.mktemp("options")
+    make_tiny_model(where / "other", seed=1)
+    data = write_rows(where / "preferences.jsonl", preference_rows(14))
+    judges = ["rule:complete_and_concise", "rule:contains=e"]
+    config = experiment(where, tiny_model, data, train={"max_steps": 1}, judge=judges)
+    config.write_text(config.read_text().replace("eval_fraction: 0.25", "eval_fraction: 0.4"))
+    for stage in ("precompute", "train"):
+        refscore_here(where, stage, "--config", config, "--run", "r")
+    # a first round of `iterate`
+    shutil.copytree(where / "data/runs/r", where / "data/runs/r-r1")
+    return where, config, {}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_changing_it_changes_something(ground, field, monkeypatch):
+    where, config, known = ground
+    command, value, beside = CHANGES[field]
+    name = f"{command} {beside}"
+    if name not in known:
+        known[name] = outcome(where, config, command, beside, monkeypatch)
+    assert outcome(where, config, command, {**beside, field: value}, monkeypatch) != known[name]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_change_nothing_changes(ground, command, monkeypatch):
+    """Else the walk would pass for any field."""
+    where, config, _ = ground
+    first, second = (outcome(where, config, command, {}, monkeypatch) for _ in range(2))
+    assert first == second
+    assert any(first)
+
+
+def outcome(where, config, command, settings, monkeypatch):
+    """Tables, new pairs, what the engine and the steps of `iterate` were told, and the figures without times."""
+    told = []
+    run = where / "data/runs/r"
+    for name in ("eval.json", "new_pairs.jsonl", "held_out.jsonl", *(f"{table}.parquet" for table in TABLES)):
+        (run / name).unlink(missing_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.generate, "running_engine", lambda *given, **how: running_engine(told, *given, **how))
+        patch.setattr(
+            stages.iterate, "step", lambda stage, config, name, overrides: told.append((stage, name, overrides))
+        )
+        arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        options = ("--config", config, "--run", "r", *arguments)
+        said = ""
+        try:
+            refscore_here(where, command, *options, *(("--rounds", 2) if command == "iterate" else ()))
+        except AssertionError as failed:  # it holds what was said
+            said = str(failed).partition("error: ")[2]
+    tables = [
+        pl.read_parquet(run / f"{name}.parquet").to_dicts() if (run / f"{name}.parquet").is_file() else None
+        for name in TABLES
+    ]
+    figures = json.loads((run / "eval.json").read_text()) if (run / "eval.json").is_file() else {}
+    # said again, not read
+    figures.pop("pair_judge", None)
+    for step in told if command == "iterate" else []:
+        # the overrides themselves go to every stage, so only what `iterate` adds to them tells
+        step[2][:] = [one for one in step[2] if not one.startswith("generate.next_reference")]
+    pairs = (run / "new_pairs.jsonl").read_text() if (run / "new_pairs.jsonl").is_file() else ""
+    return tables, figures, pairs, told, said
+
+
+@contextmanager
+def running_engine(told, directory, **options):
+    told.append((directory.name, options["dtype"]))
+    yield SimpleNamespace(
+        generate=lambda inputs, params, **_: [sampled(directory, *one) for one in zip(inputs, params, strict=True)]
+    )
+
+
+def sampled(directory, prompt, params):
+    """A response drawn from the model's name, the prompt, and how it is asked."""
+    asked = (directory.name, prompt["prompt_token_ids"], params.seed, params.temperature, params.top_p)
+    draw = random.Random(repr(asked))
+    length = draw.randint(3, 20)
+    words = [draw.choice(["the cat", " sat", " on", " mat.", " dog", " ran"]) for _ in range(length)]
+    ids = tokenizer()("".join(words), add_special_tokens=False)["input_ids"][: params.max_tokens]
+    reason = "length" if len(ids) == params.max_tokens else "stop"
+    return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=reason)])
+
+
+@cache
+def tokenizer():
+    return make_tiny_tokenizer()

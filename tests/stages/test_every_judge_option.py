@@ -1,0 +1,142 @@
+"""No silent no-op: changing any setting of a judge changes a verdict, what it costs, what is sent, or an error.
+
+Verdicts are kept between a run and the run after a change, as they are between evaluations: what was said under other
+settings must not be taken for an answer.
+"""
+
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+import pipeline.llm_judge
+import pipeline.reward_judge
+from pipeline.errors import RefscoreError
+from pipeline.judge_config import JudgeConfig
+from pipeline.judges import Chamber, open_judge
+from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.models import load_tokenizer
+from tests.conftest import make_tiny_model, make_tiny_tokenizer
+from tests.pipeline.letter_server import Server
+
+ANY, LOCAL, REMOTE, REWARD = "rule:contains=e", "llm:<model>", "llm:<url>", "reward_model:<model>"
+REASONED = {"verdict": "reasoning"}
+# (field, judge): the change, what must be set beside it (in both runs) to give it a meaning, and how the server behaves
+CHANGES = {
+    ("name", ANY): ("rule:contains=z", {}, {}),
+    ("label", ANY): ("another", {}, {}),
+    ("verdict", LOCAL): ("reasoning", {}, {}),
+    ("verdict", REMOTE): ("reasoning", {}, {}),
+    ("max_tokens", LOCAL): (16, REASONED, {}),
+    ("max_tokens", REMOTE): (16, REASONED, {}),
+    ("min_mass", LOCAL): (0.6, {}, {}),
+    ("min_mass", REMOTE): (0.6, {}, {"mass": 0.5}),
+    ("dtype", LOCAL): ("bfloat16", {}, {}),
+    ("dtype", REWARD): ("bfloat16", {}, {}),
+    ("engine", REWARD): ("transformers", {}, {}),
+    ("model", REMOTE): ("b", {"model": "a"}, {"models": ("a", "b")}),
+    ("key_env", REMOTE): ("OTHER_KEY", {}, {}),
+    ("concurrency", REMOTE): (1, {}, {"delay": 0.1}),
+    ("requests_per_minute", REMOTE): (120, {}, {}),
+    ("retries", REMOTE): (0, {"concurrency": 1}, {"fail": [503]}),
+    ("timeout", REMOTE): (0.1, {"retries": 0}, {"delay": 0.4}),
+    ("price_in", REMOTE): (3.0, {}, {}),
+    ("price_out", REMOTE): (3.0, {}, {}),
+}
+
+
+def test_every_field_is_walked():
+    assert {field for field, _ in CHANGES} == set(JudgeConfig.model_fields)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    where = tmp_path_factory.mktemp("judges")
+    tiny = make_tiny_model(where / "tiny", max_position_embeddings=4096)
+    LlamaForSequenceClassification(LlamaConfig.from_pretrained(tiny, num_labels=1)).save_pretrained(where / "reward")
+    make_tiny_tokenizer().save_pretrained(where / "reward")
+    return {LOCAL: f"llm:{tiny}", REWARD: f"reward_model:{where / 'reward'}"}
+
+
+@pytest.mark.parametrize(("field", "kind"), CHANGES, ids=lambda part: part.split(":<")[0])
+def test_changing_it_changes_something(models, tmp_path, monkeypatch, field, kind):
+    value, beside, behaviour = CHANGES[field, kind]
+    monkeypatch.setenv("REFSCORE_JUDGE_KEY", "one")
+    monkeypatch.setenv("OTHER_KEY", "other")
+    server = Server(**behaviour)
+    try:
+        settings = {"name": models.get(kind, f"llm:{server.url}" if kind == REMOTE else kind), **beside}
+        found = []
+        for changes in ({}, {}, {field: value}):
+            # what was said before is still there, but for what only the server sees
+            place = tmp_path / (f"{len(found)}" if seen_by_the_server_only(field) else "verdicts")
+            server.fail = list(behaviour.get("fail", ()))
+            found.append(outcome({**settings, **changes}, server, place, monkeypatch))
+    finally:
+        server.shutdown()
+        server.server_close()
+    before, again, changed = found
+    judgements = 0
+    assert before[judgements] == again[judgements]
+    assert changed != (before if seen_by_the_server_only(field) else again)
+
+
+def seen_by_the_server_only(field):
+    return field in {"key_env", "concurrency", "requests_per_minute", "retries", "timeout", "engine"}
+
+
+def outcome(settings, server, place, monkeypatch):
+    """Judgements, cost, what an engine or a server was told, whether several requests went at once, whether it took long."""
+    told = []
+    items = [
+        Comparison(Prompt(str(n), f"prompt {n}"), 0, "policy", "reference", Response("a good one", "stop"), Response("bad", "stop"))
+        for n in range(3)
+    ]  # fmt: skip
+    server.seen.clear()
+    server.most, begun = 0, time.monotonic()
+    with monkeypatch.context() as patch:
+        doubles(patch, told)
+        try:
+            judge = open_judge(JudgeConfig(**settings), Chamber(place))
+            judgements, cost = judge_both_orders(judge, items), judge.cost()
+        except RefscoreError as error:
+            judgements, cost = str(error), None
+    sent = sorted((key, request["model"], request["max_tokens"]) for key, request in server.seen)
+    return judgements, cost, told, sent, server.most > 1, time.monotonic() - begun > 2.2
+
+
+def doubles(patch, told):
+    @contextmanager
+    def running_engine(directory, **options):
+        told.append(options["dtype"])
+        tokenizer = load_tokenizer(directory, SimpleNamespace(trust_remote_code=False))
+        yield Letters(tokenizer)
+
+    patch.setattr(pipeline.llm_judge, "running_engine", running_engine)
+    for name in ("with_vllm", "with_transformers"):
+        patch.setattr(
+            pipeline.reward_judge,
+            name,
+            lambda directory, dtype, ids, name=name: told.append((name, dtype)) or [float(len(one)) for one in ids],
+        )
+
+
+class Letters:
+    """An engine that says A with 0.3 and B with 0.1, or reasons for 20 tokens and then says A."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def generate(self, inputs, params, use_tqdm):
+        reasoned = self.tokenizer("x" * 20 + "\nVerdict: A", add_special_tokens=False)["input_ids"]
+        chances = {
+            token: SimpleNamespace(
+                logprob={"a": -1.2039728, "b": -2.3025851}[self.tokenizer.decode([token]).strip().lower()]
+            )
+            for token in params.logprob_token_ids or []
+        }
+        reply = SimpleNamespace(token_ids=reasoned[: params.max_tokens], logprobs=[chances])
+        return [SimpleNamespace(outputs=[reply]) for _ in inputs]
