@@ -135,6 +135,11 @@ def identify(
     return ReferenceIdentity(tensor_digests(directory), architecture(directory), numerics, digests, code)
 
 
+def model_digest_of(directory: Path, adapter: Path | None = None, *, trusts_code: bool = False) -> str:
+    """`ReferenceIdentity.model_digest` of a model that nothing need compute with."""
+    return identify(directory, Numerics("", "", "", "", ""), adapter, trusts_code=trusts_code).model_digest
+
+
 def adapter_digests(adapter: Path) -> dict[str, str]:
     """Digests of a PEFT adapter's tensors, and of what its configuration says of more than its past."""
     digests = digests_of_files([adapter / "adapter_model.safetensors"])

@@ -20,7 +20,7 @@ from pipeline.config import Config, ReferenceConfig
 from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
-from pipeline.identity import Numerics, ReferenceIdentity, identify, key_of
+from pipeline.identity import ReferenceIdentity, identify, key_of, model_digest_of
 from pipeline.model_config import position_limit
 from pipeline.models import ReferencePaths, at_hand, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
@@ -278,9 +278,9 @@ def _reference_is_that_of(about: dict[str, Any], reference: ReferenceConfig) -> 
     if base is None or (adapter and not adapter.is_dir()):
         return True
     tokenizer = load_tokenizer(base, reference)
-    numerics = Numerics("", "", "", "", "")  # an engine that was updated since makes no score untrue
+    # numerics do not count: an engine that was updated since makes no score untrue
     return [about.get(name) for name in ("model", "vocabulary", "template")] == [
-        identify(base, numerics, adapter, trusts_code=reference.trust_remote_code).model_digest,
+        model_digest_of(base, adapter, trusts_code=reference.trust_remote_code),
         vocabulary_digest(tokenizer),
         template_digest(tokenizer),
     ]

@@ -19,7 +19,7 @@ from pipeline.export import model_card, save_policy
 from pipeline.forward import Forward
 from pipeline.gate import GATE_PAIRS, measure_gate
 from pipeline.hardware import peak_memory_gib, return_freed_memory
-from pipeline.identity import weights_digest
+from pipeline.identity import model_digest_of, weights_digest
 from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
 from pipeline.model_config import position_limit
@@ -252,6 +252,9 @@ def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: P
     )
     if config.policy.load_in_4bit:
         reason = "the policy's base has 4 bits, the reference has not"
+    elif about.get("model") != model_digest_of(base, trusts_code=config.policy.trust_remote_code):
+        reason = "the policy has the reference's weights, but not its configuration or its code"
+    if reason:
         durable.write_json(run.gate, {**figures, "applies": False, "reason": reason})
         console.say(f"gate      does not apply ({reason}): {text}")
         return

@@ -35,7 +35,7 @@ PAIRS = {
     "generate.pair_samples": (3, {}),
     "generate.pair_prompts": (2, {}),
     "generate.pair_judge": ("rule:contains=dog", {"generate.pair_margin": 0.1}),
-    "generate.pair_margin": (0.1, {}),
+    "generate.pair_margin": (0.0, {}),
 }
 ITERATE = {"generate.next_reference": ("previous", {})}
 COMMANDS = {"eval": EVAL, "pairs": PAIRS, "iterate": ITERATE}

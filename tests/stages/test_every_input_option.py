@@ -4,7 +4,6 @@ A real model of transformers scores. Doubles stand in for vLLM, for workers' pro
 a model of the Hub lies in a cache of the Hub's layout.
 """
 
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -21,10 +20,10 @@ import pipeline.workers
 from pipeline import score_table
 from pipeline.config import DataConfig, ReferenceConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.hub import CODED, SECOND, make_hub
 from tests.pipeline.engines import Flat
 
 ON_VLLM = {"reference.engine": "vllm"}
-FIRST, SECOND, CODED = "a" * 40, "b" * 40, "c" * 40
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning
 CHANGES = {
     "data.path": ("other.jsonl", {}),
@@ -34,8 +33,8 @@ CHANGES = {
     "data.revision": ("old", {"data.path": "tests/pairs"}),
     "data.columns": ("{prompt: question, chosen: good, rejected: bad}", {"data.path": "renamed.jsonl"}),
     "data.template": ("none", {}),
-    "data.max_length": (40, {}),
-    "data.too_long": ("truncate_response", {"data.max_length": 40}),
+    "data.max_length": (70, {}),
+    "data.too_long": ("truncate_response", {"data.max_length": 70}),
     "data.max_rows": (5, {}),
     "reference.model": ("other", {}),
     "reference.revision": (SECOND, {"reference.model": "tests/tiny"}),
@@ -80,31 +79,8 @@ def ground(tmp_path_factory, tiny_model):
     torch.manual_seed(2)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(where / "adapter")
-    in_hub_cache(where / "hub", FIRST, tiny_model)
-    in_hub_cache(where / "hub", SECOND, where / "other")
-    with_code(in_hub_cache(where / "hub", CODED, tiny_model))
+    make_hub(where / "hub", tiny_model, where / "other")
     return where, experiment(where, tiny_model, where / "preferences.jsonl"), {}
-
-
-def in_hub_cache(hub, revision, model):
-    """The model as huggingface_hub keeps one, under `main` if it is the first."""
-    (hub / "models--tests--tiny" / "refs").mkdir(parents=True, exist_ok=True)
-    if revision == FIRST:
-        (hub / "models--tests--tiny" / "refs" / "main").write_text(revision)
-    return shutil.copytree(model, hub / "models--tests--tiny" / "snapshots" / revision)
-
-
-def with_code(directory):
-    """Code that comes with the model, and computes other numbers."""
-    (directory / "coded.py").write_text(
-        "from transformers import LlamaForCausalLM\n"
-        "class Coded(LlamaForCausalLM):\n"
-        "    def __init__(self, config):\n"
-        "        super().__init__(config)\n"
-        "        self.model.norm.register_forward_hook(lambda module, given, found: found * 0.5)\n"
-    )
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "coded.Coded"}}))
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -176,7 +152,6 @@ def outcome(where, config, settings, monkeypatch):
 
 def doubles(patch, where, told):
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(where / "hub"))
-    patch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(where / "hub"), raising=False)
 
     def load_dataset(name, split, revision, real=datasets.load_dataset):
         if name != "tests/pairs":

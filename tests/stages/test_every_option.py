@@ -2,12 +2,14 @@
 
 import hashlib
 
+import huggingface_hub.constants
 import polars as pl
 import pytest
 
 import pipeline.routes
-from pipeline.config import LoraConfig, PolicyConfig, TrainConfig
+from pipeline.config import Config, LoraConfig, PolicyConfig, TrainConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.hub import CODED, SECOND, make_hub
 
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning
 CHANGES = {
@@ -44,6 +46,8 @@ CHANGES = {
     "train.save_steps": (1, {"train.save_total_limit": 3}),
     "train.save_total_limit": (2, {"train.save_steps": 1}),
     "policy.model": (None, {}),  # filled in below
+    "policy.revision": (SECOND, {"policy.model": "tests/tiny"}),
+    "policy.trust_remote_code": (True, {"policy.model": "tests/tiny", "policy.revision": CODED}),
     "policy.lora": ({"r": 2}, {}),
     "policy.load_in_4bit": (True, {"policy.lora": {"r": 2}}),
     "policy.lora.r": (4, {"policy.lora": {"r": 2}}),
@@ -52,8 +56,6 @@ CHANGES = {
     "policy.lora.target_modules": (["q_proj"], {"policy.lora": {"r": 2}}),
     "policy.lora.merge": (False, {"policy.lora": {"r": 2}}),
 }
-# read when a model comes from the Hub, which tests do not: tests/pipeline/test_config.py has their checks
-ELSEWHERE = {"policy.revision", "policy.trust_remote_code"}
 
 
 def test_every_field_is_walked():
@@ -61,7 +63,12 @@ def test_every_field_is_walked():
         f"policy.{name}" for name in PolicyConfig.model_fields
     }
     fields |= {f"policy.lora.{name}" for name in LoraConfig.model_fields}
-    assert fields == CHANGES.keys() | ELSEWHERE
+    assert fields == CHANGES.keys()
+
+
+def test_every_section_is_walked():
+    """By this file, and by test_every_input_option, test_every_eval_option and test_every_judge_option."""
+    assert Config.model_fields.keys() == {"data", "reference", "policy", "train", "generate", "judge"}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,9 @@ def ground(tmp_path_factory, tiny_model):
     # several held-out pairs, so that how they are grouped shows
     config.write_text(config.read_text().replace("eval_fraction: 0.25", "eval_fraction: 0.5"))
     refscore_here(where, "precompute", "--config", config, "--run", "scored")
-    return where, config, make_tiny_model(where / "other", seed=1), {}
+    other = make_tiny_model(where / "other", seed=1)
+    make_hub(where / "hub", tiny_model, other)
+    return where, config, other, {}
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -96,6 +105,7 @@ def outcome(where, config, run, settings, monkeypatch):
     with monkeypatch.context() as patch:
         from transformers.models.llama.modeling_llama import LlamaMLP
 
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(where / "hub"))
         mlp = LlamaMLP.forward
         patch.setattr(LlamaMLP, "forward", lambda *each: layers.append(1) or mlp(*each))
         patch.setattr(

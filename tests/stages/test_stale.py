@@ -53,3 +53,14 @@ def test_a_reference_that_is_not_at_hand_is_not_needed(where):
 def test_an_engine_that_was_updated_since_makes_no_score_untrue(where, monkeypatch):
     monkeypatch.setattr("pipeline.scoring.importlib.metadata.version", lambda name: "99")
     assert "gate      passed" in train(where)
+
+
+def test_the_gate_does_not_apply_to_another_configuration_of_the_references_weights(where):
+    """It is measured and said: two models, however equal their weights are."""
+    policy = shutil.copytree(where / "reference", where / "policy")
+    path = policy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1.0}))
+    options = ("--config", "experiment.yaml", "--run", "r", "--set", "train.max_steps=1")
+    said = refscore_here(where, "train", *options, "--set", "reference.model=reference", "--set", "policy.model=policy")
+    assert "gate      does not apply (the policy has the reference's weights, but not its configuration" in said
+    assert not json.loads((where / "data/runs/r/gate.json").read_text())["applies"]
