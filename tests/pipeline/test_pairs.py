@@ -318,6 +318,7 @@ def test_a_prompt_of_the_held_out_file_leaves_the_training_data(tmp_path, tokeni
     assert source_digests(data) == found.digests
     (tmp_path / "d.jsonl").unlink()
     assert source_digests(data) == {**found.digests, str(tmp_path / "d.jsonl"): None}
+    assert source_digests(DataConfig(path=str(held_out))) == {str(held_out): found.digests[str(held_out)]}
 
 
 def test_pair_ids_depend_on_tokens_and_split_rule_only(tmp_path, tokenizer):
@@ -330,16 +331,23 @@ def test_pair_ids_depend_on_tokens_and_split_rule_only(tmp_path, tokenizer):
     third = [pair.pair_id for pair in build(tmp_path, tokenizer, rows, eval_path=held_out).pairs]
     assert not set(first) & set(other)
     assert not set(first + other) & set(third)
+    # what a fraction would say is not read then
+    fourth = build(tmp_path, tokenizer, rows, eval_path=held_out, eval_fraction=0.3).pairs
+    assert third == [pair.pair_id for pair in fourth]
 
 
 def test_identities_are_what_they_were_when_runs_were_made(tmp_path, tokenizer):
     """Written down: a change makes every pair another one, and moves pairs between the splits."""
     (pair,) = build(tmp_path, tokenizer, [row()], eval_fraction=0).pairs
+    held_out = str(write_rows(tmp_path / "e.jsonl", [row("Another?")]))
     state = hashlib.sha256(b"refscore-pair\x01")
     for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
         state.update(struct.pack("<Q", len(ids)) + struct.pack(f"<{len(ids)}i", *ids))
-    state.update(b"prompt-hash<0.0")
-    assert pair.pair_id == state.hexdigest()[:32]
+    for rule, ours in ((b"prompt-hash<0.0", {"eval_fraction": 0}), (b"eval_path", {"eval_path": held_out})):
+        named = state.copy()
+        named.update(rule)
+        found = PairStream(DataConfig(path=str(tmp_path / "d.jsonl"), **ours), tokenizer)
+        assert list(found)[-1].pair_id == named.hexdigest()[:32]
     prompt = hashlib.sha256(b"refscore-prompt" + struct.pack(f"<{len(pair.prompt_ids)}i", *pair.prompt_ids)).digest()
     assert prompt_id_of(pair.prompt_ids) == prompt.hex()[:16]
     # the first eight bytes of that, as a share of what they can hold

@@ -4,6 +4,7 @@ Verdicts are kept between a run and the run after a change, as they are between 
 settings must not be taken for an answer.
 """
 
+import math
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -81,7 +82,8 @@ def test_changing_it_changes_something(models, tmp_path, monkeypatch, field, kin
     before, again, changed = found
     judgements = 0
     assert before[judgements] == again[judgements]
-    assert changed != (before if seen_by_the_server_only(field) else again)
+    # neither what was said under the settings of before, nor what is said for the first time whatever the settings
+    assert changed not in (before, again)
 
 
 def seen_by_the_server_only(field):
@@ -132,11 +134,10 @@ class Letters:
 
     def generate(self, inputs, params, use_tqdm):
         reasoned = self.tokenizer("x" * 20 + "\nVerdict: A", add_special_tokens=False)["input_ids"]
+        said = {token: self.tokenizer.decode([token]).strip().lower() for token in params.logprob_token_ids or []}
         chances = {
-            token: SimpleNamespace(
-                logprob={"a": -1.2039728, "b": -2.3025851}[self.tokenizer.decode([token]).strip().lower()]
-            )
-            for token in params.logprob_token_ids or []
+            token: SimpleNamespace(logprob=math.log({"a": 0.3, "b": 0.1}[letter] / list(said.values()).count(letter)))
+            for token, letter in said.items()
         }
         reply = SimpleNamespace(token_ids=reasoned[: params.max_tokens], logprobs=[chances])
         return [SimpleNamespace(outputs=[reply]) for _ in inputs]
