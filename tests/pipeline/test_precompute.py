@@ -128,9 +128,10 @@ def test_pairs_that_are_left_out_are_gone_and_the_others_unmoved(config, numbers
     assert unscored["pair_id"].equals(every.take(kept)["pair_id"])
 
 
-def test_only_pairs_that_are_left_out_may_lack_a_score(config):
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_only_pairs_that_are_left_out_may_lack_a_score(config, side):
     plan = make_plan(config)
-    missing = plan.row(3)["chosen_ids"]
+    missing = plan.row(3)[f"{side}_ids"]
     # -inf: computed, and no number; so it is not stored
     score_missing(plan, config.reference, Engine(infinite(len(missing))), lambda sequences, tokens: None)
     lacking = [
@@ -145,6 +146,13 @@ def test_only_pairs_that_are_left_out_may_lack_a_score(config):
     for spared in lacking:
         with pytest.raises(CheckError, match=f"of the pairs {plan.row(spared)['pair_id']}"):
             list(joined(plan, left_out=left_out.keys() - {spared}))
+
+
+def test_a_single_pair_is_joined(config):
+    write_rows(Path(config.data.path[0]), preference_rows(1))
+    (table,) = joined(scored_plan(config))
+    assert len(table) == 1
+    assert table["ref_chosen_logps"].null_count == 0
 
 
 def infinite(length):
@@ -201,8 +209,17 @@ def test_as_many_row_groups_are_read_at_a_time_as_scores_fit(config, monkeypatch
     assert read(sum(size)) == [(0, 7)]
     # one byte less: whole groups only, and what is left after them
     assert read(sum(size) - 1) == [(0, 6), (6, 7)]
-    assert read(sum(size[:4]))[0] == (0, 4)
+    assert read(sum(size[:4])) == [(0, 4), (4, 6 if sum(size[4:]) > sum(size[:4]) else 7)]
     assert read(sum(size[:4]) - 1)[0] == (0, 2)
+    # two groups at a time if the first two fit, and if those after them do, counted from where they begin
+    at_once = max(sum(size[:4]), sum(size[4:6]))
+    wanted, first = [], 0
+    while first < 7:
+        fit = next((n for n in range(7 - first, 0, -1) if sum(size[first : first + n]) <= at_once), 0)
+        end = 7 if first + fit == 7 else min(first + max(fit // 2, 1) * 2, 7)
+        wanted.append((first, end))
+        first = end
+    assert read(at_once) == wanted
     # never less than a group
     assert read(1) == [(0, 2), (2, 4), (4, 6), (6, 7)]
 

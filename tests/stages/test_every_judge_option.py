@@ -75,7 +75,7 @@ def test_changing_it_changes_something(models, tmp_path, monkeypatch, field, kin
             # what was said before is still there, but for what only the server sees
             place = tmp_path / (f"{len(found)}" if seen_by_the_server_only(field) else "verdicts")
             server.fail = list(behaviour.get("fail", ()))
-            found.append(outcome({**settings, **changes}, server, place, monkeypatch))
+            found.append(outcome({**settings, **changes}, server, place, monkeypatch, field))
     finally:
         server.shutdown()
         server.server_close()
@@ -90,8 +90,8 @@ def seen_by_the_server_only(field):
     return field in {"key_env", "concurrency", "requests_per_minute", "retries", "timeout", "engine"}
 
 
-def outcome(settings, server, place, monkeypatch):
-    """Judgements, cost, what an engine or a server was told, whether several requests went at once, whether it took long."""
+def outcome(settings, server, place, monkeypatch, field):
+    """Judgements, cost, what an engine or a server was told; for fields that are about it, how many at once and how fast."""
     told = []
     items = [
         Comparison(Prompt(str(n), f"prompt {n}"), 0, "policy", "reference", Response("a good one", "stop"), Response("bad", "stop"))
@@ -107,7 +107,8 @@ def outcome(settings, server, place, monkeypatch):
         except RefscoreError as error:
             judgements, cost = str(error), None
     sent = sorted((key, request["model"], request["max_tokens"]) for key, request in server.seen)
-    return judgements, cost, told, sent, server.most > 1, time.monotonic() - begun > 2.2
+    pace = {"concurrency": server.most > 1, "requests_per_minute": time.monotonic() - begun > 2.2}.get(field)
+    return judgements, cost, told, sent, pace
 
 
 def doubles(patch, told):
