@@ -1,11 +1,22 @@
 """Keys: golden vectors, and what must and must not move them."""
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from pipeline.identity import Numerics, ReferenceIdentity, identify, key_of
+from pipeline.identity import (
+    Numerics,
+    ReferenceIdentity,
+    adapter_digests,
+    architecture,
+    identify,
+    key_of,
+    model_digest_of,
+    weights_digest,
+)
 
 NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
 GOLDEN = ReferenceIdentity({"model.norm.weight": "ab" * 32}, {"model_type": "llama", "hidden_size": 64}, NUMERICS)
@@ -20,6 +31,102 @@ def test_golden_vectors():
     assert (
         key_of("00" * 32, [], [2**31 - 1]).hex() == "bc38813d3749aa9e84008a4ebb36b5ff33b74cb1e80f42d6e48a7457f6e991cb"
     )
+
+
+def test_everything_that_is_described_is_hashed_under_its_name_and_read_back():
+    full = replace(GOLDEN, adapter={"a": "cd" * 32}, code={"m.py": "ef" * 32}, architecture={"model_type": "é"})
+    described = {
+        "version": 2,
+        "weights": {"model.norm.weight": "ab" * 32},
+        "adapter": {"a": "cd" * 32},
+        "code": {"m.py": "ef" * 32},
+        "architecture": {"model_type": "é"},
+        "numerics": {
+            "engine": "vllm", "engine_version": "0.32.0", "device": "cpu", "dtype": "float32", "logits_dtype": "float32",
+            "quantization": "none",
+        },
+    }  # fmt: skip
+    assert full.described() == described
+    plain = {name: value for name, value in described.items() if name not in ("adapter", "code")}
+    assert replace(full, adapter={}, code={}).described() == plain
+    for one, content in ((full, described), (replace(full, adapter={}, code={}), plain)):
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        assert one.reference_id == hashlib.sha256(text.encode()).hexdigest()
+        assert "\\u00e9" in text
+        assert ReferenceIdentity.from_described(content) == one
+        del content["numerics"]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        assert one.model_digest == hashlib.sha256(text.encode()).hexdigest()
+    weights = json.dumps([full.weights, full.adapter], sort_keys=True, separators=(",", ":"))
+    assert full.weights_digest == hashlib.sha256(weights.encode()).hexdigest()
+
+
+def test_weights_alone_are_one_digest_for_reference_and_policy(tiny_model, tmp_path):
+    assert weights_digest(tiny_model) == identify(tiny_model, NUMERICS).weights_digest
+    assert model_digest_of(tiny_model) == identify(tiny_model, NUMERICS).model_digest
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    with_it = identify(tiny_model, NUMERICS, adapter)
+    assert model_digest_of(tiny_model, adapter) == with_it.model_digest != model_digest_of(tiny_model)
+    assert with_it.weights_digest != weights_digest(tiny_model)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("said", "inert"),
+    [
+        ({"rope_theta": 1e4}, True),
+        ({"rope_theta": 1e4, "rope_scaling": None}, True),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, False),
+        ({}, False),  # learned positions, as far as one can tell
+        ({"rope_scaling": None}, False),
+        ({"rope_parameters": ROPE}, True),
+        ({"rope_parameters": {"rope_theta": 1e4}}, True),
+        ({"rope_parameters": ROPE | {"rope_type": "linear"}}, False),
+        ({"rope_parameters": {"full": ROPE, "sliding": {"rope_theta": 1e4}}}, True),
+        ({"rope_parameters": {"full": ROPE, "sliding": ROPE | {"rope_type": "linear"}}}, False),
+        ({"rope_parameters": {"full": ROPE, "factor": 2.0}}, False),
+        ({"rope_parameters": ROPE, "rope_scaling": {"type": "linear"}}, False),
+    ],
+)
+@pytest.mark.parametrize("nested", [None, "text_config", "thinker_text_config"])
+def test_the_number_of_positions_counts_unless_nothing_but_a_limit_is_read_from_it(tmp_path, said, inert, nested):
+    content = {"model_type": "llama", "max_position_embeddings": 512, "use_cache": True, "hidden_size": 8, **said}
+    config = {"model_type": "x", nested: content} if nested else content
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = architecture(tmp_path)[nested] if nested else architecture(tmp_path)
+    assert ("max_position_embeddings" in found) != inert
+    assert found["hidden_size"] == 8
+    assert "use_cache" not in found
+
+
+def test_only_the_text_models_part_is_read_for_what_moves_nothing(tmp_path):
+    config = {
+        "model_type": "x",
+        "vision_config": {"use_cache": True},
+        "text_config": None,
+        "rope_theta": {"dropout": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert architecture(tmp_path) == config
+
+
+def test_an_adapters_layers_are_a_set(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+
+    def digests(**values):
+        content = json.loads(path.read_text())
+        content.pop("target_modules", None)
+        path.write_text(json.dumps(content | values))
+        return adapter_digests(adapter)
+
+    one, turned = (digests(target_modules=names) for names in (["q_proj", "v_proj"], ["v_proj", "q_proj"]))
+    assert one == turned
+    assert "adapter_config.json" in one
+    others = [digests(), digests(target_modules="q_proj"), digests(target_modules=["q_proj"])]
+    assert len({json.dumps(found) for found in [one, *others]}) == 4
 
 
 def test_the_key_knows_the_boundary_the_order_and_every_token():
