@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -128,3 +129,130 @@ def test_the_second_machine_scores_nothing(bucket, tmp_path, tiny_model):
         said = refscore(where, "precompute", "--config", config)
         assert ("starting transformers" in said) == (name == "one")
     assert "16 hits, 0 misses" in said
+
+
+def damage(path, at=100):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def objects(bucket):
+    import fsspec
+
+    files, root = fsspec.url_to_fs(f"{bucket}/{REFERENCE.reference_id}")
+    files.invalidate_cache()
+    return files, [path for path in files.ls(root) if path.endswith(".parquet")]
+
+
+def test_a_damaged_object_is_replaced_by_the_next_publication_of_its_name(bucket, tmp_path, monkeypatch, caplog):
+    store = Store([bucket], REFERENCE)
+    store.publish([scored(1)])
+    table = store.lookup(keys(scored(1))).found().to_arrow().cast(SCORES)
+    files, (shard,) = objects(bucket)
+    sound = files.cat_file(shard)
+    published = json.loads(pq.read_schema(pa.BufferReader(sound)).metadata[b"refscore"])["published"]
+    files.pipe_file(shard, sound[:100] + bytes([sound[100] ^ 1]) + sound[101:])
+    # another machine, which finds it damaged, scores again and publishes the very same
+    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
+    other = Store([bucket], REFERENCE)
+    assert len(other.lookup(keys(scored(1))).missing) == 1
+    other.publish_table(table, [{}], published=published)
+    assert "takes its place" in caplog.text
+    assert objects(bucket)[0].cat_file(shard) == sound
+    # here, and on a third
+    assert not len(other.lookup(keys(scored(1))).missing)
+    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "third")
+    assert not len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing)
+
+
+def test_a_copy_that_is_damaged_here_is_fetched_again(bucket):
+    Store([bucket], REFERENCE).publish([scored(1)])
+    (copy,) = (remote_shelf.CACHE / REFERENCE.reference_id).glob("scores-*")
+    sound = copy.read_bytes()
+    damage(copy)
+    assert not len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing)
+    assert copy.read_bytes() == sound
+
+
+def test_a_copy_that_rots_under_a_reader_is_looked_at_removed_and_fetched_again(bucket):
+    store = Store([bucket], REFERENCE)
+    store.publish([scored(1)])
+    shelf = store.shelves[0]
+    (copy,) = shelf.shards()
+    assert shelf.examine(copy, "seen by a test")
+    damage(copy)
+    assert not shelf.examine(copy, "seen by a test")
+    assert not copy.exists()
+    assert shelf.shards() == [copy]
+    copy.unlink()
+    assert not shelf.examine(copy, "seen by a test")
+
+
+def test_an_object_whose_own_bytes_are_unsound_is_not_fetched_for_ever(bucket, monkeypatch):
+    """The right digest, and rows that cannot be true: another copy would be no better."""
+    store = Store([bucket], REFERENCE)
+    store.publish([scored(1)])
+    shelf = store.shelves[0]
+    (copy,) = shelf.shards()
+    monkeypatch.setattr(remote_shelf, "check_shard", lambda _: "a value above 0")
+    assert not shelf.examine(copy, "seen by a test")
+    assert shelf.shards() == []
+    assert not copy.exists()
+
+
+def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_tries(bucket, tmp_path, monkeypatch):
+    Store([bucket], REFERENCE).publish([scored(1)])
+    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
+    waited, tries = [], []
+    monkeypatch.setattr("pipeline.shelf.time.sleep", waited.append)
+    store = Store([bucket], REFERENCE)
+    files = store.shelves[0]._files
+
+    def refuse(*_, **__):
+        tries.append(1)
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(files, "get_file", refuse)
+    with pytest.raises(
+        RefscoreError, match=r"scores-[0-9a-f]+\.parquet is listed but cannot be read, 6 times .*Denied"
+    ):
+        store.lookup(keys(scored(1)))
+    assert len(tries) == 6
+    assert waited == sorted(waited)
+    assert len(waited) == 5
+
+
+def test_who_may_put_and_not_delete_may_publish(bucket, monkeypatch):
+    store = Store([bucket], REFERENCE)
+    files = store.shelves[0]._files
+
+    def refuse(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(files, "rm_file", refuse)
+    assert store.why_not_writable() is None
+    store.publish([scored(1)])
+    assert not len(store.lookup(keys(scored(1))).missing)
+    monkeypatch.setattr(files, "pipe_file", refuse)
+    assert "Access Denied" in store.why_not_writable()
+
+
+def test_a_place_without_put_if_absent_takes_the_name_for_the_content(bucket, monkeypatch):
+    store = Store([bucket], REFERENCE)
+    files = store.shelves[0]._files
+    pipe = files.pipe_file
+
+    asked = []
+
+    def without(path, value, mode="overwrite", **how):
+        asked.append(mode)
+        if mode == "create":
+            raise NotImplementedError
+        return pipe(path, value, **how)
+
+    monkeypatch.setattr(files, "pipe_file", without)
+    store.publish([scored(1)])
+    assert asked == ["create", "overwrite"] * 2  # reference.json and the shard
+    assert len(objects(bucket)[1]) == 1
+    assert not len(store.lookup(keys(scored(1))).missing)
