@@ -22,7 +22,7 @@ from pipeline.config import ReferenceConfig
 from pipeline.digests import file_sha256, files_sha256
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.identity import adapter_digests, architecture, code_digests
-from pipeline.model_config import read_config
+from pipeline.model_config import read_config, read_json
 from pipeline.weights import loaded_files, tensor_digests, unloaded_files
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def locate(spec: ModelSpec) -> Path:
             f"model {name!r}: {directory} holds no *.safetensors. Other weight files are pickles and are not opened: "
             "convert them with transformers' save_pretrained on a machine where you trust them"
         )
+    if spec.trust_remote_code:
+        _must_bring_its_code(directory)
     return directory
 
 
@@ -271,6 +273,21 @@ def _from_hub(name: str, revision: str | None) -> Path:
             "Without a network give a local directory instead; with one, check the name, the revision, your rights "
             "(HF_TOKEN) and HF_HUB_OFFLINE"
         ) from None
+
+
+def _must_bring_its_code(directory: Path) -> None:
+    """Raise ConfigError if the model's code comes from another repository, which no revision pins and no identity knows."""
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if not (directory / name).is_file():
+            continue
+        named = read_json(directory / name).get("auto_map")
+        for value in named.values() if isinstance(named, dict) else [named]:
+            for code in value if isinstance(value, list) else [value]:
+                if isinstance(code, str) and "--" in code:
+                    raise ConfigError(
+                        f"{directory / name} takes code from {code.partition('--')[0]}, at whatever revision is there today: copy "
+                        f"that code beside the model and write {code.partition('--')[2]!r} in auto_map, if you trust it"
+                    )
 
 
 def _embedded(name: str) -> Path:

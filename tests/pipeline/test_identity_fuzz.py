@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.candidates import Named
 from pipeline.errors import ConfigError
 from pipeline.identity import INERT, Numerics, identify
+from pipeline.models import locate
 from tests.conftest import make_tiny_model
 
 NUMERICS = Numerics("transformers", "5", "cpu", "float32", "float32")
@@ -235,3 +237,18 @@ def test_weights_that_are_no_safetensors_are_a_message(model, damage):
     file.write_bytes({"short": content[:-5], "header": b"\xff" * 8 + content[8:], "empty": b""}[damage])
     with pytest.raises(ConfigError, match="fetch it again"):
         identify(model, NUMERICS)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("value", ["other/code--modeling.Model", [None, "other/code--tokens.Fast"]])
+def test_code_of_another_repository_is_refused(model, file, value):
+    """No revision of this model says which code that is."""
+    spec = Named(str(model), "a" * 40, trust_remote_code=True)
+    content = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**content, "auto_map": {"AutoX": "modeling.Model", "AutoY": value}}))
+    with pytest.raises(ConfigError, match="takes code from other/code, at whatever revision"):
+        locate(spec)
+    # and none is run if none is trusted
+    assert locate(Named(str(model))) == model
+    (model / file).write_text(json.dumps({**content, "auto_map": {"AutoX": "modeling.Model"}}))
+    assert locate(spec) == model

@@ -112,6 +112,7 @@ def test_without_a_change_nothing_changes(ground, monkeypatch):
         ({"reference.revision": "old"}, "has no revisions"),
         ({"reference.kv_cache_gib": 2.5}, "needs reference.engine=vllm"),
         ({"reference.tensor_parallel_size": 2}, "needs reference.engine=vllm"),
+        ({"reference.model": "tests/tiny", "reference.trust_remote_code": "true"}, "as a full 40-digit commit"),
     ],
 )
 def test_a_field_that_nothing_would_read_is_refused(ground, setting, said, monkeypatch):
