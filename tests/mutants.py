@@ -41,7 +41,7 @@ COVERING = {
     "checkpoint": ["faults/test_checkpoint.py", "pipeline/test_training.py", "stages/test_resume.py"],
     "digests": ["pipeline/test_digests.py"],
     "identity": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py", "pipeline/test_lookup.py"],
-    "weights": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py"],
+    "weights": ["pipeline/test_weights.py", "pipeline/test_identity.py"],
     "store": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
     "shard": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
     "lookup": ["pipeline/test_lookup.py", "pipeline/test_store.py", "pipeline/test_places.py"],
