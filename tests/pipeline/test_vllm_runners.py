@@ -6,6 +6,7 @@ What vLLM itself answers is in test_vllm_scoring.py.
 
 import os
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def test_v1_reads_whole_blocks_of_a_prompt_first_and_asks_nothing_of_them():
         first, second = [*prompt[:length], 1, 2], [*prompt[:length], 3]
         sent = [(ids, how.skip_reading_prefix_cache) for ids, how in engine.sent]
         trunks = [(prompt[:trunk], False)] if trunk else []
+        assert [how.prompt_logprobs for _, how in engine.sent] == [None] * len(trunks) + [0] * (len(sent) - len(trunks))
         assert sent == [*trunks, (first, False), (second, False), *[(second, True)] * again]
 
 
@@ -108,6 +110,18 @@ def test_the_runner_is_chosen_by_what_the_engine_offers(monkeypatch):
     assert hasattr(SamplingParams, "prompt_logprob_token_ids")
     monkeypatch.setattr("vllm.SamplingParams", Older)
     assert isinstance(runner_of(Rows(v2=True)), FlatRunner)
+
+
+@pytest.mark.parametrize(("device", "stances"), [("cpu", ["force_eager"]), ("cuda", [])])
+def test_nothing_is_compiled_on_a_cpu(monkeypatch, device, stances):
+    """The ranks that nobody asked for would take seconds to compile there."""
+    import torch
+
+    found = []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: found.append(stance) or nullcontext())
+    monkeypatch.setattr("pipeline.vllm_runners.device_kind", lambda: device)
+    score_with(runner_of(Flat()), TWO[:1], shared=False)
+    assert found == stances
 
 
 def test_each_runner_names_itself():
