@@ -38,7 +38,7 @@ COVERING = {
     "forward": ["pipeline/test_forward.py", "pipeline/test_transformers_engine.py"],
     "trees": ["pipeline/test_trees.py"],
     "optimizers": ["pipeline/test_optimizers.py"],
-    "checkpoint": ["pipeline/test_checkpoint.py", "faults/test_checkpoint.py"],
+    "checkpoint": ["pipeline/test_checkpoint.py"],
     "digests": ["pipeline/test_digests.py"],
     "identity": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py", "pipeline/test_lookup.py"],
     "weights": ["pipeline/test_weights.py", "pipeline/test_identity.py"],
