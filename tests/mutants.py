@@ -43,7 +43,7 @@ COVERING = {
     "identity": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py", "pipeline/test_lookup.py"],
     "weights": ["pipeline/test_weights.py", "pipeline/test_identity.py"],
     "store": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
-    "shard": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
+    "shard": ["pipeline/test_shard.py", "pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
     "lookup": ["pipeline/test_lookup.py", "pipeline/test_store.py", "pipeline/test_places.py"],
     "join": ["pipeline/test_precompute.py"],
 }
