@@ -154,12 +154,15 @@ def judged(codes: dict[str, int | None], mutated: str, seconds: float) -> Count:
 
 
 class _Asides(ast.NodeTransformer):
-    """Empties what is said to a person (the arguments of raised errors and of log lines), and takes two keywords away:
-    `strict` of a zip, a guard over lists that were made side by side, and the spelling of an encoding.
+    """Empties what is said to a person (the arguments of raised errors and of log lines) and the names of moments at which
+    fault tests kill; takes two keywords away: `strict` of a zip, a guard over lists that were made side by side, and the
+    spelling of an encoding.
     """
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
+        if getattr(node.func, "attr", "") == "reached":
+            node.args = []
         node.keywords = [
             one
             for one in node.keywords

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from pipeline import durable
 from pipeline.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RefscoreError
 
 
 def model_and_optimizer(seed=0, *, steps=2, bias=True):
@@ -120,6 +120,27 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         load_checkpoint(newest_checkpoint(tmp_path), *model_and_optimizer(bias=False))
 
 
+def test_the_first_one_makes_its_place(tmp_path):
+    model, optimizer = model_and_optimizer()
+    save_checkpoint(tmp_path / "runs" / "r", 1, "t", model, optimizer, 1)
+    assert newest_checkpoint(tmp_path / "runs" / "r").step == 1
+
+
+def test_what_cannot_be_removed_stays_and_does_not_stop_a_training(tmp_path, monkeypatch):
+    """On a network file system a file that somebody reads may refuse to go."""
+    model, optimizer = model_and_optimizer()
+    save_checkpoint(tmp_path, 1, "t", model, optimizer, 1)
+    (tmp_path / f"{durable.TEMPORARY}old").mkdir()
+    monkeypatch.setattr("os.rmdir", refusing)
+    save_checkpoint(tmp_path, 2, "t", model, optimizer, 1)
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path).step == 2
+
+
+def refusing(*_, **__):
+    raise OSError(16, "Device or resource busy")
+
+
 def test_there_may_be_none(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "absent") is None
@@ -161,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.checkpoint.save_file", full)
-    with pytest.raises(Exception, match=r"(?i)space"):
+    with pytest.raises(RefscoreError, match=r"step_000002.*(?i:space)"):
         save_checkpoint(tmp_path, 2, "t", model, optimizer, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     assert newest_checkpoint(tmp_path).step == 1

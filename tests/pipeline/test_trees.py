@@ -22,11 +22,12 @@ def test_equal_trunks_and_branches_are_merged_and_found_again():
         Tree([9], ([3],)),
         Tree((1, 2), ([4], [5], [4])),
         Tree([9], ([3], [3, 4])),
+        Tree([8], ([3],)),
     ]
     merged, places = merge(given)
-    assert merged == [Tree((1, 2), ((3,), (4,), (5,))), Tree((9,), ((3,), (3, 4)))]
-    # counted through the merged trees: three branches of the first, then those of the second
-    assert places == [[0, 1], [3], [1, 2, 1], [3, 4]]
+    assert merged == [Tree((1, 2), ((3,), (4,), (5,))), Tree((9,), ((3,), (3, 4))), Tree((8,), ((3,),))]
+    # counted through the merged trees: three branches of the first, then those of the second, then the third's
+    assert places == [[0, 1], [3], [1, 2, 1], [3, 4], [5]]
     flat = [branch for tree in merged for branch in tree.branches]
     for tree, at in zip(given, places, strict=True):
         assert [list(flat[place]) for place in at] == [list(branch) for branch in tree.branches]
@@ -64,4 +65,6 @@ def test_widths_are_few():
     assert len(pack_trees([Tree([1] * 128, ([2],))], CPU)[0]) == 128
     assert len(pack_trees([Tree([1] * 128, ([2, 3],))], CPU)[0]) == 256
     # a device without compiled kernels wants no filling
-    assert len(pack_trees([Tree([1], ([2, 3],))], torch.device("meta"))[0]) == 2
+    ids, pack, rows = pack_trees([Tree([1, 2], ([2, 3],))], torch.device("meta"))
+    assert len(ids) == 3
+    assert {one.device.type for one in (ids, rows, pack.tree_T, pack.branch_T, pack.positions_T)} == {"meta"}
