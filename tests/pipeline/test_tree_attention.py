@@ -118,6 +118,20 @@ def test_the_carrier_is_no_mask():
     assert tensor.device == pack.tree_T.device
 
 
+def test_everything_lies_where_the_pack_lies():
+    """On a device without numbers, as if it were a GPU."""
+    meta = torch.device("meta")
+    _, pack, _ = pack_trees(TREES[:2], meta)
+    alone = tree_attention._one_sequence(5, meta)
+    found = [carrier(pack), pack.dense_mask(0, 3, 32), alone.tree_T, alone.branch_T, alone.positions_T]
+    assert {one.device.type for one in found} == {"meta"}
+    assert {one.dtype for one in (alone.tree_T, alone.branch_T, alone.positions_T)} == {torch.int64}
+    # one sequence is plainly causal and needs no mask
+    assert alone.dense_mask(0, None, 32) is None
+    capped = tree_attention._sdpa(*torch.randn(3, 1, 2, 4, 8, device=meta), None, None, 2.0)
+    assert (capped.device.type, capped.shape) == ("meta", (1, 2, 4, 8))
+
+
 def test_transformers_knows_it_by_its_name():
     from transformers import AttentionInterface
 
@@ -191,7 +205,7 @@ def test_lengths_are_few(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     for prompt in range(1, 70):
-        _, pack, _ = pack_trees([Tree([1] * prompt, ([2, 3],))], torch.device("cpu"))
+        _, pack, _ = pack_trees([Tree([1] * prompt, ([2, 3],)), Tree([1] * 3, ([2],))], torch.device("cpu"))
         given = torch.randn(1, 1, len(pack.tree_T), 4)
         attend(torch.nn.Module(), given, given, given, carrier(pack))
     assert seen == {32, 64, 96}
@@ -216,6 +230,7 @@ def test_a_gpu_is_given_one_call_with_the_packs_block_mask(monkeypatch):
     assert found.shape == (1, query.shape[2], 4, 8)
     assert (asked["block_mask"], asked["scale"]) == (("mask", 9), 0.3)
     assert asked["score_mod"](torch.tensor(1e9)) == 2.0
+    assert asked["sides"][0] is given
     # heads that share keys are given theirs
     assert torch.equal(asked["sides"][1], key.repeat_interleave(2, 1))
     assert torch.equal(asked["sides"][2], value.repeat_interleave(2, 1))
