@@ -35,7 +35,7 @@ COVERING = {
     "divergence": ["pipeline/test_divergence.py"],
     "cpu_attention": ["pipeline/test_cpu_attention.py"],
     "tree_attention": ["pipeline/test_tree_attention.py"],
-    "forward": ["pipeline/test_forward.py", "pipeline/test_transformers_engine.py"],
+    "forward": ["pipeline/test_logps_of_trees.py"],
     "trees": ["pipeline/test_trees.py"],
     "optimizers": ["pipeline/test_optimizers.py"],
     "checkpoint": ["pipeline/test_checkpoint.py"],
