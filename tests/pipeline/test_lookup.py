@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.compaction import compact
+from pipeline.errors import RefscoreError
 from pipeline.identity import Numerics, ReferenceIdentity
 from pipeline.lookup import Lookup
 from pipeline.schema import write_parquet
@@ -159,3 +160,53 @@ def test_nothing_asked_is_nothing_found(store):
     lookup = store.lookup(array([]))
     assert lookup.missing.tolist() == lookup.held.tolist() == []
     assert answers(lookup, np.arange(0)) == {}
+
+
+class Counting:
+    """A shelf that counts what it is asked to examine, and answers as it is told."""
+
+    def __init__(self, shelf, answer):
+        self.shelf, self.answer, self.asked = shelf, answer, []
+
+    def shards(self):
+        return self.shelf.shards()
+
+    def examine(self, shard, problem):
+        self.asked.append((shard, problem))
+        return self.answer
+
+
+@pytest.mark.parametrize(("sound", "times"), [(True, 3), (False, 6)])
+def test_a_shard_that_reads_differently_each_time_is_an_error_that_names_it(store, monkeypatch, sound, times):
+    """Read whole it is sound, or it cannot be set aside: what lies between is to blame, and the reader does not go on for ever."""
+    key = some_keys(0)[0]
+    store.publish([row(key)])
+    (shard,) = shards(store)
+    shelf = Counting(store.shelves[0], sound)
+    lookup = Lookup([shelf], array([key]))
+    monkeypatch.setattr("pipeline.lookup.rows_problem", lambda table: "row 0: a value that flickers")
+    with pytest.raises(RefscoreError, match=f"{shard.name} reads differently each time .*flickers.*memory"):
+        answers(lookup, np.array([0]))
+    assert shelf.asked == [(shard, "row 0: a value that flickers")] * times
+
+
+def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
+    key = some_keys(0)[0]
+    store.publish([row(key)])
+    shelf = Counting(store.shelves[0], True)
+    lookup = Lookup([shelf], array([key]))
+    problems = iter(["once", "twice", None])
+    monkeypatch.setattr("pipeline.lookup.rows_problem", lambda table: next(problems))
+    assert answers(lookup, np.array([0]))[0]["key"] == key
+    assert [problem for _, problem in shelf.asked] == ["once", "twice"]
+
+
+def test_a_shard_that_is_listed_and_never_there_is_an_error_that_names_it(store, monkeypatch):
+    key = some_keys(0)[0]
+    store.publish([row(key)])
+    (shard,) = shards(store)
+    shelf = Counting(store.shelves[0], True)
+    monkeypatch.setattr(Counting, "shards", lambda self: [shard.with_name("scores-gone.parquet")])
+    monkeypatch.setattr("pipeline.shelf.time.sleep", lambda _: None)
+    with pytest.raises(RefscoreError, match=r"scores-gone\.parquet is listed but cannot be read, 6 times"):
+        Lookup([shelf], array([key]))
