@@ -1,25 +1,10 @@
-"""What the README says is so: snippets run, links lead somewhere, make targets exist."""
+"""What the README says is so: links lead somewhere, make targets exist. Its snippets run in tests/stages/test_pipeline.py."""
 
 import re
-import subprocess
-import sys
-
-import pytest
 
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.mark.engine
-def test_the_polars_snippets_run_one_after_the_other(pipeline_run):
-    code = "\n".join(SNIPPETS).replace("data/runs/demo", "data/runs/first")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=pipeline_run[0], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("shape:") == len(re.findall(r"^print\(", "\n".join(SNIPPETS), re.MULTILINE)) >= 4
 
 
 def test_links_lead_to_files():

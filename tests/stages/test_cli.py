@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, experiment, preference_rows, refscore, write_rows
+from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore_here, write_rows
 
 COMMANDS = [
     (),
@@ -113,7 +113,7 @@ def test_what_a_user_gets_wrong_is_a_message_and_a_code(tmp_path, tiny_model, ar
     experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(4))).rename(tmp_path / "c.yaml")
     (tmp_path / "broken.jsonl").write_text('{"prompt" "x"}\n')
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
-    said = refscore(tmp_path, *arguments, code=code)
+    said = refscore_here(tmp_path, *arguments, code=code)
     assert text in " ".join(said.split())
 
 
@@ -124,7 +124,7 @@ def test_validate_counts_and_shows_rows_without_a_model(tmp_path):
         {"prompt": 5, "chosen": "a", "rejected": "b"},
     ]
     write_rows(tmp_path / "d.jsonl", rows)
-    said = refscore(tmp_path, "validate", "d.jsonl")
+    said = refscore_here(tmp_path, "validate", "d.jsonl")
     assert "TRL explicit, strings" in said
     assert "5 rows, 3 usable, 2 dropped" in said
     assert "row 3: empty_response (chosen)" in said
@@ -133,7 +133,7 @@ def test_validate_counts_and_shows_rows_without_a_model(tmp_path):
 
 def test_validate_with_a_model_counts_tokens(tmp_path, tiny_model):
     write_rows(tmp_path / "d.jsonl", preference_rows(3))
-    said = refscore(tmp_path, "validate", "d.jsonl", "--model", tiny_model, "--set", "data.max_length=70")
+    said = refscore_here(tmp_path, "validate", "d.jsonl", "--model", tiny_model, "--set", "data.max_length=70")
     assert re.search(r"prompt +\d+ +\d+ +\d+", said)
     assert "too_long" in said
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import schema
-from tests.conftest import refscore
+from tests.conftest import ROOT, refscore, refscore_here
 
 pytestmark = pytest.mark.engine
 
@@ -112,9 +114,19 @@ def test_the_report_comes_last_and_holds_the_verdict(pipeline_run, run):
     )
 
 
+def test_the_readmes_polars_snippets_run_one_after_the_other(pipeline_run):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(snippets).replace("data/runs/demo", "data/runs/first")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pipeline_run[0], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shape:") == len(re.findall(r"^print\(", "\n".join(snippets), re.MULTILINE)) >= 4
+
+
 def test_a_second_precompute_scores_nothing_and_starts_no_engine(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
-    said = refscore(where, "precompute", "--config", "experiment.yaml", "--run", "first")
+    said = refscore_here(where, "precompute", "--config", "experiment.yaml", "--run", "first")
     assert "nothing to score" in said
     assert "starting" not in said
 
@@ -130,13 +142,13 @@ def test_a_second_precompute_scores_nothing_and_starts_no_engine(pipeline_run, t
     ],
 )
 def test_training_settings_and_splits_score_nothing(pipeline_run, tmp_path, change):
-    said = refscore(pipeline_run[0], "precompute", "--plan", "--config", "experiment.yaml", "--set", change)
+    said = refscore_here(pipeline_run[0], "precompute", "--plan", "--config", "experiment.yaml", "--set", change)
     assert " 0 misses" in said
 
 
 @pytest.mark.parametrize("change", ["reference.dtype=bfloat16", "reference.engine=transformers", "data.max_length=60"])
 def test_numerics_and_other_tokens_are_misses(pipeline_run, change):
-    said = refscore(
+    said = refscore_here(
         pipeline_run[0],
         "precompute",
         "--plan",
@@ -152,19 +164,19 @@ def test_numerics_and_other_tokens_are_misses(pipeline_run, change):
 
 def test_a_sweep_needs_no_precompute(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
-    said = refscore(where, "train", "--config", "experiment.yaml", "--run", "beta05", "--set", "train.beta=0.5")
+    said = refscore_here(where, "train", "--config", "experiment.yaml", "--run", "beta05", "--set", "train.beta=0.5")
     assert " 0 misses" in said
     assert "starting" not in said
     assert (where / "data/runs/beta05/model/model.safetensors").exists()
-    table = refscore(where, "compare", "first", "beta05")
+    table = refscore_here(where, "compare", "first", "beta05")
     assert re.search(r"train\.beta +0\.1 +0\.5", table)
 
 
 def test_a_finished_training_is_not_repeated_and_another_one_is_not_mixed_in(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
     options = ("--config", "experiment.yaml", "--run", "first")
-    assert "nothing to train" in refscore(where, "train", *options)
-    said = refscore(where, "train", *options, "--set", "train.beta=0.5", code=2)
+    assert "nothing to train" in refscore_here(where, "train", *options)
+    said = refscore_here(where, "train", *options, "--set", "train.beta=0.5", code=2)
     assert "train.beta: 0.1 -> 0.5" in said
     assert "--restart" in said
 
@@ -183,36 +195,36 @@ def test_show_prints_every_artifact(pipeline_run, run):
         run / "config.yaml",
         *run.parent.parent.glob("store/*/*.parquet"),
     ]:
-        assert refscore(pipeline_run[0], "show", path).strip()
-    assert "ref_chosen_logps (length)" in refscore(pipeline_run[0], "show", run / "pairs.parquet")
+        assert refscore_here(pipeline_run[0], "show", path).strip()
+    assert "ref_chosen_logps (length)" in refscore_here(pipeline_run[0], "show", run / "pairs.parquet")
 
 
 def test_the_store_is_listed_and_verified(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
-    assert "first" in refscore(where, "store", "ls")
-    assert "0 damaged" in refscore(where, "store", "verify")
+    assert "first" in refscore_here(where, "store", "ls")
+    assert "0 damaged" in refscore_here(where, "store", "verify")
     # a small one first, so that scores are there soon
     small, large = sorted(where.glob("data/store/*/scores-*.parquet"), key=lambda path: pl.read_parquet(path).height)
     assert pl.read_parquet(small).height < pl.read_parquet(large).height / 2
     large.write_bytes(large.read_bytes()[:-1])
-    assert "1 damaged" in refscore(where, "store", "verify", code=4)
+    assert "1 damaged" in refscore_here(where, "store", "verify", code=4)
     # what was set aside is a miss, and training says what to do
     (where / "data/runs/first/pairs.parquet").unlink()
-    said = refscore(where, "train", "--config", "experiment.yaml", "--run", "first", code=2)
+    said = refscore_here(where, "train", "--config", "experiment.yaml", "--run", "first", code=2)
     assert "run 'refscore precompute'" in said
 
 
 def test_verify_scores_again_and_finds_a_wrong_reference(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
-    assert "passed" in refscore(where, "verify", "--run", "first")
+    assert "passed" in refscore_here(where, "verify", "--run", "first")
     shift_reference(where / "data/runs/first/pairs.parquet", 0.5)
-    assert "differ by 0.5" in refscore(where, "verify", "--run", "first", code=4)
+    assert "differ by 0.5" in refscore_here(where, "verify", "--run", "first", code=4)
 
 
 def test_the_gate_closes_on_a_wrong_reference(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
     shift_reference(where / "data/runs/first/pairs.parquet", 0.5)
-    said = refscore(where, "train", "--config", "experiment.yaml", "--run", "first", "--restart", code=4)
+    said = refscore_here(where, "train", "--config", "experiment.yaml", "--run", "first", "--restart", code=4)
     assert "the gate is closed" in said
     assert not json.loads((where / "data/runs/first/gate.json").read_text())["passed"]
 
@@ -222,7 +234,7 @@ def test_the_stored_reference_is_what_the_loss_uses(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
     before = pl.read_parquet(where / "data/runs/first/metrics.parquet")["loss"][1]
     shift_reference(where / "data/runs/first/pairs.parquet", 0.0005, sides=("chosen",))
-    refscore(where, "train", "--config", "experiment.yaml", "--run", "first", "--restart")
+    refscore_here(where, "train", "--config", "experiment.yaml", "--run", "first", "--restart")
     after = pl.read_parquet(where / "data/runs/first/metrics.parquet")["loss"][1]
     assert abs(after - before) > 1e-4
 

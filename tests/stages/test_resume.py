@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import experiment, preference_rows, refscore, write_rows
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 
 SETTLED = pl.exclude("step_seconds", "tokens_per_second", "peak_memory_gib")
 
@@ -22,9 +22,9 @@ def config(tmp_path, tiny_model):
 
 
 def test_the_same_configuration_gives_the_same_metrics_and_resuming_changes_no_bit(tmp_path, config):
-    refscore(tmp_path, "precompute", "--config", config, "--run", "whole")
-    refscore(tmp_path, "train", "--config", config, "--run", "whole")
-    refscore(tmp_path, "train", "--config", config, "--run", "again")
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "whole")
+    refscore_here(tmp_path, "train", "--config", config, "--run", "whole")
+    refscore_here(tmp_path, "train", "--config", config, "--run", "again")
     killed_after(tmp_path, config, "killed", step=5)
     kept = sorted(path.name for path in (tmp_path / "data/runs/killed/checkpoints").glob("step_*"))
     assert kept[-1] == "step_000004"
@@ -33,7 +33,7 @@ def test_the_same_configuration_gives_the_same_metrics_and_resuming_changes_no_b
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    said = refscore(tmp_path, "train", "--config", config, "--run", "killed")
+    said = refscore_here(tmp_path, "train", "--config", config, "--run", "killed")
     assert "passed over" in said
     assert "resuming after step 2" in said
     frames = {
@@ -56,10 +56,10 @@ def test_resuming_with_dropout_changes_no_bit(tmp_path, tiny_model):
     train = {"max_steps": 6, "save_steps": 2, "eval_steps": 0, "learning_rate": 0.01}
     policy = {"lora": {"r": 4, "alpha": 32, "dropout": 0.5}}
     config = experiment(tmp_path, tiny_model, data, train=train, policy=policy)
-    refscore(tmp_path, "precompute", "--config", config, "--run", "whole")
-    refscore(tmp_path, "train", "--config", config, "--run", "whole")
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "whole")
+    refscore_here(tmp_path, "train", "--config", config, "--run", "whole")
     killed_after(tmp_path, config, "killed", step=3)
-    assert "resuming after step 2" in refscore(tmp_path, "train", "--config", config, "--run", "killed")
+    assert "resuming after step 2" in refscore_here(tmp_path, "train", "--config", config, "--run", "killed")
     whole, killed = (
         (
             pl.read_parquet(tmp_path / f"data/runs/{name}/metrics.parquet").select(SETTLED),
@@ -140,7 +140,7 @@ def test_interrupted_scoring_goes_on_where_the_last_shard_ended(tmp_path, config
     shards = list(tmp_path.glob("data/store/*/scores-*.parquet"))
     assert len(shards) == 3
     published = pl.read_parquet(shards).height
-    said = refscore(tmp_path, *options)
+    said = refscore_here(tmp_path, *options)
     hits, misses = map(int, re.search(r"(\d+) hits, (\d+) misses", said).groups())
     assert (hits, hits + misses) == (published, 48)
-    assert "0 misses" in refscore(tmp_path, *options)
+    assert "0 misses" in refscore_here(tmp_path, *options)
