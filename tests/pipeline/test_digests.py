@@ -220,4 +220,10 @@ def test_every_mount_has_a_name_of_its_own(tmp_path):
     assert digests._mount_of(tmp_path / "absent") is None
     # a link is a file of the mount that it leads to
     (tmp_path / "link").symlink_to("/proc")
-    assert digests._mount_of(tmp_path / "link") == other
+    assert digests._mount_of(tmp_path / "link") == digests._mount_of(Path("link")) == other
+
+
+def test_a_kernel_that_fills_nothing_in_names_no_mount(tmp_path, monkeypatch):
+    """Before Linux 6.8: the call succeeds, and its mask says that the mount is not among the answers."""
+    monkeypatch.setattr(digests.ctypes, "CDLL", lambda _: SimpleNamespace(statx=lambda *_: 0))
+    assert digests._mount_of(tmp_path) is None

@@ -70,6 +70,15 @@ def test_weights_alone_are_one_digest_for_reference_and_policy(tiny_model, tmp_p
     assert with_it.weights_digest != weights_digest(tiny_model)
 
 
+def test_code_is_part_of_a_model_if_it_is_run(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "coded")
+    edit(model, auto_map={"AutoModelForCausalLM": "m.Model"})
+    (model / "m.py").write_text("one = 1")
+    run = model_digest_of(model, trusts_code=True)
+    assert run == identify(model, NUMERICS, trusts_code=True).model_digest
+    assert model_digest_of(model) == model_digest_of(model, trusts_code=False) != run
+
+
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
