@@ -38,7 +38,7 @@ iterate: .venv/.run ## ROUNDS=2 rounds of training, each on pairs that the last 
 	@$(refscore) iterate --rounds $(ROUNDS) $(options)
 
 test: .venv/.test ## the tests, two at a time (real vLLM on CPU)
-	@.venv/bin/python -m pytest -n 2 --dist loadfile
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .
