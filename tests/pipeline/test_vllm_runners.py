@@ -90,6 +90,18 @@ def test_v2_asks_for_the_responses_rows_only():
     assert second is None
 
 
+def test_v2_scores_a_branch_of_a_branch():
+    """Its token's column stands in the rows of its parent, which begin behind what the parent shares with its own."""
+    engine = Rows(v2=True)
+    asked = [Request([5, 6, 7], ids) for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 9], [1, 2, 9, 9, 7, 7], [1, 2, 9, 9])]
+    for order in (asked, asked[::-1]):
+        engine.sent.clear()
+        engine.cached.clear()
+        found = score_with(runner_of(engine), order, shared=True)
+        assert all(np.array_equal(values, truth(request)) for values, request in zip(found, order, strict=True))
+        assert not any(how.skip_reading_prefix_cache for _, how in engine.sent)
+
+
 def test_v2_leaves_no_more_than_it_may_at_one_token():
     """vLLM answers 20 ids per row: a twenty-first sibling is asked by itself."""
     engine = Rows(v2=True)
