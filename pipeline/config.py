@@ -155,7 +155,8 @@ class TrainConfig(_Section):
         "tree", description="tree: the prompt is read once for both responses; separate: two sequences"
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="autocast over float32 weights; auto = bfloat16"
+        "auto",
+        description="autocast over float32 weights; auto: bfloat16 if the GPU or processor has instructions for it, else float32",
     )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         "adamw", description="adamw_8bit (bitsandbytes) and adafactor keep a quarter of AdamW's state and less"

@@ -22,6 +22,7 @@ from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_ord
 from pipeline.loss_names import reference_free
 from pipeline.models import load_causal_lm
 from pipeline.pairs import prompt_id_of
+from pipeline.policies import precision_of
 from pipeline.schema import JUDGEMENTS
 from pipeline.statistics import bootstrap_mean, prompts_for
 from pipeline.training import load_pairs, pair_rewards
@@ -38,7 +39,7 @@ def judge_pairs(
     """The implicit judge: reward margins of the saved policy on the held-out pairs, and their means."""
     pairs = load_pairs(pairs_path, "eval", scored=not reference_free(config.train))
     model = load_causal_lm(model_directory, config.policy, torch.float32).to(device_kind()).eval()
-    precision = torch.float32 if config.train.precision == "float32" else torch.bfloat16
+    precision = precision_of(config.train)
     chosen, rejected = pair_rewards(forward_of(model, config.train.layout, precision), pairs, config.train)
     margins = chosen - rejected
     ids = [prompt_id_of(list(tree.trunk)) for tree in pairs.trees]

@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 from pipeline.export_check import CHECKED, must_agree, outputs_of
 from pipeline.loss_names import reference_free
 from pipeline.models import copy_tokenizer, load_causal_lm, merge_adapter
-from pipeline.policies import Policy, four_bits, without_packing
+from pipeline.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.reward import align_padding
 from pipeline.runs import Run, versions
 from pipeline.trees import Tree
@@ -191,7 +191,7 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
         "pairs a step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
         "epochs": train.num_train_epochs if train.max_steps <= 0 else f"{train.max_steps} steps",
         "gradient norm clipped at": train.max_grad_norm,
-        "precision": train.precision,
+        "precision": str(precision_of(train)).removeprefix("torch."),
         "seed": train.seed,
     }
     against = (

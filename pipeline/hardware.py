@@ -26,6 +26,14 @@ def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the GPU, or this processor, has instructions for products of bfloat16. One that has none takes many times as long
+    for them as for float32.
+    """
+    return device_kind() == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & _processor_flags())
+
+
 def processors() -> list[int]:
     """The processors this process may run on."""
     return sorted(os.sched_getaffinity(0))
@@ -90,11 +98,16 @@ def _of_this_machine() -> dict[str, str]:
 
 def _instructions() -> str:
     """The instruction sets that matrix products choose their code by."""
+    known = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16"} & _processor_flags()
+    return " ".join(sorted(known)) or platform.machine()
+
+
+def _processor_flags() -> set[str]:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("flags"):
-                return " ".join(sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"} & set(line.split())))
-    return platform.machine()
+            if line.startswith(("flags", "Features")):  # as x86 and ARM call them
+                return set(line.split())
+    return set()
 
 
 def _driver() -> str:

@@ -5,6 +5,7 @@ Owns loading and what of it learns; how it is saved is `pipeline.export`'s.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import Config, LoraConfig
+from pipeline.config import Config, LoraConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward import Forward, forward_of
-from pipeline.hardware import device_kind
+from pipeline.hardware import device_kind, multiplies_bfloat16
 from pipeline.models import load_causal_lm
 from pipeline.products import recomputation
 from pipeline.reward import Rewards, load_reward_model, rewards_of
@@ -23,6 +24,8 @@ from pipeline.reward import Rewards, load_reward_model, rewards_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+log = logging.getLogger(__name__)
 
 # parts of the names under which architectures keep how much is left to chance
 _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
@@ -37,13 +40,24 @@ class Policy:
     forward: Forward | Rewards
 
 
+def precision_of(train: TrainConfig) -> torch.dtype:
+    """What `train.precision` means on this machine: torch.float32, or torch.bfloat16 under autocast."""
+    if train.precision == "auto":
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if train.precision == "bfloat16" else torch.float32
+
+
 def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Policy:
     """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses.
 
     Raises ConfigError where the architecture, or this machine, cannot do what is asked.
     """
     policy, train = config.policy, config.train
-    precision = torch.float32 if train.precision == "float32" else torch.bfloat16
+    precision = precision_of(train)
+    if precision == torch.bfloat16 and not multiplies_bfloat16():
+        log.warning(
+            "this processor has no instructions for bfloat16: train.precision=float32 is many times as fast here"
+        )
     options: dict[str, Any] = {}
     if policy.load_in_4bit:
         options["quantization_config"] = four_bits(precision)

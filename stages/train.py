@@ -25,7 +25,7 @@ from pipeline.metrics import Metrics
 from pipeline.model_config import position_limit
 from pipeline.models import load_tokenizer, locate, policy_digest
 from pipeline.optimizers import make_optimizer, update
-from pipeline.policies import Policy, load_policy
+from pipeline.policies import Policy, load_policy, precision_of
 from pipeline.precompute import is_current, make_plan
 from pipeline.runs import Run, read_json, record
 from pipeline.schedule import learning_rate, pairs_of_step, total_steps
@@ -188,7 +188,7 @@ def _training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
         "policy": policy_digest(base),
         **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),
     }
-    return digest(config.train.model_dump(mode="json", exclude=_UNTRAINED), {**inputs, **trained})
+    return digest(_train_fields(config), {**inputs, **trained})
 
 
 def _decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpoint | str | None:
@@ -224,8 +224,14 @@ def _trained_fields(config: Config) -> dict[str, Any]:
         "data": config.data.model_dump(mode="json"),
         "reference": config.reference.model_dump(mode="json"),
         "policy": config.policy.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json", exclude=_UNTRAINED),
+        "train": _train_fields(config),
     }
+
+
+def _train_fields(config: Config) -> dict[str, Any]:
+    # auto is another training on another machine
+    precision = str(precision_of(config.train)).removeprefix("torch.")
+    return config.train.model_dump(mode="json", exclude=_UNTRAINED) | {"precision": precision}
 
 
 def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: Policy, pairs: Pairs) -> None:
@@ -241,7 +247,7 @@ def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: P
     if not isinstance(policy.forward, Forward):
         return  # a reward model compares nothing with the reference, as was said above
     policy.model.eval()
-    precise = config.train.precision == "float32" and about.get("dtype") == "float32"
+    precise = precision_of(config.train) == torch.float32 and about.get("dtype") == "float32"
     rows = list(range(min(GATE_PAIRS, len(pairs))))
     numerics = "float32" if precise else "bfloat16"
     figures = measure_gate(policy.forward, pairs, rows, numerics, config.train.beta)

@@ -1,10 +1,11 @@
-"""What the process gives back."""
+"""What the process gives back, and what this machine multiplies in."""
 
 import platform
 from pathlib import Path
 
 import pytest
 
+from pipeline import hardware
 from pipeline.hardware import return_freed_memory
 
 
@@ -20,3 +21,33 @@ def test_memory_freed_between_blocks_that_live_on_goes_back_to_the_system():
     before = resident()
     return_freed_memory()
     assert before - resident() > 50 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f", "cpu", False),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", "cpu", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile", "cpu", True),
+        ("Features\t: fp asimd bf16", "cpu", True),
+        ("Features\t: fp asimd", "cpu", False),
+        ("", "cpu", False),
+        ("flags\t\t: fpu", "cuda", True),
+    ],
+)
+def test_auto_precision_is_what_the_machine_multiplies_in(monkeypatch, flags, device, expected):
+    import torch
+
+    from pipeline.config import TrainConfig
+    from pipeline.policies import precision_of
+
+    monkeypatch.setattr(hardware, "device_kind", lambda: device)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda *_, **__: f"processor\t: 0\n{flags}\n")
+    hardware.multiplies_bfloat16.cache_clear()
+    try:
+        assert hardware.multiplies_bfloat16() == expected
+        assert precision_of(TrainConfig()) == (torch.bfloat16 if expected else torch.float32)
+        for name in ("float32", "bfloat16"):
+            assert precision_of(TrainConfig(precision=name)) == getattr(torch, name)
+    finally:
+        hardware.multiplies_bfloat16.cache_clear()

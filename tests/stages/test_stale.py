@@ -64,3 +64,22 @@ def test_the_gate_does_not_apply_to_another_configuration_of_the_references_weig
     said = refscore_here(where, "train", *options, "--set", "reference.model=reference", "--set", "policy.model=policy")
     assert "gate      does not apply (the policy has the reference's weights, but not its configuration" in said
     assert not json.loads((where / "data/runs/r/gate.json").read_text())["applies"]
+
+
+def test_auto_precision_of_another_machine_is_another_training(where, monkeypatch):
+    options = (
+        "--config",
+        "experiment.yaml",
+        "--run",
+        "r",
+        "--set",
+        "train.max_steps=1",
+        "--set",
+        "train.precision=auto",
+    )
+    options = (*options, "--set", "reference.model=reference")
+    for bfloat16 in (False, True):
+        monkeypatch.setattr("pipeline.policies.multiplies_bfloat16", lambda known=bfloat16: known)
+        said = refscore_here(where, "train", *options, code=2 if bfloat16 else 0)
+    assert "train.precision: float32 -> bfloat16" in said
+    assert "precision | float32" in (where / "data/runs/r/model/README.md").read_text()
