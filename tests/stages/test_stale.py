@@ -81,5 +81,5 @@ def test_auto_precision_of_another_machine_is_another_training(where, monkeypatc
     for bfloat16 in (False, True):
         monkeypatch.setattr("pipeline.policies.multiplies_bfloat16", lambda known=bfloat16: known)
         said = refscore_here(where, "train", *options, code=2 if bfloat16 else 0)
-    assert "train.precision: float32 -> bfloat16" in said
+    assert "train.precision: 'float32' -> 'bfloat16'" in said
     assert "precision | float32" in (where / "data/runs/r/model/README.md").read_text()
