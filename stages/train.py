@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from pipeline import durable, health
-from pipeline.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, without_reference
-from pipeline.config_file import differing_fields, digest
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import model_card, save_policy
 from pipeline.forward import Forward
@@ -23,20 +22,20 @@ from pipeline.identity import model_digest_of, weights_digest
 from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
 from pipeline.model_config import position_limit
-from pipeline.models import load_tokenizer, locate, policy_digest
+from pipeline.models import load_tokenizer, locate
 from pipeline.optimizers import make_optimizer, update
+from pipeline.pairs_file import is_current
 from pipeline.policies import Policy, load_policy, precision_of
-from pipeline.precompute import is_current, make_plan
-from pipeline.runs import Run, read_json, record
+from pipeline.precompute import make_plan
+from pipeline.runs import Run, record
 from pipeline.schedule import learning_rate, pairs_of_step, total_steps
 from pipeline.schema import TRAIN_METRICS, read_about
 from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, train_step
+from pipeline.trainings import decide, trained_fields, training_digest
 from pipeline.vocabulary import vocabulary_digest
 from stages import console
 from stages.precompute import show_plan, write_pairs, write_unscored
 
-# fields that change what is shown or kept, not one weight
-_UNTRAINED = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}
 # taking memory from the system again costs the step that follows a sixth of its time
 _STEPS_TO_RETURN_MEMORY = 8
 
@@ -48,8 +47,8 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
     about = read_about(run.pairs)
     base = locate(config.policy)
     _must_share_vocabulary(base, config, about)
-    training = _training_digest(config, about, base)
-    checkpoint = _decide(run, config, training, restart=restart)
+    training = training_digest(config, about, base)
+    checkpoint = decide(run, config, training, restart=restart)
     if checkpoint == "done":
         made = run.model if run.model.is_dir() else run.adapter
         console.say(f"nothing to train: {made} is the result of this very configuration (--restart trains again)")
@@ -81,7 +80,7 @@ def run(config: Config, run: Run, *, restart: bool) -> None:
 
     # before
     if first == 0:
-        durable.write_json(run.directory / "training.json", {"config": _trained_fields(config)})
+        durable.write_json(run.directory / "training.json", {"config": trained_fields(config)})
         _gate(config, run, about, base, policy, pairs)
         _evaluate(metrics, 0, policy, held_out, config)
 
@@ -180,58 +179,6 @@ def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:
             f"the longest pair has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
             f"data.max_length={limit} or less, run precompute again (nothing is scored twice), or choose another policy"
         )
-
-
-def _training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
-    inputs = {name: about[name] for name in ("reference_id", "inputs_digest", "source_digests")}
-    trained = {
-        "policy": policy_digest(base),
-        **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),
-    }
-    return digest(_train_fields(config), {**inputs, **trained})
-
-
-def _decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpoint | str | None:
-    """The checkpoint to go on from, "done", or None to begin; refuses to mix two trainings in one run."""
-    if restart:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        shutil.rmtree(run.model, ignore_errors=True)
-        shutil.rmtree(run.adapter, ignore_errors=True)
-        shutil.rmtree(run.tensorboard, ignore_errors=True)
-        run.metrics.unlink(missing_ok=True)
-        return None
-    finished = read_json(run.provenance).get("stages", {}).get("train", {}).get("training")
-    results = [run.model / "config.json", run.adapter / "adapter_config.json"]
-    wanted = results[1:] if config.policy.lora and not config.policy.lora.merge else results[:1]
-    if finished == training and all(path.is_file() for path in wanted):
-        return "done"
-    checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint is None and finished is None:
-        return None
-    if checkpoint is not None and checkpoint.training == training:
-        return checkpoint
-    saved = read_json(run.directory / "training.json").get("config", {})
-    now = _trained_fields(config)
-    fields = "; ".join(differing_fields(saved, now)) or "the data, the reference's scores or the policy's weights"
-    raise ConfigError(
-        f"run {run.name!r} already holds a training with other settings ({fields}). "
-        "Give this one a name of its own (--run NAME), or replace the old one (--restart)"
-    )
-
-
-def _trained_fields(config: Config) -> dict[str, Any]:
-    return {
-        "data": config.data.model_dump(mode="json"),
-        "reference": config.reference.model_dump(mode="json"),
-        "policy": config.policy.model_dump(mode="json"),
-        "train": _train_fields(config),
-    }
-
-
-def _train_fields(config: Config) -> dict[str, Any]:
-    # auto is another training on another machine
-    precision = str(precision_of(config.train)).removeprefix("torch.")
-    return config.train.model_dump(mode="json", exclude=_UNTRAINED) | {"precision": precision}
 
 
 def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: Policy, pairs: Pairs) -> None:

@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import huggingface_hub.constants
 import pytest
 
+from pipeline.config_file import load_config
+from pipeline.trainings import training_digest
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.hub import CODED, FIRST, in_hub_cache, with_code
 
 
 @pytest.fixture
@@ -83,3 +87,37 @@ def test_auto_precision_of_another_machine_is_another_training(where, monkeypatc
         said = refscore_here(where, "train", *options, code=2 if bfloat16 else 0)
     assert "train.precision: 'float32' -> 'bfloat16'" in said
     assert "precision | float32" in (where / "data/runs/r/model/README.md").read_text()
+
+
+@pytest.mark.parametrize("lacks", ["all weights", "a shard", "nothing"])
+def test_a_cache_that_holds_a_part_of_the_reference_does_not_hold_it(where, monkeypatch, tiny_model, lacks):
+    """As the Hub's cache after somebody asked for the tokenizer alone: the reference is not at hand, and not needed."""
+    cache = where / "hub"
+    snapshot = in_hub_cache(cache, FIRST, where / "reference")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    options = ("--config", "experiment.yaml", "--run", "hub", "--set", "reference.model=tests/tiny")
+    options = (*options, "--set", "train.max_steps=1")
+    refscore_here(where, "precompute", *options)
+    if lacks == "all weights":
+        (snapshot / "model.safetensors").unlink()
+    elif lacks == "a shard":
+        (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert "gate" in refscore_here(where, "train", *options)
+    # and what is not at hand is still asked for if it must be read
+    shutil.rmtree(where / "data/store")
+    if lacks != "nothing":
+        refscore_here(where, "precompute", *options, code=2)
+
+
+def test_a_policys_code_is_part_of_its_training(where):
+    policy = shutil.copytree(where / "reference", where / "policy")
+    with_code(policy)
+    about = {"reference_id": "r", "inputs_digest": "i", "source_digests": {}}
+    found = []
+    for code in ("", "# another"):
+        (policy / "coded.py").write_text((policy / "coded.py").read_text() + code)
+        for trusted in ("true", "false"):
+            settings = [f"policy.trust_remote_code={trusted}", f"policy.revision={CODED}"]
+            found.append(training_digest(load_config(where / "experiment.yaml", settings), about, policy))
+    assert len(set(found)) == 3  # what is not run does not count
+    assert found[1] == found[3]

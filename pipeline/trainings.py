@@ -1,0 +1,75 @@
+"""Which training a run holds: its digest, the checkpoint to go on from, and what differs from another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.config import Config
+from pipeline.config_file import differing_fields, digest
+from pipeline.errors import ConfigError
+from pipeline.identity import model_digest_of
+from pipeline.policies import precision_of
+from pipeline.runs import Run, read_json
+
+# fields that change what is shown or kept, not one weight
+_UNTRAINED = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}
+
+
+def training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
+    """Digest of all that decides the trained weights: settings, pairs and scores, and the policy at `base`.
+
+    `about`: what pairs.parquet says of itself.
+    """
+    inputs = {name: about[name] for name in ("reference_id", "inputs_digest", "source_digests")}
+    trained = {
+        "policy": model_digest_of(base, trusts_code=config.policy.trust_remote_code),
+        **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),
+    }
+    return digest(_train_fields(config), {**inputs, **trained})
+
+
+def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpoint | str | None:
+    """The checkpoint to go on from, "done", or None to begin; refuses to mix two trainings in one run."""
+    if restart:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        shutil.rmtree(run.model, ignore_errors=True)
+        shutil.rmtree(run.adapter, ignore_errors=True)
+        shutil.rmtree(run.tensorboard, ignore_errors=True)
+        run.metrics.unlink(missing_ok=True)
+        return None
+    finished = read_json(run.provenance).get("stages", {}).get("train", {}).get("training")
+    results = [run.model / "config.json", run.adapter / "adapter_config.json"]
+    wanted = results[1:] if config.policy.lora and not config.policy.lora.merge else results[:1]
+    if finished == training and all(path.is_file() for path in wanted):
+        return "done"
+    checkpoint = newest_checkpoint(run.checkpoints)
+    if checkpoint is None and finished is None:
+        return None
+    if checkpoint is not None and checkpoint.training == training:
+        return checkpoint
+    saved = read_json(run.directory / "training.json").get("config", {})
+    now = trained_fields(config)
+    fields = "; ".join(differing_fields(saved, now)) or "the data, the reference's scores or the policy's weights"
+    raise ConfigError(
+        f"run {run.name!r} already holds a training with other settings ({fields}). "
+        "Give this one a name of its own (--run NAME), or replace the old one (--restart)"
+    )
+
+
+def trained_fields(config: Config) -> dict[str, Any]:
+    """The settings of a training, kept in the run so that a later one can name what differs."""
+    return {
+        "data": config.data.model_dump(mode="json"),
+        "reference": config.reference.model_dump(mode="json"),
+        "policy": config.policy.model_dump(mode="json"),
+        "train": _train_fields(config),
+    }
+
+
+def _train_fields(config: Config) -> dict[str, Any]:
+    # auto is another training on another machine
+    precision = str(precision_of(config.train)).removeprefix("torch.")
+    return config.train.model_dump(mode="json", exclude=_UNTRAINED) | {"precision": precision}
