@@ -30,7 +30,7 @@ COVERING = {
     "sharing": ["pipeline/test_vllm_runners.py", "pipeline/test_transformers_engine.py"],
     "vllm_runners": ["pipeline/test_vllm_runners.py"],
     "pairs": ["pipeline/test_pairs.py"],
-    "token_ids": ["pipeline/test_pairs.py"],
+    "token_ids": ["pipeline/test_token_ids.py"],
     "output_layer": ["pipeline/test_output_layer.py"],
     "divergence": ["pipeline/test_divergence.py"],
     "cpu_attention": ["pipeline/test_cpu_attention.py"],
