@@ -93,7 +93,7 @@ def carrier(pack: Pack) -> torch.Tensor:
     """What goes through a model as `attention_mask`: models hand a tensor of four dimensions on as it is."""
     # an attention that takes it for a mask gets NaN, never a wrong number
     tensor = torch.full((1, 1, 1, 1), float("nan"), device=pack.tree_T.device)
-    tensor.refscore_pack = pack  # type: ignore[attr-defined]  # the cargo
+    tensor.refscore_pack = pack  # type: ignore[attr-defined]  # what it is made for
     return tensor
 
 

@@ -48,7 +48,7 @@ def test_a_known_file_is_not_read_again(file, monkeypatch):
         digests, "_sha256", lambda path, heard: read(path, heard) if path == other else pytest.fail("read again")
     )
     assert digests.files_sha256([file, other]) == {file: truth(file), other: truth(other)}
-    # where files can be written, the mount says nothing
+    # if files can be written, the mount says nothing
     monkeypatch.setattr(digests, "_mount_of", lambda _: pytest.fail("asked for the mount"))
     assert digests.file_sha256(file) == truth(file)
 

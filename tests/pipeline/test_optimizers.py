@@ -65,7 +65,7 @@ def test_the_first_step_of_adamw_is_the_rate_and_the_decay():
 
 
 def test_gradients_are_clipped_together_and_the_norm_is_that_of_before():
-    """Seen where a step is the gradient: with plain descent."""
+    """With plain descent, whose step is the gradient."""
     for max_norm, factor in ((1.0, 1 / 3), (5.0, 1.0)):
         model = Small().with_gradients(1.0, 1.0)
         norm = update(model, torch.optim.SGD([model.matrix, model.bias], lr=9.0), 0.1, max_norm)
