@@ -1,5 +1,6 @@
 """What the README says is so: links lead somewhere, make targets exist. Its snippets run in tests/stages/test_pipeline.py."""
 
+import ast
 import re
 
 from tests.conftest import ROOT
@@ -19,11 +20,13 @@ def test_every_make_target_named_exists():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_source_file_stands_in_the_tree():
-    named = set(re.findall(r"[\w-]+\.py", README))
-    sources = [path for path in (ROOT / "pipeline").rglob("*.py") if path.name != "__init__.py"]
-    assert len(sources) > 80
-    assert {path.name for path in sources} <= named
+def test_the_map_names_every_package_in_its_own_words():
+    packages = sorted((ROOT / "pipeline").glob("**/__init__.py"))
+    shown = dict(re.findall(r"^  (\w+(?:/\w+)*)/ +(.+)$", README, re.MULTILINE))
+    for file in packages[1:]:
+        name = file.parent.relative_to(ROOT / "pipeline").as_posix()
+        assert shown.pop(name) == (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+    assert set(shown) == {"presets"}
 
 
 def test_ci_runs_the_readmes_test_command():
