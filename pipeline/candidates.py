@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests
 from pipeline.models import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from pipeline.config.judges import IMPLICIT
 from pipeline.frontier import gain_of, point_of
-from pipeline.judge_config import IMPLICIT
 from pipeline.judging import Judgement
 from pipeline.plots import Point
 from pipeline.runs import Run, read_json, read_saved_config

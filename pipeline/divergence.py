@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import GenerateConfig, ReferenceConfig
+from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.judging import Prompt
 from pipeline.schema import KL
 from pipeline.scoring import Request, numerics_of, start_scorer

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline import ratings, rules
-from pipeline.config import Config
+from pipeline.config.experiment import Config
+from pipeline.config.losses import reference_free
 from pipeline.divergence import divergence
 from pipeline.forward import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
-from pipeline.loss_names import reference_free
 from pipeline.models import load_causal_lm
 from pipeline.pairs import prompt_id_of
 from pipeline.policies import precision_of

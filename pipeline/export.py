@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from pipeline import __version__, durable
-from pipeline.config import Config
+from pipeline.config.experiment import Config
+from pipeline.config.losses import reference_free
 from pipeline.errors import DataError
 from pipeline.export_check import CHECKED, must_agree, outputs_of
-from pipeline.loss_names import reference_free
 from pipeline.models import copy_tokenizer, load_causal_lm, merge_adapter
 from pipeline.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.reward import align_padding

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.judge_config import IMPLICIT
+from pipeline.config.judges import IMPLICIT
 from pipeline.plots import Point
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import GenerateConfig, ReferenceConfig
+from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.model_config import position_limit, text_config
 from pipeline.models import ModelSpec, load_tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 
 # before this share of the steps is done nothing is said
 _EARLY = 0.25

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.config.judges import JudgeConfig
 from pipeline.exchange import file_name, open_annotations
-from pipeline.judge_config import JudgeConfig
 from pipeline.judging import Duel, Judge, majority
 from pipeline.rule_judges import open_rule
 from pipeline.verdicts import Verdicts, key_of

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.candidates import Named
+from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError
 from pipeline.generate import stop_ids
-from pipeline.judge_config import JudgeConfig
 from pipeline.judge_prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
 from pipeline.judging import Duel, Judge
 from pipeline.model_config import position_limit, text_config

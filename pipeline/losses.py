@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from pipeline.config import TrainConfig
-from pipeline.loss_names import reference_free
+from pipeline.config.experiment import TrainConfig
+from pipeline.config.losses import reference_free
 
 
 class PairLogps(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import durable
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.runs import Run
 from pipeline.verdict import cautions, second_opinions
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pipeline import durable
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.digests import files_sha256
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests, code_digests

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:

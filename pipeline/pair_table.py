@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.pairs import Pair, PairStream, must_train, prompt_text
 from pipeline.preferences import Dropped
 from pipeline.schema import DROPPED, PAIRS

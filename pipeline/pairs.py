@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import DataError
 from pipeline.formats import Message
 from pipeline.preferences import Dropped, Preference, open_source

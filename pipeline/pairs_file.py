@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ReferenceConfig
-from pipeline.config_file import digest
+from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.config.files import digest
 from pipeline.identity import model_digest_of
 from pipeline.models import at_hand, load_tokenizer
 from pipeline.pairs import source_digests

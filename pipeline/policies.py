@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import Config, LoraConfig, TrainConfig
+from pipeline.config.experiment import Config, LoraConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward import Forward, forward_of
 from pipeline.hardware import device_kind, multiplies_bfloat16

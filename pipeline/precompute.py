@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Config, ReferenceConfig
+from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.identity import ReferenceIdentity, identify, key_of

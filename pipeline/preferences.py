@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats import FORMATS, Message, RowProblem, detect_format
 from pipeline.rows import Row, open_rows

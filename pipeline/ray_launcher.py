@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import score_table
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
 from pipeline.identity import identify

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError, first_line
-from pipeline.judge_config import JudgeConfig
 from pipeline.judge_prompts import letter_of, parsed, question, template_digest, weighed
 from pipeline.judging import Duel, Judge
 from pipeline.verdicts import Verdict, Verdicts, key_of

@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 
 from pipeline import durable
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.differences import marked, visible
 from pipeline.frontier import gain_of, label_of, points_of
 from pipeline.health import length_words

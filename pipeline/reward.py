@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import PolicyConfig
+from pipeline.config.experiment import PolicyConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward import Hidden, hidden_states_of
 from pipeline.trees import Tree, merge

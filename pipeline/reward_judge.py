@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.candidates import Named
+from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
-from pipeline.judge_config import JudgeConfig
 from pipeline.judging import Judge, Reward, Shown, by_reward
 from pipeline.model_config import position_limit, read_config, text_config
 from pipeline.models import load_tokenizer, locate, model_digest

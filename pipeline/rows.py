@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError, first_line
 
 Row = dict[str, Any]

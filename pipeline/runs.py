@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from pipeline import __version__, durable
-from pipeline.config import Config
-from pipeline.config_file import dump_config
+from pipeline.config.experiment import Config
+from pipeline.config.files import dump_config
 from pipeline.errors import ConfigError
 from pipeline.hardware import describe
 

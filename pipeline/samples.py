@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.candidates import Candidate
-from pipeline.config import GenerateConfig
-from pipeline.config_file import digest
+from pipeline.config.experiment import GenerateConfig
+from pipeline.config.files import digest
 from pipeline.generate import Sample
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Prompt, Response, Shown

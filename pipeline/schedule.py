@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 
 
 def total_steps(pairs: int, train: TrainConfig) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.hardware import circumstances

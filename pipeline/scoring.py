@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.identity import Numerics

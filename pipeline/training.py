@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
+from pipeline.config.losses import across_pairs, reference_free
 from pipeline.errors import CheckError, DataError, first_line
 from pipeline.forward import Forward
 from pipeline.hardware import device_kind
-from pipeline.loss_names import across_pairs, reference_free
 from pipeline.losses import (
     LossTerms,
     PairLogps,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import Checkpoint, newest_checkpoint
-from pipeline.config import Config
-from pipeline.config_file import differing_fields, digest
+from pipeline.config.experiment import Config
+from pipeline.config.files import differing_fields, digest
 from pipeline.errors import ConfigError
 from pipeline.identity import model_digest_of
 from pipeline.policies import precision_of

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward import forward_of
 from pipeline.hardware import device_kind
 from pipeline.identity import Numerics

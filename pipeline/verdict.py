@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.judge_config import IMPLICIT
+from pipeline.config.judges import IMPLICIT
 
 _WIDE = 0.05
 _MANY_FLIPS = 0.2

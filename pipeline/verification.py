@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.gate import TOLERANCES
 from pipeline.models import load_tokenizer, locate, locate_reference

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, note_circumstances
 from pipeline.identity import Numerics

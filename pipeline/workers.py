@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import errors, score_table
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.hardware import device_kind, processors
 from pipeline.identity import Numerics

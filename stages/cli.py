@@ -13,7 +13,7 @@ from pipeline.errors import RefscoreError
 from stages import console
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.experiment import Config
     from pipeline.runs import Run
 
 app = typer.Typer(
@@ -118,7 +118,7 @@ def score(
     set_: SetOption = None,
 ) -> None:
     """Score any responses under the reference, through the same store; writes their log-probabilities."""
-    from pipeline.config_file import load_config
+    from pipeline.config.files import load_config
     from stages import score as stage
 
     stage.run(data, out, load_config(config, set_ or []))
@@ -163,7 +163,7 @@ def iterate(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of training.")] = 2,
 ) -> None:
     """Rounds of precompute, train and pairs, each from the policy of the last; then all rounds are judged."""
-    from pipeline.config_file import load_config
+    from pipeline.config.files import load_config
     from stages import iterate as stage
 
     resolved = load_config(config, set_ or [])
@@ -225,7 +225,7 @@ def store_explain(
     row: Annotated[int | None, typer.Option("--row", min=0, help="Only the pair from this row of its source.")] = None,
 ) -> None:
     """Hit or miss for a configuration or a row, and on a miss what differs from the nearest that is stored."""
-    from pipeline.config_file import load_config
+    from pipeline.config.files import load_config
     from stages import store as stage
 
     stage.explain(load_config(config, set_ or []), row)
@@ -266,7 +266,7 @@ def main() -> None:
 
 
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:
-    from pipeline.config_file import load_config
+    from pipeline.config.files import load_config
     from pipeline.runs import open_run
 
     return load_config(config, overrides or []), open_run(run if run is not None else config.stem)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import durable
-from pipeline.config import GenerateConfig, PolicyConfig
+from pipeline.config.experiment import GenerateConfig, PolicyConfig
 from pipeline.generate import generator
 from pipeline.judging import Prompt
 from pipeline.models import load_tokenizer, locate

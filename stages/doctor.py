@@ -128,7 +128,7 @@ def _hub() -> Finding:
 
 def _tree() -> Finding:
     try:
-        from pipeline.config_file import load_config
+        from pipeline.config.files import load_config
 
         presets = sorted(Path("pipeline/presets").glob("*.yaml"))
         for preset in presets:

@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from pipeline import durable
 from pipeline.candidates import Candidate, candidates, must_share_vocabulary
-from pipeline.config import Config, GenerateConfig
-from pipeline.config_file import digest
+from pipeline.config.experiment import Config, GenerateConfig
+from pipeline.config.files import digest
+from pipeline.config.judges import IMPLICIT
 from pipeline.divergence import kl_table, on_policy, score_responses
 from pipeline.errors import DataError
 from pipeline.evaluation import (
@@ -23,7 +24,6 @@ from pipeline.evaluation import (
     worst_first,
 )
 from pipeline.generate import generator, settled
-from pipeline.judge_config import IMPLICIT
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Judgement, Prompt
 from pipeline.markdown import write_markdown

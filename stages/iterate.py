@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from pipeline.candidates import policy_of
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.runs import Run, open_run
 from stages import console
 from stages.steps import step

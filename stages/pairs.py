@@ -8,10 +8,10 @@ import pyarrow as pa
 
 from pipeline import durable
 from pipeline.candidates import Candidate, policy_of
-from pipeline.config import Config, GenerateConfig
+from pipeline.config.experiment import Config, GenerateConfig
+from pipeline.config.judges import IMPLICIT, JudgeConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.generate import Sample, generator, settled
-from pipeline.judge_config import IMPLICIT, JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Prompt
 from pipeline.models import load_tokenizer, locate_reference

@@ -6,10 +6,10 @@ import re
 import time
 from collections.abc import Mapping
 
-from pipeline.config import Config, without_reference
+from pipeline.config.experiment import Config, without_reference
+from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError, ConfigError, RefscoreError
 from pipeline.join import dropped_with, write_joined
-from pipeline.loss_names import reference_free
 from pipeline.models import locate_reference
 from pipeline.pairs_file import about_pairs
 from pipeline.precompute import Plan, make_plan, part_of, score_missing

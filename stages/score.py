@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from pipeline import durable
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError
 from pipeline.schema import SCORED, parquet_writer
 from pipeline.score_rows import RowScorer

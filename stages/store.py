@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.compaction import compact, look
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError, DataError, first_line
 from pipeline.explain import causes, nearest_reference, remember
 from pipeline.identity import VERSION

@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
-from pipeline.config_file import load_config
+from pipeline.config.files import load_config
 from pipeline.errors import ConfigError
 from pipeline.exchange import file_name
 from pipeline.runs import open_run

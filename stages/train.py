@@ -12,14 +12,14 @@ import torch
 
 from pipeline import durable, health
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from pipeline.config import Config, without_reference
+from pipeline.config.experiment import Config, without_reference
+from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import model_card, save_policy
 from pipeline.forward import Forward
 from pipeline.gate import GATE_PAIRS, measure_gate
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.identity import model_digest_of, weights_digest
-from pipeline.loss_names import reference_free
 from pipeline.metrics import Metrics
 from pipeline.model_config import position_limit
 from pipeline.models import load_tokenizer, locate

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 
-from pipeline.config import Config, DataConfig, PolicyConfig
-from pipeline.config_file import load_overrides
+from pipeline.config.experiment import Config, DataConfig, PolicyConfig
+from pipeline.config.files import load_overrides
 from pipeline.errors import DataError
 from pipeline.models import load_tokenizer, locate
 from pipeline.pairs import build_pairs, count_reasons

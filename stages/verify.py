@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from pipeline import durable
-from pipeline.config import Config, ReferenceConfig
-from pipeline.config_file import load_overrides
+from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models import locate_reference
 from pipeline.runs import Run, read_saved_config

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "data" / "cache" / "mutants"
 # what covers a file without starting an engine or a process; everything below tests/
 COVERING = {
-    "losses": ["pipeline/test_losses.py", "pipeline/test_loss_names.py", "theory/test_dpo.py"],
+    "losses": ["pipeline/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
     "schedule": ["pipeline/test_schedule.py"],
     "statistics": ["pipeline/test_statistics.py"],
     "winrates": ["pipeline/test_judging.py", "pipeline/test_exchange.py"],

@@ -48,7 +48,7 @@ def main() -> None:
         print(json.dumps(BY_NAME[options.one.split()[0]](options)))
         return
     if options.model == MODEL and not MODEL.is_dir():
-        from pipeline.config import ReferenceConfig
+        from pipeline.config.experiment import ReferenceConfig
         from pipeline.models import locate
 
         os.chdir(ROOT)
@@ -138,7 +138,7 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
 
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """One of our engines, as stage one starts it."""
-    from pipeline.config import ReferenceConfig
+    from pipeline.config.experiment import ReferenceConfig
     from pipeline.scoring import numerics_of, start_scorer
 
     engine, dtype, sharing = options.one.split()
@@ -238,7 +238,7 @@ BY_NAME = {"peak": peak, "trl": trl, "loop": loop, "vllm": ours, "transformers":
 
 
 def pairs_of(options: argparse.Namespace) -> list:
-    from pipeline.config import DataConfig, ReferenceConfig
+    from pipeline.config.experiment import DataConfig, ReferenceConfig
     from pipeline.models import load_tokenizer
     from pipeline.pairs import build_pairs
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pipeline.judge_config import JudgeConfig
+from pipeline.config.judges import JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Judgement, Prompt, Response, judge_both_orders
 

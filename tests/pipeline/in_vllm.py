@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from pipeline.candidates import Named
-from pipeline.config import GenerateConfig
+from pipeline.config.experiment import GenerateConfig
+from pipeline.config.judges import JudgeConfig
 from pipeline.generate import generator, no_report
-from pipeline.judge_config import JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.models import load_tokenizer

@@ -1,6 +1,6 @@
 """One row of preference data, and the pairs that rows become."""
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.pairs import build_pairs
 from tests.conftest import write_rows
 

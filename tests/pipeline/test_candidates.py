@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import durable
 from pipeline.candidates import candidates, must_share_vocabulary, policy_of
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError
 from pipeline.models import load_tokenizer
 from pipeline.runs import Run

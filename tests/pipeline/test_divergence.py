@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.config import GenerateConfig, ReferenceConfig
+from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.divergence import divergence, kl_table, on_policy
 from pipeline.schema import KL
 

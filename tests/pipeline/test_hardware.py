@@ -38,7 +38,7 @@ def test_memory_freed_between_blocks_that_live_on_goes_back_to_the_system():
 def test_auto_precision_is_what_the_machine_multiplies_in(monkeypatch, flags, device, expected):
     import torch
 
-    from pipeline.config import TrainConfig
+    from pipeline.config.experiment import TrainConfig
     from pipeline.policies import precision_of
 
     monkeypatch.setattr(hardware, "device_kind", lambda: device)

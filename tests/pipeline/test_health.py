@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 from pipeline.health import length_words, words
 
 TRAIN = TrainConfig()

@@ -228,7 +228,7 @@ def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from pipeline.config import ReferenceConfig
+    from pipeline.config.experiment import ReferenceConfig
     from pipeline.errors import ConfigError
     from pipeline.models import locate_reference
     from pipeline.scoring import Request, numerics_of, start_scorer
@@ -258,7 +258,7 @@ def test_bases_of_equal_weights_and_another_configuration_are_merged_apart(model
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.config import ReferenceConfig
+    from pipeline.config.experiment import ReferenceConfig
     from pipeline.models import locate_reference
 
     adapter = make_adapter(model, tmp_path / "adapter")
@@ -279,7 +279,7 @@ def test_bases_of_equal_weights_and_another_configuration_are_merged_apart(model
     "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
 )
 def test_whatever_is_merged_or_copied_along_decides_where_it_is_kept(model, tmp_path, file):
-    from pipeline.config import ReferenceConfig
+    from pipeline.config.experiment import ReferenceConfig
     from pipeline.models import locate_reference
 
     adapter = make_adapter(model, tmp_path / "adapter")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.candidates import Named
-from pipeline.judge_config import JudgeConfig
+from pipeline.config.judges import JudgeConfig
 from pipeline.judge_prompts import question
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Duel, Prompt, Response, judge_both_orders

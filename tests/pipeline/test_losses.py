@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 from pipeline.losses import LOSSES, PairLogps, bradley_terry_loss, preference_loss, weighted_sums, wpo_weight
 
 PAIRS, WIDTH, VOCABULARY = 6, 9, 13

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import DataError
 from pipeline.pairs import PairStream, count_reasons, prompt_id_of, prompt_text, source_digests
 from pipeline.preferences import Dropped

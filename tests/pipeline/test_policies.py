@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pipeline.export
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.config_file import load_overrides
+from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import save_policy, trained_directory
 from pipeline.forward import Hidden

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import join, pair_table, precompute
-from pipeline.config_file import load_config
+from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.join import dropped_with, joined, write_joined
 from pipeline.precompute import make_plan, score_missing, shards_of

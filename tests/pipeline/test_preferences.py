@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.preferences import Dropped, Preference, open_source
 from tests.conftest import write_rows

@@ -19,7 +19,7 @@ DRIVER = """
     import psutil
     import ray
     from pipeline import ray_launcher
-    from pipeline.config_file import load_config
+    from pipeline.config.files import load_config
     from pipeline.join import write_joined
     from pipeline.precompute import make_plan
 

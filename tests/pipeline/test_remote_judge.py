@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError
-from pipeline.judge_config import JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
 from tests.pipeline.letter_server import Server

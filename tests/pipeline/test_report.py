@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.experiment import Config
 from pipeline.differences import marked, visible
 from pipeline.markdown import plain, write_markdown
 from pipeline.report import write_report

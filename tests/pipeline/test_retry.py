@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import RefscoreError
 from pipeline.retry import SmallerOnce
 from pipeline.scoring import Request

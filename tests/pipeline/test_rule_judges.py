@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.judge_config import JudgeConfig
+from pipeline.config.judges import JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.rule_judges import RULES, rule_problem

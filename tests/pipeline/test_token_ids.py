@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config import DataConfig
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.pairs import build_pairs, count_reasons
 from pipeline.preferences import Dropped, Preference

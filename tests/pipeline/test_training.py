@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pipeline.training
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward import forward_of
 from pipeline.gate import measure_gate
@@ -48,7 +48,7 @@ def write_pairs(path, rows, logps):
 
 @pytest.fixture(scope="module")
 def reference(tiny_model):
-    from pipeline.config import PolicyConfig
+    from pipeline.config.experiment import PolicyConfig
 
     return load_causal_lm(tiny_model, PolicyConfig(model=str(tiny_model)), torch.float32).eval()
 

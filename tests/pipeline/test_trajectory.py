@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pipeline.config import PolicyConfig, TrainConfig
+from pipeline.config.experiment import PolicyConfig, TrainConfig
 from pipeline.forward import forward_of
 from pipeline.models import load_causal_lm, load_tokenizer
 from pipeline.optimizers import make_optimizer, update

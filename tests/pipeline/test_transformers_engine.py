@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.scoring import numerics_of, start_scorer
 from pipeline.sharing import Branch, branches_of, copy_shared, shared_tokens, siblings
 from pipeline.transformers_engine import batches, tree_of

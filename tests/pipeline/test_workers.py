@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import processors
 from pipeline.scoring import numerics_of, start_scorer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.scoring import numerics_of, start_scorer
 from tests.pipeline.sequences import LIMIT, edge_cases
 

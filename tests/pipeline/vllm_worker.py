@@ -11,7 +11,7 @@ from pipeline import vllm_engine
 vllm_engine.prepare_environment()  # before the first import of vLLM
 
 from pipeline import vllm_runners, vllm_scoring
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.scoring import numerics_of
 from tests.pipeline.sequences import LIMIT, edge_cases
 from tests.pipeline.v2_engine import V2Engine

@@ -15,7 +15,7 @@ import pytest
 
 import pipeline.generate
 import stages.iterate
-from pipeline.config import GenerateConfig
+from pipeline.config.experiment import GenerateConfig
 from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
 
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning

@@ -18,7 +18,7 @@ import pipeline.scoring
 import pipeline.vllm_scoring
 import pipeline.workers
 from pipeline import score_table
-from pipeline.config import DataConfig, ReferenceConfig
+from pipeline.config.experiment import DataConfig, ReferenceConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, SECOND, make_hub
 from tests.pipeline.engines import Flat

@@ -13,8 +13,8 @@ import pytest
 
 import pipeline.llm_judge
 import pipeline.reward_judge
+from pipeline.config.judges import JudgeConfig
 from pipeline.errors import RefscoreError
-from pipeline.judge_config import JudgeConfig
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.models import load_tokenizer

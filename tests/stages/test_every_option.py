@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import pipeline.routes
-from pipeline.config import Config, LoraConfig, PolicyConfig, TrainConfig
+from pipeline.config.experiment import Config, LoraConfig, PolicyConfig, TrainConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, SECOND, make_hub
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from pipeline.config import ReferenceConfig
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward import forward_of
 from pipeline.scoring import Request, numerics_of, start_scorer
 from pipeline.training import load_pairs

@@ -19,7 +19,7 @@ ROWS = 10
 @pytest.fixture
 def model(tmp_path):
     """A model that gives NaN from the token that begins `Zyx` on."""
-    from pipeline.config import PolicyConfig
+    from pipeline.config.experiment import PolicyConfig
     from pipeline.models import load_tokenizer
 
     directory = make_tiny_model(tmp_path / "model", tie_word_embeddings=False)
@@ -80,7 +80,7 @@ def test_in_parts_the_joining_run_says_it_too(tmp_path, config):
 
 
 def parts_with_it(where, config):
-    from pipeline.config_file import load_config
+    from pipeline.config.files import load_config
     from pipeline.precompute import make_plan, part_of
 
     with contextlib.chdir(where):

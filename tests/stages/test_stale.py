@@ -6,7 +6,7 @@ import shutil
 import huggingface_hub.constants
 import pytest
 
-from pipeline.config_file import load_config
+from pipeline.config.files import load_config
 from pipeline.trainings import training_digest
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, FIRST, in_hub_cache, with_code

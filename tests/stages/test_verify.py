@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline import schema
-from pipeline.config_file import load_config
+from pipeline.config.files import load_config
 from pipeline.runs import open_run
 from pipeline.schema import write_table
 from pipeline.verification import agreement, judge

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, logsigmoid
 
-from pipeline.config import TrainConfig
+from pipeline.config.experiment import TrainConfig
 from pipeline.losses import PairLogps, bradley_terry_loss, preference_loss
 
 # every response of one to three tokens out of three

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import BaseModel
 
-from pipeline.config import Config
-from pipeline.config_file import PRESETS, dump_config, load_config
+from pipeline.config.experiment import Config
+from pipeline.config.files import PRESETS, dump_config, load_config
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 

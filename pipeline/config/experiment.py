@@ -1,6 +1,6 @@
 """One experiment's configuration: every field, its meaning and its limits, declared here once.
 
-Strict: unknown keys, values out of range and combinations that make no sense are refused. `pipeline.config_file` reads and
+Strict: unknown keys, values out of range and combinations that make no sense are refused. `pipeline.config.files` reads and
 writes it.
 """
 
@@ -11,8 +11,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.judge_config import IMPLICIT, JudgeConfig, pair_judge_problem
-from pipeline.loss_names import LossType, loss_problems
+from pipeline.config.judges import IMPLICIT, JudgeConfig, pair_judge_problem
+from pipeline.config.losses import LossType, loss_problems
 
 
 def _as_list(value: object) -> object:
@@ -244,7 +244,7 @@ class Config(_Section):
     generate: GenerateConfig = GenerateConfig()
     judge: Judges = Field(
         default=[JudgeConfig(name=name) for name in ("implicit", "rule:complete_and_concise", "rule:no_repetition")],
-        description="judges by name, or with settings of their own: pipeline/judge_config.py",
+        description="judges by name, or with settings of their own: pipeline/config/judges.py",
     )
 
     @model_validator(mode="after")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline.config import TrainConfig
-from pipeline.config_file import load_overrides
+from pipeline.config.experiment import TrainConfig
+from pipeline.config.files import load_overrides
+from pipeline.config.losses import LossType
 from pipeline.errors import ConfigError
-from pipeline.loss_names import LossType
 from pipeline.losses import LOSSES
 
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from pipeline.config import Config
-from pipeline.config_file import dump_config, load_config
+from pipeline.config.experiment import Config
+from pipeline.config.files import dump_config, load_config
+from pipeline.config.judges import JudgeConfig, split_members
 from pipeline.errors import ConfigError
-from pipeline.judge_config import JudgeConfig, split_members
 from tests.conftest import ROOT
 
 

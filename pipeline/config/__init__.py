@@ -1,0 +1,1 @@
+"""What may be asked for: every field of an experiment, its limits, its files. Imports no torch."""
