@@ -49,7 +49,7 @@ faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/R
 	@REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults
 
 architectures: .venv/.test ## which families of models are read how; writes the table in tests/architectures.md
-	@REFSCORE_WRITE_ARCHITECTURES=1 .venv/bin/python -m pytest tests/pipeline/test_architectures.py
+	@REFSCORE_WRITE_ARCHITECTURES=1 .venv/bin/python -m pytest tests/forward/test_architectures.py
 
 mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=losses for one file
 	@.venv/bin/python -m tests.mutants $(FILE)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifacts.runs import RUNS, Run
 from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests
 from pipeline.models import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest
-from pipeline.runs import RUNS, Run
 from pipeline.vocabulary import vocabulary_digest
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:

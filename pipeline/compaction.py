@@ -15,12 +15,12 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.tables import SCORES, about_in
 from pipeline.errors import DataError
 from pipeline.identity import ReferenceIdentity
 from pipeline.lookup import Lookup
 from pipeline.registrations import DAY, registered
-from pipeline.schema import SCORES, about_in
 from pipeline.shard import Unsound, open_shard, published_at, shard_files
 from pipeline.shelf import LocalShelf, set_aside_if_damaged
 from pipeline.store import Store, read_reference

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.judging import Prompt
-from pipeline.schema import KL
 from pipeline.scoring import Request, numerics_of, start_scorer
 from pipeline.statistics import bootstrap_mean
 

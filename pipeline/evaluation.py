@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline import ratings, rules
+from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.divergence import divergence
-from pipeline.forward import forward_of
+from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models import load_causal_lm
 from pipeline.pairs import prompt_id_of
 from pipeline.policies import precision_of
-from pipeline.schema import JUDGEMENTS
 from pipeline.statistics import bootstrap_mean, prompts_for
 from pipeline.training import load_pairs, pair_rewards
 from pipeline.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate

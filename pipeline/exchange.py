@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.errors import DataError
 from pipeline.judging import Comparison, Duel, Judge, Judgement
 from pipeline.winrates import comparison_scores

@@ -13,10 +13,10 @@ from typing import Any
 
 import polars as pl
 
+from pipeline.artifacts.runs import Run
+from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.errors import DataError
 from pipeline.precompute import Plan
-from pipeline.runs import Run
-from pipeline.schema import DROPPED, PAIRS, read_about, read_table
 from pipeline.store import read_reference
 
 Row = dict[str, Any]

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline import __version__, durable
+from pipeline import __version__
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.errors import DataError
 from pipeline.export_check import CHECKED, must_agree, outputs_of
+from pipeline.forward.trees import Tree
 from pipeline.models import copy_tokenizer, load_causal_lm, merge_adapter
 from pipeline.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.reward import align_padding
-from pipeline.runs import Run, versions
-from pipeline.trees import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

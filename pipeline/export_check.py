@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from pipeline.errors import CheckError
-from pipeline.forward import forward_of
+from pipeline.forward.logps import forward_of
+from pipeline.forward.trees import Tree
 from pipeline.gate import TOLERANCES
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.reward import rewards_of
-from pipeline.trees import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pipeline.forward import Forward
+from pipeline.forward.logps import Forward
 from pipeline.training import Pairs
 
 GATE_PAIRS = 8

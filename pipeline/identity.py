@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.digests import files_sha256
+from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import DataError
 from pipeline.model_config import read_config, read_json
 from pipeline.weights import digests_of_files, tensor_digests

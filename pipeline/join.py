@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.tables import DROPPED, PAIRS, parquet_writer
 from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
 from pipeline.pair_table import GROUP
 from pipeline.precompute import Plan
-from pipeline.schema import DROPPED, PAIRS, parquet_writer
 
 # bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
 _AT_ONCE = 2**24

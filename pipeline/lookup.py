@@ -20,8 +20,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.artifacts.tables import SCORES
 from pipeline.errors import RefscoreError
-from pipeline.schema import SCORES
 from pipeline.shard import Unsound, key_words, open_shard, published_at, rows_problem, words_of
 from pipeline.shelf import Patience, Shelf
 

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline import durable
-from pipeline.digests import file_sha256, files_sha256
+from pipeline.artifacts import durable
+from pipeline.artifacts.digests import file_sha256, files_sha256
 from pipeline.errors import ConfigError, DataError
 
 MODELS = Path("data/models")

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
-from pipeline.runs import Run
 from pipeline.verdict import cautions, second_opinions
 
 # what `_rate_row` fills

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.schema import METRICS, read_table, write_table
+from pipeline.artifacts.tables import METRICS, read_table, write_table
 
 _FLUSH_SECONDS = 5.0
 

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.digests import files_sha256
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.digests import files_sha256
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests, code_digests
 from pipeline.made_models import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish

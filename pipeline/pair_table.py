@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifacts.tables import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
 from pipeline.pairs import Pair, PairStream, must_train, prompt_text
 from pipeline.preferences import Dropped
-from pipeline.schema import DROPPED, PAIRS
 
 CACHE = Path("data/cache")
 GROUP = 2048

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import digest
 from pipeline.identity import model_digest_of
 from pipeline.models import at_hand, load_tokenizer
 from pipeline.pairs import source_digests
-from pipeline.schema import read_about
 from pipeline.vocabulary import template_digest, vocabulary_digest
 
 if TYPE_CHECKING:

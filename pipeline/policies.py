@@ -15,10 +15,10 @@ import torch
 
 from pipeline.config.experiment import Config, LoraConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.forward import Forward, forward_of
+from pipeline.forward.cpu_products import recomputation
+from pipeline.forward.logps import Forward, forward_of
 from pipeline.hardware import device_kind, multiplies_bfloat16
 from pipeline.models import load_causal_lm
-from pipeline.products import recomputation
 from pipeline.reward import Rewards, load_reward_model, rewards_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError, first_line
 
 log = logging.getLogger(__name__)

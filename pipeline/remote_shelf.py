@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pipeline import durable
-from pipeline.digests import file_sha256
+from pipeline.artifacts import durable
+from pipeline.artifacts.digests import file_sha256
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.shard import SHARD, check_shard, digest_in, sha256_now
 from pipeline.shelf import LocalShelf, Patience, set_aside_if_damaged

@@ -19,8 +19,8 @@ import torch
 
 from pipeline.config.experiment import PolicyConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.forward import Hidden, hidden_states_of
-from pipeline.trees import Tree, merge
+from pipeline.forward.logps import Hidden, hidden_states_of
+from pipeline.forward.trees import Tree, merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

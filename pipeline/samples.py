@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.artifacts.runs import RUNS
+from pipeline.artifacts.tables import PAIRS, SAMPLES, read_about, read_table
 from pipeline.candidates import Candidate
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
@@ -18,8 +20,6 @@ from pipeline.generate import Sample
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Prompt, Response, Shown
 from pipeline.pairs import prompt_id_of
-from pipeline.runs import RUNS
-from pipeline.schema import PAIRS, SAMPLES, read_about, read_table
 from pipeline.scoring import installed_version
 
 # fields of `generate` that decide a sample

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from pipeline.artifacts.tables import SCORED
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
@@ -27,7 +28,6 @@ from pipeline.precompute import check_scores
 from pipeline.preferences import Dropped, Preference
 from pipeline.quarantine import score_each
 from pipeline.rows import Row, open_rows
-from pipeline.schema import SCORED
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
 from pipeline.store import Store
 from pipeline.token_ids import Encoded, Encoder

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifacts.tables import SCORES, about_in
 from pipeline.errors import RefscoreError, first_line
-from pipeline.schema import SCORES, about_in
 
 SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
 # relative to the sum: far above the rounding of a sum in float64, far below what a changed float32 makes

@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
-from pipeline import durable
-from pipeline.digests import files_sha256
+from pipeline.artifacts import durable
+from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.shard import check_shard, digest_in, sha256_now, shard_files
 
@@ -103,7 +103,7 @@ class LocalShelf:
         return str(self.directory)
 
     def shards(self) -> list[Path]:
-        """See `Shelf.shards`. Files are read once and remembered (`pipeline.digests`)."""
+        """See `Shelf.shards`. Files are read once and remembered (`pipeline.artifacts.digests`)."""
         self._must_be_readable()
         patience = Patience()
         while True:

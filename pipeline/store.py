@@ -22,13 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.tables import SCORES, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.identity import ReferenceIdentity
 from pipeline.lookup import Lookup
 from pipeline.registrations import register
 from pipeline.remote_shelf import RemoteShelf
-from pipeline.schema import SCORES, write_parquet
 from pipeline.shard import key_words, rows_problem, sha256_now
 from pipeline.shelf import LocalShelf, Shelf, is_url
 

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from pipeline.artifacts.tables import PAIRS, read_table
 from pipeline.config.experiment import TrainConfig
 from pipeline.config.losses import across_pairs, reference_free
 from pipeline.errors import CheckError, DataError, first_line
-from pipeline.forward import Forward
+from pipeline.forward.logps import Forward
+from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from pipeline.losses import (
     LossTerms,
@@ -31,8 +33,6 @@ from pipeline.losses import (
     wpo_weight,
 )
 from pipeline.reward import Rewards
-from pipeline.schema import PAIRS, read_table
-from pipeline.trees import Tree
 
 
 @dataclass(frozen=True)

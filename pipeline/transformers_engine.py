@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.forward import forward_of
+from pipeline.forward.logps import forward_of
+from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
 from pipeline.models import load_causal_lm
 from pipeline.quarantine import computed
 from pipeline.scoring import Request
 from pipeline.sharing import siblings
-from pipeline.trees import Tree
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 

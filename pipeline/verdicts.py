@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.durable import explaining_disk
+from pipeline.artifacts.durable import explaining_disk
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.artifacts.tables import PAIRS, read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.gate import TOLERANCES
 from pipeline.models import load_tokenizer, locate, locate_reference
-from pipeline.schema import PAIRS, read_about, read_table
 from pipeline.scoring import Request, numerics_of
 from pipeline.vocabulary import template_digest
 

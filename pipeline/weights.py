@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline import durable
-from pipeline.digests import file_stamp, unchanged_stamp
+from pipeline.artifacts import durable
+from pipeline.artifacts.digests import file_stamp, unchanged_stamp
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.model_config import ties_embeddings
 

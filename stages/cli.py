@@ -13,8 +13,8 @@ from pipeline.errors import RefscoreError
 from stages import console
 
 if TYPE_CHECKING:
+    from pipeline.artifacts.runs import Run
     from pipeline.config.experiment import Config
-    from pipeline.runs import Run
 
 app = typer.Typer(
     name="refscore",
@@ -104,7 +104,7 @@ def verify(
     ] = "",
 ) -> None:
     """Score a sample again with transformers in float32 and report the difference to the stored scores."""
-    from pipeline.runs import open_run
+    from pipeline.artifacts.runs import open_run
     from stages import verify as stage
 
     stage.run(open_run(run), rows, [name.strip() for name in engines.split(",") if name.strip()])
@@ -132,7 +132,7 @@ def compare(
     ] = None,
 ) -> None:
     """Experiments side by side: settings that differ, figures, paired differences, and the frontier as a page."""
-    from pipeline.runs import open_run
+    from pipeline.artifacts.runs import open_run
     from stages import compare as stage
 
     stage.run([open_run(name) for name in runs], page)
@@ -177,7 +177,7 @@ def export(
     to: Annotated[Path | None, typer.Option("--to", help="Directory; default: export/<format> in the run.")] = None,
 ) -> None:
     """Responses and judgements as files of AlpacaEval or Arena-Hard; the judge annotations:<file> reads them back."""
-    from pipeline.runs import open_run
+    from pipeline.artifacts.runs import open_run
     from stages import export as stage
 
     stage.run(open_run(run), format_, to)
@@ -266,8 +266,8 @@ def main() -> None:
 
 
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:
+    from pipeline.artifacts.runs import open_run
     from pipeline.config.files import load_config
-    from pipeline.runs import open_run
 
     return load_config(config, overrides or []), open_run(run if run is not None else config.stem)
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError
 
 # files and pipes have no width: wide enough that no table is folded

@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig, PolicyConfig
 from pipeline.generate import generator
 from pipeline.judging import Prompt

@@ -7,7 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import KL, SAMPLES, read_about, write_table
 from pipeline.candidates import Candidate, candidates, must_share_vocabulary
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.files import digest
@@ -28,7 +30,6 @@ from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Judgement, Prompt
 from pipeline.markdown import write_markdown
 from pipeline.report import write_report
-from pipeline.runs import Run, record
 from pipeline.samples import (
     comparisons_of,
     generation_key,
@@ -38,7 +39,6 @@ from pipeline.samples import (
     shown,
     stored_samples,
 )
-from pipeline.schema import KL, SAMPLES, read_about, write_table
 from pipeline.scoring import numerics_of
 from pipeline.verdict import verdict
 from stages import console, eval_tables

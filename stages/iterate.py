@@ -11,9 +11,9 @@ import json
 import time
 from pathlib import Path
 
+from pipeline.artifacts.runs import Run, open_run
 from pipeline.candidates import policy_of
 from pipeline.config.experiment import Config
-from pipeline.runs import Run, open_run
 from stages import console
 from stages.steps import step
 

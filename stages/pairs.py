@@ -6,7 +6,9 @@ import json
 
 import pyarrow as pa
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_table
 from pipeline.candidates import Candidate, policy_of
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig
@@ -17,9 +19,7 @@ from pipeline.judging import Prompt
 from pipeline.models import load_tokenizer, locate_reference
 from pipeline.pair_making import Request, make_pairs, pair_row
 from pipeline.pairs import PairSet, build_pairs, prompt_id_of, prompt_text
-from pipeline.runs import Run, record
 from pipeline.samples import generation_key, sample_rows, sample_table
-from pipeline.schema import SAMPLES, read_about, read_table, write_table
 from pipeline.vocabulary import template_digest, vocabulary_digest
 from stages import console
 

@@ -6,6 +6,8 @@ import re
 import time
 from collections.abc import Mapping
 
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import write_table
 from pipeline.config.experiment import Config, without_reference
 from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError, ConfigError, RefscoreError
@@ -14,8 +16,6 @@ from pipeline.models import locate_reference
 from pipeline.pairs_file import about_pairs
 from pipeline.precompute import Plan, make_plan, part_of, score_missing
 from pipeline.quarantine import pairs_left_out
-from pipeline.runs import Run, record
-from pipeline.schema import write_table
 from pipeline.scoring import start_scorer
 from pipeline.weights import tensor_digests, unread_bytes
 from stages import console

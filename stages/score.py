@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.tables import SCORED, parquet_writer
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError
-from pipeline.schema import SCORED, parquet_writer
 from pipeline.score_rows import RowScorer
 from stages import console
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.artifacts.tables import read_about
 from pipeline.errors import DataError
-from pipeline.schema import read_about
 from stages import console
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from pipeline import durable, health
+from pipeline import health
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import TRAIN_METRICS, read_about
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config.experiment import Config, without_reference
 from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import model_card, save_policy
-from pipeline.forward import Forward
+from pipeline.forward.logps import Forward
 from pipeline.gate import GATE_PAIRS, measure_gate
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.identity import model_digest_of, weights_digest
@@ -27,9 +30,7 @@ from pipeline.optimizers import make_optimizer, update
 from pipeline.pairs_file import is_current
 from pipeline.policies import Policy, load_policy, precision_of
 from pipeline.precompute import make_plan
-from pipeline.runs import Run, record
 from pipeline.schedule import learning_rate, pairs_of_step, total_steps
-from pipeline.schema import TRAIN_METRICS, read_about
 from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, train_step
 from pipeline.trainings import decide, trained_fields, training_digest
 from pipeline.vocabulary import vocabulary_digest

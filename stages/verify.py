@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, read_saved_config
+from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models import locate_reference
-from pipeline.runs import Run, read_saved_config
-from pipeline.schema import read_about
 from pipeline.scoring import numerics_of, start_scorer
 from pipeline.verification import Sample, agreement, draw_sample, judge, problems
 from stages import console

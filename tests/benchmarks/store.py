@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifacts.tables import SCORES
 from pipeline.compaction import compact
 from pipeline.identity import Numerics, ReferenceIdentity
-from pipeline.schema import SCORES
 from pipeline.shard import shard_files
 from pipeline.store import Store
 from tests.benchmarks.stages import measure

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.store
-from pipeline.schema import parquet_writer
+from pipeline.artifacts.tables import parquet_writer
 from pipeline.shard import digest_in, shard_files
 from tests.faults.conftest import EVERYTHING, REFERENCE, found_numbers, open_store, oracle
 

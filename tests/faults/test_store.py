@@ -13,8 +13,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline.artifacts.tables import SCORES
 from pipeline.compaction import compact, look
-from pipeline.schema import SCORES
 from pipeline.shard import shard_files
 from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle
 

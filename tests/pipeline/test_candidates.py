@@ -2,12 +2,12 @@
 
 import pytest
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run
 from pipeline.candidates import candidates, must_share_vocabulary, policy_of
 from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError
 from pipeline.models import load_tokenizer
-from pipeline.runs import Run
 from pipeline.vocabulary import vocabulary_digest
 from tests.conftest import make_tiny_tokenizer
 

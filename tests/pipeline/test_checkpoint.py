@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.errors import DataError, RefscoreError
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from pipeline import durable
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run
+from pipeline.artifacts.tables import SAMPLES, write_table
 from pipeline.comparing import differences, differing_settings, frontier_points, reached
 from pipeline.evaluation import judgements_table
 from pipeline.judging import Judgement
 from pipeline.plots import frontier
-from pipeline.runs import Run
-from pipeline.schema import SAMPLES, write_table
 
 
 def interval(mean):

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.divergence import divergence, kl_table, on_policy
-from pipeline.schema import KL
 
 
 def table(*rows):

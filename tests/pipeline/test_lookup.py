@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.artifacts.tables import write_parquet
 from pipeline.compaction import compact
 from pipeline.errors import RefscoreError
 from pipeline.identity import Numerics, ReferenceIdentity
 from pipeline.lookup import Lookup
-from pipeline.schema import write_parquet
 from pipeline.shard import sha256_now, shard_files
 from pipeline.store import Scored, Store
 
@@ -95,7 +95,7 @@ def test_a_shard_of_many_row_groups_is_read_where_the_keys_stand(store, monkeypa
 
 
 def in_small_groups(path, table, about=None):
-    from pipeline.schema import parquet_writer
+    from pipeline.artifacts.tables import parquet_writer
 
     with parquet_writer(path, table.schema, about) as writer:
         writer.write_table(table, row_group_size=7)

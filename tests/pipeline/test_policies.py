@@ -9,17 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pipeline.export
+from pipeline.artifacts.runs import open_run
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
 from pipeline.export import save_policy, trained_directory
-from pipeline.forward import Hidden
+from pipeline.forward.logps import Hidden
+from pipeline.forward.trees import Tree
 from pipeline.models import load_tokenizer
 from pipeline.optimizers import make_optimizer, update
 from pipeline.policies import load_policy
-from pipeline.runs import open_run
 from pipeline.training import Pairs, evaluate, train_step
-from pipeline.trees import Tree
 from tests.conftest import make_tiny_model
 from tests.pipeline.test_training import rows_of
 

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline import join, pair_table, precompute
+from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.join import dropped_with, joined, write_joined
 from pipeline.precompute import make_plan, score_missing, shards_of
-from pipeline.schema import DROPPED, PAIRS, read_about, read_table
 from tests.conftest import experiment, preference_rows, write_rows
 
 

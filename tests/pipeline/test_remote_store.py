@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import remote_shelf
+from pipeline.artifacts.tables import SCORES
 from pipeline.errors import ConfigError, RefscoreError
-from pipeline.schema import SCORES
 from pipeline.store import Store
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 from tests.pipeline.test_store import REFERENCE, keys, scored

@@ -5,12 +5,12 @@ import json
 import pyarrow as pa
 import pytest
 
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import METRICS, write_table
 from pipeline.config.experiment import Config
 from pipeline.differences import marked, visible
 from pipeline.markdown import plain, write_markdown
 from pipeline.report import write_report
-from pipeline.runs import Run, record
-from pipeline.schema import METRICS, write_table
 from pipeline.verdict import cautions, second_opinions, verdict
 
 HOSTILE = [

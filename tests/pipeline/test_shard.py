@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.schema import SCORES
+from pipeline.artifacts.tables import SCORES
 from pipeline.shard import logps_problem, rows_problem
 
 

@@ -8,9 +8,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from pipeline.artifacts.tables import SCORES, write_parquet
 from pipeline.errors import CheckError
 from pipeline.identity import Numerics, ReferenceIdentity, key_of
-from pipeline.schema import SCORES, write_parquet
 from pipeline.shard import check_shard
 from pipeline.store import Scored, Store
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import pipeline.training
+from pipeline.artifacts.tables import PAIRS, write_table
 from pipeline.config.experiment import TrainConfig
 from pipeline.errors import DataError
-from pipeline.forward import forward_of
+from pipeline.forward.logps import forward_of
+from pipeline.forward.routes import Route
+from pipeline.forward.trees import Tree
 from pipeline.gate import measure_gate
 from pipeline.models import load_causal_lm
 from pipeline.optimizers import make_optimizer
-from pipeline.routes import Route
-from pipeline.schema import PAIRS, write_table
 from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, micro_batches, pair_rewards, train_step
-from pipeline.trees import Tree
 
 
 def rows_of(number):
@@ -175,8 +175,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_forward_pass_reads_no_more_than_its_budget_whatever_the_way(pairs, reference, way, layout, monkeypatch):
     """What reaches the embeddings is counted, filling of packs to a rounded width left out."""
-    monkeypatch.setattr("pipeline.forward.route_of", lambda model, precision: WAYS[way])
-    monkeypatch.setattr("pipeline.trees._WIDTH", {})
+    monkeypatch.setattr("pipeline.forward.logps.route_of", lambda model, precision: WAYS[way])
+    monkeypatch.setattr("pipeline.forward.trees._WIDTH", {})
     model = copy.deepcopy(reference)
     read = []
     embed = model.base_model.embed_tokens.forward

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.experiment import PolicyConfig, TrainConfig
-from pipeline.forward import forward_of
+from pipeline.forward.logps import forward_of
 from pipeline.models import load_causal_lm, load_tokenizer
 from pipeline.optimizers import make_optimizer, update
 from pipeline.training import load_pairs, train_step

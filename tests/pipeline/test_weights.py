@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pipeline import digests, weights
+from pipeline import weights
+from pipeline.artifacts import digests
 from pipeline.errors import ConfigError
 from pipeline.weights import digests_of_files, loaded_files, tensor_digests, unloaded_files, unread_bytes
 

@@ -6,8 +6,8 @@ import re
 import polars as pl
 import pytest
 
+from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES, read_table
 from pipeline.pairs import prompt_id_of
-from pipeline.schema import JUDGEMENTS, KL, SAMPLES, read_table
 from stages.sweep import grid
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import schema
+from pipeline.artifacts import tables
 from tests.conftest import ROOT, refscore, refscore_here
 
 pytestmark = pytest.mark.engine
 
 ARTIFACTS = {
-    "pairs.parquet": schema.PAIRS,
-    "dropped.parquet": schema.DROPPED,
-    "metrics.parquet": schema.METRICS,
-    "samples.parquet": schema.SAMPLES,
-    "judgements.parquet": schema.JUDGEMENTS,
+    "pairs.parquet": tables.PAIRS,
+    "dropped.parquet": tables.DROPPED,
+    "metrics.parquet": tables.METRICS,
+    "samples.parquet": tables.SAMPLES,
+    "judgements.parquet": tables.JUDGEMENTS,
 }
 
 
@@ -248,4 +248,4 @@ def shift_reference(path, amount, sides=("chosen", "rejected")):
         frame = frame.with_columns(moved.alias(f"ref_{side}_logps"))
         sums = [float(np.asarray(row, dtype=np.float32).sum(dtype=np.float64)) for row in moved.to_list()]
         frame = frame.with_columns(pl.Series(f"ref_{side}_logp", sums))
-    schema.write_table(path, frame.to_arrow().cast(schema.PAIRS).replace_schema_metadata(table.schema.metadata))
+    tables.write_table(path, frame.to_arrow().cast(tables.PAIRS).replace_schema_metadata(table.schema.metadata))

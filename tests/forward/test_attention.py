@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from pipeline import cpu_attention, tree_attention
-from pipeline.tree_attention import NAME, Pack, attend, carrier, register
-from pipeline.trees import Tree, pack_trees
+from pipeline.forward import attention, cpu_attention
+from pipeline.forward.attention import NAME, Pack, attend, carrier, register
+from pipeline.forward.trees import Tree, pack_trees
 
 TREES = [
     Tree([1] * 5, ([2] * 4, [3] * 7, [4])),
@@ -122,13 +122,13 @@ def test_everything_lies_where_the_pack_lies():
     """On a device without numbers, as if it were a GPU."""
     meta = torch.device("meta")
     _, pack, _ = pack_trees(TREES[:2], meta)
-    alone = tree_attention._one_sequence(5, meta)
+    alone = attention._one_sequence(5, meta)
     found = [carrier(pack), pack.dense_mask(0, 3, 32), alone.tree_T, alone.branch_T, alone.positions_T]
     assert {one.device.type for one in found} == {"meta"}
     assert {one.dtype for one in (alone.tree_T, alone.branch_T, alone.positions_T)} == {torch.int64}
     # one sequence is plainly causal and needs no mask
     assert alone.dense_mask(0, None, 32) is None
-    capped = tree_attention._sdpa(*torch.randn(3, 1, 2, 4, 8, device=meta), None, None, 2.0)
+    capped = attention._sdpa(*torch.randn(3, 1, 2, 4, 8, device=meta), None, None, 2.0)
     assert (capped.device.type, capped.shape) == ("meta", (1, 2, 4, 8))
 
 
@@ -189,9 +189,9 @@ def test_the_block_mask_of_a_pack_is_made_once_and_says_the_same(window):
 
 
 def test_a_cap_for_flex_attention():
-    assert tree_attention._capped(None) is None
+    assert attention._capped(None) is None
     scores = torch.linspace(-5, 5, 11)
-    torch.testing.assert_close(tree_attention._capped(2.0)(scores, 0, 0, 0, 0), 2 * torch.tanh(scores / 2))
+    torch.testing.assert_close(attention._capped(2.0)(scores, 0, 0, 0, 0), 2 * torch.tanh(scores / 2))
 
 
 def test_lengths_are_few(monkeypatch):
@@ -223,7 +223,7 @@ def test_a_gpu_is_given_one_call_with_the_packs_block_mask(monkeypatch):
     class Cuda(torch.Tensor):
         is_cuda = True
 
-    monkeypatch.setattr(tree_attention, "_flex_attention", lambda: flex)
+    monkeypatch.setattr(attention, "_flex_attention", lambda: flex)
     monkeypatch.setattr(Pack, "block_mask", lambda self, window: ("mask", window))
     given = query.as_subclass(Cuda)
     found, _ = attend(torch.nn.Module(), given, key, value, carrier(pack), scaling=0.3, sliding_window=9, softcap=2.0)

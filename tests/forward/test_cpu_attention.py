@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline import cpu_attention
+from pipeline.forward import cpu_attention
 
 
 def inputs(heads, key_heads, tokens, size=16):

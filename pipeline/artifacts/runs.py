@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from pipeline import __version__, durable
+from pipeline import __version__
+from pipeline.artifacts import durable
 from pipeline.config.experiment import Config
 from pipeline.config.files import dump_config
 from pipeline.errors import ConfigError

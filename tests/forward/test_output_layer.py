@@ -4,17 +4,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import output_layer, products
 from pipeline.errors import ConfigError
-from pipeline.output_layer import OutputLayer, output_layer_of
+from pipeline.forward import cpu_products, output_layer
+from pipeline.forward.output_layer import OutputLayer, output_layer_of
 
 
 def test_the_output_layer_multiplies_few_numbers_of_rows(monkeypatch):
     """oneDNN keeps code for each of them: a run over data of all lengths must not fill memory with it."""
     seen = set()
-    linear = products.linear
-    monkeypatch.setattr(products, "linear", lambda hidden, *rest: seen.add(len(hidden)) or linear(hidden, *rest))
-    monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 4 * 11 * 150)
+    linear = cpu_products.linear
+    monkeypatch.setattr(cpu_products, "linear", lambda hidden, *rest: seen.add(len(hidden)) or linear(hidden, *rest))
+    monkeypatch.setattr("pipeline.forward.output_layer.LOGITS_BYTES", 4 * 11 * 150)
     layer = OutputLayer(torch.nn.Parameter(torch.randn(11, 4)), None, 1.0, None)
     for tokens in range(1, 400, 7):
         hidden = torch.randn(tokens, 4, requires_grad=True)
@@ -65,7 +65,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_alive(monkeypatch):
                     largest = max(largest, tensor.numel() * tensor.element_size())
             return result
 
-    monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 8 * 2**20)
+    monkeypatch.setattr("pipeline.forward.output_layer.LOGITS_BYTES", 8 * 2**20)
     weight = torch.nn.Parameter(torch.randn(150_000, 8))
     hidden = torch.randn(400, 8, requires_grad=True)
     with Watch():
@@ -142,8 +142,8 @@ def test_only_gradients_that_are_wanted_are_computed(monkeypatch, learns):
     for name, leaf in leaves.items():
         leaf.requires_grad_(name == learns)
     found, _ = OutputLayer(weight, bias, 1.0, None).logps(hidden, targets, torch.float32)
-    calls, linear = [], products.linear
-    monkeypatch.setattr(products, "linear", lambda *sides: calls.append(1) or linear(*sides))
+    calls, linear = [], cpu_products.linear
+    monkeypatch.setattr(cpu_products, "linear", lambda *sides: calls.append(1) or linear(*sides))
     (gradient,) = torch.autograd.grad(found.sum(), leaves[learns])
     (wanted,) = torch.autograd.grad(plain(hidden, weight, bias, targets, 1.0, None)[1].sum(), leaves[learns])
     torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
@@ -154,8 +154,8 @@ def test_only_gradients_that_are_wanted_are_computed(monkeypatch, learns):
 def test_a_vocabulary_larger_than_a_chunk_is_read_token_by_token(monkeypatch):
     monkeypatch.setattr(output_layer, "LOGITS_BYTES", 11)
     hidden, weight, bias, targets = made()
-    seen, linear = [], products.linear
-    monkeypatch.setattr(products, "linear", lambda rows, *rest: seen.append(len(rows)) or linear(rows, *rest))
+    seen, linear = [], cpu_products.linear
+    monkeypatch.setattr(cpu_products, "linear", lambda rows, *rest: seen.append(len(rows)) or linear(rows, *rest))
     found, _ = OutputLayer(weight, bias, 1.0, None).logps(hidden, targets, torch.float32)
     torch.testing.assert_close(found, plain(hidden, weight, bias, targets, 1.0, None)[1])
     assert seen == [1] * 10

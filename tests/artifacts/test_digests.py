@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import digests
+from pipeline.artifacts import digests
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import ConfigError
-from pipeline.forward import forward_of
+from pipeline.forward.logps import forward_of
+from pipeline.forward.routes import route_of
+from pipeline.forward.trees import Tree
 from pipeline.policies import without_dropout
-from pipeline.routes import route_of
-from pipeline.trees import Tree
 
 TABLE = Path(__file__).parent.parent / "architectures.md"
 ROWS: dict[str, tuple[str, str, str, str]] = {}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline import trees
-from pipeline.trees import Tree, merge, pack_trees, separated
+from pipeline.forward import trees
+from pipeline.forward.trees import Tree, merge, pack_trees, separated
 
 CPU = torch.device("cpu")
 

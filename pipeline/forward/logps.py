@@ -1,11 +1,11 @@
 """Response logps of trees under a model: the one forward pass of trainer, gate, oracle engine and implicit judge.
 
-Trees (`pipeline.trees`) are packed into one sequence: the trunk is read once, positions of every branch go on where the trunk
-ends, and no branch sees another (`pipeline.tree_attention`). The `separate` layout is the same code on trees of one branch.
-Architectures for which a pack does not give what each sequence gives alone are read in another way, with equal results
-(`pipeline.routes`).
+Trees (`pipeline.forward.trees`) are packed into one sequence: the trunk is read once, positions of every branch go on where the
+trunk ends, and no branch sees another (`pipeline.forward.attention`). The `separate` layout is the same code on trees of one
+branch. Architectures for which a pack does not give what each sequence gives alone are read in another way, with equal results
+(`pipeline.forward.routes`).
 
-Only response positions reach the output layer (`pipeline.output_layer`).
+Only response positions reach the output layer (`pipeline.forward.output_layer`).
 
 Shapes: N scored tokens, H hidden size.
 """
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.output_layer import OutputLayer, output_layer_of
-from pipeline.products import FastProducts
-from pipeline.routes import route_of
-from pipeline.trees import Tree, merge
+from pipeline.forward.cpu_products import FastProducts
+from pipeline.forward.output_layer import OutputLayer, output_layer_of
+from pipeline.forward.routes import route_of
+from pipeline.forward.trees import Tree, merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.tree_attention import Pack
+from pipeline.forward.attention import Pack
 
 # Widths of packs are multiples of this, so that they are few: on a GPU every width is compiled once, on CPU blocks of memory
 # fit again that an earlier pack has freed.

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from pipeline import products
-from pipeline.products import FastProducts, recomputation
+from pipeline.forward import cpu_products
+from pipeline.forward.cpu_products import FastProducts, recomputation
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How often oneDNN multiplied."""
     found = []
-    multiply = products._product
-    monkeypatch.setattr(products, "_product", lambda *sides: found.append(1) or multiply(*sides))
+    multiply = cpu_products._product
+    monkeypatch.setattr(cpu_products, "_product", lambda *sides: found.append(1) or multiply(*sides))
     return found
 
 

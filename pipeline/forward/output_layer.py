@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline import products
 from pipeline.errors import ConfigError
+from pipeline.forward import cpu_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +95,7 @@ class _Logps(torch.autograd.Function):
         hidden, targets = _filled_up(weight, hidden_NH, targets_N)
         logps, sums = (torch.empty(size, device=hidden.device) for size in (len(targets), len(targets) * squares))
         for rows in _chunks(len(targets), weight):
-            logps_nV = layer.finish(products.linear(hidden[rows].float(), weight, bias)).log_softmax(1)
+            logps_nV = layer.finish(cpu_products.linear(hidden[rows].float(), weight, bias)).log_softmax(1)
             logps[rows] = logps_nV.gather(1, targets[rows, None])[:, 0]
             if squares:
                 sums[rows] = logps_nV.mul_(2).logsumexp(1)
@@ -116,7 +116,7 @@ class _Logps(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for rows in _chunks(len(targets_N), weight_VH):
             hidden, gradient = hidden_NH[rows].to(coarse), gradient_N[rows, None]
-            logits = layer.finish(products.linear(hidden, weight, bias))
+            logits = layer.finish(cpu_products.linear(hidden, weight, bias))
             # d logp / d logits = onehot(target) - softmax(logits); 1 - p of the target from its exact logp, as p may round to 1
             change = logits.softmax(1).neg_()
             change.scatter_(1, targets_N[rows, None], -logps_N[rows, None].expm1().to(change.dtype))
@@ -125,12 +125,12 @@ class _Logps(torch.autograd.Function):
             if bias_gradient is not None:
                 bias_gradient += (change * gradient).sum(0)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = products.linear(change, weight.T) * gradient
+                hidden_gradient[rows] = cpu_products.linear(change, weight.T) * gradient
             if weight_gradient is not None:
                 hidden = (hidden * gradient).to(coarse)
                 for start in range(0, len(weight), _VOCABULARY_BLOCK):
                     block = slice(start, start + _VOCABULARY_BLOCK)
-                    product = products.linear(change[:, block].T, hidden.T)
+                    product = cpu_products.linear(change[:, block].T, hidden.T)
                     if rows.start:
                         weight_gradient[block] += product
                     else:

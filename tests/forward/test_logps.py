@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import pipeline.forward
-from pipeline import products
-from pipeline.forward import Forward, Hidden, forward_of, hidden_states_of
-from pipeline.output_layer import OutputLayer
-from pipeline.trees import Tree
+from pipeline.forward import cpu_products
+from pipeline.forward.logps import Forward, Hidden, forward_of, hidden_states_of
+from pipeline.forward.output_layer import OutputLayer
+from pipeline.forward.trees import Tree
 
 TREES = [
     Tree([1, 2], ([3, 4, 5], [6])),
@@ -104,7 +104,7 @@ def routed(monkeypatch):
         # a mode of torch's is on while a function goes through it
         fast = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen.append((model, trees, tree, autocast, products.FastProducts in fast))
+        seen.append((model, trees, tree, autocast, cpu_products.FastProducts in fast))
         return "hidden"
 
     route = SimpleNamespace(hidden=hidden, tokens=lambda trees, *, tree: (len(trees), tree), why=None, kind="packed")

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.errors import DataError
 
 _ids = pa.list_(pa.int32())

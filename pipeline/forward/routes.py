@@ -1,7 +1,7 @@
 """How a model may read trees: packed in one sequence, one by one in a padded batch, or each alone.
 
-Which of them gives what each sequence gives alone is tried on a small twin of the architecture (`pipeline.twin`), forward and
-backward, beyond its windows and limits, with sequences of very different length beside one another. What cannot be tried is
+Which of them gives what each sequence gives alone is tried on a small twin of the architecture (`pipeline.forward.twin`), forward
+and backward, beyond its windows and limits, with sequences of very different length beside one another. What cannot be tried is
 read alone.
 
 Shapes: T tokens of a pack, B sequences, N scored tokens, H hidden size.
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline import tree_attention
 from pipeline.errors import ConfigError, first_line
-from pipeline.trees import Tree, pack_trees, separated
-from pipeline.twin import NoTwin, stretched_from, twin_of
+from pipeline.forward import attention
+from pipeline.forward.trees import Tree, pack_trees, separated
+from pipeline.forward.twin import NoTwin, stretched_from, twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ def route_of(model: PreTrainedModel, precision: torch.dtype) -> Route:
     """How `model` may read trees, in `precision` (bfloat16: under autocast). Sets its attention up for that."""
     route = _route_of(model, precision)
     if route.kind == "packed":
-        model.set_attn_implementation(tree_attention.register())
+        model.set_attn_implementation(attention.register())
     return route
 
 
@@ -127,12 +127,12 @@ def layers_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def read_packed(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
     """One sequence under the mask of a pack."""
-    if model.config.get_text_config()._attn_implementation != tree_attention.NAME:  # noqa: SLF001  # transformers has no public name
-        model.set_attn_implementation(tree_attention.register())
+    if model.config.get_text_config()._attn_implementation != attention.NAME:  # noqa: SLF001  # transformers has no public name
+        model.set_attn_implementation(attention.register())
     ids, pack, rows_N = pack_trees(trees, next(model.parameters()).device)
     output = layers_of(model)(
         input_ids=ids[None],
-        attention_mask=tree_attention.carrier(pack),
+        attention_mask=attention.carrier(pack),
         position_ids=pack.positions_T[None],
         use_cache=False,
     )

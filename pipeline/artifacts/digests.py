@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline import durable
+from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError
 
 _BLOCK = 8 * 2**20

@@ -2,7 +2,7 @@
 
 A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the
 trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which restart where the trunk
-ends. On CPU each tree has a dense mask of its own, in bfloat16 by `pipeline.cpu_attention`, in float32 by torch's
+ends. On CPU each tree has a dense mask of its own, in bfloat16 by `pipeline.forward.cpu_attention`, in float32 by torch's
 scaled_dot_product_attention; on a GPU the pack is one call of FlexAttention with a block mask. Logit soft-caps (Gemma 2)
 are computed in the open.
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline import cpu_attention
+from pipeline.forward import cpu_attention
 
 NAME = "refscore_tree"
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from pipeline.errors import ConfigError
-from pipeline.forward import forward_of
-from pipeline.tree_attention import Pack, attend, carrier
-from pipeline.trees import Tree, merge, pack_trees
+from pipeline.forward.attention import Pack, attend, carrier
+from pipeline.forward.logps import forward_of
+from pipeline.forward.trees import Tree, merge, pack_trees
 
 SIZES = {
     "vocab_size": 97,
@@ -113,13 +113,13 @@ def test_packing_and_order_of_trees_change_nothing():
 def test_the_output_layer_runs_in_chunks_with_equal_results(monkeypatch):
     model = build(MODELS["llama"])
     whole = flat(forward_of(model, "tree")(TREES))
-    monkeypatch.setattr("pipeline.output_layer.LOGITS_BYTES", 4 * 97 * 3)
+    monkeypatch.setattr("pipeline.forward.output_layer.LOGITS_BYTES", 4 * 97 * 3)
     torch.testing.assert_close(flat(forward_of(model, "tree")(TREES)), whole, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "gemma"])
 def test_bfloat16_products_give_the_same_gradients_but_for_their_digits(name):
-    from pipeline.output_layer import output_layer_of
+    from pipeline.forward.output_layer import output_layer_of
 
     layer = output_layer_of(build(MODELS[name]))
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def test_trees_of_one_prompt_share_its_trunk_and_equal_branches_are_read_once(mo
     assert places == [[0, 1], [3, 4], [1, 2, 0]]
     model = build(MODELS["llama"])
     forward = forward_of(model, "tree")
-    monkeypatch.setattr("pipeline.trees._WIDTH", {})
+    monkeypatch.setattr("pipeline.forward.trees._WIDTH", {})
     read = []
     embed = model.base_model.embed_tokens.forward
     monkeypatch.setattr(model.base_model.embed_tokens, "forward", lambda ids: read.append(ids.numel()) or embed(ids))

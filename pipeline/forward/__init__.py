@@ -1,0 +1,1 @@
+"""Log-probabilities of the branches of packed trees under any causal model. Knows neither configuration nor files."""
