@@ -11,8 +11,8 @@ from pipeline.artifacts.runs import RUNS, Run
 from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests
-from pipeline.models import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest
-from pipeline.vocabulary import vocabulary_digest
+from pipeline.models.locate import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest
+from pipeline.models.vocabulary import vocabulary_digest
 
 
 @dataclass(frozen=True)

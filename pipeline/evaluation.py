@@ -21,7 +21,7 @@ from pipeline.divergence import divergence
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
-from pipeline.models import load_causal_lm
+from pipeline.models.locate import load_causal_lm
 from pipeline.pairs import prompt_id_of
 from pipeline.policies import precision_of
 from pipeline.statistics import bootstrap_mean, prompts_for

@@ -18,7 +18,7 @@ from pipeline.config.losses import reference_free
 from pipeline.errors import DataError
 from pipeline.export_check import CHECKED, must_agree, outputs_of
 from pipeline.forward.trees import Tree
-from pipeline.models import copy_tokenizer, load_causal_lm, merge_adapter
+from pipeline.models.locate import copy_tokenizer, load_causal_lm, merge_adapter
 from pipeline.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.reward import align_padding
 

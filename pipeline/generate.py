@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.errors import ConfigError
-from pipeline.model_config import position_limit, text_config
-from pipeline.models import ModelSpec, load_tokenizer
+from pipeline.models.configuration import position_limit, text_config
+from pipeline.models.locate import ModelSpec, load_tokenizer
 from pipeline.pairs import prompt_id_of
 from pipeline.scoring import numerics_of
 from pipeline.token_ids import end_of_turn_id

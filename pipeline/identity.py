@@ -19,8 +19,8 @@ import numpy as np
 
 from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import DataError
-from pipeline.model_config import read_config, read_json
-from pipeline.weights import digests_of_files, tensor_digests
+from pipeline.models.configuration import read_config, read_json
+from pipeline.models.weights import digests_of_files, tensor_digests
 
 VERSION = 2
 # What config.json says without moving a logit of a forward pass in evaluation mode; each is tried by a test. What is not

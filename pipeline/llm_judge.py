@@ -18,8 +18,8 @@ from pipeline.errors import ConfigError
 from pipeline.generate import stop_ids
 from pipeline.judge_prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
 from pipeline.judging import Duel, Judge
-from pipeline.model_config import position_limit, text_config
-from pipeline.models import load_tokenizer, locate, model_digest
+from pipeline.models.configuration import position_limit, text_config
+from pipeline.models.locate import load_tokenizer, locate, model_digest
 from pipeline.reward_judge import judge_dtype
 from pipeline.scoring import installed_version
 from pipeline.verdicts import Verdict, Verdicts, key_of

@@ -20,7 +20,7 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
 from pipeline.identity import identify
-from pipeline.models import locate_reference
+from pipeline.models.locate import locate_reference
 from pipeline.precompute import Plan, default_tokens_per_shard, publish_scores, shards_of
 from pipeline.scoring import numerics_of, start_scorer
 

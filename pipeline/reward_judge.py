@@ -17,8 +17,9 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.judging import Judge, Reward, Shown, by_reward
-from pipeline.model_config import position_limit, read_config, text_config
-from pipeline.models import load_tokenizer, locate, model_digest
+from pipeline.models.configuration import position_limit, read_config, text_config
+from pipeline.models.locate import load_tokenizer, locate, model_digest
+from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.scoring import installed_version
 from pipeline.verdicts import Verdict, Verdicts, key_of
 from pipeline.vllm_engine import (
@@ -26,7 +27,6 @@ from pipeline.vllm_engine import (
     prepare_environment,
     running_engine,
 )
-from pipeline.vocabulary import template_digest, vocabulary_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

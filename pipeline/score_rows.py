@@ -21,8 +21,8 @@ from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.hardware import circumstances
 from pipeline.identity import ReferenceIdentity, identify, key_of
-from pipeline.model_config import position_limit
-from pipeline.models import load_tokenizer, locate_reference
+from pipeline.models.configuration import position_limit
+from pipeline.models.locate import load_tokenizer, locate_reference
 from pipeline.pairs import prompt_text
 from pipeline.precompute import check_scores
 from pipeline.preferences import Dropped, Preference

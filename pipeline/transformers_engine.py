@@ -17,7 +17,7 @@ from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from pipeline.identity import Numerics
-from pipeline.models import load_causal_lm
+from pipeline.models.locate import load_causal_lm
 from pipeline.quarantine import computed
 from pipeline.scoring import Request
 from pipeline.sharing import siblings

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, memory_gib, processors
-from pipeline.models import only_loaded
+from pipeline.models.locate import only_loaded
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig, PolicyConfig
 from pipeline.generate import generator
 from pipeline.judging import Prompt
-from pipeline.models import load_tokenizer, locate
+from pipeline.models.locate import load_tokenizer, locate
 from pipeline.pair_making import Request, make_pairs, pair_row
 from pipeline.pairs import prompt_id_of
 from pipeline.rule_judges import open_rule

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.hardware import device_kind, memory_gib, processors
-from pipeline.made_models import EMBEDDED, MODELS
+from pipeline.models.made import EMBEDDED, MODELS
 from pipeline.scoring import installed_version
 from stages import console
 

@@ -59,7 +59,7 @@ def _next(config: Config, last: Run) -> list[str]:
 
 
 def _first_reference(config: Config) -> str:
-    from pipeline.models import locate_reference
+    from pipeline.models.locate import locate_reference
 
     reference = config.reference
     return str(locate_reference(reference).merged) if reference.adapter or reference.revision else reference.model

@@ -24,8 +24,9 @@ from pipeline.gate import GATE_PAIRS, measure_gate
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.identity import model_digest_of, weights_digest
 from pipeline.metrics import Metrics
-from pipeline.model_config import position_limit
-from pipeline.models import load_tokenizer, locate
+from pipeline.models.configuration import position_limit
+from pipeline.models.locate import load_tokenizer, locate
+from pipeline.models.vocabulary import vocabulary_digest
 from pipeline.optimizers import make_optimizer, update
 from pipeline.pairs_file import is_current
 from pipeline.policies import Policy, load_policy, precision_of
@@ -33,7 +34,6 @@ from pipeline.precompute import make_plan
 from pipeline.schedule import learning_rate, pairs_of_step, total_steps
 from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, train_step
 from pipeline.trainings import decide, trained_fields, training_digest
-from pipeline.vocabulary import vocabulary_digest
 from stages import console
 from stages.precompute import show_plan, write_pairs, write_unscored
 

@@ -41,7 +41,7 @@ COVERING = {
     "checkpoint": ["pipeline/test_checkpoint.py"],
     "artifacts/digests": ["artifacts/test_digests.py"],
     "identity": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py", "pipeline/test_lookup.py"],
-    "weights": ["pipeline/test_weights.py", "pipeline/test_identity.py"],
+    "models/weights": ["models/test_weights.py", "pipeline/test_identity.py"],
     "store": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
     "shard": ["pipeline/test_shard.py", "pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
     "lookup": ["pipeline/test_lookup.py", "pipeline/test_store.py", "pipeline/test_places.py"],

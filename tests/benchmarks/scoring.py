@@ -49,7 +49,7 @@ def main() -> None:
         return
     if options.model == MODEL and not MODEL.is_dir():
         from pipeline.config.experiment import ReferenceConfig
-        from pipeline.models import locate
+        from pipeline.models.locate import locate
 
         os.chdir(ROOT)
         locate(ReferenceConfig())
@@ -239,7 +239,7 @@ BY_NAME = {"peak": peak, "trl": trl, "loop": loop, "vllm": ours, "transformers":
 
 def pairs_of(options: argparse.Namespace) -> list:
     from pipeline.config.experiment import DataConfig, ReferenceConfig
-    from pipeline.models import load_tokenizer
+    from pipeline.models.locate import load_tokenizer
     from pipeline.pairs import build_pairs
 
     path = str(DATA[options.data[0]])

@@ -57,7 +57,7 @@ def main() -> None:
 def embedded() -> str:
     """The directory of the embedded model."""
     from pipeline.config.experiment import PolicyConfig
-    from pipeline.models import locate
+    from pipeline.models.locate import locate
 
     os.chdir(ROOT)
     return str(locate(PolicyConfig()).resolve())

@@ -13,9 +13,9 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.generate import generator, no_report
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.models import load_tokenizer
+from pipeline.models.locate import load_tokenizer
+from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.reward_judge import with_transformers, with_vllm
-from pipeline.vocabulary import template_digest, vocabulary_digest
 
 
 def main(models: Path, out: Path) -> None:

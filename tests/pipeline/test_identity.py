@@ -230,7 +230,7 @@ def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
 
     from pipeline.config.experiment import ReferenceConfig
     from pipeline.errors import ConfigError
-    from pipeline.models import locate_reference
+    from pipeline.models.locate import locate_reference
     from pipeline.scoring import Request, numerics_of, start_scorer
 
     adapter = make_adapter(model, tmp_path / "adapter")
@@ -259,7 +259,7 @@ def test_bases_of_equal_weights_and_another_configuration_are_merged_apart(model
     from transformers import AutoModelForCausalLM
 
     from pipeline.config.experiment import ReferenceConfig
-    from pipeline.models import locate_reference
+    from pipeline.models.locate import locate_reference
 
     adapter = make_adapter(model, tmp_path / "adapter")
     other = shutil.copytree(model, tmp_path / "other")
@@ -280,7 +280,7 @@ def test_bases_of_equal_weights_and_another_configuration_are_merged_apart(model
 )
 def test_whatever_is_merged_or_copied_along_decides_where_it_is_kept(model, tmp_path, file):
     from pipeline.config.experiment import ReferenceConfig
-    from pipeline.models import locate_reference
+    from pipeline.models.locate import locate_reference
 
     adapter = make_adapter(model, tmp_path / "adapter")
     reference = ReferenceConfig(model=str(model), adapter=str(adapter))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.candidates import Named
 from pipeline.errors import ConfigError
 from pipeline.identity import INERT, Numerics, identify
-from pipeline.models import locate
+from pipeline.models.locate import locate
 from tests.conftest import make_tiny_model
 
 NUMERICS = Numerics("transformers", "5", "cpu", "float32", "float32")
@@ -173,7 +173,7 @@ def test_the_same_weights_written_otherwise_are_the_same_reference(model, rewrit
 
 @pytest.mark.engine
 def test_vllm_reads_no_file_that_is_not_loaded(model, tmp_path):
-    from pipeline.models import only_loaded
+    from pipeline.models.locate import only_loaded
 
     assert only_loaded(model) == model
     with_an_unused_file(model)

@@ -16,7 +16,7 @@ from pipeline.errors import CheckError, ConfigError
 from pipeline.export import save_policy, trained_directory
 from pipeline.forward.logps import Hidden
 from pipeline.forward.trees import Tree
-from pipeline.models import load_tokenizer
+from pipeline.models.locate import load_tokenizer
 from pipeline.optimizers import make_optimizer, update
 from pipeline.policies import load_policy
 from pipeline.training import Pairs, evaluate, train_step

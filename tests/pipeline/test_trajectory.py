@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.experiment import PolicyConfig, TrainConfig
 from pipeline.forward.logps import forward_of
-from pipeline.models import load_causal_lm, load_tokenizer
+from pipeline.models.locate import load_causal_lm, load_tokenizer
 from pipeline.optimizers import make_optimizer, update
 from pipeline.training import load_pairs, train_step
 from tests.pipeline.test_training import rows_of, score, write_pairs

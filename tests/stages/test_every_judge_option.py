@@ -17,7 +17,7 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.errors import RefscoreError
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.models import load_tokenizer
+from pipeline.models.locate import load_tokenizer
 from tests.conftest import make_tiny_model, make_tiny_tokenizer
 from tests.pipeline.letter_server import Server
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from pipeline import weights
 from pipeline.artifacts import digests
 from pipeline.errors import ConfigError
-from pipeline.weights import digests_of_files, loaded_files, tensor_digests, unloaded_files, unread_bytes
+from pipeline.models import weights
+from pipeline.models.weights import digests_of_files, loaded_files, tensor_digests, unloaded_files, unread_bytes
 
 INDEX = "model.safetensors.index.json"
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import file_stamp, unchanged_stamp
 from pipeline.errors import ConfigError, RefscoreError
-from pipeline.model_config import ties_embeddings
+from pipeline.models.configuration import ties_embeddings
 
 MEMORY = Path("data/cache/tensors")
 

@@ -20,9 +20,9 @@ from pipeline.artifacts.digests import files_sha256
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.identity import adapter_digests, code_digests
-from pipeline.made_models import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
-from pipeline.model_config import read_config, read_json
-from pipeline.weights import loaded_files, tensor_digests, unloaded_files
+from pipeline.models.configuration import read_config, read_json
+from pipeline.models.made import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
+from pipeline.models.weights import loaded_files, tensor_digests, unloaded_files
 
 if TYPE_CHECKING:
     import torch

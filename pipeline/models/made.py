@@ -1,4 +1,4 @@
-"""Model directories that are made here, once: converted from a package, or (by `pipeline.models`) merged with an adapter.
+"""Model directories that are made here, once: converted from a package, or (by `pipeline.models.locate`) merged with an adapter.
 
 A directory is whole or absent, and its files are those that were made, or it is refused.
 """
