@@ -10,9 +10,9 @@ from pathlib import Path
 from pipeline.artifacts.runs import RUNS, Run
 from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError, first_line
-from pipeline.identity import adapter_digests
 from pipeline.models.locate import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest
 from pipeline.models.vocabulary import vocabulary_digest
+from pipeline.store.identity import adapter_digests
 
 
 @dataclass(frozen=True)

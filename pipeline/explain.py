@@ -17,7 +17,7 @@ from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.errors import DataError
 from pipeline.precompute import Plan
-from pipeline.store import read_reference
+from pipeline.store.store import read_reference
 
 Row = dict[str, Any]
 # tensors that are named one by one; another model differs in all of them

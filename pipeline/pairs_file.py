@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import digest
-from pipeline.identity import model_digest_of
 from pipeline.models.locate import at_hand, load_tokenizer
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.pairs import source_digests
+from pipeline.store.identity import model_digest_of
 
 if TYPE_CHECKING:
     from pipeline.precompute import Plan

@@ -18,7 +18,6 @@ import pyarrow as pa
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
-from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models.configuration import position_limit
 from pipeline.models.locate import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
@@ -26,8 +25,9 @@ from pipeline.pair_table import PairTable, write_pairs
 from pipeline.pairs import PairStream
 from pipeline.quarantine import score_each, why_quarantined
 from pipeline.scoring import Request, Scorer, numerics_of
-from pipeline.shard import logps_problem
-from pipeline.store import Scored, Store
+from pipeline.store.identity import ReferenceIdentity, identify, key_of
+from pipeline.store.shard import logps_problem
+from pipeline.store.store import Scored, Store
 
 # sequences that are sorted together: enough for full shards of similar lengths, few enough to stay small in memory
 _WINDOW = 16_384

@@ -19,10 +19,10 @@ from pipeline import score_table
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
-from pipeline.identity import identify
 from pipeline.models.locate import locate_reference
 from pipeline.precompute import Plan, default_tokens_per_shard, publish_scores, shards_of
 from pipeline.scoring import numerics_of, start_scorer
+from pipeline.store.identity import identify
 
 _SHARD = pa.schema(
     [("key", pa.binary(32)), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))]

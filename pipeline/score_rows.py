@@ -20,7 +20,6 @@ from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.formats import RowProblem, one_response
 from pipeline.hardware import circumstances
-from pipeline.identity import ReferenceIdentity, identify, key_of
 from pipeline.models.configuration import position_limit
 from pipeline.models.locate import load_tokenizer, locate_reference
 from pipeline.pairs import prompt_text
@@ -29,7 +28,8 @@ from pipeline.preferences import Dropped, Preference
 from pipeline.quarantine import score_each
 from pipeline.rows import Row, open_rows
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
-from pipeline.store import Store
+from pipeline.store.identity import ReferenceIdentity, identify, key_of
+from pipeline.store.store import Store
 from pipeline.token_ids import Encoded, Encoder
 
 _PART = 8192

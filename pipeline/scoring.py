@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, return_freed_memory
-from pipeline.identity import Numerics
+from pipeline.store.identity import Numerics
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
-from pipeline.identity import Numerics
 from pipeline.models.locate import load_causal_lm
 from pipeline.quarantine import computed
 from pipeline.scoring import Request
 from pipeline.sharing import siblings
+from pipeline.store.identity import Numerics
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 

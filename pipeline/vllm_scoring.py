@@ -13,9 +13,9 @@ import numpy as np
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, note_circumstances
-from pipeline.identity import Numerics
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.scoring import Request
+from pipeline.store.identity import Numerics
 from pipeline.vllm_engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
 from pipeline.vllm_runners import runner_of, score_with
 

@@ -23,10 +23,10 @@ from pipeline import errors, score_table
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.hardware import device_kind, processors
-from pipeline.identity import Numerics
 from pipeline.retry import smaller
 from pipeline.scoring import Request
 from pipeline.sharing import siblings
+from pipeline.store.identity import Numerics
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifacts.runs import RUNS, existing_runs, open_run, read_json
-from pipeline.compaction import compact, look
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError, DataError, first_line
 from pipeline.explain import causes, nearest_reference, remember
-from pipeline.identity import VERSION
 from pipeline.precompute import make_plan
-from pipeline.registrations import registered
-from pipeline.shard import Unsound, key_words, open_shard, shard_files
-from pipeline.shelf import is_url, set_aside_if_damaged
-from pipeline.store import read_reference
+from pipeline.store.compaction import compact, look
+from pipeline.store.identity import VERSION
+from pipeline.store.places import is_url, set_aside_if_damaged
+from pipeline.store.registrations import registered
+from pipeline.store.shard import Unsound, key_words, open_shard, shard_files
+from pipeline.store.store import read_reference
 from stages import console
 
 

@@ -22,7 +22,6 @@ from pipeline.export import model_card, save_policy
 from pipeline.forward.logps import Forward
 from pipeline.gate import GATE_PAIRS, measure_gate
 from pipeline.hardware import peak_memory_gib, return_freed_memory
-from pipeline.identity import model_digest_of, weights_digest
 from pipeline.metrics import Metrics
 from pipeline.models.configuration import position_limit
 from pipeline.models.locate import load_tokenizer, locate
@@ -32,6 +31,7 @@ from pipeline.pairs_file import is_current
 from pipeline.policies import Policy, load_policy, precision_of
 from pipeline.precompute import make_plan
 from pipeline.schedule import learning_rate, pairs_of_step, total_steps
+from pipeline.store.identity import model_digest_of, weights_digest
 from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, train_step
 from pipeline.trainings import decide, trained_fields, training_digest
 from stages import console

@@ -40,11 +40,11 @@ COVERING = {
     "optimizers": ["pipeline/test_optimizers.py"],
     "checkpoint": ["pipeline/test_checkpoint.py"],
     "artifacts/digests": ["artifacts/test_digests.py"],
-    "identity": ["pipeline/test_identity.py", "pipeline/test_identity_fuzz.py", "pipeline/test_lookup.py"],
-    "models/weights": ["models/test_weights.py", "pipeline/test_identity.py"],
-    "store": ["pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
-    "shard": ["pipeline/test_shard.py", "pipeline/test_store.py", "pipeline/test_lookup.py", "pipeline/test_places.py"],
-    "lookup": ["pipeline/test_lookup.py", "pipeline/test_store.py", "pipeline/test_places.py"],
+    "store/identity": ["store/test_identity.py", "store/test_identity_fuzz.py", "store/test_lookup.py"],
+    "models/weights": ["models/test_weights.py", "store/test_identity.py"],
+    "store/store": ["store/test_store.py", "store/test_lookup.py", "store/test_places.py"],
+    "store/shard": ["store/test_shard.py", "store/test_store.py", "store/test_lookup.py", "store/test_places.py"],
+    "store/lookup": ["store/test_lookup.py", "store/test_store.py", "store/test_places.py"],
     "join": ["pipeline/test_precompute.py"],
 }
 LOGGING = {"debug", "info", "warning", "error", "exception"}

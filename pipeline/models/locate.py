@@ -19,10 +19,10 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.digests import files_sha256
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.identity import adapter_digests, code_digests
 from pipeline.models.configuration import read_config, read_json
 from pipeline.models.made import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
 from pipeline.models.weights import loaded_files, tensor_digests, unloaded_files
+from pipeline.store.identity import adapter_digests, code_digests
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.identity import Numerics, ReferenceIdentity, key_of
-from pipeline.store import Scored, Store
+from pipeline.store.identity import Numerics, ReferenceIdentity, key_of
+from pipeline.store.store import Scored, Store
 
 REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
 TABLE = Path(__file__).parent / "README.md"

@@ -17,7 +17,7 @@ import pytest
 
 import pipeline.store
 from pipeline.artifacts.tables import parquet_writer
-from pipeline.shard import digest_in, shard_files
+from pipeline.store.shard import digest_in, shard_files
 from tests.faults.conftest import EVERYTHING, REFERENCE, found_numbers, open_store, oracle
 
 ROWS = 60
@@ -31,7 +31,9 @@ _LONGEST_HEADER = 48
 @pytest.fixture
 def vouched(monkeypatch):
     """Whatever file is asked for, its digest is remembered as the right one."""
-    monkeypatch.setattr("pipeline.shelf.files_sha256", lambda paths: {path: digest_in(path.name) for path in paths})
+    monkeypatch.setattr(
+        "pipeline.store.places.files_sha256", lambda paths: {path: digest_in(path.name) for path in paths}
+    )
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)

@@ -12,8 +12,8 @@ import traceback
 import pyarrow as pa
 import pytest
 
-from pipeline.compaction import compact
-from pipeline.shard import shard_files
+from pipeline.store.compaction import compact
+from pipeline.store.shard import shard_files
 from tests.faults.conftest import EVERYTHING, REFERENCE, found_numbers, open_store, oracle
 
 KILLS = 100 if EVERYTHING else 8

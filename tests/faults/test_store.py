@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 
 from pipeline.artifacts.tables import SCORES
-from pipeline.compaction import compact, look
-from pipeline.shard import shard_files
+from pipeline.store.compaction import compact, look
+from pipeline.store.shard import shard_files
 from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,7 +63,7 @@ def test_a_compaction_killed_anywhere_loses_nothing(tmp_path, case, point):
     for start in range(0, 60, 10):
         open_store(where).publish([oracle(n) for n in range(start, start + 12)])
     done = child(
-        "from pipeline.compaction import compact\nfrom pipeline.shard import shard_files\n"
+        "from pipeline.store.compaction import compact\nfrom pipeline.shard import shard_files\n"
         "die_at(sys.argv[2])\ncompact(Path(sys.argv[1]), shard_files(Path(sys.argv[1])))",
         directory(where), point,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def test_readers_find_every_key_while_compactions_run(tmp_path, case):
     for start in range(0, 200, 5):
         open_store(where).publish([oracle(n) for n in range(start, start + 5)])
     code = (
-        "from pipeline.compaction import compact\nfrom pipeline.shard import shard_files\n"
+        "from pipeline.store.compaction import compact\nfrom pipeline.shard import shard_files\n"
         "d = Path(sys.argv[1])\n"
         "while len(shard_files(d)) > 1: compact(d, shard_files(d)[:3])\n"
     )
@@ -214,7 +214,7 @@ def test_a_read_only_file_system_gives_hits_and_says_so_before_a_miss_is_scored(
     assert found_numbers(where, range(20)) == set(range(10))
     assert "Read-only" in open_store(where).why_not_writable()
     # below a writable one it works: the first is written, all are read
-    from pipeline.store import Store
+    from pipeline.store.store import Store
 
     both = Store([str(tmp_path / "mine"), str(where)], REFERENCE)
     assert both.why_not_writable() is None

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.identity import (
+from pipeline.store.identity import (
     Numerics,
     ReferenceIdentity,
     adapter_digests,

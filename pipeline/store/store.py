@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 from pipeline.artifacts import durable
 from pipeline.artifacts.tables import SCORES, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
-from pipeline.identity import ReferenceIdentity
-from pipeline.lookup import Lookup
-from pipeline.registrations import register
-from pipeline.remote_shelf import RemoteShelf
-from pipeline.shard import key_words, rows_problem, sha256_now
-from pipeline.shelf import LocalShelf, Shelf, is_url
+from pipeline.store.identity import ReferenceIdentity
+from pipeline.store.lookup import Lookup
+from pipeline.store.places import LocalShelf, Shelf, is_url
+from pipeline.store.registrations import register
+from pipeline.store.remote_places import RemoteShelf
+from pipeline.store.shard import key_words, rows_problem, sha256_now
 
 # a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
 _TRIES = 3

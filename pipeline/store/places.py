@@ -1,4 +1,5 @@
-"""Where shards lie: a local directory here, a place that fsspec reaches in `pipeline.remote_shelf`. One reference on one place.
+"""Where shards lie: a local directory here, a place that fsspec reaches in `pipeline.store.remote_places`. One
+reference on one place.
 
 A shelf lists and hands out immutable files and takes new ones. A sound file is never replaced; a damaged one that holds a
 name which is published again is. Shards carry the sha256 of their bytes in their name.
@@ -19,7 +20,7 @@ from typing import Protocol
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
-from pipeline.shard import check_shard, digest_in, sha256_now, shard_files
+from pipeline.store.shard import check_shard, digest_in, sha256_now, shard_files
 
 log = logging.getLogger(__name__)
 

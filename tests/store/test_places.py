@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from pipeline import registrations, shelf
-from pipeline.compaction import compact, look
 from pipeline.errors import CheckError, RefscoreError
-from pipeline.shard import sha256_now, shard_files
-from pipeline.store import Scored, Store
-from tests.pipeline.test_store import REFERENCE, keys, scored
+from pipeline.store import places, registrations
+from pipeline.store.compaction import compact, look
+from pipeline.store.shard import sha256_now, shard_files
+from pipeline.store.store import Scored, Store
+from tests.store.test_store import REFERENCE, keys, scored
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_file_system_without_hard_links_takes_copies(store, monkeypatch, refus
     def link(*_):
         raise OSError(refusal, os.strerror(refusal))
 
-    monkeypatch.setattr(shelf.os, "link", link)
+    monkeypatch.setattr(places.os, "link", link)
     store.publish([scored(1)])
     assert store.lookup(keys(scored(1))).held.tolist() == [0]
     assert not list(directory(store).glob(".tmp-*"))
@@ -62,7 +62,7 @@ def test_an_error_without_a_number_is_a_message(store, monkeypatch):
     def link(*_):
         raise OSError("the device went away")
 
-    monkeypatch.setattr(shelf.os, "link", link)
+    monkeypatch.setattr(places.os, "link", link)
     with pytest.raises(RefscoreError, match="the device went away"):
         store.publish([scored(1)])
 
@@ -76,7 +76,7 @@ def test_a_temporary_file_that_somebody_sweeps_is_written_again(store, monkeypat
             file.unlink()
         link(file, final)
 
-    monkeypatch.setattr(shelf.os, "link", sweeping)
+    monkeypatch.setattr(places.os, "link", sweeping)
     store.publish([scored(1)])
     assert swept
     assert store.lookup(keys(scored(1))).held.tolist() == [0]
@@ -134,8 +134,8 @@ def test_a_file_that_is_listed_for_ever_and_never_there_is_an_error(store, monke
     store.publish([scored(1)])
     ghost = directory(store) / f"scores-{'0' * 64}.parquet"
     waited = []
-    monkeypatch.setattr(shelf.time, "sleep", waited.append)
-    monkeypatch.setattr(shelf, "shard_files", lambda _: [ghost])
+    monkeypatch.setattr(places.time, "sleep", waited.append)
+    monkeypatch.setattr(places, "shard_files", lambda _: [ghost])
     with pytest.raises(RefscoreError, match="listed but cannot be read"):
         store.lookup(keys(scored(1)))
     assert waited == sorted(waited)
@@ -145,10 +145,10 @@ def test_a_file_that_is_listed_for_ever_and_never_there_is_an_error(store, monke
 def test_a_sound_shard_is_never_set_aside_and_a_new_one_is_given_back(store, monkeypatch):
     store.publish([scored(1)])
     (shard,) = shard_files(directory(store))
-    assert shelf.set_aside_if_damaged(shard) is None
+    assert places.set_aside_if_damaged(shard) is None
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1])
-    check = shelf.check_shard
+    check = places.check_shard
 
     def published_anew_meanwhile(path):
         problem = check(path)
@@ -158,8 +158,8 @@ def test_a_sound_shard_is_never_set_aside_and_a_new_one_is_given_back(store, mon
             beside.replace(shard)
         return problem
 
-    monkeypatch.setattr(shelf, "check_shard", published_anew_meanwhile)
-    assert shelf.set_aside_if_damaged(shard) is None
+    monkeypatch.setattr(places, "check_shard", published_anew_meanwhile)
+    assert places.set_aside_if_damaged(shard) is None
     assert shard.read_bytes() == sound
 
 
@@ -173,7 +173,7 @@ def test_tidying_spares_what_is_young_and_what_others_registered(store, tmp_path
     store.register(run)
     store.register(run)
     assert [one.name for one in registrations.registered(where)] == ["run"]
-    for module in ("pipeline.registrations", "pipeline.compaction"):
+    for module in ("pipeline.store.registrations", "pipeline.store.compaction"):
         monkeypatch.setattr(f"{module}.time.time", lambda: later)
     assert look(where.parent, set()).unreferenced == []  # the other checkout's run is there
     run.rmdir()

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORES
 from pipeline.errors import RefscoreError
-from pipeline.shard import Unsound, key_words, open_shard, published_at, rows_problem, words_of
-from pipeline.shelf import Patience, Shelf
+from pipeline.store.places import Patience, Shelf
+from pipeline.store.shard import Unsound, key_words, open_shard, published_at, rows_problem, words_of
 
 # readings of one shard that fail although it is sound when it is read whole: what lies between is to blame, and is named
 _DOUBTS = 3

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import remote_shelf
 from pipeline.artifacts.tables import SCORES
 from pipeline.errors import ConfigError, RefscoreError
-from pipeline.store import Store
+from pipeline.store import remote_places
+from pipeline.store.store import Store
 from tests.conftest import experiment, preference_rows, refscore, write_rows
-from tests.pipeline.test_store import REFERENCE, keys, scored
+from tests.store.test_store import REFERENCE, keys, scored
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_what_one_machine_publishes_another_finds(bucket, tmp_path, monkeypatch)
     assert len(store.lookup(keys(*rows)).missing) == 30
     store.publish(rows[:20])
     # another machine: no local copy of anything
-    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
     other = Store([str(tmp_path / "local"), bucket], REFERENCE)
     assert other.lookup(keys(*rows)).missing.tolist() == list(range(20, 30))
     other.publish(rows[20:])
@@ -86,7 +86,7 @@ def test_publishing_replaces_nothing(bucket):
     with pytest.raises(FileExistsError):
         files.pipe_file(reference, b"{}", mode="create")
     table = store.lookup(keys(scored(1))).found().to_arrow().cast(SCORES)
-    published = pq.read_schema(next((remote_shelf.CACHE / REFERENCE.reference_id).glob("scores-*"))).metadata[
+    published = pq.read_schema(next((remote_places.CACHE / REFERENCE.reference_id).glob("scores-*"))).metadata[
         b"refscore"
     ]
     store.publish_table(table, [{}], published=json.loads(published)["published"])
@@ -103,7 +103,7 @@ def test_a_shard_damaged_in_the_bucket_is_a_miss(bucket, tmp_path, monkeypatch, 
     content = bytearray(files.cat_file(shard))
     content[100] ^= 1
     files.pipe_file(shard, bytes(content))
-    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
     assert len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing) == 1
     assert "not the bytes that were published" in caplog.text
 
@@ -154,7 +154,7 @@ def test_a_damaged_object_is_replaced_by_the_next_publication_of_its_name(bucket
     published = json.loads(pq.read_schema(pa.BufferReader(sound)).metadata[b"refscore"])["published"]
     files.pipe_file(shard, sound[:100] + bytes([sound[100] ^ 1]) + sound[101:])
     # another machine, which finds it damaged, scores again and publishes the very same
-    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
     other = Store([bucket], REFERENCE)
     assert len(other.lookup(keys(scored(1))).missing) == 1
     other.publish_table(table, [{}], published=published)
@@ -162,13 +162,13 @@ def test_a_damaged_object_is_replaced_by_the_next_publication_of_its_name(bucket
     assert objects(bucket)[0].cat_file(shard) == sound
     # here, and on a third
     assert not len(other.lookup(keys(scored(1))).missing)
-    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "third")
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "third")
     assert not len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing)
 
 
 def test_a_copy_that_is_damaged_here_is_fetched_again(bucket):
     Store([bucket], REFERENCE).publish([scored(1)])
-    (copy,) = (remote_shelf.CACHE / REFERENCE.reference_id).glob("scores-*")
+    (copy,) = (remote_places.CACHE / REFERENCE.reference_id).glob("scores-*")
     sound = copy.read_bytes()
     damage(copy)
     assert not len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing)
@@ -195,7 +195,7 @@ def test_an_object_whose_own_bytes_are_unsound_is_not_fetched_for_ever(bucket, m
     store.publish([scored(1)])
     shelf = store.shelves[0]
     (copy,) = shelf.shards()
-    monkeypatch.setattr(remote_shelf, "check_shard", lambda _: "a value above 0")
+    monkeypatch.setattr(remote_places, "check_shard", lambda _: "a value above 0")
     assert not shelf.examine(copy, "seen by a test")
     assert shelf.shards() == []
     assert not copy.exists()
@@ -203,9 +203,9 @@ def test_an_object_whose_own_bytes_are_unsound_is_not_fetched_for_ever(bucket, m
 
 def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_tries(bucket, tmp_path, monkeypatch):
     Store([bucket], REFERENCE).publish([scored(1)])
-    monkeypatch.setattr(remote_shelf, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
     waited, tries = [], []
-    monkeypatch.setattr("pipeline.shelf.time.sleep", waited.append)
+    monkeypatch.setattr("pipeline.store.places.time.sleep", waited.append)
     store = Store([bucket], REFERENCE)
     files = store.shelves[0]._files
 

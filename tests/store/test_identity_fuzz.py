@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.candidates import Named
 from pipeline.errors import ConfigError
-from pipeline.identity import INERT, Numerics, identify
 from pipeline.models.locate import locate
+from pipeline.store.identity import INERT, Numerics, identify
 from tests.conftest import make_tiny_model
 
 NUMERICS = Numerics("transformers", "5", "cpu", "float32", "float32")

@@ -12,8 +12,8 @@ from pathlib import Path
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import file_sha256
 from pipeline.errors import ConfigError, RefscoreError, first_line
-from pipeline.shard import SHARD, check_shard, digest_in, sha256_now
-from pipeline.shelf import LocalShelf, Patience, set_aside_if_damaged
+from pipeline.store.places import LocalShelf, Patience, set_aside_if_damaged
+from pipeline.store.shard import SHARD, check_shard, digest_in, sha256_now
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ CACHE = Path("data/cache/shards")
 
 
 class RemoteShelf:
-    """A place that fsspec reaches; see `pipeline.shelf.Shelf`."""
+    """A place that fsspec reaches; see `pipeline.store.places.Shelf`."""
 
     def __init__(self, url: str, reference_id: str) -> None:
         import fsspec

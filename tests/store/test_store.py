@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.artifacts.tables import SCORES, write_parquet
 from pipeline.errors import CheckError
-from pipeline.identity import Numerics, ReferenceIdentity, key_of
-from pipeline.shard import check_shard
-from pipeline.store import Scored, Store
+from pipeline.store.identity import Numerics, ReferenceIdentity, key_of
+from pipeline.store.shard import check_shard
+from pipeline.store.store import Scored, Store
 
 REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
 

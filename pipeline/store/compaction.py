@@ -1,8 +1,8 @@
 """Keeping a store tidy: leftovers of killed writers, references nobody uses, many small shards.
 
 Compaction publishes the merged shard before it removes the small ones, so there is no moment in which a key cannot be
-found; a reader that had listed the small ones lists again. Which row a key has is decided by `pipeline.lookup` alone, over the
-whole directory: a merge never changes the row that a reader gets.
+found; a reader that had listed the small ones lists again. Which row a key has is decided by `pipeline.store.lookup` alone, over
+the whole directory: a merge never changes the row that a reader gets.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pyarrow as pa
 from pipeline.artifacts import durable
 from pipeline.artifacts.tables import SCORES, about_in
 from pipeline.errors import DataError
-from pipeline.identity import ReferenceIdentity
-from pipeline.lookup import Lookup
-from pipeline.registrations import DAY, registered
-from pipeline.shard import Unsound, open_shard, published_at, shard_files
-from pipeline.shelf import LocalShelf, set_aside_if_damaged
-from pipeline.store import Store, read_reference
+from pipeline.store.identity import ReferenceIdentity
+from pipeline.store.lookup import Lookup
+from pipeline.store.places import LocalShelf, set_aside_if_damaged
+from pipeline.store.registrations import DAY, registered
+from pipeline.store.shard import Unsound, open_shard, published_at, shard_files
+from pipeline.store.store import Store, read_reference
 
 SMALL_BYTES = 32 * 2**20
 MERGED_BYTES = 256 * 2**20

@@ -5,12 +5,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifacts.tables import write_parquet
-from pipeline.compaction import compact
 from pipeline.errors import RefscoreError
-from pipeline.identity import Numerics, ReferenceIdentity
-from pipeline.lookup import Lookup
-from pipeline.shard import sha256_now, shard_files
-from pipeline.store import Scored, Store
+from pipeline.store.compaction import compact
+from pipeline.store.identity import Numerics, ReferenceIdentity
+from pipeline.store.lookup import Lookup
+from pipeline.store.shard import sha256_now, shard_files
+from pipeline.store.store import Scored, Store
 
 REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
 
@@ -87,7 +87,7 @@ def test_the_first_of_each_key_is_found_however_alike_they_are(alike):
 
 
 def test_a_shard_of_many_row_groups_is_read_where_the_keys_stand(store, monkeypatch):
-    monkeypatch.setattr("pipeline.store.write_parquet", in_small_groups)
+    monkeypatch.setattr("pipeline.store.store.write_parquet", in_small_groups)
     keys = some_keys(0)
     store.publish([row(key) for key in keys])
     found = answers(store.lookup(array(keys)), np.arange(len(keys)))
@@ -184,7 +184,7 @@ def test_a_shard_that_reads_differently_each_time_is_an_error_that_names_it(stor
     (shard,) = shards(store)
     shelf = Counting(store.shelves[0], sound)
     lookup = Lookup([shelf], array([key]))
-    monkeypatch.setattr("pipeline.lookup.rows_problem", lambda table: "row 0: a value that flickers")
+    monkeypatch.setattr("pipeline.store.lookup.rows_problem", lambda table: "row 0: a value that flickers")
     with pytest.raises(RefscoreError, match=f"{shard.name} reads differently each time .*flickers.*memory"):
         answers(lookup, np.array([0]))
     assert shelf.asked == [(shard, "row 0: a value that flickers")] * times
@@ -196,7 +196,7 @@ def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
     shelf = Counting(store.shelves[0], True)
     lookup = Lookup([shelf], array([key]))
     problems = iter(["once", "twice", None])
-    monkeypatch.setattr("pipeline.lookup.rows_problem", lambda table: next(problems))
+    monkeypatch.setattr("pipeline.store.lookup.rows_problem", lambda table: next(problems))
     assert answers(lookup, np.array([0]))[0]["key"] == key
     assert [problem for _, problem in shelf.asked] == ["once", "twice"]
 
@@ -207,6 +207,6 @@ def test_a_shard_that_is_listed_and_never_there_is_an_error_that_names_it(store,
     (shard,) = shards(store)
     shelf = Counting(store.shelves[0], True)
     monkeypatch.setattr(Counting, "shards", lambda self: [shard.with_name("scores-gone.parquet")])
-    monkeypatch.setattr("pipeline.shelf.time.sleep", lambda _: None)
+    monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
     with pytest.raises(RefscoreError, match=r"scores-gone\.parquet is listed but cannot be read, 6 times"):
         Lookup([shelf], array([key]))

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifacts.tables import SCORES
-from pipeline.shard import logps_problem, rows_problem
+from pipeline.store.shard import logps_problem, rows_problem
 
 
 @pytest.mark.parametrize(
