@@ -22,7 +22,7 @@ from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.locate import load_causal_lm
-from pipeline.pairs import prompt_id_of
+from pipeline.pairs.stream import prompt_id_of
 from pipeline.policies import precision_of
 from pipeline.statistics import bootstrap_mean, prompts_for
 from pipeline.training import load_pairs, pair_rewards

@@ -13,7 +13,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.tables import DROPPED, PAIRS, parquet_writer
 from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
-from pipeline.pair_table import GROUP
+from pipeline.pairs.table import GROUP
 from pipeline.precompute import Plan
 
 # bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read

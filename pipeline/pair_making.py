@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats import Message
 from pipeline.generate import Sample
 from pipeline.judging import Duel, Judge, Prompt, Response, Shown
 from pipeline.pairing import Choice, best_and_worst
+from pipeline.pairs.formats import Message
 from pipeline.rules import marks, words_of
 
 

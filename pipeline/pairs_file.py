@@ -10,7 +10,7 @@ from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import digest
 from pipeline.models.locate import at_hand, load_tokenizer
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
-from pipeline.pairs import source_digests
+from pipeline.pairs.stream import source_digests
 from pipeline.store.identity import model_digest_of
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.locate import ReferencePaths, load_tokenizer, locate_reference
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
-from pipeline.pair_table import PairTable, write_pairs
-from pipeline.pairs import PairStream
+from pipeline.pairs.stream import PairStream
+from pipeline.pairs.table import PairTable, write_pairs
 from pipeline.quarantine import score_each, why_quarantined
 from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.store.identity import ReferenceIdentity, identify, key_of

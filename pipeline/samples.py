@@ -19,7 +19,7 @@ from pipeline.config.files import digest
 from pipeline.generate import Sample
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Prompt, Response, Shown
-from pipeline.pairs import prompt_id_of
+from pipeline.pairs.stream import prompt_id_of
 from pipeline.scoring import installed_version
 
 # fields of `generate` that decide a sample

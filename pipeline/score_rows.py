@@ -18,19 +18,19 @@ import pyarrow as pa
 from pipeline.artifacts.tables import SCORED
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
-from pipeline.formats import RowProblem, one_response
 from pipeline.hardware import circumstances
 from pipeline.models.configuration import position_limit
 from pipeline.models.locate import load_tokenizer, locate_reference
-from pipeline.pairs import prompt_text
+from pipeline.pairs.encoding import Encoded, Encoder
+from pipeline.pairs.formats import RowProblem, one_response
+from pipeline.pairs.preferences import Dropped, Preference
+from pipeline.pairs.rows import Row, open_rows
+from pipeline.pairs.stream import prompt_text
 from pipeline.precompute import check_scores
-from pipeline.preferences import Dropped, Preference
 from pipeline.quarantine import score_each
-from pipeline.rows import Row, open_rows
 from pipeline.scoring import Request, Scorer, numerics_of, start_scorer
 from pipeline.store.identity import ReferenceIdentity, identify, key_of
 from pipeline.store.store import Store
-from pipeline.token_ids import Encoded, Encoder
 
 _PART = 8192
 

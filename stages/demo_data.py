@@ -17,7 +17,7 @@ from pipeline.generate import generator
 from pipeline.judging import Prompt
 from pipeline.models.locate import load_tokenizer, locate
 from pipeline.pair_making import Request, make_pairs, pair_row
-from pipeline.pairs import prompt_id_of
+from pipeline.pairs.stream import prompt_id_of
 from pipeline.rule_judges import open_rule
 from pipeline.rules import ends_well
 from stages import console

@@ -19,7 +19,7 @@ from pipeline.judging import Prompt
 from pipeline.models.locate import load_tokenizer, locate_reference
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.pair_making import Request, make_pairs, pair_row
-from pipeline.pairs import PairSet, build_pairs, prompt_id_of, prompt_text
+from pipeline.pairs.stream import PairSet, build_pairs, prompt_id_of, prompt_text
 from pipeline.samples import generation_key, sample_rows, sample_table
 from stages import console
 

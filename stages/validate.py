@@ -8,9 +8,9 @@ from pipeline.config.experiment import Config, DataConfig, PolicyConfig
 from pipeline.config.files import load_overrides
 from pipeline.errors import DataError
 from pipeline.models.locate import load_tokenizer, locate
-from pipeline.pairs import build_pairs, count_reasons
-from pipeline.preferences import Dropped, Preference, open_source
-from pipeline.rows import must_read_all
+from pipeline.pairs.preferences import Dropped, Preference, open_source
+from pipeline.pairs.rows import must_read_all
+from pipeline.pairs.stream import build_pairs, count_reasons
 from stages import console
 
 _SHOWN = 20

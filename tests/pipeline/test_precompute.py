@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import join, pair_table, precompute
+from pipeline import join, precompute
 from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.join import dropped_with, joined, write_joined
+from pipeline.pairs import table as pair_table
 from pipeline.precompute import make_plan, score_missing, shards_of
 from tests.conftest import experiment, preference_rows, write_rows
 

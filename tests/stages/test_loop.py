@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES, read_table
-from pipeline.pairs import prompt_id_of
+from pipeline.pairs.stream import prompt_id_of
 from stages.sweep import grid
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 

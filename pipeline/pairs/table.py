@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from pipeline.artifacts.tables import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
-from pipeline.pairs import Pair, PairStream, must_train, prompt_text
-from pipeline.preferences import Dropped
+from pipeline.pairs.preferences import Dropped
+from pipeline.pairs.stream import Pair, PairStream, must_train, prompt_text
 
 CACHE = Path("data/cache")
 GROUP = 2048

@@ -1,4 +1,4 @@
-"""From preferences to pairs of token ids (`pipeline.token_ids`): no pair twice, and on which side of the split.
+"""From preferences to pairs of token ids (`pipeline.pairs.encoding`): no pair twice, and on which side of the split.
 
 The split is by prompt: a prompt is never on both sides, and adding rows moves no other row.
 """
@@ -14,10 +14,10 @@ import numpy as np
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import DataError
-from pipeline.formats import Message
-from pipeline.preferences import Dropped, Preference, open_source
-from pipeline.rows import must_read_all, source_digest
-from pipeline.token_ids import Encoded, Encoder
+from pipeline.pairs.encoding import Encoded, Encoder
+from pipeline.pairs.formats import Message
+from pipeline.pairs.preferences import Dropped, Preference, open_source
+from pipeline.pairs.rows import must_read_all, source_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class PairStream:
 
 
 def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
-    """All pairs of `data` in memory; `pipeline.pair_table` keeps them on disk instead.
+    """All pairs of `data` in memory; `pipeline.pairs.table` keeps them on disk instead.
 
     Raises DataError where nothing is left to train on (with the reasons), and what `PairStream` raises.
     """

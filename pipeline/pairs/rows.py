@@ -1,6 +1,6 @@
 """Rows of preference data, from JSONL, JSON and Parquet files, folders and Hub data sets.
 
-A file that cannot be read is an error with file, line and column. What a row means is `pipeline.formats`' concern.
+A file that cannot be read is an error with file, line and column. What a row means is `pipeline.pairs.formats`' concern.
 """
 
 from __future__ import annotations

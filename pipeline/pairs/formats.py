@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import takewhile
 
 from pipeline.errors import DataError
-from pipeline.rows import Row
+from pipeline.pairs.rows import Row
 
 Message = dict[str, str]
 Converted = tuple[list[Message], str, str]

@@ -1,7 +1,7 @@
 """Preference data as people have it, turned into one kind of record.
 
 Nothing is skipped silently: a row is either a `Preference` or a `Dropped` with its reason. It knows no tokenizer: lengths
-and boundaries are `pipeline.pairs`' concern.
+and boundaries are `pipeline.pairs.stream`' concern.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats import FORMATS, Message, RowProblem, detect_format
-from pipeline.rows import Row, open_rows
+from pipeline.pairs.formats import FORMATS, Message, RowProblem, detect_format
+from pipeline.pairs.rows import Row, open_rows
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.preferences import Dropped, Preference, open_source
+from pipeline.pairs.preferences import Dropped, Preference, open_source
 from tests.conftest import write_rows
 
 USER = {"role": "user", "content": "Hi?"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError
-from pipeline.preferences import Dropped, Preference
+from pipeline.pairs.preferences import Dropped, Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
