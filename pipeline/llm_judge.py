@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 
 from pipeline.candidates import Named
 from pipeline.config.judges import JudgeConfig
+from pipeline.engines.start import installed_version
+from pipeline.engines.vllm.engine import (
+    kv_cache_bytes_per_token,
+    prepare_environment,
+    running_engine,
+)
+from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
-from pipeline.generate import stop_ids
 from pipeline.judge_prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
 from pipeline.judging import Duel, Judge
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.locate import load_tokenizer, locate, model_digest
 from pipeline.reward_judge import judge_dtype
-from pipeline.scoring import installed_version
 from pipeline.verdicts import Verdict, Verdicts, key_of
-from pipeline.vllm_engine import (
-    kv_cache_bytes_per_token,
-    prepare_environment,
-    running_engine,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.generate import Sample
+from pipeline.engines.vllm.generator import Sample
 from pipeline.judging import Duel, Judge, Prompt, Response, Shown
 from pipeline.pairing import Choice, best_and_worst
 from pipeline.pairs.formats import Message

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.engines.start import Request, Scorer, numerics_of
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.models.configuration import position_limit
@@ -24,7 +25,6 @@ from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.pairs.stream import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
 from pipeline.quarantine import score_each, why_quarantined
-from pipeline.scoring import Request, Scorer, numerics_of
 from pipeline.store.identity import ReferenceIdentity, identify, key_of
 from pipeline.store.shard import logps_problem
 from pipeline.store.store import Scored, Store

@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.engines.start import Request
 from pipeline.errors import CheckError
-from pipeline.scoring import Request
 
 # so many sequences without a single finite score are no accident of one of them
 _TOO_MANY = 8
 
 
 class Scores(Protocol):
-    """What scores sequences; see `pipeline.scoring.Scorer`."""
+    """What scores sequences; see `pipeline.engines.start.Scorer`."""
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]: ...
 

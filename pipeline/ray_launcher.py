@@ -15,13 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import score_table
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines import score_table
+from pipeline.engines.start import numerics_of, start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
 from pipeline.models.locate import locate_reference
 from pipeline.precompute import Plan, default_tokens_per_shard, publish_scores, shards_of
-from pipeline.scoring import numerics_of, start_scorer
 from pipeline.store.identity import identify
 
 _SHARD = pa.schema(

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.candidates import Named
 from pipeline.config.judges import JudgeConfig
+from pipeline.engines.start import installed_version
+from pipeline.engines.vllm.engine import (
+    kv_cache_bytes_per_token,
+    prepare_environment,
+    running_engine,
+)
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.judging import Judge, Reward, Shown, by_reward
 from pipeline.models.configuration import position_limit, read_config, text_config
 from pipeline.models.locate import load_tokenizer, locate, model_digest
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
-from pipeline.scoring import installed_version
 from pipeline.verdicts import Verdict, Verdicts, key_of
-from pipeline.vllm_engine import (
-    kv_cache_bytes_per_token,
-    prepare_environment,
-    running_engine,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,11 +16,11 @@ from pipeline.artifacts.tables import PAIRS, SAMPLES, read_about, read_table
 from pipeline.candidates import Candidate
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
-from pipeline.generate import Sample
+from pipeline.engines.start import installed_version
+from pipeline.engines.vllm.generator import Sample
 from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Prompt, Response, Shown
 from pipeline.pairs.stream import prompt_id_of
-from pipeline.scoring import installed_version
 
 # fields of `generate` that decide a sample
 _DECIDING = {"max_tokens", "temperature", "top_p", "samples", "seed", "dtype"}

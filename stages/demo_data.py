@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig, PolicyConfig
-from pipeline.generate import generator
+from pipeline.engines.vllm.generator import generator
 from pipeline.judging import Prompt
 from pipeline.models.locate import load_tokenizer, locate
 from pipeline.pair_making import Request, make_pairs, pair_row

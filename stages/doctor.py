@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.engines.start import installed_version
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.hardware import device_kind, memory_gib, processors
 from pipeline.models.made import EMBEDDED, MODELS
-from pipeline.scoring import installed_version
 from stages import console
 
 

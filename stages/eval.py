@@ -15,6 +15,8 @@ from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.files import digest
 from pipeline.config.judges import IMPLICIT
 from pipeline.divergence import kl_table, on_policy, score_responses
+from pipeline.engines.start import numerics_of
+from pipeline.engines.vllm.generator import generator, settled
 from pipeline.errors import DataError
 from pipeline.evaluation import (
     cost_figures,
@@ -25,7 +27,6 @@ from pipeline.evaluation import (
     win_figures,
     worst_first,
 )
-from pipeline.generate import generator, settled
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Judgement, Prompt
 from pipeline.markdown import write_markdown
@@ -39,7 +40,6 @@ from pipeline.samples import (
     shown,
     stored_samples,
 )
-from pipeline.scoring import numerics_of
 from pipeline.verdict import verdict
 from stages import console, eval_tables
 

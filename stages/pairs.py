@@ -12,8 +12,8 @@ from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_tab
 from pipeline.candidates import Candidate, policy_of
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig
+from pipeline.engines.vllm.generator import Sample, generator, settled
 from pipeline.errors import CheckError, ConfigError
-from pipeline.generate import Sample, generator, settled
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Prompt
 from pipeline.models.locate import load_tokenizer, locate_reference

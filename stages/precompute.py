@@ -10,6 +10,7 @@ from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import write_table
 from pipeline.config.experiment import Config, without_reference
 from pipeline.config.losses import reference_free
+from pipeline.engines.start import start_scorer
 from pipeline.errors import CheckError, ConfigError, RefscoreError
 from pipeline.join import dropped_with, write_joined
 from pipeline.models.locate import locate_reference
@@ -17,7 +18,6 @@ from pipeline.models.weights import tensor_digests, unread_bytes
 from pipeline.pairs_file import about_pairs
 from pipeline.precompute import Plan, make_plan, part_of, score_missing
 from pipeline.quarantine import pairs_left_out
-from pipeline.scoring import start_scorer
 from stages import console
 
 _WORTH_A_BAR = 2**30  # bytes: a second or two of reading

@@ -10,9 +10,9 @@ from pipeline.artifacts.runs import Run, read_saved_config
 from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import load_overrides
+from pipeline.engines.start import numerics_of, start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models.locate import locate_reference
-from pipeline.scoring import numerics_of, start_scorer
 from pipeline.verification import Sample, agreement, draw_sample, judge, problems
 from stages import console
 

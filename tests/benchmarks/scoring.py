@@ -111,7 +111,7 @@ def show(data: str, options: argparse.Namespace, found: dict[str, dict[str, floa
 
 def peak(options: argparse.Namespace) -> dict[str, float]:
     """GFLOP/s of large multiplications, with torch.mm and with vLLM's packed oneDNN."""
-    from pipeline.vllm_engine import prepare_environment
+    from pipeline.engines.vllm.engine import prepare_environment
 
     prepare_environment()
     import torch
@@ -139,7 +139,7 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """One of our engines, as stage one starts it."""
     from pipeline.config.experiment import ReferenceConfig
-    from pipeline.scoring import numerics_of, start_scorer
+    from pipeline.engines.start import numerics_of, start_scorer
 
     engine, dtype, sharing = options.one.split()
     marks = {"python": time.monotonic() - _BEGUN}
@@ -148,7 +148,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         marks[name] = time.monotonic() - _BEGUN - sum(marks.values())
 
     if engine == "vllm":
-        from pipeline.vllm_engine import prepare_environment
+        from pipeline.engines.vllm.engine import prepare_environment
 
         prepare_environment()
     importlib.import_module("vllm.entrypoints.llm" if engine == "vllm" else "transformers")
@@ -249,7 +249,7 @@ def pairs_of(options: argparse.Namespace) -> list:
 
 def requests_of(options: argparse.Namespace) -> tuple[list, list]:
     """Four pairs to warm up on, and those that are measured."""
-    from pipeline.scoring import Request
+    from pipeline.engines.start import Request
 
     pairs = pairs_of(options)
     requests = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.generate import Sample
+from pipeline.engines.vllm.generator import Sample
 from pipeline.judging import Judge, Prompt, by_reward
 from pipeline.pair_making import Request, make_pairs, pair_row, score_samples
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
+import pipeline.generate
 import polars as pl
 import pytest
 
-import pipeline.generate
 import stages.iterate
 from pipeline.config.experiment import GenerateConfig
 from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows

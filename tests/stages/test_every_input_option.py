@@ -9,19 +9,19 @@ from types import SimpleNamespace
 
 import datasets
 import huggingface_hub.constants
+import pipeline.scoring
+import pipeline.vllm_scoring
+import pipeline.workers
 import polars as pl
 import pytest
 import torch
 
 import pipeline.ray_launcher
-import pipeline.scoring
-import pipeline.vllm_scoring
-import pipeline.workers
-from pipeline import score_table
 from pipeline.config.experiment import DataConfig, ReferenceConfig
+from pipeline.engines import score_table
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.engines.doubles import Flat
 from tests.hub import CODED, SECOND, make_hub
-from tests.pipeline.engines import Flat
 
 ON_VLLM = {"reference.engine": "vllm"}
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning

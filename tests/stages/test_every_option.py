@@ -3,10 +3,10 @@
 import hashlib
 
 import huggingface_hub.constants
+import pipeline.routes
 import polars as pl
 import pytest
 
-import pipeline.routes
 from pipeline.config.experiment import Config, LoraConfig, PolicyConfig, TrainConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, SECOND, make_hub

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward.logps import forward_of
-from pipeline.scoring import Request, numerics_of, start_scorer
+from pipeline.engines.start import Request, numerics_of, start_scorer
 from pipeline.training import load_pairs
 
 def main():

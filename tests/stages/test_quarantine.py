@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.engines.start import Request
 from pipeline.errors import CheckError
 from pipeline.quarantine import score_each
-from pipeline.scoring import Request
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
 
 ROWS = 10

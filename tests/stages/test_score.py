@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.scoring import Request
+from pipeline.engines.start import Request
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
-from tests.pipeline.sequences import plain_logps
+from tests.engines.sequences import plain_logps
 
 ROWS = [
     {"prompt": "How do I cook rice?", "response": "Boil it."},

@@ -229,9 +229,9 @@ def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from pipeline.config.experiment import ReferenceConfig
+    from pipeline.engines.start import Request, numerics_of, start_scorer
     from pipeline.errors import ConfigError
     from pipeline.models.locate import locate_reference
-    from pipeline.scoring import Request, numerics_of, start_scorer
 
     adapter = make_adapter(model, tmp_path / "adapter")
     reference = ReferenceConfig(model=str(model), adapter=str(adapter), engine="transformers")

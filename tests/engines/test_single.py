@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.single import SmallerOnce
+from pipeline.engines.start import Request
 from pipeline.errors import RefscoreError
-from pipeline.retry import SmallerOnce
-from pipeline.scoring import Request
 
 
 class Hungry:

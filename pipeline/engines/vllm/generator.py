@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
+from pipeline.engines.start import numerics_of
+from pipeline.engines.vllm.engine import kv_cache_bytes_per_token, prepare_environment, running_engine
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.locate import ModelSpec, load_tokenizer
 from pipeline.pairs.encoding import end_of_turn_id
 from pipeline.pairs.stream import prompt_id_of
-from pipeline.scoring import numerics_of
-from pipeline.vllm_engine import kv_cache_bytes_per_token, prepare_environment, running_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -94,17 +94,17 @@ def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics
 
 def _start(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Scorer:
     if reference.workers > 1:
-        from pipeline.workers import Workers
+        from pipeline.engines.workers import Workers
 
         return Workers(reference, directory, numerics, longest)
-    from pipeline.retry import SmallerOnce
+    from pipeline.engines.single import SmallerOnce
 
     def engine(smaller_or_not: ReferenceConfig) -> Engine:
         if reference.engine == "vllm":
-            from pipeline.vllm_scoring import VllmScorer
+            from pipeline.engines.vllm.scorer import VllmScorer
 
             return VllmScorer(smaller_or_not, directory, numerics, longest)
-        from pipeline.transformers_engine import TransformersScorer
+        from pipeline.engines.transformers import TransformersScorer
 
         return TransformersScorer(smaller_or_not, directory, numerics)
 

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from pipeline import vllm_engine
+from pipeline.engines.start import Request
+from pipeline.engines.vllm import engine as vllm_engine
+from pipeline.engines.vllm.runners import FlatRunner, RowsRunner, runner_of, score_with
 from pipeline.errors import CheckError
-from pipeline.scoring import Request
-from pipeline.vllm_runners import FlatRunner, RowsRunner, runner_of, score_with
-from tests.pipeline.engines import BLOCK, Flat, Rows, truth
-from tests.pipeline.sequences import edge_cases
+from tests.engines.doubles import BLOCK, Flat, Rows, truth
+from tests.engines.sequences import edge_cases
 
 CASES = edge_cases(BLOCK)
 REQUESTS = [request for group in CASES.values() for request in group]
@@ -131,7 +131,7 @@ def test_nothing_is_compiled_on_a_cpu(monkeypatch, device, stances):
 
     found = []
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: found.append(stance) or nullcontext())
-    monkeypatch.setattr("pipeline.vllm_runners.device_kind", lambda: device)
+    monkeypatch.setattr("pipeline.engines.vllm.runners.device_kind", lambda: device)
     score_with(runner_of(Flat()), TWO[:1], shared=False)
     assert found == stances
 

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.sharing import siblings
+from pipeline.engines.start import Request
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from pipeline.models.locate import load_causal_lm
 from pipeline.quarantine import computed
-from pipeline.scoring import Request
-from pipeline.sharing import siblings
 from pipeline.store.identity import Numerics
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 class TransformersScorer:
-    """`Scorer` on transformers; see `pipeline.scoring.Scorer`."""
+    """`Scorer` on transformers; see `pipeline.engines.start.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics) -> None:
         model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(device_kind()).eval()

@@ -1,4 +1,4 @@
-"""`Scorer` on vLLM: an engine sized for the sequences, and its runner (`pipeline.vllm_runners`)."""
+"""`Scorer` on vLLM: an engine sized for the sequences, and its runner (`pipeline.engines.vllm.runners`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.start import Request
+from pipeline.engines.vllm.engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
+from pipeline.engines.vllm.runners import runner_of, score_with
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, note_circumstances
 from pipeline.models.configuration import position_limit, text_config
-from pipeline.scoring import Request
 from pipeline.store.identity import Numerics
-from pipeline.vllm_engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
-from pipeline.vllm_runners import runner_of, score_with
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _CPU_BLOCK = 32
 
 
 class VllmScorer:
-    """See `pipeline.scoring.Scorer`."""
+    """See `pipeline.engines.start.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
         config = text_config(directory, trusts_code=reference.trust_remote_code)

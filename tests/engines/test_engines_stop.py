@@ -1,9 +1,9 @@
 """Engines of generation and of judges are stopped however their work ends, Ctrl-C included."""
 
+import pipeline.vllm_engine
 import pytest
 
-import pipeline.vllm_engine
-from pipeline.vllm_engine import running_engine
+from pipeline.engines.vllm.engine import running_engine
 
 
 @pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.scoring import numerics_of, start_scorer
-from pipeline.sharing import Branch, branches_of, copy_shared, shared_tokens, siblings
-from pipeline.transformers_engine import batches, tree_of
-from tests.pipeline.sequences import LIMIT, edge_cases, plain_logps
+from pipeline.engines.sharing import Branch, branches_of, copy_shared, shared_tokens, siblings
+from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.transformers import batches, tree_of
+from tests.engines.sequences import LIMIT, edge_cases, plain_logps
 
 CASES = edge_cases(32)
 REQUESTS = [request for group in CASES.values() for request in group]

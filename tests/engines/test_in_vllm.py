@@ -49,7 +49,7 @@ def models(tmp_path_factory):
 def found(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("found") / "found.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.in_vllm", models, out],
+        [sys.executable, "-m", "tests.engines.in_vllm", models, out],
         cwd=ROOT,
         capture_output=True,
         text=True,

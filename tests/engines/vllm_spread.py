@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.scoring import numerics_of, start_scorer
-from tests.pipeline.sequences import LIMIT, edge_cases
+from pipeline.engines.start import numerics_of, start_scorer
+from tests.engines.sequences import LIMIT, edge_cases
 
 
 def main(model: Path, target: Path) -> None:

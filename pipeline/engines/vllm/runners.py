@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.engines.sharing import Branch, branches_of, copy_shared, siblings
+from pipeline.engines.start import Request
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
 from pipeline.quarantine import computed
-from pipeline.scoring import Request
-from pipeline.sharing import Branch, branches_of, copy_shared, siblings
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -19,20 +19,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline import errors, score_table
+from pipeline import errors
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines import score_table
+from pipeline.engines.sharing import siblings
+from pipeline.engines.single import smaller
+from pipeline.engines.start import Request
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.hardware import device_kind, processors
-from pipeline.retry import smaller
-from pipeline.scoring import Request
-from pipeline.sharing import siblings
 from pipeline.store.identity import Numerics
 
 log = logging.getLogger(__name__)
 
 
 class Workers:
-    """See `pipeline.scoring.Scorer`."""
+    """See `pipeline.engines.start.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
         shares = shares_of(reference)
@@ -174,7 +175,7 @@ def serve(
         os.sched_setaffinity(0, own)
         os.environ["OMP_NUM_THREADS"] = str(len(own))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
-    from pipeline.scoring import start_scorer
+    from pipeline.engines.start import start_scorer
 
     try:
         with start_scorer(reference, directory, numerics, longest) as scorer:

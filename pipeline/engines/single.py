@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.start import Engine, Request
 from pipeline.errors import RefscoreError, first_line
-from pipeline.scoring import Engine, Request
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "no
 
 
 class SmallerOnce:
-    """`Scorer` around an engine that `start` starts; see `pipeline.scoring.Scorer`."""
+    """`Scorer` around an engine that `start` starts; see `pipeline.engines.start.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, start: Callable[[ReferenceConfig], Engine]) -> None:
         self._reference, self._start = reference, start

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.scoring import Request
+from pipeline.engines.start import Request
 
 VOCABULARY = 256
 LIMIT = 512

@@ -1,4 +1,4 @@
-"""What the tests of `test_in_vllm.py` ask of vLLM, in one process of its own: `python -m tests.pipeline.in_vllm MODELS OUT`.
+"""What the tests of `test_in_vllm.py` ask of vLLM, in one process of its own: `python -m tests.engines.in_vllm MODELS OUT`.
 
 vLLM pins the threads of the process it runs in, so it is kept out of the tests' own.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.candidates import Named
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.judges import JudgeConfig
-from pipeline.generate import generator, no_report
+from pipeline.engines.vllm.generator import generator, no_report
 from pipeline.judges import Chamber, open_judge
 from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.models.locate import load_tokenizer

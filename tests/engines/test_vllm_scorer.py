@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT
-from tests.pipeline.sequences import edge_cases, plain_logps
+from tests.engines.sequences import edge_cases, plain_logps
 
 pytestmark = pytest.mark.engine
 CASES = edge_cases(32)
@@ -20,7 +20,7 @@ def scored(tiny_model, tmp_path_factory):
     """What vLLM gave in each way, in one process of its own."""
     target = tmp_path_factory.mktemp("scored") / "logps.npz"
     subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.vllm_worker", str(tiny_model), str(target)], cwd=ROOT, check=True
+        [sys.executable, "-m", "tests.engines.vllm_worker", str(tiny_model), str(target)], cwd=ROOT, check=True
     )
     return dict(np.load(target))
 

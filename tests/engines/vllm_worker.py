@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import vllm_engine
+from pipeline.engines.vllm import engine as vllm_engine
 
 vllm_engine.prepare_environment()  # before the first import of vLLM
 
-from pipeline import vllm_runners, vllm_scoring
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.scoring import numerics_of
-from tests.pipeline.sequences import LIMIT, edge_cases
-from tests.pipeline.v2_engine import V2Engine
+from pipeline.engines.start import numerics_of
+from pipeline.engines.vllm import runners
+from pipeline.engines.vllm import scorer as vllm_scoring
+from tests.engines.sequences import LIMIT, edge_cases
+from tests.engines.v2_engine import V2Engine
 
 
 def main(model: Path, target: Path) -> None:
@@ -29,7 +30,7 @@ def main(model: Path, target: Path) -> None:
         size = call or len(order)
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            answers = vllm_runners.score_with(scorer._runner, [requests[at] for at in part], shared=shared)
+            answers = runners.score_with(scorer._runner, [requests[at] for at in part], shared=shared)
             scores |= dict(zip(part, answers, strict=True))
         found[way] = np.concatenate([scores[at] for at in range(len(requests))])
         found[f"tokens {way}"] = np.array(sum(read))
@@ -72,11 +73,11 @@ def v2_scores(model: Path, requests, shuffled) -> dict[str, np.ndarray]:
         ("v2, block of 32", range(len(requests)), {"block": 32, "budget": 4096}),
     ):
         engine = V2Engine(loaded, **options)
-        runner = vllm_runners.runner_of(engine)
-        assert isinstance(runner, vllm_runners.RowsRunner)
+        runner = runners.runner_of(engine)
+        assert isinstance(runner, runners.RowsRunner)
         # twice: the second time everything is in the cache already
         for again in ("", " again"):
-            answers = vllm_runners.score_with(runner, [requests[at] for at in order], shared=True)
+            answers = runners.score_with(runner, [requests[at] for at in order], shared=True)
             scores = dict(zip(order, answers, strict=True))
             found[way + again] = np.concatenate([scores[at] for at in range(len(requests))])
             found[f"none {way}{again}"] = np.array(engine.none)
@@ -99,14 +100,14 @@ class started:
 
 
 def _count_tokens_read():
-    generate, read = vllm_runners._generate, []
+    generate, read = runners._generate, []
 
     def counting(llm, prompts, params):
         outputs = generate(llm, prompts, params)
         read.extend(len(ids) - output.num_cached_tokens for ids, output in zip(prompts, outputs, strict=True))
         return outputs
 
-    vllm_runners._generate = counting
+    runners._generate = counting
     return read
 
 

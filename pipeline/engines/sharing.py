@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.scoring import Request
+from pipeline.engines.start import Request
 
 
 @dataclass(frozen=True)

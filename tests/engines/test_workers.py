@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.vllm.engine import prepare_environment
+from pipeline.engines.workers import Workers, parts_of
 from pipeline.errors import ConfigError
 from pipeline.hardware import processors
-from pipeline.scoring import numerics_of, start_scorer
-from pipeline.vllm_engine import prepare_environment
-from pipeline.workers import Workers, parts_of
 from tests.conftest import PROCESSORS, ROOT
-from tests.pipeline.sequences import LIMIT, edge_cases
-from tests.pipeline.test_vllm_scoring import scored  # noqa: F401  # the fixture
+from tests.engines.sequences import LIMIT, edge_cases
+from tests.engines.test_vllm_scorer import scored  # noqa: F401  # the fixture
 
 REQUESTS = [request for group in edge_cases(32).values() for request in group]
 
@@ -41,7 +41,7 @@ def test_two_workers_give_the_bits_of_one_and_one_that_dies_is_replaced(tiny_mod
 @pytest.mark.skipif(len(PROCESSORS) < 2, reason="two processes need two processors")
 def test_a_model_that_is_spread_over_two_processes_gives_the_same_scores(tiny_model, scored, tmp_path):  # noqa: F811
     """Sums over the halves of a layer come in another order, so the last bits differ."""
-    command = [sys.executable, "-m", "tests.pipeline.vllm_spread", str(tiny_model), str(tmp_path / "logps.npy")]
+    command = [sys.executable, "-m", "tests.engines.vllm_spread", str(tiny_model), str(tmp_path / "logps.npy")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = np.load(tmp_path / "logps.npy")
     assert np.abs(found - scored["shared"]).max() < 1e-4
