@@ -23,9 +23,9 @@ from pipeline.hardware import device_kind
 from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.locate import load_causal_lm
 from pipeline.pairs.stream import prompt_id_of
-from pipeline.policies import precision_of
 from pipeline.statistics import bootstrap_mean, prompts_for
-from pipeline.training import load_pairs, pair_rewards
+from pipeline.training.policies import precision_of
+from pipeline.training.step import load_pairs, pair_rewards
 from pipeline.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 
 # a difference of win rates that people care about, for "how many prompts would it take"

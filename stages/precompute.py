@@ -10,14 +10,14 @@ from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import write_table
 from pipeline.config.experiment import Config, without_reference
 from pipeline.config.losses import reference_free
+from pipeline.engines.quarantine import pairs_left_out
 from pipeline.engines.start import start_scorer
 from pipeline.errors import CheckError, ConfigError, RefscoreError
-from pipeline.join import dropped_with, write_joined
 from pipeline.models.locate import locate_reference
 from pipeline.models.weights import tensor_digests, unread_bytes
-from pipeline.pairs_file import about_pairs
-from pipeline.precompute import Plan, make_plan, part_of, score_missing
-from pipeline.quarantine import pairs_left_out
+from pipeline.precompute.join import dropped_with, write_joined
+from pipeline.precompute.pairs_file import about_pairs
+from pipeline.precompute.plan import Plan, make_plan, part_of, score_missing
 from stages import console
 
 _WORTH_A_BAR = 2**30  # bytes: a second or two of reading
@@ -168,10 +168,10 @@ def _score(plan: Plan, config: Config) -> dict[bytes, str]:
                 ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
 
             if reference.launcher == "ray":
-                from pipeline import ray_launcher
+                from pipeline.precompute import ray
 
                 console.say(f"starting {reference.engine} in {reference.workers} Ray actors ...")
-                return ray_launcher.score_missing(plan, reference, on_shard)
+                return ray.score_missing(plan, reference, on_shard)
             console.say(f"starting {reference.engine} ...")
             numerics = plan.identity.numerics
             with start_scorer(reference, plan.paths.merged, numerics, plan.longest_missing) as scorer:

@@ -9,7 +9,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.tables import SCORED, parquet_writer
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError
-from pipeline.score_rows import RowScorer
+from pipeline.precompute.responses import RowScorer
 from stages import console
 
 

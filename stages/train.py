@@ -10,30 +10,30 @@ from typing import Any
 
 import torch
 
-from pipeline import health
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import TRAIN_METRICS, read_about
-from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config.experiment import Config, without_reference
 from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError, ConfigError
-from pipeline.export import model_card, save_policy
 from pipeline.forward.logps import Forward
-from pipeline.gate import GATE_PAIRS, measure_gate
 from pipeline.hardware import peak_memory_gib, return_freed_memory
-from pipeline.metrics import Metrics
 from pipeline.models.configuration import position_limit
 from pipeline.models.locate import load_tokenizer, locate
 from pipeline.models.vocabulary import vocabulary_digest
-from pipeline.optimizers import make_optimizer, update
-from pipeline.pairs_file import is_current
-from pipeline.policies import Policy, load_policy, precision_of
-from pipeline.precompute import make_plan
-from pipeline.schedule import learning_rate, pairs_of_step, total_steps
+from pipeline.precompute.pairs_file import is_current
+from pipeline.precompute.plan import make_plan
 from pipeline.store.identity import model_digest_of, weights_digest
-from pipeline.training import NotFinite, Pairs, evaluate, load_pairs, train_step
-from pipeline.trainings import decide, trained_fields, training_digest
+from pipeline.training import health
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.training.gate import GATE_PAIRS, measure_gate
+from pipeline.training.metrics import Metrics
+from pipeline.training.optimizers import make_optimizer, update
+from pipeline.training.policies import Policy, load_policy, precision_of
+from pipeline.training.resume import decide, trained_fields, training_digest
+from pipeline.training.save import model_card, save_policy
+from pipeline.training.schedule import learning_rate, pairs_of_step, total_steps
+from pipeline.training.step import NotFinite, Pairs, evaluate, load_pairs, train_step
 from stages import console
 from stages.precompute import show_plan, write_pairs, write_unscored
 

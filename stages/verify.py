@@ -13,7 +13,7 @@ from pipeline.config.files import load_overrides
 from pipeline.engines.start import numerics_of, start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models.locate import locate_reference
-from pipeline.verification import Sample, agreement, draw_sample, judge, problems
+from pipeline.precompute.verify import Sample, agreement, draw_sample, judge, problems
 from stages import console
 
 _SHOWN = {

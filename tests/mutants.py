@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "data" / "cache" / "mutants"
 # what covers a file without starting an engine or a process; everything below tests/
 COVERING = {
-    "losses": ["pipeline/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
-    "schedule": ["pipeline/test_schedule.py"],
+    "training/losses": ["training/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
+    "training/schedule": ["training/test_schedule.py"],
     "statistics": ["pipeline/test_statistics.py"],
     "winrates": ["pipeline/test_judging.py", "pipeline/test_exchange.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
@@ -37,15 +37,15 @@ COVERING = {
     "forward/attention": ["forward/test_attention.py"],
     "forward/logps": ["forward/test_logps.py"],
     "forward/trees": ["forward/test_trees.py"],
-    "optimizers": ["pipeline/test_optimizers.py"],
-    "checkpoint": ["pipeline/test_checkpoint.py"],
+    "training/optimizers": ["training/test_optimizers.py"],
+    "training/checkpoint": ["training/test_checkpoint.py"],
     "artifacts/digests": ["artifacts/test_digests.py"],
     "store/identity": ["store/test_identity.py", "store/test_identity_fuzz.py", "store/test_lookup.py"],
     "models/weights": ["models/test_weights.py", "store/test_identity.py"],
     "store/store": ["store/test_store.py", "store/test_lookup.py", "store/test_places.py"],
     "store/shard": ["store/test_shard.py", "store/test_store.py", "store/test_lookup.py", "store/test_places.py"],
     "store/lookup": ["store/test_lookup.py", "store/test_store.py", "store/test_places.py"],
-    "join": ["pipeline/test_precompute.py"],
+    "precompute/join": ["precompute/test_plan.py"],
 }
 LOGGING = {"debug", "info", "warning", "error", "exception"}
 # which UTF-8 is meant by: None is what this platform takes

@@ -1,4 +1,4 @@
-"""Names of the preference losses, and which settings go together with them. The losses themselves: `pipeline.losses`."""
+"""Names of the preference losses, and which settings go together with them. The losses themselves: `pipeline.training.losses`."""
 
 from __future__ import annotations
 

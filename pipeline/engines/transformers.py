@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import siblings
 from pipeline.engines.start import Request
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from pipeline.models.locate import load_causal_lm
-from pipeline.quarantine import computed
 from pipeline.store.identity import Numerics
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}

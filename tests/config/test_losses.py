@@ -6,7 +6,7 @@ from pipeline.config.experiment import TrainConfig
 from pipeline.config.files import load_overrides
 from pipeline.config.losses import LossType
 from pipeline.errors import ConfigError
-from pipeline.losses import LOSSES
+from pipeline.training.losses import LOSSES
 
 
 def test_every_name_has_a_loss_and_every_loss_a_source():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.faults.conftest import build, child
 
-SOURCE = (Path(__file__).parent.parent.parent / "pipeline" / "checkpoint.py").read_text()
+SOURCE = (Path(__file__).parent.parent.parent / "pipeline" / "training" / "checkpoint.py").read_text()
 POINTS = re.findall(r'reached\("(checkpoint: [^"]+)"\)', SOURCE)
 
 
@@ -20,7 +20,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, case,
     root = tmp_path / "checkpoints"
     save_checkpoint(root, 2, "t", *build(2.0), keep=1)
     done = child(
-        "from pipeline.checkpoint import save_checkpoint\ndie_at(sys.argv[2])\nsave_checkpoint(Path(sys.argv[1]), 4, 't', *build(4.0), keep=1)",
+        "from pipeline.training.checkpoint import save_checkpoint\ndie_at(sys.argv[2])\nsave_checkpoint(Path(sys.argv[1]), 4, 't', *build(4.0), keep=1)",
         root,
         point,
     )

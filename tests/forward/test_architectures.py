@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import route_of
 from pipeline.forward.trees import Tree
-from pipeline.policies import without_dropout
+from pipeline.training.policies import without_dropout
 
 TABLE = Path(__file__).parent.parent / "architectures.md"
 ROWS: dict[str, tuple[str, str, str, str]] = {}

@@ -39,7 +39,7 @@ def test_auto_precision_is_what_the_machine_multiplies_in(monkeypatch, flags, de
     import torch
 
     from pipeline.config.experiment import TrainConfig
-    from pipeline.policies import precision_of
+    from pipeline.training.policies import precision_of
 
     monkeypatch.setattr(hardware, "device_kind", lambda: device)
     monkeypatch.setattr(hardware.Path, "read_text", lambda *_, **__: f"processor\t: 0\n{flags}\n")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import datasets
 import huggingface_hub.constants
+import pipeline.ray_launcher
 import pipeline.scoring
 import pipeline.vllm_scoring
 import pipeline.workers
@@ -16,7 +17,6 @@ import polars as pl
 import pytest
 import torch
 
-import pipeline.ray_launcher
 from pipeline.config.experiment import DataConfig, ReferenceConfig
 from pipeline.engines import score_table
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows

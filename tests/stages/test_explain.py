@@ -198,10 +198,10 @@ def test_gc_merges_small_shards(where):
 
 
 def test_weights_that_change_while_they_are_scored_stop_the_publication(where, monkeypatch):
-    from pipeline import precompute
     from pipeline.config.files import load_config
     from pipeline.engines.start import start_scorer
     from pipeline.errors import CheckError
+    from pipeline.precompute import plan as precompute
 
     monkeypatch.chdir(where)
     config = load_config("experiment.yaml", ["reference.dtype=bfloat16"])

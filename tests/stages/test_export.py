@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward.logps import forward_of
 from pipeline.engines.start import Request, numerics_of, start_scorer
-from pipeline.training import load_pairs
+from pipeline.training.step import load_pairs
 
 def main():
     run, count = Path(sys.argv[1]), int(sys.argv[2])

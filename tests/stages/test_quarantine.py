@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.engines.quarantine import score_each
 from pipeline.engines.start import Request
 from pipeline.errors import CheckError
-from pipeline.quarantine import score_each
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
 
 ROWS = 10
@@ -81,7 +81,7 @@ def test_in_parts_the_joining_run_says_it_too(tmp_path, config):
 
 def parts_with_it(where, config):
     from pipeline.config.files import load_config
-    from pipeline.precompute import make_plan, part_of
+    from pipeline.precompute.plan import make_plan, part_of
 
     with contextlib.chdir(where):
         plan = make_plan(load_config(config, []))

@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from pipeline.config.files import load_config
-from pipeline.trainings import training_digest
+from pipeline.training.resume import training_digest
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, FIRST, in_hub_cache, with_code
 
@@ -83,7 +83,7 @@ def test_auto_precision_of_another_machine_is_another_training(where, monkeypatc
     )
     options = (*options, "--set", "reference.model=reference")
     for bfloat16 in (False, True):
-        monkeypatch.setattr("pipeline.policies.multiplies_bfloat16", lambda known=bfloat16: known)
+        monkeypatch.setattr("pipeline.training.policies.multiplies_bfloat16", lambda known=bfloat16: known)
         said = refscore_here(where, "train", *options, code=2 if bfloat16 else 0)
     assert "train.precision: 'float32' -> 'bfloat16'" in said
     assert "precision | float32" in (where / "data/runs/r/model/README.md").read_text()

@@ -3,7 +3,8 @@
 Responses to one prompt share its keys and values through vLLM's prefix cache. For tokens taken from the cache vLLM computes
 no log-probabilities: the V1 runner returns uninitialised memory in their place, the V2 runner returns None. So scores start
 as NaN, only rows from `num_cached_tokens` on are taken, what siblings share is copied, and what is left is scored again
-without the cache. Nothing that is NaN leaves here; what was computed and is no number leaves as -inf (`pipeline.quarantine`).
+without the cache. Nothing that is NaN leaves here; what was computed and is no number leaves as -inf
+(`pipeline.engines.quarantine`).
 
 Row i of a sequence predicts its token i + 1: row len(prompt) - 1 predicts the first token of the response.
 """
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import Branch, branches_of, copy_shared, siblings
 from pipeline.engines.start import Request
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
-from pipeline.quarantine import computed
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -16,11 +16,11 @@ from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.errors import DataError
-from pipeline.export_check import CHECKED, must_agree, outputs_of
 from pipeline.forward.trees import Tree
 from pipeline.models.locate import copy_tokenizer, load_causal_lm, merge_adapter
-from pipeline.policies import Policy, four_bits, precision_of, without_packing
-from pipeline.reward import align_padding
+from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
+from pipeline.training.reward_model import align_padding
+from pipeline.training.save_check import CHECKED, must_agree, outputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

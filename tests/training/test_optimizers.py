@@ -9,7 +9,7 @@ from transformers.optimization import Adafactor
 
 from pipeline.config.experiment import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.optimizers import make_optimizer, update
+from pipeline.training.optimizers import make_optimizer, update
 
 
 class Small(torch.nn.Module):

@@ -14,7 +14,7 @@ from pipeline.pairs.stream import source_digests
 from pipeline.store.identity import model_digest_of
 
 if TYPE_CHECKING:
-    from pipeline.precompute import Plan
+    from pipeline.precompute.plan import Plan
 
 
 def inputs_digest(config: Config) -> str:

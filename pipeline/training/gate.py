@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.forward.logps import Forward
-from pipeline.training import Pairs
+from pipeline.training.step import Pairs
 
 GATE_PAIRS = 8
 # per token, in nats: what float32 and bfloat16 arithmetic may differ by, measured with room to spare. Another model, a

@@ -14,7 +14,7 @@ from pipeline.artifacts.tables import DROPPED, PAIRS, parquet_writer
 from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
 from pipeline.pairs.table import GROUP
-from pipeline.precompute import Plan
+from pipeline.precompute.plan import Plan
 
 # bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
 _AT_ONCE = 2**24

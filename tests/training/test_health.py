@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.health import length_words, words
+from pipeline.training.health import length_words, words
 
 TRAIN = TrainConfig()
 

@@ -3,25 +3,25 @@
 import json
 from pathlib import Path
 
+import pipeline.export
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import pipeline.export
 from pipeline.artifacts.runs import open_run
-from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
-from pipeline.export import save_policy, trained_directory
 from pipeline.forward.logps import Hidden
 from pipeline.forward.trees import Tree
 from pipeline.models.locate import load_tokenizer
-from pipeline.optimizers import make_optimizer, update
-from pipeline.policies import load_policy
-from pipeline.training import Pairs, evaluate, train_step
+from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.training.optimizers import make_optimizer, update
+from pipeline.training.policies import load_policy
+from pipeline.training.save import save_policy, trained_directory
+from pipeline.training.step import Pairs, evaluate, train_step
 from tests.conftest import make_tiny_model
-from tests.pipeline.test_training import rows_of
+from tests.training.test_step import rows_of
 
 
 def config_of(model, *settings):

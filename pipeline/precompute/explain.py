@@ -16,7 +16,7 @@ import polars as pl
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.errors import DataError
-from pipeline.precompute import Plan
+from pipeline.precompute.plan import Plan
 from pipeline.store.store import read_reference
 
 Row = dict[str, Any]

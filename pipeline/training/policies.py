@@ -1,6 +1,6 @@
 """The model that is trained: all its weights, adapters on a frozen base (LoRA, QLoRA), or a reward model's layers and head.
 
-Owns loading and what of it learns; how it is saved is `pipeline.export`'s.
+Owns loading and what of it learns; how it is saved is `pipeline.training.save`'s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.forward.cpu_products import recomputation
 from pipeline.forward.logps import Forward, forward_of
 from pipeline.hardware import device_kind, multiplies_bfloat16
 from pipeline.models.locate import load_causal_lm
-from pipeline.reward import Rewards, load_reward_model, rewards_of
+from pipeline.training.reward_model import Rewards, load_reward_model, rewards_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from pipeline.errors import CheckError, DataError, first_line
 from pipeline.forward.logps import Forward
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
-from pipeline.losses import (
+from pipeline.training.losses import (
     LossTerms,
     PairLogps,
     bradley_terry_loss,
@@ -32,7 +32,7 @@ from pipeline.losses import (
     weighted_sums,
     wpo_weight,
 )
-from pipeline.reward import Rewards
+from pipeline.training.reward_model import Rewards
 
 
 @dataclass(frozen=True)

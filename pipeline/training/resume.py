@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.runs import Run, read_json
-from pipeline.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.config.experiment import Config
 from pipeline.config.files import differing_fields, digest
 from pipeline.errors import ConfigError
-from pipeline.policies import precision_of
 from pipeline.store.identity import model_digest_of
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.training.policies import precision_of
 
 # fields that change what is shown or kept, not one weight
 _UNTRAINED = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}

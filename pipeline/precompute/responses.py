@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORED
 from pipeline.config.experiment import Config
+from pipeline.engines.quarantine import score_each
 from pipeline.engines.start import Request, Scorer, numerics_of, start_scorer
 from pipeline.errors import DataError
 from pipeline.hardware import circumstances
@@ -27,8 +28,7 @@ from pipeline.pairs.formats import RowProblem, one_response
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.rows import Row, open_rows
 from pipeline.pairs.stream import prompt_text
-from pipeline.precompute import check_scores
-from pipeline.quarantine import score_each
+from pipeline.precompute.plan import check_scores
 from pipeline.store.identity import ReferenceIdentity, identify, key_of
 from pipeline.store.store import Store
 

@@ -15,9 +15,9 @@ import torch
 from pipeline.errors import CheckError
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
-from pipeline.gate import TOLERANCES
 from pipeline.hardware import device_kind, return_freed_memory
-from pipeline.reward import rewards_of
+from pipeline.training.gate import TOLERANCES
+from pipeline.training.reward_model import rewards_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

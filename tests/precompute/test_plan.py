@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import join, precompute
 from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
-from pipeline.join import dropped_with, joined, write_joined
 from pipeline.pairs import table as pair_table
-from pipeline.precompute import make_plan, score_missing, shards_of
+from pipeline.precompute import join
+from pipeline.precompute import plan as precompute
+from pipeline.precompute.join import dropped_with, joined, write_joined
+from pipeline.precompute.plan import make_plan, score_missing, shards_of
 from tests.conftest import experiment, preference_rows, write_rows
 
 
@@ -78,7 +79,7 @@ def test_however_few_scores_are_held_at_a_time_the_pairs_are_the_same(config, mo
     plan = make_plan(config)
     score_missing(plan, config.reference, Engine(), lambda sequences, tokens: None)
     together = pa.concat_tables(joined(plan))
-    monkeypatch.setattr("pipeline.join._AT_ONCE", 1)
+    monkeypatch.setattr("pipeline.precompute.join._AT_ONCE", 1)
     assert pa.concat_tables(joined(plan)).equals(together)
 
 

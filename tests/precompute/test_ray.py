@@ -18,10 +18,10 @@ DRIVER = """
 
     import psutil
     import ray
-    from pipeline import ray_launcher
+    from pipeline.precompute import ray as ray_launcher
     from pipeline.config.files import load_config
-    from pipeline.join import write_joined
-    from pipeline.precompute import make_plan
+    from pipeline.precompute.join import write_joined
+    from pipeline.precompute.plan import make_plan
 
     if __name__ == "__main__":
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False,

@@ -17,9 +17,9 @@ from pipeline.artifacts.tables import PAIRS, read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.engines.start import Request, numerics_of
 from pipeline.errors import DataError
-from pipeline.gate import TOLERANCES
 from pipeline.models.locate import load_tokenizer, locate, locate_reference
 from pipeline.models.vocabulary import template_digest
+from pipeline.training.gate import TOLERANCES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

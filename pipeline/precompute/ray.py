@@ -21,7 +21,7 @@ from pipeline.engines.start import numerics_of, start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
 from pipeline.models.locate import locate_reference
-from pipeline.precompute import Plan, default_tokens_per_shard, publish_scores, shards_of
+from pipeline.precompute.plan import Plan, default_tokens_per_shard, publish_scores, shards_of
 from pipeline.store.identity import identify
 
 _SHARD = pa.schema(

@@ -1,4 +1,5 @@
-"""Stage one without its command line: what must be scored, and scoring it. `pipeline.join` brings scores and pairs together.
+"""Stage one without its command line: what must be scored, and scoring it. `pipeline.precompute.join` brings scores and pairs
+together.
 
 Everything goes through the store: planning asks it what is there, scoring publishes shards to it, and pairs.parquet is
 filled from it alone, so an interrupted run goes on after its last published shard. Pairs stream from their sources to a
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.engines.quarantine import score_each, why_quarantined
 from pipeline.engines.start import Request, Scorer, numerics_of
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
@@ -24,7 +26,6 @@ from pipeline.models.locate import ReferencePaths, load_tokenizer, locate_refere
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.pairs.stream import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
-from pipeline.quarantine import score_each, why_quarantined
 from pipeline.store.identity import ReferenceIdentity, identify, key_of
 from pipeline.store.shard import logps_problem
 from pipeline.store.store import Scored, Store

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.schedule import learning_rate, pairs_of_step, total_steps
+from pipeline.training.schedule import learning_rate, pairs_of_step, total_steps
 
 
 def test_an_epoch_sees_every_pair_once_and_the_last_step_may_be_short():

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.artifacts import durable
-from pipeline.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.errors import DataError, RefscoreError
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
 
 def model_and_optimizer(seed=0, *, steps=2, bias=True):
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.checkpoint.save_file", full)
+    monkeypatch.setattr("pipeline.training.checkpoint.save_file", full)
     with pytest.raises(RefscoreError, match=r"step_000002.*(?i:space)"):
         save_checkpoint(tmp_path, 2, "t", model, optimizer, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]

@@ -1,0 +1,1 @@
+"""Stage two: the policy learns from pairs.parquet alone. Imports neither engines nor the store."""
