@@ -16,7 +16,7 @@ from pipeline.artifacts.runs import Run, read_json, read_saved_config
 from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.frontier import gain_of, point_of
-from pipeline.judging import Judgement
+from pipeline.judges.judging import Judgement
 from pipeline.plots import Point
 from pipeline.statistics import Paired, holm, paired
 from pipeline.winrates import comparison_scores, prompt_scores

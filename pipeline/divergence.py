@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.engines.start import Request, numerics_of, start_scorer
-from pipeline.judging import Prompt
+from pipeline.judges.judging import Prompt
 from pipeline.statistics import bootstrap_mean
 
 

@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline import ratings, rules
+from pipeline import ratings
 from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.divergence import divergence
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
-from pipeline.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
+from pipeline.judges import rules
+from pipeline.judges.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.locate import load_causal_lm
 from pipeline.pairs.stream import prompt_id_of
 from pipeline.statistics import bootstrap_mean, prompts_for

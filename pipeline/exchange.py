@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.errors import DataError
-from pipeline.judging import Comparison, Duel, Judge, Judgement
+from pipeline.judges.judging import Comparison, Duel, Judge, Judgement
 from pipeline.winrates import comparison_scores
 
 _ARENA = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.vllm.generator import Sample
-from pipeline.judging import Duel, Judge, Prompt, Response, Shown
+from pipeline.judges.judging import Duel, Judge, Prompt, Response, Shown
+from pipeline.judges.rules import marks, words_of
 from pipeline.pairing import Choice, best_and_worst
 from pipeline.pairs.formats import Message
-from pipeline.rules import marks, words_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.config.files import digest
 from pipeline.engines.start import installed_version
 from pipeline.engines.vllm.generator import Sample
 from pipeline.hardware import device_kind
-from pipeline.judging import Comparison, Prompt, Response, Shown
+from pipeline.judges.judging import Comparison, Prompt, Response, Shown
 from pipeline.pairs.stream import prompt_id_of
 
 # fields of `generate` that decide a sample

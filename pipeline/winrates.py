@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.judging import Judgement
+from pipeline.judges.judging import Judgement
 from pipeline.length_control import length_controlled
 from pipeline.statistics import Interval, detectable, share, sign_test, wilson
 

@@ -27,8 +27,8 @@ from pipeline.evaluation import (
     win_figures,
     worst_first,
 )
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Judgement, Prompt
+from pipeline.judges.judging import Judgement, Prompt
+from pipeline.judges.open import Chamber, open_judge
 from pipeline.markdown import write_markdown
 from pipeline.report import write_report
 from pipeline.samples import (

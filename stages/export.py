@@ -8,7 +8,7 @@ from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table
 from pipeline.errors import ConfigError
 from pipeline.exchange import write_alpaca_eval, write_arena_hard
-from pipeline.judging import Judgement
+from pipeline.judges.judging import Judgement
 from pipeline.samples import comparisons_of, held_out_prompts
 from stages import console
 

@@ -14,8 +14,8 @@ from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig
 from pipeline.engines.vllm.generator import Sample, generator, settled
 from pipeline.errors import CheckError, ConfigError
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Prompt
+from pipeline.judges.judging import Prompt
+from pipeline.judges.open import Chamber, open_judge
 from pipeline.models.locate import load_tokenizer, locate_reference
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
 from pipeline.pair_making import Request, make_pairs, pair_row

@@ -117,7 +117,7 @@ def _name_problem(name: str) -> str | None:
     if kind not in KINDS or (kind != IMPLICIT and not (colon and argument)) or (kind == IMPLICIT and colon):
         return f"judge {name!r} is unknown; there are: {'; '.join([IMPLICIT, *list(KINDS.values())[1:]])}"
     if kind == "rule":
-        from pipeline.rule_judges import rule_problem
+        from pipeline.judges.rule_judges import rule_problem
 
         return rule_problem(argument)
     if kind == "panel":

@@ -11,11 +11,11 @@ from pipeline.candidates import Named
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.vllm.generator import generator, no_report
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.reward_model import with_transformers, with_vllm
 from pipeline.models.locate import load_tokenizer
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
-from pipeline.reward_judge import with_transformers, with_vllm
 
 
 def main(models: Path, out: Path) -> None:

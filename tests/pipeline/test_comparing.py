@@ -7,7 +7,7 @@ from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import SAMPLES, write_table
 from pipeline.comparing import differences, differing_settings, frontier_points, reached
 from pipeline.evaluation import judgements_table
-from pipeline.judging import Judgement
+from pipeline.judges.judging import Judgement
 from pipeline.plots import frontier
 
 

@@ -87,7 +87,7 @@ def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
     import pyarrow as pa
 
     from pipeline import divergence as module
-    from pipeline.judging import Prompt
+    from pipeline.judges.judging import Prompt
 
     asked = []
 

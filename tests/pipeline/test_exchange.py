@@ -8,8 +8,8 @@ from pipeline.config.experiment import Config
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import DataError
 from pipeline.exchange import write_alpaca_eval, write_arena_hard
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Comparison, Judge, Prompt, Response, judge_both_orders
+from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
+from pipeline.judges.open import Chamber, open_judge
 from pipeline.winrates import win_rate
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.engines.vllm.generator import Sample
-from pipeline.judging import Judge, Prompt, by_reward
+from pipeline.judges.judging import Judge, Prompt, by_reward
 from pipeline.pair_making import Request, make_pairs, pair_row, score_samples
 
 

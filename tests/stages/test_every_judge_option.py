@@ -9,17 +9,17 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pytest
-
 import pipeline.llm_judge
 import pipeline.reward_judge
+import pytest
+
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import RefscoreError
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.judges.open import Chamber, open_judge
 from pipeline.models.locate import load_tokenizer
 from tests.conftest import make_tiny_model, make_tiny_tokenizer
-from tests.pipeline.letter_server import Server
+from tests.judges.letter_server import Server
 
 ANY, LOCAL, REMOTE, REWARD = "rule:contains=e", "llm:<model>", "llm:<url>", "reward_model:<model>"
 REASONED = {"verdict": "reasoning"}

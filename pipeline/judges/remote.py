@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError, first_line
-from pipeline.judge_prompts import letter_of, parsed, question, template_digest, weighed
-from pipeline.judging import Duel, Judge
-from pipeline.verdicts import Verdict, Verdicts, key_of
+from pipeline.judges.judging import Duel, Judge
+from pipeline.judges.memory import Verdict, Verdicts, key_of
+from pipeline.judges.prompts import letter_of, parsed, question, template_digest, weighed
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.exchange import file_name, open_annotations
-from pipeline.judging import Duel, Judge, majority
-from pipeline.rule_judges import open_rule
-from pipeline.verdicts import Verdicts, key_of
+from pipeline.judges.judging import Duel, Judge, majority
+from pipeline.judges.memory import Verdicts, key_of
+from pipeline.judges.rule_judges import open_rule
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def open_judge(settings: JudgeConfig, chamber: Chamber) -> Judge:
     if verdicts is None:
         verdicts = chamber.opened[file] = Verdicts(chamber.verdicts / file)
     if settings.kind == "reward_model":
-        from pipeline.reward_judge import open_reward_model
+        from pipeline.judges.reward_model import open_reward_model
 
         return open_reward_model(settings, verdicts, chamber.tokens)
     if settings.remote:
-        from pipeline.remote_judge import open_remote
+        from pipeline.judges.remote import open_remote
 
         return open_remote(settings, verdicts)
-    from pipeline.llm_judge import open_local
+    from pipeline.judges.local import open_local
 
     return open_local(settings, verdicts)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pipeline.judging import Duel
-from pipeline.verdicts import key_of
+from pipeline.judges.judging import Duel
+from pipeline.judges.memory import key_of
 
 _TASK = """Below are a request and two responses to it. Decide which response serves the person who asked better. Being \
 correct and doing what was asked matters most, then being complete, clear and to the point. Length is no merit by itself, \

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.judging import (
+from pipeline.judges.judging import (
     Comparison,
     Judge,
     Judgement,

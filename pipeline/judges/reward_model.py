@@ -22,11 +22,11 @@ from pipeline.engines.vllm.engine import (
 )
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
-from pipeline.judging import Judge, Reward, Shown, by_reward
+from pipeline.judges.judging import Judge, Reward, Shown, by_reward
+from pipeline.judges.memory import Verdict, Verdicts, key_of
 from pipeline.models.configuration import position_limit, read_config, text_config
 from pipeline.models.locate import load_tokenizer, locate, model_digest
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
-from pipeline.verdicts import Verdict, Verdicts, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

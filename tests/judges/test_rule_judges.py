@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.rule_judges import RULES, rule_problem
+from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.rule_judges import RULES, rule_problem
 
 CASES = [
     ("complete_and_concise", ("Boil the rice for ten minutes.", "stop"), ("Boil the rice for ten", "length")),

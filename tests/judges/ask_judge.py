@@ -1,11 +1,11 @@
-"""Asks the judge at a URL about many duels, slowly: `python -m tests.pipeline.ask_judge URL DIRECTORY NUMBER`. To be killed."""
+"""Asks the judge at a URL about many duels, slowly: `python -m tests.judges.ask_judge URL DIRECTORY NUMBER`. To be killed."""
 
 import sys
 from pathlib import Path
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.judges import Chamber, open_judge
-from pipeline.judging import Comparison, Judgement, Prompt, Response, judge_both_orders
+from pipeline.judges.judging import Comparison, Judgement, Prompt, Response, judge_both_orders
+from pipeline.judges.open import Chamber, open_judge
 
 
 def ask(url: str, directory: Path, number: int) -> list[Judgement]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline import rules
+from pipeline.judges import rules
 from pipeline.pairing import best_and_worst
 
 

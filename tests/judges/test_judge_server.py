@@ -15,7 +15,7 @@ import torch
 
 from pipeline.winrates import win_rate
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer
-from tests.pipeline.ask_judge import ask
+from tests.judges.ask_judge import ask
 
 pytestmark = pytest.mark.engine
 
@@ -86,7 +86,7 @@ def keys(directory):
 
 def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(server, tmp_path):
     directory = tmp_path / "verdicts"
-    killed = subprocess.Popen([sys.executable, "-m", "tests.pipeline.ask_judge", server, directory, "20"], cwd=ROOT)
+    killed = subprocess.Popen([sys.executable, "-m", "tests.judges.ask_judge", server, directory, "20"], cwd=ROOT)
     for _ in range(600):
         if directory.is_dir() and len(keys(directory)) >= 6:
             break

@@ -22,12 +22,12 @@ from pipeline.engines.vllm.engine import (
 )
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
-from pipeline.judge_prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
-from pipeline.judging import Duel, Judge
+from pipeline.judges.judging import Duel, Judge
+from pipeline.judges.memory import Verdict, Verdicts, key_of
+from pipeline.judges.prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
+from pipeline.judges.reward_model import judge_dtype
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.locate import load_tokenizer, locate, model_digest
-from pipeline.reward_judge import judge_dtype
-from pipeline.verdicts import Verdict, Verdicts, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

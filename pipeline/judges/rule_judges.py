@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pipeline import rules
-from pipeline.judging import Judge, Response, Shown, by_reward
+from pipeline.judges import rules
+from pipeline.judges.judging import Judge, Response, Shown, by_reward
 
 # None: the rule could not come to an end
 Mark = Callable[[str, Response], float | None]
