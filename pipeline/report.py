@@ -16,7 +16,7 @@ from pipeline.artifacts.runs import Run, read_json
 from pipeline.artifacts.tables import METRICS, read_table
 from pipeline.config.experiment import Config
 from pipeline.differences import marked, visible
-from pipeline.frontier import gain_of, label_of, points_of
+from pipeline.evaluation.frontier import gain_of, label_of, points_of
 from pipeline.plots import curves, frontier, win_rates
 from pipeline.training.health import length_words
 from pipeline.verdict import cautions, leading_judge, second_opinions

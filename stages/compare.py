@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import RUNS, Run, existing_runs, read_json
-from pipeline.comparing import Difference, differences, differing_settings, frontier_points, reached
 from pipeline.errors import ConfigError
-from pipeline.frontier import label_of
+from pipeline.evaluation.compare import Difference, differences, differing_settings, frontier_points, reached
+from pipeline.evaluation.frontier import label_of
 from pipeline.markdown import table
 from pipeline.plots import frontier
 from pipeline.report import environment

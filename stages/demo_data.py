@@ -14,11 +14,11 @@ from typing import Any
 from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig, PolicyConfig
 from pipeline.engines.vllm.generator import generator
+from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row
 from pipeline.judges.judging import Prompt
 from pipeline.judges.rule_judges import open_rule
 from pipeline.judges.rules import ends_well
 from pipeline.models.locate import load_tokenizer, locate
-from pipeline.pair_making import Request, make_pairs, pair_row
 from pipeline.pairs.stream import prompt_id_of
 from stages import console
 

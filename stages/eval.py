@@ -10,15 +10,14 @@ import pyarrow as pa
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import KL, SAMPLES, read_about, write_table
-from pipeline.candidates import Candidate, candidates, must_share_vocabulary
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.files import digest
 from pipeline.config.judges import IMPLICIT
-from pipeline.divergence import kl_table, on_policy, score_responses
 from pipeline.engines.start import numerics_of
 from pipeline.engines.vllm.generator import generator, settled
 from pipeline.errors import DataError
-from pipeline.evaluation import (
+from pipeline.evaluation.candidates import Candidate, candidates, must_share_vocabulary
+from pipeline.evaluation.figures import (
     cost_figures,
     judge_pairs,
     judge_texts,
@@ -27,11 +26,8 @@ from pipeline.evaluation import (
     win_figures,
     worst_first,
 )
-from pipeline.judges.judging import Judgement, Prompt
-from pipeline.judges.open import Chamber, open_judge
-from pipeline.markdown import write_markdown
-from pipeline.report import write_report
-from pipeline.samples import (
+from pipeline.evaluation.kl import kl_table, on_policy, score_responses
+from pipeline.evaluation.samples import (
     comparisons_of,
     generation_key,
     held_out_prompts,
@@ -40,6 +36,10 @@ from pipeline.samples import (
     shown,
     stored_samples,
 )
+from pipeline.judges.judging import Judgement, Prompt
+from pipeline.judges.open import Chamber, open_judge
+from pipeline.markdown import write_markdown
+from pipeline.report import write_report
 from pipeline.verdict import verdict
 from stages import console, eval_tables
 

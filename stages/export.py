@@ -7,9 +7,9 @@ from pathlib import Path
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table
 from pipeline.errors import ConfigError
-from pipeline.exchange import write_alpaca_eval, write_arena_hard
+from pipeline.evaluation.exchange import write_alpaca_eval, write_arena_hard
+from pipeline.evaluation.samples import comparisons_of, held_out_prompts
 from pipeline.judges.judging import Judgement
-from pipeline.samples import comparisons_of, held_out_prompts
 from stages import console
 
 FORMATS = {"alpaca_eval": write_alpaca_eval, "arena_hard": write_arena_hard}

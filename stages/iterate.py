@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from pipeline.artifacts.runs import Run, open_run
-from pipeline.candidates import policy_of
 from pipeline.config.experiment import Config
+from pipeline.evaluation.candidates import policy_of
 from stages import console
 from stages.steps import step
 

@@ -9,18 +9,18 @@ import pyarrow as pa
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_table
-from pipeline.candidates import Candidate, policy_of
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig
 from pipeline.engines.vllm.generator import Sample, generator, settled
 from pipeline.errors import CheckError, ConfigError
+from pipeline.evaluation.candidates import Candidate, policy_of
+from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row
+from pipeline.evaluation.samples import generation_key, sample_rows, sample_table
 from pipeline.judges.judging import Prompt
 from pipeline.judges.open import Chamber, open_judge
 from pipeline.models.locate import load_tokenizer, locate_reference
 from pipeline.models.vocabulary import template_digest, vocabulary_digest
-from pipeline.pair_making import Request, make_pairs, pair_row
 from pipeline.pairs.stream import PairSet, build_pairs, prompt_id_of, prompt_text
-from pipeline.samples import generation_key, sample_rows, sample_table
 from stages import console
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_config
 from pipeline.errors import ConfigError
-from pipeline.exchange import file_name
+from pipeline.evaluation.exchange import file_name
 from stages import compare, console
 from stages.steps import step
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.candidates import Named
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.start import installed_version
 from pipeline.engines.vllm.engine import (
@@ -22,6 +21,7 @@ from pipeline.engines.vllm.engine import (
 )
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
+from pipeline.evaluation.candidates import Named
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, key_of
 from pipeline.judges.prompts import LETTERS, letter_of, parsed, question, template_digest, weighed

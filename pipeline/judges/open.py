@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.exchange import file_name, open_annotations
+from pipeline.evaluation.exchange import file_name, open_annotations
 from pipeline.judges.judging import Duel, Judge, majority
 from pipeline.judges.memory import Verdicts, key_of
 from pipeline.judges.rule_judges import open_rule

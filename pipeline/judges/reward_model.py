@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.candidates import Named
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.start import installed_version
 from pipeline.engines.vllm.engine import (
@@ -21,6 +20,7 @@ from pipeline.engines.vllm.engine import (
     running_engine,
 )
 from pipeline.errors import ConfigError
+from pipeline.evaluation.candidates import Named
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Judge, Reward, Shown, by_reward
 from pipeline.judges.memory import Verdict, Verdicts, key_of

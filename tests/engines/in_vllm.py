@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.candidates import Named
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.vllm.generator import generator, no_report
+from pipeline.evaluation.candidates import Named
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.judges.open import Chamber, open_judge
 from pipeline.judges.reward_model import with_transformers, with_vllm

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.evaluation.statistics import detectable, wilson
+from pipeline.evaluation.winrates import by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.judges.judging import (
     Comparison,
     Judge,
@@ -16,8 +18,6 @@ from pipeline.judges.judging import (
     majority,
     winner_of,
 )
-from pipeline.statistics import detectable, wilson
-from pipeline.winrates import by_topic, comparison_scores, prompt_scores, win_rate
 
 
 def judged(scores, judge="j"):

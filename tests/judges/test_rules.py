@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.evaluation.pairing import best_and_worst
 from pipeline.judges import rules
-from pipeline.pairing import best_and_worst
 
 
 @pytest.mark.parametrize(

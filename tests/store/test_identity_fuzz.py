@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.candidates import Named
 from pipeline.errors import ConfigError
+from pipeline.evaluation.candidates import Named
 from pipeline.models.locate import locate
 from pipeline.store.identity import INERT, Numerics, identify
 from tests.conftest import make_tiny_model

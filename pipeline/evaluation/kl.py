@@ -20,8 +20,8 @@ import pyarrow as pa
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.engines.start import Request, numerics_of, start_scorer
+from pipeline.evaluation.statistics import bootstrap_mean
 from pipeline.judges.judging import Prompt
-from pipeline.statistics import bootstrap_mean
 
 
 def on_policy(settings: GenerateConfig, reference: ReferenceConfig) -> GenerateConfig:

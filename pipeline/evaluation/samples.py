@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import RUNS
 from pipeline.artifacts.tables import PAIRS, SAMPLES, read_about, read_table
-from pipeline.candidates import Candidate
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
 from pipeline.engines.start import installed_version
 from pipeline.engines.vllm.generator import Sample
+from pipeline.evaluation.candidates import Candidate
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Comparison, Prompt, Response, Shown
 from pipeline.pairs.stream import prompt_id_of

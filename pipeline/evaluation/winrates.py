@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.length_control import length_controlled
+from pipeline.evaluation.statistics import Interval, detectable, share, sign_test, wilson
 from pipeline.judges.judging import Judgement
-from pipeline.length_control import length_controlled
-from pipeline.statistics import Interval, detectable, share, sign_test, wilson
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class WinRate:
     `flips` counts comparisons in which the judge contradicted itself when the order changed; they are ties. `worst` and
     `best` are the rates if every failed prompt had been lost or won. `first_wins` is how often the response that stood
     first won (0.5: no preference for a position), None where no order exists. `length_controlled` and `detectable`: see
-    `pipeline.length_control` and `pipeline.statistics`.
+    `pipeline.evaluation.length_control` and `pipeline.evaluation.statistics`.
     """
 
     prompts: int

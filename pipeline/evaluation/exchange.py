@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.errors import DataError
+from pipeline.evaluation.winrates import comparison_scores
 from pipeline.judges.judging import Comparison, Duel, Judge, Judgement
-from pipeline.winrates import comparison_scores
 
 _ARENA = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 

@@ -5,8 +5,8 @@ import pytest
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import SAMPLES, write_table
-from pipeline.comparing import differences, differing_settings, frontier_points, reached
-from pipeline.evaluation import judgements_table
+from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached
+from pipeline.evaluation.figures import judgements_table
 from pipeline.judges.judging import Judgement
 from pipeline.plots import frontier
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.vllm.generator import Sample
+from pipeline.evaluation.pairing import Choice, best_and_worst
 from pipeline.judges.judging import Duel, Judge, Prompt, Response, Shown
 from pipeline.judges.rules import marks, words_of
-from pipeline.pairing import Choice, best_and_worst
 from pipeline.pairs.formats import Message
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline.engines.vllm.generator import Sample
+from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row, score_samples
 from pipeline.judges.judging import Judge, Prompt, by_reward
-from pipeline.pair_making import Request, make_pairs, pair_row, score_samples
 
 
 def request(messages=None):

@@ -13,21 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline import ratings
 from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
-from pipeline.divergence import divergence
+from pipeline.evaluation import ratings
+from pipeline.evaluation.kl import divergence
+from pipeline.evaluation.statistics import bootstrap_mean, prompts_for
+from pipeline.evaluation.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judges import rules
 from pipeline.judges.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.locate import load_causal_lm
 from pipeline.pairs.stream import prompt_id_of
-from pipeline.statistics import bootstrap_mean, prompts_for
 from pipeline.training.policies import precision_of
 from pipeline.training.step import load_pairs, pair_rewards
-from pipeline.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 
 # a difference of win rates that people care about, for "how many prompts would it take"
 WORTH_SEEING = 0.05

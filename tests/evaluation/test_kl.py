@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
-from pipeline.divergence import divergence, kl_table, on_policy
+from pipeline.evaluation.kl import divergence, kl_table, on_policy
 
 
 def table(*rows):
@@ -86,7 +86,7 @@ def test_sums_and_columns_are_as_wide_as_declared():
 def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
     import pyarrow as pa
 
-    from pipeline import divergence as module
+    from pipeline.evaluation import kl as module
     from pipeline.judges.judging import Prompt
 
     asked = []
