@@ -9,9 +9,9 @@ from pipeline.artifacts.runs import RUNS, Run, existing_runs, read_json
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import Difference, differences, differing_settings, frontier_points, reached
 from pipeline.evaluation.frontier import label_of
-from pipeline.markdown import table
-from pipeline.plots import frontier
-from pipeline.report import environment
+from pipeline.report.markdown import table
+from pipeline.report.page import environment
+from pipeline.report.plots import frontier
 from stages import console
 
 

@@ -38,9 +38,9 @@ from pipeline.evaluation.samples import (
 )
 from pipeline.judges.judging import Judgement, Prompt
 from pipeline.judges.open import Chamber, open_judge
-from pipeline.markdown import write_markdown
-from pipeline.report import write_report
-from pipeline.verdict import verdict
+from pipeline.report.markdown import write_markdown
+from pipeline.report.page import write_report
+from pipeline.report.words import verdict
 from stages import console, eval_tables
 
 

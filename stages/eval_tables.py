@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.verdict import cautions, second_opinions
+from pipeline.report.words import cautions, second_opinions
 from stages import console
 
 

@@ -19,7 +19,7 @@ from pipeline.evaluation.frontier import gain_of, point_of
 from pipeline.evaluation.statistics import Paired, holm, paired
 from pipeline.evaluation.winrates import comparison_scores, prompt_scores
 from pipeline.judges.judging import Judgement
-from pipeline.plots import Point
+from pipeline.report.plots import Point
 
 
 @dataclass(frozen=True)

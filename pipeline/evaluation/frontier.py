@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.judges import IMPLICIT
-from pipeline.plots import Point
+from pipeline.report.plots import Point
 
 
 def gain_of(figures: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from pipeline.artifacts.tables import SAMPLES, write_table
 from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached
 from pipeline.evaluation.figures import judgements_table
 from pipeline.judges.judging import Judgement
-from pipeline.plots import frontier
+from pipeline.report.plots import frontier
 
 
 def interval(mean):

@@ -8,10 +8,10 @@ import pytest
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import METRICS, write_table
 from pipeline.config.experiment import Config
-from pipeline.differences import marked, visible
-from pipeline.markdown import plain, write_markdown
-from pipeline.report import write_report
-from pipeline.verdict import cautions, second_opinions, verdict
+from pipeline.report.markdown import plain, write_markdown
+from pipeline.report.page import write_report
+from pipeline.report.side_by_side import marked, visible
+from pipeline.report.words import cautions, second_opinions, verdict
 
 HOSTILE = [
     "<script>document.title='pwned'</script>",

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
-from pipeline.verdict import cautions, second_opinions
+from pipeline.report.words import cautions, second_opinions
 
 # what `_rate_row` fills
 _RATE = ("prompts", "win rate", "95 % interval", "won / tied / lost", "at equal length", "flipped", "failed")

@@ -15,11 +15,11 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json
 from pipeline.artifacts.tables import METRICS, read_table
 from pipeline.config.experiment import Config
-from pipeline.differences import marked, visible
 from pipeline.evaluation.frontier import gain_of, label_of, points_of
-from pipeline.plots import curves, frontier, win_rates
+from pipeline.report.plots import curves, frontier, win_rates
+from pipeline.report.side_by_side import marked, visible
+from pipeline.report.words import cautions, leading_judge, second_opinions
 from pipeline.training.health import length_words
-from pipeline.verdict import cautions, leading_judge, second_opinions
 
 # more than anybody reads; all are in samples.parquet
 _SHOWN = 60

@@ -16,7 +16,7 @@ import pytest
 from websockets.sync.client import connect
 
 from pipeline.artifacts.runs import Run
-from tests.pipeline.test_report import write
+from tests.report.test_page import write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(

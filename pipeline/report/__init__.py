@@ -1,0 +1,1 @@
+"""The outcome in words, tables and pages."""
