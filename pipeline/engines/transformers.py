@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.protocol import Request
 from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import siblings
-from pipeline.engines.start import Request
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
@@ -26,7 +26,7 @@ _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 class TransformersScorer:
-    """`Scorer` on transformers; see `pipeline.engines.start.Scorer`."""
+    """`Scorer` on transformers; see `pipeline.engines.protocol.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics) -> None:
         model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(device_kind()).eval()

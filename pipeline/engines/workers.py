@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,9 +23,9 @@ import pyarrow as pa
 from pipeline import errors
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines import score_table
+from pipeline.engines.protocol import Request
 from pipeline.engines.sharing import siblings
-from pipeline.engines.single import smaller
-from pipeline.engines.start import Request
+from pipeline.engines.single import smaller, start_single
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.hardware import device_kind, processors
 from pipeline.store.identity import Numerics
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """See `pipeline.engines.start.Scorer`."""
+    """See `pipeline.engines.protocol.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
         shares = shares_of(reference)
@@ -175,11 +176,9 @@ def serve(
         os.sched_setaffinity(0, own)
         os.environ["OMP_NUM_THREADS"] = str(len(own))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share
-    from pipeline.engines.start import start_scorer
-
     try:
-        with start_scorer(reference, directory, numerics, longest) as scorer:
-            line.send_bytes(json.dumps({"batched_tokens": scorer.engine.batched_tokens}).encode())  # type: ignore[attr-defined]  # workers is 1
+        with closing(start_single(reference, directory, numerics, longest)) as scorer:
+            line.send_bytes(json.dumps({"batched_tokens": scorer.engine.batched_tokens}).encode())
             while True:
                 table = score_table.from_bytes(line.recv_bytes())
                 scored = score_table.to_bytes(score_table.score(table, scorer))

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
-from pipeline.engines.start import Request, numerics_of, start_scorer
+from pipeline.engines.protocol import Request, numerics_of
+from pipeline.engines.start import start_scorer
 from pipeline.evaluation.statistics import bootstrap_mean
 from pipeline.judges.judging import Prompt
 

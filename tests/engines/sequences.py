@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.engines.start import Request
+from pipeline.engines.protocol import Request
 
 VOCABULARY = 256
 LIMIT = 512

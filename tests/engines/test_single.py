@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.protocol import Request
 from pipeline.engines.single import SmallerOnce
-from pipeline.engines.start import Request
 from pipeline.errors import RefscoreError
 
 

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.protocol import numerics_of
 from pipeline.engines.sharing import Branch, branches_of, copy_shared, shared_tokens, siblings
-from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.start import start_scorer
 from pipeline.engines.transformers import batches, tree_of
 from tests.engines.sequences import LIMIT, edge_cases, plain_logps
 

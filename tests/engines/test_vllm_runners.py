@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from pipeline.engines.start import Request
+from pipeline.engines.protocol import Request
 from pipeline.engines.vllm import engine as vllm_engine
 from pipeline.engines.vllm.runners import FlatRunner, RowsRunner, runner_of, score_with
 from pipeline.errors import CheckError

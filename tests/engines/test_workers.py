@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.protocol import numerics_of
+from pipeline.engines.start import start_scorer
 from pipeline.engines.vllm.engine import prepare_environment
 from pipeline.engines.workers import Workers, parts_of
 from pipeline.errors import ConfigError

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.start import numerics_of, start_scorer
+from pipeline.engines.protocol import numerics_of
+from pipeline.engines.start import start_scorer
 from tests.engines.sequences import LIMIT, edge_cases
 
 

@@ -11,7 +11,7 @@ from pipeline.engines.vllm import engine as vllm_engine
 vllm_engine.prepare_environment()  # before the first import of vLLM
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.start import numerics_of
+from pipeline.engines.protocol import numerics_of
 from pipeline.engines.vllm import runners
 from pipeline.engines.vllm import scorer as vllm_scoring
 from tests.engines.sequences import LIMIT, edge_cases

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward.logps import forward_of
-from pipeline.engines.start import Request, numerics_of, start_scorer
+from pipeline.engines.protocol import Request, numerics_of
+from pipeline.engines.start import start_scorer
 from pipeline.training.step import load_pairs
 
 def main():

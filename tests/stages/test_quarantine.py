@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.engines.protocol import Request
 from pipeline.engines.quarantine import score_each
-from pipeline.engines.start import Request
 from pipeline.errors import CheckError
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.engines.start import Request
+from pipeline.engines.protocol import Request
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.engines.sequences import plain_logps
 

@@ -55,7 +55,7 @@ def test_a_reference_that_is_not_at_hand_is_not_needed(where):
 
 
 def test_an_engine_that_was_updated_since_makes_no_score_untrue(where, monkeypatch):
-    monkeypatch.setattr("pipeline.engines.start.importlib.metadata.version", lambda name: "99")
+    monkeypatch.setattr("pipeline.engines.protocol.importlib.metadata.version", lambda name: "99")
     assert "gate      passed" in train(where)
 
 

@@ -229,7 +229,8 @@ def test_a_merged_adapter_scores_as_peft_does(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from pipeline.config.experiment import ReferenceConfig
-    from pipeline.engines.start import Request, numerics_of, start_scorer
+    from pipeline.engines.protocol import Request, numerics_of
+    from pipeline.engines.start import start_scorer
     from pipeline.errors import ConfigError
     from pipeline.models.locate import locate_reference
 

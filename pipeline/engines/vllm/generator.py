@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
-from pipeline.engines.start import numerics_of
+from pipeline.engines.protocol import numerics_of
 from pipeline.engines.vllm.engine import kv_cache_bytes_per_token, prepare_environment, running_engine
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.engines.protocol import Request
 from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import Branch, branches_of, copy_shared, siblings
-from pipeline.engines.start import Request
 from pipeline.errors import CheckError
 from pipeline.hardware import device_kind
 

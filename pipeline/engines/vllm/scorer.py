@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.start import Request
+from pipeline.engines.protocol import Request
 from pipeline.engines.vllm.engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
 from pipeline.engines.vllm.runners import runner_of, score_with
 from pipeline.errors import ConfigError
@@ -28,7 +28,7 @@ _CPU_BLOCK = 32
 
 
 class VllmScorer:
-    """See `pipeline.engines.start.Scorer`."""
+    """See `pipeline.engines.protocol.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
         config = text_config(directory, trusts_code=reference.trust_remote_code)
