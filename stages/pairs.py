@@ -18,8 +18,8 @@ from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row
 from pipeline.evaluation.samples import generation_key, sample_rows, sample_table
 from pipeline.judges.judging import Prompt
 from pipeline.judges.open import Chamber, open_judge
-from pipeline.models.locate import load_tokenizer, locate_reference
-from pipeline.models.vocabulary import template_digest, vocabulary_digest
+from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
+from pipeline.models.locate import locate_reference
 from pipeline.pairs.stream import PairSet, build_pairs, prompt_id_of, prompt_text
 from stages import console
 
@@ -31,7 +31,7 @@ def run(config: Config, run: Run) -> None:
     pairs = build_pairs(config.data, tokenizer)
     requests = _training_prompts(pairs)[: config.generate.pair_prompts]
     settings_of_judge = pair_judge(config)
-    chamber = Chamber(run.verdicts, config.judge, (vocabulary_digest(tokenizer), template_digest(tokenizer)))
+    chamber = Chamber(run.verdicts, config.judge, (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
     judge = open_judge(settings_of_judge, chamber)
     settings = settled(config.generate, config.reference).model_copy(update={"samples": config.generate.pair_samples})
     console.say(

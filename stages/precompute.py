@@ -116,7 +116,7 @@ def write_pairs(
         sequences=plan.sequences,
         scored=len(plan.missing) - len(quarantined or {}) if scored else 0,
         not_finite=len(left_out),
-        digests={"data": plan.pairs.digests, "reference_weights": plan.identity.weights_digest},
+        digests={"data": plan.pairs.digests, "reference_weights": plan.identity.model.weights_digest},
     )
 
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 from pipeline.artifacts.runs import RUNS, existing_runs, open_run, read_json
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError, DataError, first_line
+from pipeline.models.identity import VERSION
 from pipeline.precompute.explain import causes, nearest_reference, remember
 from pipeline.precompute.plan import make_plan
 from pipeline.store.compaction import compact, look
-from pipeline.store.identity import VERSION
 from pipeline.store.places import is_url, set_aside_if_damaged
 from pipeline.store.registrations import registered
 from pipeline.store.shard import Unsound, key_words, open_shard, shard_files

@@ -19,11 +19,11 @@ from pipeline.errors import CheckError, ConfigError
 from pipeline.forward.logps import Forward
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.models.configuration import position_limit
-from pipeline.models.locate import load_tokenizer, locate
-from pipeline.models.vocabulary import vocabulary_digest
+from pipeline.models.identity import identify_model, weights_digest
+from pipeline.models.load import load_tokenizer, vocabulary_digest
+from pipeline.models.locate import locate
 from pipeline.precompute.pairs_file import is_current
 from pipeline.precompute.plan import make_plan
-from pipeline.store.identity import model_digest_of, weights_digest
 from pipeline.training import health
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.training.gate import GATE_PAIRS, measure_gate
@@ -206,7 +206,7 @@ def _gate(config: Config, run: Run, about: dict[str, Any], base: Path, policy: P
     )
     if config.policy.load_in_4bit:
         reason = "the policy's base has 4 bits, the reference has not"
-    elif about.get("model") != model_digest_of(base, trusts_code=config.policy.trust_remote_code):
+    elif about.get("model") != identify_model(base, trusts_code=config.policy.trust_remote_code).digest:
         reason = "the policy has the reference's weights, but not its configuration or its code"
     if reason:
         durable.write_json(run.gate, {**figures, "applies": False, "reason": reason})

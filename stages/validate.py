@@ -7,7 +7,8 @@ import shutil
 from pipeline.config.experiment import Config, DataConfig, PolicyConfig
 from pipeline.config.files import load_overrides
 from pipeline.errors import DataError
-from pipeline.models.locate import load_tokenizer, locate
+from pipeline.models.load import load_tokenizer
+from pipeline.models.locate import locate
 from pipeline.pairs.preferences import Dropped, Preference, open_source
 from pipeline.pairs.rows import must_read_all
 from pipeline.pairs.stream import build_pairs, count_reasons

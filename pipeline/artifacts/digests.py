@@ -1,4 +1,5 @@
-"""sha256 of files, remembered while nothing says that the file changed, so that big weights are read once and not every run.
+"""sha256 of JSON values and of files. Digests of files are remembered while nothing says that the file changed, so that big
+weights are read once and not every run.
 
 A file is known again by path, device, inode, size and the times of its last change, of which one cannot be set by hand. Times
 that could hide a change are not trusted: the epoch of reproducible images, the future, and the moment of the reading itself.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError
@@ -31,6 +33,12 @@ _NO_TIME = 10 * 365 * 24 * 3600
 _TICK, _COARSE_TICK = 50_000_000, 2_000_000_000
 _STATX_MNT_ID_UNIQUE = 0x4000
 _AT_FDCWD = -100
+
+
+def json_sha256(value: Any) -> str:
+    """sha256 (hex) of a value's canonical JSON: sorted names, no spaces, ASCII alone."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from pipeline.engines.sharing import siblings
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
-from pipeline.models.locate import load_causal_lm
+from pipeline.models.load import load_causal_lm
 from pipeline.store.identity import Numerics
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}

@@ -10,18 +10,9 @@ from pathlib import Path
 from pipeline.artifacts.runs import RUNS, Run
 from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError, first_line
-from pipeline.models.locate import ModelSpec, load_tokenizer, locate, locate_reference, merge_adapter, model_digest
-from pipeline.models.vocabulary import vocabulary_digest
-from pipeline.store.identity import adapter_digests
-
-
-@dataclass(frozen=True)
-class Named:
-    """A model that stands in the configuration by nothing but its name."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
+from pipeline.models.identity import adapter_digests, behaviour_digest
+from pipeline.models.load import ModelSpec, Named, load_tokenizer, vocabulary_digest
+from pipeline.models.locate import locate, locate_reference, merge_adapter
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Candidate:
     @property
     def digest(self) -> str:
         """Digest of the weights, the adapter's included."""
-        parts = [model_digest(self.base), *(sorted(adapter_digests(self.adapter).items()) if self.adapter else [])]
+        parts = [behaviour_digest(self.base), *(sorted(adapter_digests(self.adapter).items()) if self.adapter else [])]
         return json.dumps(parts)
 
     def merged(self) -> Path:

@@ -24,7 +24,7 @@ from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judges import rules
 from pipeline.judges.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
-from pipeline.models.locate import load_causal_lm
+from pipeline.models.load import load_causal_lm
 from pipeline.pairs.stream import prompt_id_of
 from pipeline.training.policies import precision_of
 from pipeline.training.step import load_pairs, pair_rewards

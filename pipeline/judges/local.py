@@ -21,13 +21,14 @@ from pipeline.engines.vllm.engine import (
 )
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
-from pipeline.evaluation.candidates import Named
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, key_of
 from pipeline.judges.prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
 from pipeline.judges.reward_model import judge_dtype
 from pipeline.models.configuration import position_limit, text_config
-from pipeline.models.locate import load_tokenizer, locate, model_digest
+from pipeline.models.identity import behaviour_digest
+from pipeline.models.load import Named, load_tokenizer
+from pipeline.models.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         raise ConfigError(f"judge {settings.shown}: a model without a chat template cannot be asked")
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
     engine = engine_version("vllm")
-    identity = f"{model_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
+    identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
     asked: list[str] = []
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:

@@ -20,13 +20,13 @@ from pipeline.engines.vllm.engine import (
     running_engine,
 )
 from pipeline.errors import ConfigError
-from pipeline.evaluation.candidates import Named
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Judge, Reward, Shown, by_reward
 from pipeline.judges.memory import Verdict, Verdicts, key_of
 from pipeline.models.configuration import position_limit, read_config, text_config
-from pipeline.models.locate import load_tokenizer, locate, model_digest
-from pipeline.models.vocabulary import template_digest, vocabulary_digest
+from pipeline.models.identity import behaviour_digest
+from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
+from pipeline.models.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +45,12 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
     directory = locate(spec)
     _must_reward(directory, settings.argument)
     tokenizer = load_tokenizer(directory, spec)
-    own = (vocabulary_digest(tokenizer), template_digest(tokenizer))
+    own = (vocabulary_digest(tokenizer), chat_template_digest(tokenizer))
     same = own == samples
     if not same and not tokenizer.chat_template:
         raise ConfigError(f"judge {settings.shown}: its tokenizer has no chat template, and it is not the samples' own")
     dtype = judge_dtype(settings)
-    identity = f"{model_digest(directory)} {_engine(settings)} {dtype} {same}"
+    identity = f"{behaviour_digest(directory)} {_engine(settings)} {dtype} {same}"
 
     def reward(items: Sequence[Shown]) -> list[float | None]:
         # the very tokens decide where they are what the model reads

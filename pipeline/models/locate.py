@@ -13,46 +13,20 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.digests import files_sha256
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.models.configuration import read_config, read_json
+from pipeline.models.configuration import read_json
+from pipeline.models.identity import TOKENIZER_FILES, adapter_digests, behaviour_digest
+from pipeline.models.load import ModelSpec, load_causal_lm
 from pipeline.models.made import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
-from pipeline.models.weights import loaded_files, tensor_digests, unloaded_files
-from pipeline.store.identity import adapter_digests, code_digests
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pipeline.models.weights import loaded_files, unloaded_files
 
 VIEWS = Path("data/cache/views")
 # what is fetched of a model on the Hub
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "*.model",
-)
-
-
-class ModelSpec(Protocol):
-    """What the configuration says of a model: `reference` and `policy` both fit."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def trust_remote_code(self) -> bool: ...
 
 
 def locate(spec: ModelSpec) -> Path:
@@ -128,7 +102,7 @@ def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
     """A directory with `adapter` merged into `base`, made once for these bytes. ConfigError where it is no adapter."""
     if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         raise ConfigError(f"{adapter} is no PEFT adapter: adapter_config.json and adapter_model.safetensors are wanted")
-    made_of = [model_digest(base), adapter_digests(adapter), _read_text(adapter / "adapter_config.json")]
+    made_of = [behaviour_digest(base), adapter_digests(adapter), _read_text(adapter / "adapter_config.json")]
     made_by = [importlib.metadata.version(name) for name in ("peft", "transformers")]
     directory = MODELS / f"merged-{hashlib.sha256(json.dumps([made_of, made_by]).encode()).hexdigest()[:16]}"
     if directory.is_dir():
@@ -152,15 +126,6 @@ def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
     return directory
 
 
-def model_digest(directory: Path) -> str:
-    """sha256 (hex) of all that decides what a model says: tensors, configuration, tokenizer, chat template, code."""
-    patterns = (*_TOKENIZER_FILES, "generation_config.json")
-    files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-    beside = {file.name: digest for file, digest in files_sha256(files).items()}
-    said = [tensor_digests(directory), read_config(directory), beside, code_digests(directory)]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
 def only_loaded(directory: Path) -> Path:
     """The directory, or one of links to all of its files but safetensors that are not loaded: vLLM would read those too."""
     left_out = set(unloaded_files(directory))
@@ -180,47 +145,9 @@ def only_loaded(directory: Path) -> Path:
 
 def copy_tokenizer(base: Path, directory: Path) -> None:
     """Copy the tokenizer's files byte for byte: saving them anew may change them."""
-    for pattern in _TOKENIZER_FILES:
+    for pattern in TOKENIZER_FILES:
         for file in base.glob(pattern):
             shutil.copyfile(file, directory / file.name)
-
-
-def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; ConfigError where there is none."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        if _tokenizer_class(directory) in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-            # the class AutoTokenizer would pick, without the four seconds that importing AutoTokenizer takes
-            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        from transformers import AutoTokenizer
-
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {spec.model!r}: no usable tokenizer in {directory} ({first_line(error)})") from None
-    return tokenizer
-
-
-def load_causal_lm(
-    directory: Path, spec: ModelSpec, dtype: torch.dtype | Literal["auto"], **options: Any
-) -> PreTrainedModel:
-    """The model with its weights in `dtype` ("auto": as they were saved); ConfigError where transformers cannot build it."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            local_files_only=True,
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {spec.model!r}: {directory} cannot be loaded ({first_line(error)})") from None
-    return model
 
 
 # --- where models come from
@@ -268,11 +195,3 @@ def _must_bring_its_code(directory: Path) -> None:
 
 def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
-
-
-def _tokenizer_class(directory: Path) -> str | None:
-    try:
-        content = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("tokenizer_class") if (directory / "tokenizer.json").is_file() else None

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import digest
-from pipeline.models.locate import at_hand, load_tokenizer
-from pipeline.models.vocabulary import template_digest, vocabulary_digest
+from pipeline.models.identity import identify_model
+from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
+from pipeline.models.locate import at_hand
 from pipeline.pairs.stream import source_digests
-from pipeline.store.identity import model_digest_of
 
 if TYPE_CHECKING:
     from pipeline.precompute.plan import Plan
@@ -49,9 +49,9 @@ def _reference_is_that_of(about: dict[str, Any], reference: ReferenceConfig) -> 
     tokenizer = load_tokenizer(base, reference)
     # numerics do not count: an engine that was updated since makes no score untrue
     return [about.get(name) for name in ("model", "vocabulary", "template")] == [
-        model_digest_of(base, adapter, trusts_code=reference.trust_remote_code),
+        identify_model(base, adapter, trusts_code=reference.trust_remote_code).digest,
         vocabulary_digest(tokenizer),
-        template_digest(tokenizer),
+        chat_template_digest(tokenizer),
     ]
 
 
@@ -59,8 +59,8 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
     """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
     return {
         "reference_id": plan.identity.reference_id,
-        "model": plan.identity.model_digest,
-        "weights_digest": plan.identity.weights_digest,
+        "model": plan.identity.model.digest,
+        "weights_digest": plan.identity.model.weights_digest,
         "dtype": plan.identity.numerics.dtype,
         "inputs_digest": inputs_digest(config),
         "source_digests": plan.pairs.digests,

@@ -22,8 +22,8 @@ from pipeline.engines.quarantine import score_each, why_quarantined
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, device_kind, return_freed_memory
 from pipeline.models.configuration import position_limit
-from pipeline.models.locate import ReferencePaths, load_tokenizer, locate_reference
-from pipeline.models.vocabulary import template_digest, vocabulary_digest
+from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
+from pipeline.models.locate import ReferencePaths, locate_reference
 from pipeline.pairs.stream import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
 from pipeline.store.identity import ReferenceIdentity, identify, key_of
@@ -98,7 +98,7 @@ def make_plan(config: Config) -> Plan:
         sequences=len(lookup.missing) + len(lookup.held),
         missing=lookup.missing,
         vocabulary=vocabulary_digest(tokenizer),
-        template=template_digest(tokenizer),
+        template=chat_template_digest(tokenizer),
     )
     # what reading has left behind would stand beside the engine
     del lookup
@@ -165,7 +165,9 @@ def publish_scores(
     Raises CheckError for scores that cannot be true, or if the weights are no longer the plan's.
     """
     rows, quarantined = check_scores(keys, requests, scores)
-    now = identify(plan.paths.base, plan.identity.numerics, plan.paths.adapter, trusts_code=bool(plan.identity.code))
+    now = identify(
+        plan.paths.base, plan.identity.numerics, plan.paths.adapter, trusts_code=bool(plan.identity.model.code)
+    )
     if now != plan.identity:
         raise CheckError(
             f"the weights in {plan.paths.base} changed while they were scored: nothing of this shard is kept"

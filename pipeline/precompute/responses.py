@@ -23,7 +23,8 @@ from pipeline.engines.start import start_scorer
 from pipeline.errors import DataError
 from pipeline.hardware import circumstances
 from pipeline.models.configuration import position_limit
-from pipeline.models.locate import load_tokenizer, locate_reference
+from pipeline.models.load import load_tokenizer
+from pipeline.models.locate import locate_reference
 from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.formats import RowProblem, one_response
 from pipeline.pairs.preferences import Dropped, Preference

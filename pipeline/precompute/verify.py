@@ -17,8 +17,8 @@ from pipeline.artifacts.tables import PAIRS, read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.engines.protocol import Request, numerics_of
 from pipeline.errors import DataError
-from pipeline.models.locate import load_tokenizer, locate, locate_reference
-from pipeline.models.vocabulary import template_digest
+from pipeline.models.load import chat_template_digest, load_tokenizer
+from pipeline.models.locate import locate, locate_reference
 from pipeline.training.gate import TOLERANCES
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def problems(config: Config, path: Path) -> list[str]:
     if config.data.template != "chat":
         return found
     reference = load_tokenizer(locate_reference(config.reference).merged, config.reference)
-    if template_digest(reference) != about.get("template"):
+    if chat_template_digest(reference) != about.get("template"):
         found.append(
             "the reference's chat template was changed since the pairs were made: run 'refscore precompute' again"
         )
@@ -135,7 +135,7 @@ def _cause(mean: float, dtype: str, absolute: float) -> str:
 
 
 def _same_conversation(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    if template_digest(a) == template_digest(b):
+    if chat_template_digest(a) == chat_template_digest(b):
         return True
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     texts = [

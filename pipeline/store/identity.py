@@ -9,44 +9,16 @@ needs hashing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts.digests import files_sha256
+from pipeline.artifacts.digests import json_sha256
 from pipeline.errors import DataError
-from pipeline.models.configuration import read_config, read_json
-from pipeline.models.weights import digests_of_files, tensor_digests
-
-VERSION = 2
-# What config.json says without moving a logit of a forward pass in evaluation mode; each is tried by a test. What is not
-# listed counts. `architectures` is not: vLLM chooses its code by it.
-INERT = frozenset(
-    {
-        "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
-        "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id",
-        "initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout", "activation_dropout", "dropout",
-        "attn_pdrop", "embd_pdrop", "resid_pdrop", "layerdrop", "classifier_dropout",
-        "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix",
-        "output_attentions", "output_hidden_states", "return_dict", "router_aux_loss_coef", "output_router_logits",
-        "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    }
-)  # fmt: skip
-# what an adapter's configuration says of its past
-_INERT_OF_ADAPTER = {
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "lora_dropout",
-    "peft_version",
-    "task_type",
-}
-# files beside config.json that say how weights are quantised
-_QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+from pipeline.models.identity import VERSION, ModelIdentity, identify_model
 
 
 @dataclass(frozen=True)
@@ -63,42 +35,19 @@ class Numerics:
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What was hashed, in clear. `weights` and `adapter` map names of tensors to digests, `code` names of files."""
+    """A model, and how its numbers are computed."""
 
-    weights: dict[str, str]
-    architecture: dict[str, Any]
+    model: ModelIdentity
     numerics: Numerics
-    adapter: dict[str, str] = field(default_factory=dict)
-    code: dict[str, str] = field(default_factory=dict)
 
     @property
     def reference_id(self) -> str:
         """sha256 (hex) of the canonical JSON of `described`."""
-        return hashlib.sha256(_canonical(self.described()).encode()).hexdigest()
-
-    @property
-    def weights_digest(self) -> str:
-        """sha256 (hex) of the weights alone: equal for a reference and a policy that starts from it."""
-        return hashlib.sha256(
-            _canonical([self.weights, self.adapter] if self.adapter else self.weights).encode()
-        ).hexdigest()
-
-    @property
-    def model_digest(self) -> str:
-        """sha256 (hex) of all but the numerics: what lies in the model's files, whatever computes with it."""
-        described = {name: value for name, value in self.described().items() if name != "numerics"}
-        return hashlib.sha256(_canonical(described).encode()).hexdigest()
+        return json_sha256(self.described())
 
     def described(self) -> dict[str, Any]:
         """The content of reference.json."""
-        return {
-            "version": VERSION,
-            "weights": self.weights,
-            **({"adapter": self.adapter} if self.adapter else {}),
-            **({"code": self.code} if self.code else {}),
-            "architecture": self.architecture,
-            "numerics": dict(vars(self.numerics)),
-        }
+        return {**self.model.described(), "numerics": dict(vars(self.numerics))}
 
     @classmethod
     def from_described(cls, content: dict[str, Any]) -> ReferenceIdentity:
@@ -109,14 +58,13 @@ class ReferenceIdentity:
                 "what it describes is scored again, under an identity of its own"
             )
         try:
-            numerics = Numerics(**content["numerics"])
-            return cls(
+            described = (
                 content["weights"],
                 content["architecture"],
-                numerics,
                 content.get("adapter", {}),
                 content.get("code", {}),
             )
+            return cls(ModelIdentity(*described), Numerics(**content["numerics"]))
         except (KeyError, TypeError):
             raise DataError("a reference.json that describes no reference: remove it, it is written anew") from None
 
@@ -124,70 +72,8 @@ class ReferenceIdentity:
 def identify(
     directory: Path, numerics: Numerics, adapter: Path | None = None, *, trusts_code: bool = False
 ) -> ReferenceIdentity:
-    """Read a model directory's identity, and its adapter's; hashes weights not seen before.
-
-    `trusts_code`: code that comes with the model is run, if config.json names some. Raises ConfigError for weights or a
-    configuration that cannot be read.
-    """
-    config = read_config(directory)
-    digests = adapter_digests(adapter) if adapter else {}
-    code = code_digests(directory) if trusts_code and "auto_map" in config else {}
-    return ReferenceIdentity(tensor_digests(directory), architecture(directory), numerics, digests, code)
-
-
-def model_digest_of(directory: Path, adapter: Path | None = None, *, trusts_code: bool = False) -> str:
-    """`ReferenceIdentity.model_digest` of a model that nothing need compute with."""
-    return identify(directory, Numerics("", "", "", "", ""), adapter, trusts_code=trusts_code).model_digest
-
-
-def adapter_digests(adapter: Path) -> dict[str, str]:
-    """Digests of a PEFT adapter's tensors, and of what its configuration says of more than its past."""
-    digests = digests_of_files([adapter / "adapter_model.safetensors"])
-    content = read_json(adapter / "adapter_config.json")
-    kept = {name: value for name, value in content.items() if name not in _INERT_OF_ADAPTER}
-    if "target_modules" in kept and isinstance(kept["target_modules"], list):
-        kept["target_modules"] = sorted(kept["target_modules"])  # a set, saved in any order
-    return {**digests, "adapter_config.json": hashlib.sha256(_canonical(kept).encode()).hexdigest()}
-
-
-def code_digests(directory: Path) -> dict[str, str]:
-    """sha256 of every Python file that comes with a model, by its path below the directory."""
-    digests = files_sha256(sorted(directory.rglob("*.py")))
-    return {path.relative_to(directory).as_posix(): digest for path, digest in digests.items()}
-
-
-def weights_digest(directory: Path) -> str:
-    """One digest of all tensors that are loaded from a directory."""
-    return hashlib.sha256(_canonical(tensor_digests(directory)).encode()).hexdigest()
-
-
-def architecture(directory: Path) -> dict[str, Any]:
-    """What config.json, and files of quantisation beside it, say that may move a logit."""
-    beside = {name: read_json(directory / name) for name in _QUANTISATION if (directory / name).is_file()}
-    return {**_without_inert(read_config(directory)), **beside}
-
-
-def _without_inert(config: dict[str, Any]) -> dict[str, Any]:
-    inert = INERT | ({"max_position_embeddings"} if _positions_are_a_limit_only(config) else set())
-    return {
-        name: _without_inert(value) if isinstance(value, dict) and name.endswith("text_config") else value
-        for name, value in config.items()
-        if name not in inert
-    }
-
-
-def _positions_are_a_limit_only(config: dict[str, Any]) -> bool:
-    """Whether the number of positions moves no number: rotary embeddings that no scaling stretches.
-
-    Learned positions are a tensor of that length, and scalings read it.
-    """
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        return "rope_theta" in config and config.get("rope_scaling") is None
-    kinds = parameters.values() if any(isinstance(value, dict) for value in parameters.values()) else [parameters]
-    return config.get("rope_scaling") is None and all(
-        isinstance(kind, dict) and kind.get("rope_type", "default") == "default" for kind in kinds
-    )
+    """The identity of the model at `directory` under `numerics`; see `pipeline.models.identity.identify_model`."""
+    return ReferenceIdentity(identify_model(directory, adapter, trusts_code=trusts_code), numerics)
 
 
 def key_of(reference_id: str, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
@@ -202,7 +88,3 @@ def key_of(reference_id: str, prompt_ids: Sequence[int], response_ids: Sequence[
         state.update(len(array).to_bytes(8, "little"))
         state.update(array.tobytes())
     return state.digest()
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.forward.cpu_products import recomputation
 from pipeline.forward.logps import Forward, forward_of
 from pipeline.hardware import device_kind, multiplies_bfloat16
-from pipeline.models.locate import load_causal_lm
+from pipeline.models.load import load_causal_lm
 from pipeline.training.reward_model import Rewards, load_reward_model, rewards_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pipeline.artifacts.runs import Run, read_json
 from pipeline.config.experiment import Config
 from pipeline.config.files import differing_fields, digest
 from pipeline.errors import ConfigError
-from pipeline.store.identity import model_digest_of
+from pipeline.models.identity import identify_model
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.training.policies import precision_of
 
@@ -25,7 +25,7 @@ def training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
     """
     inputs = {name: about[name] for name in ("reference_id", "inputs_digest", "source_digests")}
     trained = {
-        "policy": model_digest_of(base, trusts_code=config.policy.trust_remote_code),
+        "policy": identify_model(base, trusts_code=config.policy.trust_remote_code).digest,
         **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),
     }
     return digest(_train_fields(config), {**inputs, **trained})

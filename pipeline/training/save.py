@@ -17,7 +17,8 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
-from pipeline.models.locate import copy_tokenizer, load_causal_lm, merge_adapter
+from pipeline.models.load import load_causal_lm
+from pipeline.models.locate import copy_tokenizer, merge_adapter
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.training.reward_model import align_padding
 from pipeline.training.save_check import CHECKED, must_agree, outputs_of

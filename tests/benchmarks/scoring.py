@@ -240,7 +240,7 @@ BY_NAME = {"peak": peak, "trl": trl, "loop": loop, "vllm": ours, "transformers":
 
 def pairs_of(options: argparse.Namespace) -> list:
     from pipeline.config.experiment import DataConfig, ReferenceConfig
-    from pipeline.models.locate import load_tokenizer
+    from pipeline.models.load import load_tokenizer
     from pipeline.pairs.stream import build_pairs
 
     path = str(DATA[options.data[0]])

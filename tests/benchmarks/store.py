@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.tables import SCORES
+from pipeline.models.identity import ModelIdentity
 from pipeline.store.compaction import compact
 from pipeline.store.identity import Numerics, ReferenceIdentity
 from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
 from tests.benchmarks.stages import measure
 
-REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
+REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
 SHARDS = 40
 TOKENS = 200
 

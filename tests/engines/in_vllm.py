@@ -10,12 +10,10 @@ from pathlib import Path
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.vllm.generator import generator, no_report
-from pipeline.evaluation.candidates import Named
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.judges.open import Chamber, open_judge
 from pipeline.judges.reward_model import with_transformers, with_vllm
-from pipeline.models.locate import load_tokenizer
-from pipeline.models.vocabulary import template_digest, vocabulary_digest
+from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
 
 
 def main(models: Path, out: Path) -> None:
@@ -52,7 +50,7 @@ def main(models: Path, out: Path) -> None:
         "transformers": with_transformers(reward, "float32", ids),
     }
 
-    chamber = Chamber(out.parent / "verdicts", (), (vocabulary_digest(tokenizer), template_digest(tokenizer)))
+    chamber = Chamber(out.parent / "verdicts", (), (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
     items = [
         Comparison(
             Prompt(str(n), f"prompt {n}", "", prompts[n]),

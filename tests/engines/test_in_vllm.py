@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.evaluation.candidates import Named
 from pipeline.evaluation.winrates import win_rate
 from pipeline.judges.judging import Comparison, Duel, Prompt, Response, judge_both_orders
 from pipeline.judges.local import letter_ids
 from pipeline.judges.open import Chamber, open_judge
 from pipeline.judges.prompts import question
-from pipeline.models.locate import load_tokenizer, merge_adapter
+from pipeline.models.load import Named, load_tokenizer
+from pipeline.models.locate import merge_adapter
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer
 
 pytestmark = pytest.mark.engine

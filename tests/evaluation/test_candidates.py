@@ -7,8 +7,7 @@ from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary, policy_of
-from pipeline.models.locate import load_tokenizer
-from pipeline.models.vocabulary import vocabulary_digest
+from pipeline.models.load import load_tokenizer, vocabulary_digest
 from tests.conftest import make_tiny_tokenizer
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.models.identity import ModelIdentity
 from pipeline.store.identity import Numerics, ReferenceIdentity, key_of
 from pipeline.store.store import Scored, Store
 
-REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
+REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
 TABLE = Path(__file__).parent / "README.md"
 CASES: Counter[str] = Counter()
 # `make faults` tries everything, and writes down what was tried; the tests try a part

@@ -17,7 +17,7 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.errors import RefscoreError
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.judges.open import Chamber, open_judge
-from pipeline.models.locate import load_tokenizer
+from pipeline.models.load import load_tokenizer
 from tests.conftest import make_tiny_model, make_tiny_tokenizer
 from tests.judges.letter_server import Server
 

@@ -20,7 +20,7 @@ ROWS = 10
 def model(tmp_path):
     """A model that gives NaN from the token that begins `Zyx` on."""
     from pipeline.config.experiment import PolicyConfig
-    from pipeline.models.locate import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     directory = make_tiny_model(tmp_path / "model", tie_word_embeddings=False)
     (bad,) = load_tokenizer(directory, PolicyConfig(model=str(directory))).convert_tokens_to_ids(["Z"])

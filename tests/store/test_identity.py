@@ -7,19 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.store.identity import (
-    Numerics,
-    ReferenceIdentity,
-    adapter_digests,
-    architecture,
-    identify,
-    key_of,
-    model_digest_of,
-    weights_digest,
-)
+from pipeline.models.identity import ModelIdentity, adapter_digests, architecture, identify_model, weights_digest
+from pipeline.store.identity import Numerics, ReferenceIdentity, identify, key_of
 
 NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
-GOLDEN = ReferenceIdentity({"model.norm.weight": "ab" * 32}, {"model_type": "llama", "hidden_size": 64}, NUMERICS)
+GOLDEN = ReferenceIdentity(
+    ModelIdentity({"model.norm.weight": "ab" * 32}, {"model_type": "llama", "hidden_size": 64}), NUMERICS
+)
 
 
 def test_golden_vectors():
@@ -34,7 +28,8 @@ def test_golden_vectors():
 
 
 def test_everything_that_is_described_is_hashed_under_its_name_and_read_back():
-    full = replace(GOLDEN, adapter={"a": "cd" * 32}, code={"m.py": "ef" * 32}, architecture={"model_type": "é"})
+    model = ModelIdentity(GOLDEN.model.weights, {"model_type": "é"}, {"a": "cd" * 32}, {"m.py": "ef" * 32})
+    full, bare = (replace(GOLDEN, model=one) for one in (model, replace(model, adapter={}, code={})))
     described = {
         "version": 2,
         "weights": {"model.norm.weight": "ab" * 32},
@@ -48,35 +43,36 @@ def test_everything_that_is_described_is_hashed_under_its_name_and_read_back():
     }  # fmt: skip
     assert full.described() == described
     plain = {name: value for name, value in described.items() if name not in ("adapter", "code")}
-    assert replace(full, adapter={}, code={}).described() == plain
-    for one, content in ((full, described), (replace(full, adapter={}, code={}), plain)):
+    assert bare.described() == plain
+    for one, content in ((full, described), (bare, plain)):
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         assert one.reference_id == hashlib.sha256(text.encode()).hexdigest()
         assert "\\u00e9" in text
         assert ReferenceIdentity.from_described(content) == one
         del content["numerics"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        assert one.model_digest == hashlib.sha256(text.encode()).hexdigest()
-    weights = json.dumps([full.weights, full.adapter], sort_keys=True, separators=(",", ":"))
-    assert full.weights_digest == hashlib.sha256(weights.encode()).hexdigest()
+        assert one.model.digest == hashlib.sha256(text.encode()).hexdigest()
+    weights = json.dumps([model.weights, model.adapter], sort_keys=True, separators=(",", ":"))
+    assert model.weights_digest == hashlib.sha256(weights.encode()).hexdigest()
 
 
 def test_weights_alone_are_one_digest_for_reference_and_policy(tiny_model, tmp_path):
-    assert weights_digest(tiny_model) == identify(tiny_model, NUMERICS).weights_digest
-    assert model_digest_of(tiny_model) == identify(tiny_model, NUMERICS).model_digest
+    assert weights_digest(tiny_model) == identify_model(tiny_model).weights_digest
+    assert identify_model(tiny_model) == identify(tiny_model, NUMERICS).model
     adapter = make_adapter(tiny_model, tmp_path / "adapter")
     with_it = identify(tiny_model, NUMERICS, adapter)
-    assert model_digest_of(tiny_model, adapter) == with_it.model_digest != model_digest_of(tiny_model)
-    assert with_it.weights_digest != weights_digest(tiny_model)
+    assert identify_model(tiny_model, adapter) == with_it.model
+    assert with_it.model.digest != identify_model(tiny_model).digest
+    assert with_it.model.weights_digest != weights_digest(tiny_model)
 
 
 def test_code_is_part_of_a_model_if_it_is_run(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "coded")
     edit(model, auto_map={"AutoModelForCausalLM": "m.Model"})
     (model / "m.py").write_text("one = 1")
-    run = model_digest_of(model, trusts_code=True)
-    assert run == identify(model, NUMERICS, trusts_code=True).model_digest
-    assert model_digest_of(model) == model_digest_of(model, trusts_code=False) != run
+    run = identify_model(model, trusts_code=True)
+    assert run == identify(model, NUMERICS, trusts_code=True).model
+    assert identify_model(model) == identify_model(model, trusts_code=False) != run
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.candidates import Named
+from pipeline.models.identity import INERT
+from pipeline.models.load import Named
 from pipeline.models.locate import locate
-from pipeline.store.identity import INERT, Numerics, identify
+from pipeline.store.identity import Numerics, identify
 from tests.conftest import make_tiny_model
 
 NUMERICS = Numerics("transformers", "5", "cpu", "float32", "float32")

@@ -10,11 +10,12 @@ import pytest
 
 from pipeline.artifacts.tables import SCORES, write_parquet
 from pipeline.errors import CheckError
+from pipeline.models.identity import ModelIdentity
 from pipeline.store.identity import Numerics, ReferenceIdentity, key_of
 from pipeline.store.shard import check_shard
 from pipeline.store.store import Scored, Store
 
-REFERENCE = ReferenceIdentity({"w": "00"}, {}, Numerics("vllm", "0", "cpu", "float32", "float32"))
+REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
 
 
 def scored(number, length=5):

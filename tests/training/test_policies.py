@@ -14,7 +14,7 @@ from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
 from pipeline.forward.logps import Hidden
 from pipeline.forward.trees import Tree
-from pipeline.models.locate import load_tokenizer
+from pipeline.models.load import load_tokenizer
 from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.training.optimizers import make_optimizer, update
 from pipeline.training.policies import load_policy

@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import Route
 from pipeline.forward.trees import Tree
-from pipeline.models.locate import load_causal_lm
+from pipeline.models.load import load_causal_lm
 from pipeline.training.gate import measure_gate
 from pipeline.training.optimizers import make_optimizer
 from pipeline.training.step import NotFinite, Pairs, evaluate, load_pairs, micro_batches, pair_rewards, train_step

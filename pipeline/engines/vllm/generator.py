@@ -20,7 +20,7 @@ from pipeline.engines.protocol import numerics_of
 from pipeline.engines.vllm.engine import kv_cache_bytes_per_token, prepare_environment, running_engine
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config
-from pipeline.models.locate import ModelSpec, load_tokenizer
+from pipeline.models.load import ModelSpec, load_tokenizer
 from pipeline.pairs.encoding import end_of_turn_id
 from pipeline.pairs.stream import prompt_id_of
 
