@@ -8,10 +8,10 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
+from pipeline.artifacts.durable import file_name
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluation.exchange import file_name
 from stages import compare, console
 from stages.steps import step
 

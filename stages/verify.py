@@ -14,7 +14,8 @@ from pipeline.engines.protocol import numerics_of
 from pipeline.engines.start import start_scorer
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models.locate import locate_reference
-from pipeline.precompute.verify import Sample, agreement, draw_sample, judge, problems
+from pipeline.precompute.agreement import agreement
+from pipeline.precompute.verify import Sample, draw_sample, judge, problems
 from stages import console
 
 _SHOWN = {

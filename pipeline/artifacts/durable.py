@@ -75,3 +75,8 @@ def explaining_disk(path: Path, needed: int | None = None) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RefscoreError(f"{path} cannot be written ({error.strerror}): choose another place") from None
         raise
+
+
+def file_name(text: str) -> str:
+    """`text` with everything but letters, digits, '.', '_' and '-' replaced by '_'."""
+    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in text)

@@ -15,11 +15,10 @@ from typing import Any
 from pipeline.artifacts.runs import Run, read_json, read_saved_config
 from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
-from pipeline.evaluation.frontier import gain_of, point_of
+from pipeline.evaluation.frontier import Point, gain_of, point_of
 from pipeline.evaluation.statistics import Paired, holm, paired
 from pipeline.evaluation.winrates import comparison_scores, prompt_scores
 from pipeline.judges.judging import Judgement
-from pipeline.report.plots import Point
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Samples and verdicts in the files of AlpacaEval and Arena-Hard: other tools' judges can judge ours, and be read back.
+"""Samples and verdicts in the files of AlpacaEval and Arena-Hard: other tools' judges can judge ours;
+`pipeline.judges.annotations` reads what they said.
 
 AlpacaEval: `outputs.json` lists {instruction, output, generator}; `annotations.json` adds two outputs and a preference
 between 1 (the baseline, output_1) and 2 (the model, output_2), 1.5 a tie. Arena-Hard: JSONL of questions, of answers, and
@@ -14,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import durable
-from pipeline.errors import DataError
 from pipeline.evaluation.winrates import comparison_scores
-from pipeline.judges.judging import Comparison, Duel, Judge, Judgement
-
-_ARENA = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+from pipeline.judges.judging import Comparison, Judgement
 
 
 def write_alpaca_eval(
@@ -32,7 +30,7 @@ def write_alpaca_eval(
             row = {"instruction": item.prompt.text, "output": response.text, "generator": model, "dataset": "refscore"}
             outputs[model][item.prompt.prompt_id, item.sample] = row
     for model, rows in outputs.items():
-        written.append(directory / f"outputs_{file_name(model)}.json")
+        written.append(directory / f"outputs_{durable.file_name(model)}.json")
         durable.write_json(written[-1], list(rows.values()))
     for (judge, model, baseline), scores in _by_judge(judgements).items():
         annotations = [
@@ -50,7 +48,7 @@ def write_alpaca_eval(
             if (item.model, item.baseline) == (model, baseline)
             for score in [scores.get((item.prompt.prompt_id, item.sample))]
         ]
-        written.append(directory / f"annotations_{file_name(f'{judge}_{model}_{baseline}')}.json")
+        written.append(directory / f"annotations_{durable.file_name(f'{judge}_{model}_{baseline}')}.json")
         durable.write_json(written[-1], annotations)
     return written
 
@@ -78,7 +76,7 @@ def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgeme
             }
     written = [_jsonl(directory / "question.jsonl", questions.values())]
     written += [
-        _jsonl(directory / "model_answer" / f"{file_name(model)}.jsonl", rows.values())
+        _jsonl(directory / "model_answer" / f"{durable.file_name(model)}.jsonl", rows.values())
         for model, rows in answers.items()
     ]
     items = {(item.prompt.prompt_id, item.sample, item.model, item.baseline): item for item in comparisons}
@@ -104,69 +102,14 @@ def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgeme
             "judgment": {"answer": ""},
         }
     for (judge, model, baseline), rows in judged.items():
-        path = directory / "model_judgment" / file_name(f"{judge}_against_{baseline}") / f"{file_name(model)}.jsonl"
+        path = (
+            directory
+            / "model_judgment"
+            / durable.file_name(f"{judge}_against_{baseline}")
+            / f"{durable.file_name(model)}.jsonl"
+        )
         written.append(_jsonl(path, rows.values()))
     return written
-
-
-def open_annotations(path: Path, name: str) -> Judge:
-    """A judge whose verdicts stand in a file of AlpacaEval annotations or Arena-Hard judgments; others are failures.
-
-    Arena-Hard's judgments lie in a folder as `write_arena_hard` makes it, beside the answers they are about.
-    """
-    rows = _read(path)
-    scores = _arena_scores(path, rows) if rows and "games" in rows[0] else _alpaca_scores(path, rows)
-
-    def prefer(duels: Sequence[Duel]) -> list[float | None]:
-        return [scores.get((duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
-
-    return Judge(name, prefer)
-
-
-def file_name(text: str) -> str:
-    """`text` with everything but letters, digits, '.', '_' and '-' replaced by '_'."""
-    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in text)
-
-
-_Scores = dict[tuple[str, str, str], float | None]
-
-
-def _alpaca_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
-    found: _Scores = {}
-    for number, row in enumerate(rows):
-        try:
-            preference = row["preference"]
-            # 0 is an old way to write a draw
-            score = None if preference is None else 0.5 if preference == 0 else 2.0 - float(preference)
-            if score is not None and not 0 <= score <= 1:
-                raise ValueError(preference)
-            texts = (row["instruction"], row["output_1"], row["output_2"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}, row {number}: not an AlpacaEval annotation ({error!r})") from None
-        found[texts] = score
-        # one order was asked; the other says the same
-        found[texts[0], texts[2], texts[1]] = None if score is None else 1.0 - score
-    return found
-
-
-def _arena_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
-    base = path.parent.parent.parent
-    questions = {row["uid"]: row["prompt"] for row in _read(base / "question.jsonl")}
-    answers: dict[tuple[str, str], str] = {}
-    for file in sorted((base / "model_answer").glob("*.jsonl")):
-        for row in _read(file):
-            said = row["messages"][-1]["content"]
-            answers[row["model"], row["uid"]] = said["answer"] if isinstance(said, dict) else str(said)
-    found: _Scores = {}
-    for number, row in enumerate(rows):
-        try:
-            baseline, model = (answers[row[name], row["uid"]] for name in ("baseline", "model"))
-            prompt = questions[row["uid"]]
-            for game, texts in zip(row["games"], ((baseline, model), (model, baseline)), strict=True):
-                found[prompt, *texts] = _ARENA.get(str((game or {}).get("score")).strip("[]"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}, row {number}: not an Arena-Hard judgment with its answers ({error!r})") from None
-    return found
 
 
 def _label(score: float | None, *, model_is_a: bool) -> str | None:
@@ -191,18 +134,3 @@ def _uid(item: Comparison) -> str:
 def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     durable.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: a list of objects is wanted")
-    return rows

@@ -7,10 +7,20 @@ it is the win rate against the reference.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.judges import IMPLICIT
-from pipeline.report.plots import Point
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on the frontier: what training cost and what it got, each with its interval (mean, low, high)."""
+
+    name: str
+    cost: tuple[float, float, float]
+    gain: tuple[float, float, float]
+    highlighted: bool = True
 
 
 def gain_of(figures: Mapping[str, Any]) -> str | None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.artifacts.durable import file_name
 from pipeline.config.judges import JudgeConfig
-from pipeline.evaluation.exchange import file_name, open_annotations
+from pipeline.judges.annotations import open_annotations
 from pipeline.judges.judging import Duel, Judge, majority
 from pipeline.judges.memory import Verdicts, key_of
 from pipeline.judges.rule_judges import open_rule

@@ -6,7 +6,6 @@ short or long ones; what scatters around 0 is noise of the margin. Both are give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from pipeline.engines.protocol import Request, numerics_of
 from pipeline.errors import DataError
 from pipeline.models.load import chat_template_digest, load_tokenizer
 from pipeline.models.locate import locate, locate_reference
-from pipeline.training.gate import TOLERANCES
+from pipeline.precompute.agreement import TOLERANCES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,28 +54,6 @@ def draw_sample(path: Path, rows: int) -> Sample:
         [Request(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in sides],
         [np.asarray(pair[f"ref_{side}_logps"], np.float32) for pair in pairs for side in sides],
     )
-
-
-def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: float) -> dict[str, float]:
-    """How far `scores` are from `truth`; both hold chosen and rejected of each pair in turn.
-
-    `correlation_with_length` is between a response's summed difference, with its sign, and its tokens; margin noise is the
-    root mean square over pairs of the difference of the two sums.
-    """
-    differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(scores, truth, strict=True)]
-    every = np.concatenate(differences)
-    sums = np.array([difference.sum() for difference in differences])
-    noise = float(np.sqrt(np.mean((sums[0::2] - sums[1::2]) ** 2)))
-    return {
-        "tokens": len(every),
-        "mean_signed_difference": float(every.mean()),
-        "mean_absolute_difference": float(np.abs(every).mean()),
-        "max_absolute_difference": float(np.abs(every).max()),
-        "max_sequence_difference": float(np.abs(sums).max()),
-        "correlation_with_length": _correlation(sums, np.array([len(one) for one in differences])),
-        "margin_noise_nats": noise,
-        "margin_noise_reward": beta * noise,
-    }
 
 
 def judge(figures: dict[str, float], dtype: str) -> dict[str, Any]:
@@ -143,7 +120,3 @@ def _same_conversation(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -
         for one in (a, b)
     ]
     return texts[0] == texts[1]
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else 0.0

@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 from markupsafe import Markup
 
+from pipeline.evaluation.frontier import Point
+
 # a colour that no plot uses, replaced by the page's own text colour
 _INK = "#010203"
 _BLUE, _ORANGE = "#3b7dd8", "#d9822b"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model on the frontier: what training cost and what it got, each with its interval (mean, low, high)."""
-
-    name: str
-    cost: tuple[float, float, float]
-    gain: tuple[float, float, float]
-    highlighted: bool = True
 
 
 def curves(metrics: pl.DataFrame, column: str, label: str) -> Markup:

@@ -16,7 +16,7 @@ from pipeline.errors import CheckError
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
-from pipeline.training.gate import TOLERANCES
+from pipeline.precompute.agreement import TOLERANCES
 from pipeline.training.reward_model import rewards_of
 
 if TYPE_CHECKING:

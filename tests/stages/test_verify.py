@@ -11,7 +11,8 @@ from pipeline.artifacts import tables
 from pipeline.artifacts.runs import open_run
 from pipeline.artifacts.tables import write_table
 from pipeline.config.files import load_config
-from pipeline.precompute.verify import agreement, judge
+from pipeline.precompute.agreement import agreement
+from pipeline.precompute.verify import judge
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 
 
