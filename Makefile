@@ -51,7 +51,7 @@ faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/R
 architectures: .venv/.test ## which families of models are read how; writes the table in tests/architectures.md
 	@REFSCORE_WRITE_ARCHITECTURES=1 .venv/bin/python -m pytest tests/forward/test_architectures.py
 
-mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=losses for one file
+mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=training/losses for one file
 	@.venv/bin/python -m tests.mutants $(FILE)
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction

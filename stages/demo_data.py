@@ -16,8 +16,8 @@ from pipeline.config.experiment import GenerateConfig, PolicyConfig
 from pipeline.engines.vllm.generator import generator
 from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row
 from pipeline.judges.judging import Prompt
-from pipeline.judges.rule_judges import open_rule
-from pipeline.judges.rules import ends_well
+from pipeline.judges.marks import ends_well
+from pipeline.judges.rules import open_rule
 from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import locate
 from pipeline.pairs.stream import prompt_id_of

@@ -1,7 +1,7 @@
 """The mutation run: how many small changes of the code that makes numbers does a test notice?
 
 `make mutants` runs mutmut over every file named below, each mutant against the tests named beside its file, and prints
-the table of tests/README.md; `make mutants FILE=losses` runs one file. The work happens in copies below
+the table of tests/README.md; `make mutants FILE=training/losses` runs one file. The work happens in copies below
 data/cache/mutants/. A file without mutants or a name without a test is an error: a run over nothing must not look well.
 """
 

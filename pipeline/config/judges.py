@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_serializer, model_validator
 
+from pipeline.config.rules import rule_problem
+
 IMPLICIT = "implicit"
 KINDS = {
     "implicit": "did training move the policy towards the chosen response of held-out pairs",
@@ -117,8 +119,6 @@ def _name_problem(name: str) -> str | None:
     if kind not in KINDS or (kind != IMPLICIT and not (colon and argument)) or (kind == IMPLICIT and colon):
         return f"judge {name!r} is unknown; there are: {'; '.join([IMPLICIT, *list(KINDS.values())[1:]])}"
     if kind == "rule":
-        from pipeline.judges.rule_judges import rule_problem
-
         return rule_problem(argument)
     if kind == "panel":
         members = split_members(argument)

@@ -22,7 +22,7 @@ from pipeline.evaluation.statistics import bootstrap_mean, prompts_for
 from pipeline.evaluation.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
-from pipeline.judges import rules
+from pipeline.judges import marks
 from pipeline.judges.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.load import load_causal_lm
 from pipeline.pairs.stream import prompt_id_of
@@ -151,7 +151,7 @@ def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
         if (item.model, item.baseline) != ("policy", "reference"):
             continue
         marked = [
-            rules.marks(item.prompt.text, side.text, side.finish_reason).score for side in (item.response, item.against)
+            marks.marks(item.prompt.text, side.text, side.finish_reason).score for side in (item.response, item.against)
         ]
         said = scores.get((item.prompt.prompt_id, item.sample), [0.0])
         rows.append(
@@ -199,6 +199,6 @@ def _describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens": asdict(bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()])),
         "words": float(np.mean([len(row["response"].split()) for row in rows])),
         "cut_off": float(np.mean([row["finish_reason"] == "length" for row in rows])),
-        "repetition": float(np.mean([rules.repetition(row["response"]) for row in rows])),
+        "repetition": float(np.mean([marks.repetition(row["response"]) for row in rows])),
         "empty": float(np.mean([not row["response"] for row in rows])),
     }

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.pairing import Choice, best_and_worst
 from pipeline.judges.judging import Duel, Judge, Prompt, Response, Shown
-from pipeline.judges.rules import marks, words_of
+from pipeline.judges.marks import marks, words_of
 from pipeline.pairs.formats import Message
 
 

@@ -11,7 +11,7 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.judges.annotations import open_annotations
 from pipeline.judges.judging import Duel, Judge, majority
 from pipeline.judges.memory import Verdicts, key_of
-from pipeline.judges.rule_judges import open_rule
+from pipeline.judges.rules import open_rule
 
 
 @dataclass(frozen=True)

@@ -1,98 +1,100 @@
-"""What can be seen of a response without any model: does it end, repeat itself, speak to the prompt, stay short.
+"""Judges that are rules, by name: `rule:<name>` or `rule:<name>=<argument>`. Each gives a response a reward in [0, 1].
 
-These make the demo's preference pairs and serve as judges. They see words, not truth: a fluent false answer scores as
-well as a fluent true one.
+Rules see words, not truth. They are quick, free and always of the same opinion, which makes them good second judges.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
 
-_WORD = re.compile(r"[a-z0-9']+")
-_STOP_WORDS = frozenset(
-    """
-    a about an and any are as at be been best between but by can could did difference do does explain for from
-    get give good had has have help how i if in into is it its just keep make me most much my need of on one or
-    our paragraph please sentence sentences short should so some tell than that the their them then there these
-    they this three to two up us use want was way we were what when where which who why will with would write
-    you your
-    """.split()  # noqa: SIM905  # a list of quoted words is harder to read
-)
-_GRAM = 4
-LONG_WORDS = 150
+from pipeline.config.rules import compiled_pattern, known_language, language_identifier, positive_number
+from pipeline.judges import marks
+from pipeline.judges.judging import Judge, Response, Shown, by_reward
+
+# None: the rule could not come to an end
+Mark = Callable[[str, Response], float | None]
 
 
-@dataclass(frozen=True)
-class Marks:
-    """The parts of a response's quality, each in [0, 1], higher is better."""
-
-    complete: float
-    distinct: float
-    relevant: float
-    concise: float
-
-    @property
-    def score(self) -> float:
-        """Weighted sum in [0, 1]: ending counts most, then not repeating, then speaking to the prompt, then brevity."""
-        return 0.4 * self.complete + 0.25 * self.distinct + 0.2 * self.relevant + 0.15 * self.concise
+# marks nearer than this are a tie
+_TIE = 0.05
 
 
-def marks(prompt: str, response: str, finish_reason: str) -> Marks:
-    """Marks of a response to `prompt`; `finish_reason` "stop" says that the model ended it itself."""
-    return Marks(
-        complete=1.0 if finish_reason == "stop" and ends_well(response) else 0.0,
-        distinct=max(0.0, 1.0 - 2.0 * repetition(response)),
-        relevant=relevance(prompt, response),
-        concise=concision(response),
-    )
+def open_rule(text: str, name: str) -> Judge:
+    """The judge for "<rule>" or "<rule>=<argument>" under the name `name`."""
+    rule_name, _, argument = text.partition("=")
+    mark = MARKS[rule_name](argument)
+
+    def reward(items: Sequence[Shown]) -> list[float | None]:
+        return [mark(item.prompt.text, item.response) for item in items]
+
+    return by_reward(name, reward, _TIE)
 
 
-def ends_well(response: str) -> bool:
-    """Whether the last line ends as a sentence, a list item or a quotation does."""
-    text = response.rstrip().rstrip("*_")
-    if not text:
-        return False
-    if text[-1] in ".!?:)]\"'\u201d\u2019\u2026":
-        return text[-1] != ":"
-    # a list item or a signature may end without a full stop
-    lines = text.splitlines()
-    return len(lines) > 1 and len(lines[-1].split()) <= 12
+def _complete_and_concise(_: str) -> Mark:
+    return lambda prompt, response: marks.marks(prompt, response.text, response.finish_reason).score
 
 
-def repetition(response: str) -> float:
-    """Share of the response's 4-grams of words that occurred before in it; 0 for short responses."""
-    words = words_of(response)
-    grams = [tuple(words[at : at + _GRAM]) for at in range(len(words) - _GRAM + 1)]
-    if not grams:
-        return 0.0
-    return sum(count - 1 for count in Counter(grams).values()) / len(grams)
+def _no_repetition(_: str) -> Mark:
+    return lambda _prompt, response: 1.0 - marks.repetition(response.text)
 
 
-def relevance(prompt: str, response: str) -> float:
-    """How many of the prompt's content words the response takes up; half of them is enough for 1."""
-    wanted = {stem(word) for word in words_of(prompt)} - {stem(word) for word in _STOP_WORDS}
-    if not wanted:
+def _max_words(argument: str) -> Mark:
+    limit = positive_number(argument)
+    return lambda _, response: float(0 < len(response.text.split()) <= limit)
+
+
+def _contains(argument: str) -> Mark:
+    wanted = argument.casefold()
+    return lambda _, response: float(wanted in response.text.casefold())
+
+
+def _regex(argument: str) -> Mark:
+    pattern = compiled_pattern(argument)
+
+    def mark(_: str, response: Response) -> float | None:
+        try:
+            return float(pattern.search(response.text, timeout=1.0) is not None)
+        except TimeoutError:
+            return None  # a pattern that explodes on this text
+
+    return mark
+
+
+def _json_valid(_: str) -> Mark:
+    def mark(_: str, response: Response) -> float:
+        text = response.text.strip()
+        fenced = text.removeprefix("```json").removeprefix("```").removesuffix("```")
+        try:
+            json.loads(fenced, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            return 0.0
         return 1.0
-    given = {stem(word) for word in words_of(response)}
-    return min(1.0, 2.0 * len(wanted & given) / len(wanted))
+
+    return mark
 
 
-def concision(response: str) -> float:
-    """1 for up to half of LONG_WORDS words, falling to 0 at LONG_WORDS."""
-    share = len(words_of(response)) / LONG_WORDS
-    return min(1.0, max(0.0, 2.0 * (1.0 - share)))
+def _language(argument: str) -> Mark:
+    language = known_language(argument)
+
+    def mark(_: str, response: Response) -> float:
+        probabilities = dict(language_identifier().rank(response.text))
+        return round(float(probabilities.get(language, 0.0)), 4) if response.text.strip() else 0.0
+
+    return mark
 
 
-def words_of(text: str) -> list[str]:
-    """Lower-case words."""
-    return _WORD.findall(text.lower())
+def _no_constant(name: str) -> float:
+    raise ValueError(name)  # NaN and Infinity are Python's, not JSON's
 
 
-def stem(word: str) -> str:
-    """A word without its commonest English endings: enough to match 'pots' with 'pot'."""
-    for ending in ("'s", "ing", "ies", "es", "ed", "s"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word[: -len(ending)]
-    return word
+# how the rules of `pipeline.config.rules` mark a response, given their argument
+MARKS: dict[str, Callable[[str], Mark]] = {
+    "complete_and_concise": _complete_and_concise,
+    "no_repetition": _no_repetition,
+    "max_words": _max_words,
+    "contains": _contains,
+    "regex": _regex,
+    "json_valid": _json_valid,
+    "language": _language,
+}

@@ -1,80 +1,64 @@
-"""The marks of a response, by hand."""
+"""Every rule prefers what it says, with its argument; names and arguments that mean nothing are refused."""
 
 import pytest
 
-from pipeline.evaluation.pairing import best_and_worst
-from pipeline.judges import rules
+from pipeline.config.judges import JudgeConfig
+from pipeline.config.rules import RULES, rule_problem
+from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
+from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.rules import MARKS
+
+CASES = [
+    ("complete_and_concise", ("Boil the rice for ten minutes.", "stop"), ("Boil the rice for ten", "length")),
+    ("complete_and_concise", ("Boil the rice.", "stop"), ("Boil the rice. " * 60, "stop")),
+    ("complete_and_concise", ("Boil the rice.", "stop"), ("The cat sat on the mat.", "stop")),
+    ("no_repetition", ("Boil the rice for ten minutes.", "stop"), ("Boil it well now. " * 9, "stop")),
+    ("max_words=3", ("Boil the rice.", "stop"), ("Boil the rice well.", "stop")),
+    ("max_words=3", ("Boil.", "stop"), ("", "stop")),
+    ("contains=Thank You", ("well, thank you.", "stop"), ("thanks", "stop")),
+    (r"regex=^\d+\.", ("1. Boil", "stop"), ("Boil 1.", "stop")),
+    ("json_valid", ('```json\n{"a": 1}\n```', "stop"), ('{"a": NaN}', "stop")),
+    ("json_valid", ("[1, 2]", "stop"), ("[1, 2", "stop")),
+    (
+        "language=de",
+        ("Koche den Reis zehn Minuten lang und gieße ihn dann ab.", "stop"),
+        ("Boil the rice, then drain it.", "stop"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "better", "worse"), CASES)
+def test_rules_prefer_what_they_say(tmp_path, rule, better, worse):
+    judge = open_judge(JudgeConfig(name=f"rule:{rule}"), Chamber(tmp_path))
+    for policy, reference, winner in ((better, worse, "policy"), (worse, better, "reference")):
+        item = Comparison(
+            Prompt("p", "How do I boil rice?"), 0, "policy", "reference", Response(*policy), Response(*reference)
+        )
+        assert {one.winner for one in judge_both_orders(judge, [item])} == {winner}
+
+
+def test_every_rule_is_tried_above():
+    assert {rule.partition("=")[0] for rule, _, _ in CASES} == set(RULES) == set(MARKS)
 
 
 @pytest.mark.parametrize(
-    ("text", "ends"),
+    ("rule", "problem"),
     [
-        ("Boil it.", True),
-        ("Boil it", False),
-        ("", False),
-        ("Here is a list:", False),
-        ("**Boil it.**", True),
-        ('He said "boil it."', True),
-        ("Steps:\n1. Boil\n2. Stir", True),
-        ("Dear Ann,\nthank you.\nBest wishes", True),
-        ("A first line.\nand then a very long last line that goes on and on and is not yet at its", False),
+        ("brief", "the rules are: rule:complete_and_concise"),
+        ("max_words", "needs an argument: rule:max_words=<number>"),
+        ("max_words=few", "expected a whole number above 0, got 'few'"),
+        ("json_valid=1", "takes no argument"),
+        ("regex=(", "not a regular expression"),
+        ("language=klingon", "none of the known language codes"),
     ],
 )
-def test_an_ending_is_seen(text, ends):
-    assert rules.ends_well(text) is ends
+def test_what_means_nothing_is_refused(rule, problem):
+    assert problem in rule_problem(rule)
 
 
-def test_repetition_counts_repeated_four_grams():
-    assert rules.repetition("one two three four five") == 0.0
-    # five grams of which the last repeats the first
-    assert rules.repetition("a b c d a b c d") == pytest.approx(1 / 5)
-    assert rules.repetition("a b c") == 0.0
-
-
-def test_relevance_matches_content_words_whatever_their_ending():
-    assert rules.relevance("How do I boil eggs?", "Boiling an egg takes time.") == 1.0
-    assert rules.relevance("How do I boil eggs in salted water?", "An egg.") == pytest.approx(0.5)
-    assert rules.relevance("How do I boil eggs?", "Paint the wall.") == 0.0
-    assert rules.relevance("What is it?", "Anything.") == 1.0
-
-
-def test_concision_falls_from_half_the_limit_to_nothing():
-    assert rules.concision("w " * 75) == 1.0
-    assert rules.concision("w " * 120) == pytest.approx(0.4)
-    assert rules.concision("w " * 150) == 0.0
-
-
-def test_best_and_worst_leaves_near_ties_out():
-    assert best_and_worst([0.5, 0.9, 0.2, 0.9], 0.3).__dict__ == {"chosen": 1, "rejected": 2, "margin": 0.9 - 0.2}
-    assert best_and_worst([0.5, 0.6], 0.3) is None
-    assert best_and_worst([1.0], 0.0) is None
-
-
-def test_the_demos_pairs_are_as_their_readme_says():
-    import json
-
-    from stages.demo_data import MARGIN, PER_TOPIC
-    from tests.conftest import ROOT
-
-    rows = {
-        split: [json.loads(line) for line in (ROOT / f"data/demo/{split}.jsonl").read_text().splitlines()]
-        for split in PER_TOPIC
-    }
-    assert len(rows["train"]) >= 240
-    assert len(rows["eval"]) >= 60
-    assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["eval"]}
-    written = {json.loads(line)["prompt"] for line in (ROOT / "data/demo/prompts.jsonl").read_text().splitlines()}
-    for found in rows.values():
-        assert len({row["topic"] for row in found}) >= 12
-        assert all(row["prompt"] in written and row["margin"] >= MARGIN for row in found)
-        assert sum(row["differs_beyond_length"] for row in found) * 3 >= len(found)
-        # what the marks see in the texts alone still prefers the chosen one
-        scores = [
-            rules.marks(row["prompt"], row["chosen"], "stop").score
-            - rules.marks(row["prompt"], row["rejected"], "stop").score
-            for row in found
-        ]
-        assert sum(score > 0 for score in scores) > 0.9 * len(scores)
-    readme = (ROOT / "data/demo/README.md").read_text()
-    for split, found in rows.items():
-        assert f"| `{split}.jsonl` | {len(found)} |" in readme
+def test_a_pattern_that_explodes_is_a_failure_and_no_standstill(tmp_path):
+    judge = open_judge(JudgeConfig(name=r"rule:regex=^(a|aa|a*)+b$"), Chamber(tmp_path))
+    item = Comparison(
+        Prompt("p", "?"), 0, "policy", "reference", Response("a" * 60 + "c", "stop"), Response("ab", "stop")
+    )
+    assert {one.winner for one in judge_both_orders(judge, [item])} <= {"failed", "reference"}

@@ -1,6 +1,7 @@
 """Rules of the layout that no other test would notice."""
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 
@@ -8,6 +9,25 @@ import pytest
 
 from tests.conftest import ROOT
 
+# a package imports from floors below its own alone
+FLOORS = [
+    {"errors", "hardware"},
+    {"config", "forward"},
+    {"artifacts"},
+    {"models"},
+    {"pairs", "store"},
+    {"engines"},
+    {"precompute", "judges"},
+    {"training"},
+    {"evaluation"},
+    {"report"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+# what a floor would allow and the design does not: training reads pairs.parquet alone, forward knows no files
+FORBIDDEN = {
+    ("training", "engines"), ("training", "store"), ("training", "pairs"), ("judges", "precompute"), ("report", "engines"),
+    ("report", "store"), ("forward", "hardware"),
+}  # fmt: skip
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 
 
@@ -40,3 +60,41 @@ def test_a_file_keeps_its_place(path):
         assert not re.search(r"\bprint\(", text)
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads"}
+
+
+def modules_of(path) -> Iterator[str]:
+    """The modules of this project that a file imports, each as the file that is read."""
+    for name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        while parts and not (ROOT.joinpath(*parts).with_suffix(".py")).is_file():
+            parts.pop()
+        if parts and parts[0] in {"pipeline", "stages"}:
+            yield ".".join(parts)
+
+
+def module_name(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_every_package_is_on_a_floor_and_of_a_size_one_can_see():
+    entries = {path.stem: path for path in (ROOT / "pipeline").iterdir() if not path.name.startswith("__")}
+    assert entries.keys() - {"presets"} == set(FLOOR)
+    for name, path in entries.items():
+        if path.is_dir() and name != "presets":
+            assert 3 <= len([file for file in path.rglob("*.py") if file.name != "__init__.py"]) <= 15, name
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parent.name != "stages"], ids=named)
+def test_imports_go_down(path):
+    own = module_name(path).split(".")[1]
+    for module in modules_of(path):
+        other = module.split(".")[1]
+        if other != own:
+            assert FLOOR[other] < FLOOR[own], f"{named(path)} imports {module}"
+            assert (own, other) not in FORBIDDEN, f"{named(path)} imports {module}"
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {module_name(path): set(modules_of(path)) for path in SOURCES}
+    assert sum(map(len, graph.values())) > 400  # a resolver that finds nothing must not pass
+    graphlib.TopologicalSorter(graph).prepare()

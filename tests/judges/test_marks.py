@@ -1,0 +1,80 @@
+"""The marks of a response, by hand."""
+
+import pytest
+
+from pipeline.evaluation.pairing import best_and_worst
+from pipeline.judges import marks
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("Boil it.", True),
+        ("Boil it", False),
+        ("", False),
+        ("Here is a list:", False),
+        ("**Boil it.**", True),
+        ('He said "boil it."', True),
+        ("Steps:\n1. Boil\n2. Stir", True),
+        ("Dear Ann,\nthank you.\nBest wishes", True),
+        ("A first line.\nand then a very long last line that goes on and on and is not yet at its", False),
+    ],
+)
+def test_an_ending_is_seen(text, ends):
+    assert marks.ends_well(text) is ends
+
+
+def test_repetition_counts_repeated_four_grams():
+    assert marks.repetition("one two three four five") == 0.0
+    # five grams of which the last repeats the first
+    assert marks.repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert marks.repetition("a b c") == 0.0
+
+
+def test_relevance_matches_content_words_whatever_their_ending():
+    assert marks.relevance("How do I boil eggs?", "Boiling an egg takes time.") == 1.0
+    assert marks.relevance("How do I boil eggs in salted water?", "An egg.") == pytest.approx(0.5)
+    assert marks.relevance("How do I boil eggs?", "Paint the wall.") == 0.0
+    assert marks.relevance("What is it?", "Anything.") == 1.0
+
+
+def test_concision_falls_from_half_the_limit_to_nothing():
+    assert marks.concision("w " * 75) == 1.0
+    assert marks.concision("w " * 120) == pytest.approx(0.4)
+    assert marks.concision("w " * 150) == 0.0
+
+
+def test_best_and_worst_leaves_near_ties_out():
+    assert best_and_worst([0.5, 0.9, 0.2, 0.9], 0.3).__dict__ == {"chosen": 1, "rejected": 2, "margin": 0.9 - 0.2}
+    assert best_and_worst([0.5, 0.6], 0.3) is None
+    assert best_and_worst([1.0], 0.0) is None
+
+
+def test_the_demos_pairs_are_as_their_readme_says():
+    import json
+
+    from stages.demo_data import MARGIN, PER_TOPIC
+    from tests.conftest import ROOT
+
+    rows = {
+        split: [json.loads(line) for line in (ROOT / f"data/demo/{split}.jsonl").read_text().splitlines()]
+        for split in PER_TOPIC
+    }
+    assert len(rows["train"]) >= 240
+    assert len(rows["eval"]) >= 60
+    assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["eval"]}
+    written = {json.loads(line)["prompt"] for line in (ROOT / "data/demo/prompts.jsonl").read_text().splitlines()}
+    for found in rows.values():
+        assert len({row["topic"] for row in found}) >= 12
+        assert all(row["prompt"] in written and row["margin"] >= MARGIN for row in found)
+        assert sum(row["differs_beyond_length"] for row in found) * 3 >= len(found)
+        # what the marks see in the texts alone still prefers the chosen one
+        scores = [
+            marks.marks(row["prompt"], row["chosen"], "stop").score
+            - marks.marks(row["prompt"], row["rejected"], "stop").score
+            for row in found
+        ]
+        assert sum(score > 0 for score in scores) > 0.9 * len(scores)
+    readme = (ROOT / "data/demo/README.md").read_text()
+    for split, found in rows.items():
+        assert f"| `{split}.jsonl` | {len(found)} |" in readme
