@@ -47,7 +47,7 @@ def precompute(
     resolved, opened = _open(config, run, set_)
     from stages import precompute as stage
 
-    stage.run(resolved, opened, plan_only=plan, shard=shard)
+    stage.main(resolved, opened, plan_only=plan, shard=shard)
 
 
 @app.command()
@@ -61,7 +61,7 @@ def train(
     resolved, opened = _open(config, run, set_)
     from stages import train as stage
 
-    stage.run(resolved, opened, restart=restart)
+    stage.main(resolved, opened, restart=restart)
 
 
 @app.command(name="eval")
@@ -70,7 +70,7 @@ def evaluate(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption
     resolved, opened = _open(config, run, set_)
     from stages import eval as stage
 
-    stage.run(resolved, opened)
+    stage.main(resolved, opened)
 
 
 @app.command()
@@ -78,7 +78,7 @@ def show(path: Annotated[Path, typer.Argument(help="A run, a store, or any file 
     """Any artifact, readable: schema, rows, summary."""
     from stages import show as stage
 
-    stage.run(path)
+    stage.main(path)
 
 
 @app.command()
@@ -92,7 +92,7 @@ def validate(
     """Format, counts and every problem of preference data, with its row; loads no model."""
     from stages import validate as stage
 
-    stage.run(data, set_ or [], model)
+    stage.main(data, set_ or [], model)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def verify(
     from pipeline.artifacts.runs import open_run
     from stages import verify as stage
 
-    stage.run(open_run(run), rows, [name.strip() for name in engines.split(",") if name.strip()])
+    stage.main(open_run(run), rows, [name.strip() for name in engines.split(",") if name.strip()])
 
 
 @app.command()
@@ -121,7 +121,7 @@ def score(
     from pipeline.config.files import load_config
     from stages import score as stage
 
-    stage.run(data, out, load_config(config, set_ or []))
+    stage.main(data, out, load_config(config, set_ or []))
 
 
 @app.command()
@@ -135,15 +135,16 @@ def compare(
     from pipeline.artifacts.runs import open_run
     from stages import compare as stage
 
-    stage.run([open_run(name) for name in runs], page)
+    stage.main([open_run(name) for name in runs], page)
 
 
 @app.command()
 def sweep(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
     """All stages for every point of a grid: --set train.beta=0.03,0.1,0.3; then the comparison."""
+    from stages import compare as comparison
     from stages import sweep as stage
 
-    stage.run(config, run if run is not None else config.stem, set_ or [])
+    comparison.main(stage.main(config, run if run is not None else config.stem, set_ or []), None)
 
 
 @app.command()
@@ -152,7 +153,7 @@ def pairs(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = 
     resolved, opened = _open(config, run, set_)
     from stages import pairs as stage
 
-    stage.run(resolved, opened)
+    stage.main(resolved, opened)
 
 
 @app.command()
@@ -167,7 +168,7 @@ def iterate(
     from stages import iterate as stage
 
     resolved = load_config(config, set_ or [])
-    stage.run(resolved, config, run if run is not None else config.stem, set_ or [], rounds)
+    stage.main(resolved, config, run if run is not None else config.stem, set_ or [], rounds)
 
 
 @app.command()
@@ -180,7 +181,7 @@ def export(
     from pipeline.artifacts.runs import open_run
     from stages import export as stage
 
-    stage.run(open_run(run), format_, to)
+    stage.main(open_run(run), format_, to)
 
 
 store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)
@@ -236,7 +237,7 @@ def doctor() -> None:
     """What this machine has, and what is missing, with the fix."""
     from stages import doctor as stage
 
-    stage.run()
+    stage.main()
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pipeline.report.plots import frontier
 from stages import console
 
 
-def run(runs: list[Run], page: Path | None) -> None:
+def main(runs: list[Run], page: Path | None) -> None:
     """Print the settings in which `runs` differ and what they reached; write the page (default: data/runs/compare.html)."""
     for one in runs:
         if not one.config.is_file():

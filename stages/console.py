@@ -19,6 +19,7 @@ from rich.table import Table
 
 from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError
+from pipeline.progress import duration
 
 # files and pipes have no width: wide enough that no table is folded
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
@@ -113,13 +114,3 @@ def progress(title: str, total: int) -> Iterator[Ticker]:
     )
     with Progress(*columns, console=out) as bar:
         yield Ticker(title, total, bar)
-
-
-def duration(seconds: float) -> str:
-    """A time span as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig, PolicyConfig
 from pipeline.engines.vllm.generator import generator
-from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row
+from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row
 from pipeline.judges.judging import Prompt
 from pipeline.judges.marks import ends_well
 from pipeline.judges.rules import open_rule
@@ -31,7 +31,7 @@ PER_TOPIC = {"train": 19, "eval": 7}
 SETTINGS = GenerateConfig(max_tokens=160, temperature=0.7, samples=8, seed=20, dtype="bfloat16")
 
 
-def run() -> None:
+def main() -> None:
     """Generate, pair, write, and say what came out."""
     spec = PolicyConfig()
     directory = locate(spec)
@@ -42,7 +42,7 @@ def run() -> None:
         messages = [{"role": "user", "content": item["prompt"]}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        requests.append(Request(Prompt(prompt_id_of(ids), item["prompt"], item["topic"], ids), messages))
+        requests.append(TrainingPrompt(Prompt(prompt_id_of(ids), item["prompt"], item["topic"], ids), messages))
 
     prompts = [request.prompt.ids for request in requests]
     with (
@@ -76,4 +76,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -27,7 +27,7 @@ class Finding:
     needed: bool = True
 
 
-def run() -> None:
+def main() -> None:
     """Print every finding. Raises CheckError where something a stage needs is missing."""
     findings = [check() for check in CHECKS]
     rows = [

@@ -7,15 +7,15 @@ from pathlib import Path
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table
 from pipeline.errors import ConfigError
-from pipeline.evaluation.exchange import write_alpaca_eval, write_arena_hard
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts
 from pipeline.judges.judging import Judgement
+from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
 from stages import console
 
 FORMATS = {"alpaca_eval": write_alpaca_eval, "arena_hard": write_arena_hard}
 
 
-def run(run: Run, format_name: str, to: Path | None) -> None:
+def main(run: Run, format_name: str, to: Path | None) -> None:
     """Write the files below `to` (default: export/<format> in the run)."""
     if format_name not in FORMATS:
         raise ConfigError(f"--format {format_name!r} is unknown; there are: {', '.join(FORMATS)}")

@@ -14,11 +14,12 @@ from pathlib import Path
 from pipeline.artifacts.runs import Run, open_run
 from pipeline.config.experiment import Config
 from pipeline.evaluation.candidates import policy_of
+from pipeline.progress import duration
 from stages import console
 from stages.steps import step
 
 
-def run(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
+def main(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
     """Every round: precompute, train, pairs; then one evaluation of all."""
     begun = time.monotonic()
     runs = [open_run(f"{name}-r{number}") for number in range(1, rounds + 1)]
@@ -36,7 +37,7 @@ def run(config: Config, path: Path, name: str, overrides: list[str], rounds: int
     step(
         "eval", path, runs[-1].name, [*settings, f"generate.models={json.dumps(models)}", f"generate.baseline={first}"]
     )
-    console.say(f"\nrounds    {', '.join(one.name for one in runs)} in {console.duration(time.monotonic() - begun)}")
+    console.say(f"\nrounds    {', '.join(one.name for one in runs)} in {duration(time.monotonic() - begun)}")
     console.say(f"report    {runs[-1].report}: policy is round {rounds}")
 
 

@@ -10,10 +10,11 @@ from pipeline.artifacts.tables import SCORED, parquet_writer
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError
 from pipeline.precompute.responses import RowScorer
+from pipeline.progress import duration
 from stages import console
 
 
-def run(data: Path, out: Path, config: Config) -> None:
+def main(data: Path, out: Path, config: Config) -> None:
     """Score every row of `data` and write SCORED's columns to `out`, in order."""
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: a file ending in .parquet is written")
@@ -34,4 +35,4 @@ def run(data: Path, out: Path, config: Config) -> None:
             f"{scorer.not_finite} sequences have no finite score under this reference: their rows in {out} say not_finite and hold "
             "no score; all other rows are whole"
         )
-    console.say(f"scores    {out}  ({tokens} response tokens{mean}, {console.duration(time.monotonic() - begun)})")
+    console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - begun)})")

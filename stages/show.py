@@ -11,7 +11,7 @@ from pipeline.errors import DataError
 from stages import console
 
 
-def run(path: Path) -> None:
+def main(path: Path) -> None:
     """Print a table, a document, or a directory's artifacts. Raises DataError for what is none of these."""
     if not path.exists():
         raise DataError(f"{path} does not exist")

@@ -17,7 +17,7 @@ from stages import console
 _SHOWN = 20
 
 
-def run(data: str, overrides: list[str], model: str | None) -> None:
+def main(data: str, overrides: list[str], model: str | None) -> None:
     """Report on `data`. Raises DataError where no row is usable."""
     config = load_overrides({"data": {"path": data}}, overrides)
     if model is not None:

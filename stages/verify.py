@@ -28,7 +28,7 @@ _SHOWN = {
 }
 
 
-def run(run: Run, rows: int, engines: list[str]) -> None:
+def main(run: Run, rows: int, engines: list[str]) -> None:
     """Score `rows` pairs again; verify.json keeps the figures. Raises CheckError outside the tolerance.
 
     `engines` ("vllm", "transformers:bfloat16", ...) are measured on the same sample, beside what is stored.

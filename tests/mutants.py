@@ -26,7 +26,7 @@ COVERING = {
     "training/losses": ["training/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
     "training/schedule": ["training/test_schedule.py"],
     "evaluation/statistics": ["evaluation/test_statistics.py"],
-    "evaluation/winrates": ["judges/test_judging.py", "evaluation/test_exchange.py"],
+    "evaluation/winrates": ["judges/test_judging.py", "report/test_exchange.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
     "engines/vllm/runners": ["engines/test_vllm_runners.py"],
     "pairs/stream": ["pairs/test_stream.py"],

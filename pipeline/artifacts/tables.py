@@ -7,9 +7,11 @@ and refuses a file that does not fit, it never infers.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -154,6 +156,24 @@ def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None =
         use_byte_stream_split=[name for name, kind in _leaves(schema) if pa.types.is_floating(kind)],
         write_page_checksum=True,
     )
+
+
+def arrays_of(table: pa.Table, column: str) -> list[np.ndarray]:
+    """The lists of a column as arrays of their own type, in order; no value is copied."""
+    return [
+        np.empty(0, row.type.value_type.to_pandas_dtype())
+        if row.values is None
+        else row.values.to_numpy(zero_copy_only=False)
+        for row in table[column]
+    ]
+
+
+def list_column(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    """A column of `kind`, a list type: one array per row."""
+    dtype = kind.value_type.to_pandas_dtype()
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    values = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
 
 
 def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:

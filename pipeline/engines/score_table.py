@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from pipeline.artifacts.tables import arrays_of, list_column
 from pipeline.engines.protocol import Request, Scorer
 from pipeline.engines.quarantine import score_each
 
@@ -19,10 +20,7 @@ _LOGPS = pa.list_(pa.float32())
 
 def score(table: pa.Table, scorer: Scorer) -> pa.Table:
     """`table` with the column `logps`; row order stays."""
-    scores = score_each(scorer, requests_in(table))
-    offsets = np.cumsum([0, *map(len, scores)], dtype=np.int32)
-    values = np.concatenate([*scores, np.zeros(0, np.float32)]).astype(np.float32)
-    return table.append_column("logps", pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=_LOGPS))
+    return table.append_column("logps", list_column(score_each(scorer, requests_in(table)), _LOGPS))
 
 
 def table_of(requests: Sequence[Request]) -> pa.Table:
@@ -42,8 +40,8 @@ def requests_in(table: pa.Table) -> list[Request]:
 
 
 def logps_in(table: pa.Table) -> list[np.ndarray]:
-    """The table's scores, one float32 array a row."""
-    return [row.values.to_numpy(zero_copy_only=False) for row in table["logps"]]
+    """The table's scores, one float32 array per row."""
+    return arrays_of(table, "logps")
 
 
 def to_bytes(table: pa.Table) -> bytes:

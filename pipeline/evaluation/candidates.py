@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pipeline.artifacts.runs import RUNS, Run
 from pipeline.config.experiment import Config
+from pipeline.engines.reference import OpenedReference
 from pipeline.errors import ConfigError, first_line
 from pipeline.models.identity import adapter_digests, behaviour_digest
 from pipeline.models.load import ModelSpec, Named, load_tokenizer, vocabulary_digest
-from pipeline.models.locate import locate, locate_reference, merge_adapter
+from pipeline.models.locate import locate, merge_adapter
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Candidate:
         return merge_adapter(self.base, self.spec, self.adapter) if self.adapter else self.base
 
 
-def candidates(config: Config, run: Run) -> list[Candidate]:
-    """Policy, further models, reference, in that order. Raises ConfigError where one cannot be found."""
+def candidates(config: Config, run: Run, reference: OpenedReference) -> list[Candidate]:
+    """Policy, further models, reference, in that order. Raises ConfigError if one cannot be found."""
     others = [_other(name, value, config) for name, value in config.generate.models.items()]
-    return [policy_of(config, run), *others, _reference(config)]
+    return [policy_of(config, run), *others, _reference(config, reference)]
 
 
 def policy_of(config: Config, run: Run) -> Candidate:
@@ -64,9 +65,9 @@ def must_share_vocabulary(models: Sequence[Candidate], vocabulary: str | None) -
             )
 
 
-def _reference(config: Config) -> Candidate:
+def _reference(config: Config, reference: OpenedReference) -> Candidate:
     if config.generate.baseline is None:
-        return Candidate("reference", locate_reference(config.reference).merged, config.reference)
+        return Candidate("reference", reference.paths.merged, config.reference)
     return _other("reference", config.generate.baseline, config)
 
 

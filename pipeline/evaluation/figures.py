@@ -26,8 +26,9 @@ from pipeline.judges import marks
 from pipeline.judges.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.load import load_causal_lm
 from pipeline.pairs.stream import prompt_id_of
+from pipeline.training.examples import load_pairs
 from pipeline.training.policies import precision_of
-from pipeline.training.step import load_pairs, pair_rewards
+from pipeline.training.step import pair_rewards
 
 # a difference of win rates that people care about, for "how many prompts would it take"
 WORTH_SEEING = 0.05

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.vllm.generator import Sample
-from pipeline.evaluation.pairing import Choice, best_and_worst
 from pipeline.judges.judging import Duel, Judge, Prompt, Response, Shown
 from pipeline.judges.marks import marks, words_of
 from pipeline.pairs.formats import Message
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingPrompt:
     """A training prompt: the conversation as the data has it, and its ids."""
 
     prompt: Prompt
@@ -29,10 +28,19 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which response is preferred to which, as positions in the scored list, and by how much."""
+
+    chosen: int
+    rejected: int
+    margin: float
+
+
+@dataclass(frozen=True)
 class Made:
     """A new pair: which of the prompt's samples, and what the judge gave all of them."""
 
-    request: Request
+    request: TrainingPrompt
     samples: Sequence[Sample]
     scores: list[float]
     choice: Choice
@@ -40,7 +48,7 @@ class Made:
 
 def make_pairs(
     judge: Judge,
-    requests: Sequence[Request],
+    requests: Sequence[TrainingPrompt],
     samples: Sequence[Sequence[Sample]],
     margin: float,
     accept: Callable[[Sample], bool] = lambda _: True,
@@ -72,8 +80,21 @@ def make_pairs(
     return found, {reason: count for reason, count in reasons.items() if count}
 
 
+def best_and_worst(scores: Sequence[float], margin: float) -> Choice | None:
+    """The highest- against the lowest-scored response; None where they are nearer than `margin` (a near-tie).
+
+    Among equal scores the earlier response is taken, so the choice depends on nothing but the scores.
+    """
+    if len(scores) < 2:
+        return None
+    chosen = max(range(len(scores)), key=lambda at: (scores[at], -at))
+    rejected = min(range(len(scores)), key=lambda at: (scores[at], at))
+    distance = scores[chosen] - scores[rejected]
+    return Choice(chosen, rejected, distance) if distance >= margin else None
+
+
 def score_samples(
-    judge: Judge, requests: Sequence[Request], samples: Sequence[Sequence[Sample]]
+    judge: Judge, requests: Sequence[TrainingPrompt], samples: Sequence[Sequence[Sample]]
 ) -> list[list[float | None]]:
     """One score for each sample of each prompt; None where the judge failed."""
     shown = [

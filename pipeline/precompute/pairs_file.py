@@ -1,20 +1,25 @@
-"""What pairs.parquet says of what it was made from, and whether that is still so."""
+"""pairs.parquet: written from a plan and the store, what it says of what it was made from, and whether that is still so."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.artifacts.tables import read_about
-from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import read_about, write_table
+from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest
+from pipeline.config.losses import reference_free
+from pipeline.engines.quarantine import pairs_left_out
+from pipeline.errors import ConfigError
 from pipeline.models.identity import identify_model
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.models.locate import at_hand
 from pipeline.pairs.stream import source_digests
-
-if TYPE_CHECKING:
-    from pipeline.precompute.plan import Plan
+from pipeline.precompute.join import dropped_with, write_joined
+from pipeline.precompute.plan import Plan, make_plan
+from pipeline.progress import SILENT, Listener
 
 
 def inputs_digest(config: Config) -> str:
@@ -68,3 +73,61 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
         "template": plan.template,
         "scored": scored,
     }
+
+
+def write_pairs(
+    plan: Plan, config: Config, run: Run, *, scored: bool = True, quarantined: Mapping[bytes, str] | None = None
+) -> None:
+    """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json.
+
+    Pairs of `quarantined` keys are dropped as not_finite.
+    """
+    about = about_pairs(plan, config, scored=scored)
+    left_out = pairs_left_out(plan.keys, quarantined or {})
+    write_table(run.dropped, dropped_with(plan, left_out))
+    write_joined(run.pairs, plan, about, scored=scored, left_out=left_out)
+    if scored:
+        plan.store.register(run.directory)
+    record(
+        run,
+        config,
+        "precompute",
+        reference_id=plan.identity.reference_id,
+        reference=plan.identity.described(),
+        sequences=plan.sequences,
+        scored=len(plan.missing) - len(quarantined or {}) if scored else 0,
+        not_finite=len(left_out),
+        digests={"data": plan.pairs.digests, "reference_weights": plan.identity.model.weights_digest},
+    )
+
+
+def write_unscored(config: Config, run: Run, listener: Listener = SILENT, *, plan_only: bool = False) -> None:
+    """Write the pairs of an experiment that compares with no reference: without scores, and without an engine."""
+    what = "the reward model" if config.train.objective == "reward" else " + ".join(config.train.loss_type)
+    listener.say(f"nothing to score: {what} compares nothing with the reference; no engine is started")
+    plan = make_plan(without_reference(config))
+    for line in plan.lines(scored=False):
+        listener.say(line)
+    if not plan_only:
+        write_pairs(plan, without_reference(config), run, scored=False)
+        listener.say(f"pairs     {run.pairs}")
+
+
+def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:
+    """Make pairs.parquet fit the configuration, from the store alone. Raises ConfigError if scores are missing there."""
+    if reference_free(config.train):
+        current = is_current(run.pairs, config) or is_current(run.pairs, without_reference(config), scored=False)
+        if not current:
+            write_unscored(config, run, listener)
+        return
+    if is_current(run.pairs, config):
+        return
+    plan = make_plan(config)
+    if len(plan.missing):
+        raise ConfigError(
+            f"{len(plan.missing)} of {plan.sequences} sequences have no stored score for reference "
+            f"{plan.identity.reference_id[:12]}: run 'refscore precompute' with the same configuration and run first"
+        )
+    for line in plan.lines():
+        listener.say(line)
+    write_pairs(plan, config, run)

@@ -17,20 +17,18 @@ import pyarrow.parquet as pq
 
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines import score_table
-from pipeline.engines.protocol import numerics_of
-from pipeline.engines.start import start_scorer
+from pipeline.engines.reference import open_reference
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, processors
-from pipeline.models.locate import locate_reference
-from pipeline.precompute.plan import Plan, default_tokens_per_shard, publish_scores, shards_of
-from pipeline.store.identity import identify
+from pipeline.precompute.plan import Plan
+from pipeline.precompute.score import default_tokens_per_shard, publish_scores, shards_of
 
 _SHARD = pa.schema(
     [("key", pa.binary(32)), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))]
 )
 
 
-class Scorer:
+class ScoringActor:
     """An actor: an engine, and the pure function on it."""
 
     def __init__(self, reference: dict[str, Any], reference_id: str, longest: int, threads: int) -> None:
@@ -39,11 +37,11 @@ class Scorer:
         if threads < len(processors()):
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         config = ReferenceConfig.model_validate(reference | {"workers": 1, "launcher": "local"})
-        paths, numerics = locate_reference(config), numerics_of(config)
-        found = identify(paths.base, numerics, paths.adapter, trusts_code=config.trust_remote_code).reference_id
+        opened = open_reference(config)
+        found = opened.identity.reference_id
         if found != reference_id:
             raise CheckError(f"a Ray worker finds reference {found[:12]} where {reference_id[:12]} is to be scored")
-        self._started = start_scorer(config, paths.merged, numerics, longest)
+        self._started = opened.start(longest)
         self._scorer = self._started.__enter__()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -51,8 +49,8 @@ class Scorer:
         return score_table.score(table, self._scorer)
 
 
-def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[int, int], None]) -> dict[bytes, str]:
-    """Like `precompute.score_missing`, on the cluster that RAY_ADDRESS names, else on one started here."""
+def score_missing(plan: Plan, on_shard: Callable[[int, int], None]) -> dict[bytes, str]:
+    """Like `pipeline.precompute.score.score_missing`, on the cluster that RAY_ADDRESS names, else on one started here."""
     try:
         import ray
     except ImportError:
@@ -61,6 +59,7 @@ def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[in
         ) from None
     from ray.data import ActorPoolStrategy, DataContext
 
+    reference = plan.reference.config
     ours = not ray.is_initialized()
     if ours:
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
@@ -76,7 +75,7 @@ def score_missing(plan: Plan, reference: ReferenceConfig, on_shard: Callable[[in
         gpu = device_kind() == "cuda"
         threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // reference.workers)
         scored = ray.data.from_arrow_refs(blocks).map_batches(
-            Scorer,
+            ScoringActor,
             batch_format="pyarrow",
             batch_size=None,
             compute=ActorPoolStrategy(size=reference.workers),

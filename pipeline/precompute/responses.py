@@ -17,21 +17,19 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORED
 from pipeline.config.experiment import Config
-from pipeline.engines.protocol import Request, Scorer, numerics_of
+from pipeline.engines.protocol import Request, Scorer
 from pipeline.engines.quarantine import score_each
-from pipeline.engines.start import start_scorer
+from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
 from pipeline.hardware import circumstances
 from pipeline.models.configuration import position_limit
-from pipeline.models.load import load_tokenizer
-from pipeline.models.locate import locate_reference
 from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.formats import RowProblem, one_response
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.rows import Row, open_rows
 from pipeline.pairs.stream import prompt_text
-from pipeline.precompute.plan import check_scores
-from pipeline.store.identity import ReferenceIdentity, identify, key_of
+from pipeline.precompute.score import check_scores
+from pipeline.store.identity import ReferenceIdentity, key_of
 from pipeline.store.store import Store
 
 _PART = 8192
@@ -42,15 +40,9 @@ class RowScorer:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._paths = locate_reference(config.reference)
-        tokenizer = load_tokenizer(self._paths.merged, config.reference)
-        self._encoder = Encoder(config.data, tokenizer, position_limit(self._paths.base))
-        self.identity: ReferenceIdentity = identify(
-            self._paths.base,
-            numerics_of(config.reference),
-            self._paths.adapter,
-            trusts_code=config.reference.trust_remote_code,
-        )
+        self._reference = reference = open_reference(config.reference)
+        self._encoder = Encoder(config.data, reference.tokenizer, position_limit(reference.paths.base))
+        self.identity: ReferenceIdentity = reference.identity
         self._store = Store(config.reference.store, self.identity)
         self._stack = ExitStack()
         self._scorer: Scorer | None = None
@@ -106,10 +98,7 @@ class RowScorer:
 
     def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
         if self._scorer is None:
-            reference, longest = self._config.reference, self._config.data.max_length
-            self._scorer = self._stack.enter_context(
-                start_scorer(reference, self._paths.merged, self.identity.numerics, longest)
-            )
+            self._scorer = self._stack.enter_context(self._reference.start(self._config.data.max_length))
         asked = [(key, request) for key in missing if (request := requests[key]) is not None]
         asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
         sequences = [request for _, request in asked]

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import SCORES, write_parquet
+from pipeline.artifacts.tables import SCORES, list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
@@ -148,14 +148,12 @@ def read_reference(directory: Path) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Scored]) -> pa.Table:
-    offsets = np.cumsum([0, *(len(row.logps) for row in rows)], dtype=np.int32)
-    values = np.concatenate([row.logps for row in rows]).astype(np.float32) if rows else np.zeros(0, np.float32)
     return pa.table(
         [
             pa.array([row.key for row in rows], SCORES.field("key").type),
             pa.array([row.prompt_tokens for row in rows], pa.int32()),
-            pa.array(np.diff(offsets), pa.int32()),
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=SCORES.field("logps").type),
+            pa.array([len(row.logps) for row in rows], pa.int32()),
+            list_column([row.logps for row in rows], SCORES.field("logps").type),
             # sums of float32 logps in float64: bfloat16 or float32 sums lose whole nats on long responses
             pa.array([float(row.logps.sum(dtype=np.float64)) for row in rows], pa.float64()),
         ],

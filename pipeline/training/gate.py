@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run
+from pipeline.config.experiment import Config
+from pipeline.config.losses import reference_free
+from pipeline.errors import CheckError
 from pipeline.forward.logps import Forward
+from pipeline.models.identity import identify_model, weights_digest
 from pipeline.precompute.agreement import TOLERANCES, agreement
-from pipeline.training.step import Pairs
+from pipeline.progress import Listener
+from pipeline.training.examples import Pairs
+from pipeline.training.policies import Policy, precision_of
 
 GATE_PAIRS = 8
 
@@ -36,3 +46,50 @@ def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: 
         "tolerance_mean_signed": signed,
         "tolerance_mean_absolute": absolute,
     }
+
+
+def check_gate(
+    config: Config, run: Run, about: dict[str, Any], base: Path, policy: Policy, pairs: Pairs, listener: Listener
+) -> None:
+    """Write gate.json; raises CheckError if the policy should agree with the stored scores and does not.
+
+    `about`: what pairs.parquet says of itself. `base`: the directory that the policy was loaded from.
+    """
+    reason = None
+    if reference_free(config.train):
+        reason = "nothing is compared with the reference"
+    elif weights_digest(base) != about["weights_digest"]:
+        reason = "the policy does not start from the reference's weights"
+    if reason:
+        durable.write_json(run.gate, {"applies": False, "reason": reason})
+        listener.say(f"gate      does not apply: {reason}")
+        return
+    if not isinstance(policy.forward, Forward):
+        return  # a reward model compares nothing with the reference, as was said above
+    policy.model.eval()
+    precise = precision_of(config.train) == torch.float32 and about.get("dtype") == "float32"
+    rows = list(range(min(GATE_PAIRS, len(pairs))))
+    numerics = "float32" if precise else "bfloat16"
+    figures = measure_gate(policy.forward, pairs, rows, numerics, config.train.beta)
+    text = (
+        f"policy against stored reference on {figures['tokens']} tokens: mean difference "
+        f"{figures['mean_signed_difference']:+.5f}, mean absolute {figures['mean_absolute_difference']:.5f} nats per token; "
+        f"margin noise {figures['margin_noise_nats']:.3f} nats = {figures['margin_noise_reward']:.4f} reward"
+    )
+    if config.policy.load_in_4bit:
+        reason = "the policy's base has 4 bits, the reference has not"
+    elif about.get("model") != identify_model(base, trusts_code=config.policy.trust_remote_code).digest:
+        reason = "the policy has the reference's weights, but not its configuration or its code"
+    if reason:
+        durable.write_json(run.gate, {**figures, "applies": False, "reason": reason})
+        listener.say(f"gate      does not apply ({reason}): {text}")
+        return
+    durable.write_json(run.gate, figures)
+    if not figures["passed"]:
+        raise CheckError(
+            f"the gate is closed: {text}; allowed are {figures['tolerance_mean_signed']} and "
+            f"{figures['tolerance_mean_absolute']}. The policy starts from the reference's weights, so both must agree: "
+            "the stored scores belong to other token ids, or one of the two forward passes is wrong. "
+            "'refscore verify' re-scores a sample; figures are in " + str(run.gate)
+        )
+    listener.say(f"gate      passed: {text}")

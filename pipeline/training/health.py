@@ -1,4 +1,4 @@
-"""Does a training look sick? Its metrics in, sentences out; an empty list is a healthy run.
+"""Does a training go wrong? Its metrics in, findings out; an empty list is a healthy run.
 
 Thresholds are rules of thumb of the field (axolotl's table of healthy indicators; Razin et al. 2024, 2410.08847, on
 likelihood displacement), said in the sentences, so that a reader can disagree.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from pipeline.config.experiment import TrainConfig
 
@@ -19,14 +20,27 @@ _LN_2 = math.log(2)
 Row = Mapping[str, float | None]
 
 
-def words(rows: Sequence[Row], train: TrainConfig, steps: int) -> list[str]:
-    """Sentences about rows of metrics.parquet (one a step, evaluations with `eval_`), of a training of `steps` steps."""
+class Finding(NamedTuple):
+    """What looks wrong: its kind, which stays the same from one evaluation to the next, and a sentence with the figures."""
+
+    kind: str
+    sentence: str
+
+
+def findings(rows: Sequence[Row], train: TrainConfig, steps: int) -> list[Finding]:
+    """What rows of metrics.parquet say (one per step, evaluations with `eval_`) of a training of `steps` steps."""
     done = [row for row in rows if row.get("loss") is not None]
     if not done or len(done) < max(_FEWEST_STEPS, _EARLY * steps / train.logging_steps):
         return []
     recent = done[-max(4, len(done) // 4) :]
-    found = [_stuck(recent, train), _chance(rows, recent), _displaced(done, recent), _norms(recent), _overfit(rows)]
-    return [sentence for sentence in found if sentence]
+    sentences = {
+        "stuck": _stuck(recent, train),
+        "below chance": _chance(rows, recent),
+        "displaced": _displaced(done, recent),
+        "gradient norms": _norms(recent),
+        "overfitted": _overfit(rows),
+    }
+    return [Finding(kind, sentence) for kind, sentence in sentences.items() if sentence]
 
 
 def length_words(metrics: Sequence[Row], policy_tokens: float, reference_tokens: float) -> list[str]:

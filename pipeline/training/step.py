@@ -1,29 +1,20 @@
-"""Stage two without its command line: loading pairs, one step, evaluation.
-
-Training reads pairs.parquet and the policy; it never opens the reference model.
-"""
+"""One step of training, and an evaluation: losses, their gradients, their means under the names of TRAIN_METRICS."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
-from pipeline.artifacts.tables import PAIRS, read_table
 from pipeline.config.experiment import TrainConfig
 from pipeline.config.losses import across_pairs, reference_free
-from pipeline.errors import CheckError, DataError, first_line
+from pipeline.errors import CheckError, first_line
 from pipeline.forward.logps import Forward
-from pipeline.forward.trees import Tree
-from pipeline.hardware import device_kind
+from pipeline.training.examples import Pairs, micro_batches
 from pipeline.training.losses import (
     LossTerms,
     PairLogps,
@@ -35,19 +26,6 @@ from pipeline.training.losses import (
 from pipeline.training.reward_model import Rewards
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN where nothing was scored."""
-
-    pair_ids: list[str]
-    trees: list[Tree]
-    ref_chosen_logps: list[np.ndarray]
-    ref_rejected_logps: list[np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.pair_ids)
-
-
 class NotFinite(CheckError):
     """A loss or a gradient that is not finite, with the pairs of its step."""
 
@@ -57,32 +35,6 @@ class NotFinite(CheckError):
             f"train.max_grad_norm; the pairs of the step are {', '.join(pair_ids)}"
         )
         self.pair_ids = pair_ids
-
-
-def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
-    """Read one split of pairs.parquet; `scored` asks for the reference's scores.
-
-    Raises DataError where a row's scores do not fit its tokens or its sums.
-    """
-    columns = [
-        name for name in PAIRS.names if name.endswith(("_ids", "_logps", "_logp")) or name in ("pair_id", "split")
-    ]
-    table = read_table(path, PAIRS, columns)
-    table = table.filter(pc.equal(table["split"], split))
-    ids = {side: _lists(table, f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
-    pair_ids = table["pair_id"].to_pylist()
-    if scored:
-        logps = {side: _lists(table, f"ref_{side}_logps") for side in ("chosen", "rejected")}
-        for side in ("chosen", "rejected"):
-            sums = table[f"ref_{side}_logp"].to_numpy()
-            _must_fit(path, side, pair_ids, ids[side], logps[side], sums)
-    else:
-        logps = {side: [np.full(len(row), np.nan, np.float32) for row in ids[side]] for side in ("chosen", "rejected")}
-    trees = [
-        Tree(prompt.tolist(), (chosen.tolist(), rejected.tolist()))
-        for prompt, chosen, rejected in zip(ids["prompt"], ids["chosen"], ids["rejected"], strict=True)
-    ]
-    return Pairs(pair_ids, trees, logps["chosen"], logps["rejected"])
 
 
 @contextmanager
@@ -142,35 +94,6 @@ def pair_rewards(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -
         rewards[0, group] = terms.chosen_rewards.cpu().numpy()
         rewards[1, group] = terms.rejected_rewards.cpu().numpy()
     return rewards[0], rewards[1]
-
-
-def micro_batches(
-    forward: Forward | Rewards, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int
-) -> Iterable[list[int]]:
-    """Rows of each forward pass: at most `size` pairs, and `train.tokens_per_batch` tokens of those that `forward` reads for
-    them; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.
-    """
-    budget = train.tokens_per_batch or default_tokens_per_batch()
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        by_prompt.setdefault(tuple(pairs.trees[row].trunk), []).append(row)
-    longest_first = sorted(by_prompt.values(), key=lambda same: (-max(len(pairs.trees[row]) for row in same), same))
-    group: list[int] = []
-    for row in (row for same in longest_first for row in same):
-        if group and (len(group) == size or forward.tokens([pairs.trees[each] for each in (*group, row)]) > budget):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-def default_tokens_per_batch() -> int:
-    """Enough to keep the processor busy, little enough for its memory."""
-    return 1024 if device_kind() == "cpu" else 8192
-
-
-# --- one step
 
 
 def _terms(
@@ -270,20 +193,3 @@ def _means(found: list[dict[str, float]], pairs: int) -> dict[str, float]:
 def _must_be_finite(loss: float, pairs: Pairs, rows: Sequence[int]) -> None:
     if not math.isfinite(loss):
         raise NotFinite("loss", loss, [pairs.pair_ids[row] for row in rows])
-
-
-def _must_fit(
-    path: Path, side: str, pair_ids: list[str], ids: list[np.ndarray], logps: list[np.ndarray], sums: np.ndarray
-) -> None:
-    for pair_id, tokens, values, total in zip(pair_ids, ids, logps, sums, strict=True):
-        if len(values) != len(tokens) or not np.isfinite(values).all():
-            raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
-        if not abs(float(values.sum(dtype=np.float64)) - total) <= 1e-6 * (1 + abs(total)):
-            raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")
-
-
-def _lists(table: pa.Table, column: str) -> list[np.ndarray]:
-    return [
-        np.empty(0, np.float32) if value.values is None else value.values.to_numpy(zero_copy_only=False)
-        for value in table[column]
-    ]

@@ -1,14 +1,11 @@
 """Judges by name: what can be said, what is refused, that every setting is read, that no secret is stored."""
 
-import re
-
 import pytest
 
 from pipeline.config.experiment import Config
 from pipeline.config.files import dump_config, load_config
 from pipeline.config.judges import JudgeConfig, split_members
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT
 
 
 def configured(tmp_path, judge):
@@ -67,12 +64,9 @@ def test_members_are_split_at_the_outer_commas():
     assert split_members("rule:a, rule:b") == []
 
 
-def test_every_setting_is_read_somewhere():
-    code = "\n".join(path.read_text() for path in (ROOT / "pipeline").glob("*.py") if path.name != "judge_config.py")
-    own = (ROOT / "pipeline" / "judge_config.py").read_text()
-    for name, field in JudgeConfig.model_fields.items():
-        assert field.description
-        assert re.search(rf"settings\.{name}\b", code) or re.search(rf"self\.{name}\b", own), name
+def test_every_setting_is_described():
+    """That each is read is shown by behaviour: tests/stages/test_every_judge_option.py."""
+    assert all(field.description for field in JudgeConfig.model_fields.values())
 
 
 @pytest.mark.parametrize(("name", "problem"), [("implicit", "judges no texts"), ("rule:brief", "is unknown")])

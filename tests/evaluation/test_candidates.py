@@ -5,10 +5,15 @@ import pytest
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
+from pipeline.engines.reference import open_reference
 from pipeline.errors import ConfigError
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary, policy_of
 from pipeline.models.load import load_tokenizer, vocabulary_digest
 from tests.conftest import make_tiny_tokenizer
+
+
+def opened(config, run):
+    return candidates(config, run, open_reference(config.reference))
 
 
 def configured(model, **sections):
@@ -30,7 +35,7 @@ def test_policy_others_and_reference_in_this_order(tmp_path, tiny_model):
     config = configured(
         tiny_model, generate={"models": {"before": "run:two", "lora": "lora", "plain": str(tiny_model)}}
     )
-    found = candidates(config, run)
+    found = opened(config, run)
     assert [one.name for one in found] == ["policy", "before", "lora", "plain", "reference"]
     assert found[0].adapter is None
     # an adapter stands on the model it names, else on the configured policy
@@ -42,15 +47,15 @@ def test_policy_others_and_reference_in_this_order(tmp_path, tiny_model):
 def test_a_baseline_takes_the_references_place(tmp_path, tiny_model):
     trained(tmp_path, "two")
     config = configured(tiny_model, generate={"baseline": "run:two"})
-    assert candidates(config, trained(tmp_path, "one"))[-1].base.parent.name == "two"
+    assert opened(config, trained(tmp_path, "one"))[-1].base.parent.name == "two"
 
 
 def test_what_is_not_there_is_said(tmp_path, tiny_model):
     with pytest.raises(ConfigError, match="run 'refscore train'"):
-        candidates(configured(tiny_model), Run(tmp_path / "none"))
+        opened(configured(tiny_model), Run(tmp_path / "none"))
     config = configured(tiny_model, generate={"models": {"x": "run:gone"}})
     with pytest.raises(ConfigError, match=r"'x': .*gone"):
-        candidates(config, trained(tmp_path, "one"))
+        opened(config, trained(tmp_path, "one"))
 
 
 def test_a_reward_model_writes_no_responses(tmp_path, tiny_model):
@@ -61,7 +66,7 @@ def test_a_reward_model_writes_no_responses(tmp_path, tiny_model):
 
 def test_models_of_another_vocabulary_are_refused(tmp_path, tiny_model):
     config = configured(tiny_model)
-    models = candidates(config, trained(tmp_path, "one"))[-1:]
+    models = opened(config, trained(tmp_path, "one"))[-1:]
     must_share_vocabulary(models, vocabulary_digest(load_tokenizer(tiny_model, config.policy)))
     other = make_tiny_tokenizer()
     other.add_tokens(["another"])

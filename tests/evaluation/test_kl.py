@@ -68,9 +68,7 @@ def test_the_table_holds_both_scores_and_their_sums():
 
 
 def test_it_is_sampled_whole_at_temperature_one_in_the_dtype_that_scores():
-    settings = on_policy(
-        GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3), ReferenceConfig(model="any", dtype="float32")
-    )
+    settings = on_policy(GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3), "float32")
     assert (settings.temperature, settings.top_p, settings.samples, settings.dtype) == (1.0, 1.0, 3, "float32")
 
 
@@ -86,8 +84,11 @@ def test_sums_and_columns_are_as_wide_as_declared():
 def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
     import pyarrow as pa
 
+    from pipeline.engines.reference import OpenedReference
     from pipeline.evaluation import kl as module
     from pipeline.judges.judging import Prompt
+    from pipeline.models.locate import ReferencePaths
+    from pipeline.store.identity import Numerics
 
     asked = []
 
@@ -107,12 +108,13 @@ def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
         return Scorer()
 
     monkeypatch.setattr(module, "start_scorer", start)
-    reference = ReferenceConfig(model="any", dtype="float32")
+    numerics = Numerics("vllm", "0", "cpu", "float32", "float32")
+    reference = OpenedReference(ReferenceConfig(model="any"), ReferencePaths(tmp_path, None, tmp_path), numerics)
     samples = pa.table({"prompt_id": ["b", "a"], "response_ids": [[7, 8, 9], [6]]})
     prompts = [Prompt("a", "A", ids=[1]), Prompt("b", "B", ids=[2, 3])]
     logps = module.score_responses(reference, tmp_path, prompts, samples)
     assert [one.tolist() for one in logps] == [[-3], [-1]]
     given, requests, stopped = asked
-    assert given == (reference, tmp_path, module.numerics_of(reference), 5)
+    assert given == (reference.config, tmp_path, numerics, 5)
     assert requests == [([2, 3], [7, 8, 9]), ([1], [6])]
     assert stopped == "stopped"

@@ -3,12 +3,12 @@
 import pytest
 
 from pipeline.engines.vllm.generator import Sample
-from pipeline.evaluation.new_pairs import Request, make_pairs, pair_row, score_samples
+from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row, score_samples
 from pipeline.judges.judging import Judge, Prompt, by_reward
 
 
 def request(messages=None):
-    return Request(
+    return TrainingPrompt(
         Prompt("p", "How do I boil rice?", "cooking", [1, 2]),
         messages or [{"role": "user", "content": "How do I boil rice?"}],
     )

@@ -73,7 +73,7 @@ def check_rows(rows, numbers) -> set[int]:
 PREAMBLE = """
 import os, resource, signal, sys
 from pathlib import Path
-import pipeline.durable as durable
+import pipeline.artifacts.durable as durable
 from tests.faults.conftest import build, oracle, open_store
 def die_at(point, count=1):
     seen = [0]

@@ -20,7 +20,8 @@ from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, o
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = "".join(
-    (ROOT / "pipeline" / name).read_text() for name in ("store.py", "shelf.py", "compaction.py", "remote_shelf.py")
+    (ROOT / "pipeline" / "store" / name).read_text()
+    for name in ("store.py", "places.py", "compaction.py", "remote_places.py")
 )
 POINTS = re.findall(r'reached\("((?:publish|compact): [^"]+)"\)', SOURCE)
 PUBLISH = list(dict.fromkeys(point for point in POINTS if point.startswith("publish")))
@@ -28,7 +29,9 @@ COMPACT = list(dict.fromkeys(point for point in POINTS if point.startswith("comp
 
 
 def test_there_are_enough_moments():
-    checkpoint = re.findall(r'reached\("checkpoint: [^"]+"\)', (ROOT / "pipeline" / "checkpoint.py").read_text())
+    checkpoint = re.findall(
+        r'reached\("checkpoint: [^"]+"\)', (ROOT / "pipeline" / "training" / "checkpoint.py").read_text()
+    )
     assert len(PUBLISH) + len(COMPACT) + len(checkpoint) >= 12
 
 
@@ -63,7 +66,7 @@ def test_a_compaction_killed_anywhere_loses_nothing(tmp_path, case, point):
     for start in range(0, 60, 10):
         open_store(where).publish([oracle(n) for n in range(start, start + 12)])
     done = child(
-        "from pipeline.store.compaction import compact\nfrom pipeline.shard import shard_files\n"
+        "from pipeline.store.compaction import compact\nfrom pipeline.store.shard import shard_files\n"
         "die_at(sys.argv[2])\ncompact(Path(sys.argv[1]), shard_files(Path(sys.argv[1])))",
         directory(where), point,
     )  # fmt: skip
@@ -92,7 +95,7 @@ def test_readers_find_every_key_while_compactions_run(tmp_path, case):
     for start in range(0, 200, 5):
         open_store(where).publish([oracle(n) for n in range(start, start + 5)])
     code = (
-        "from pipeline.store.compaction import compact\nfrom pipeline.shard import shard_files\n"
+        "from pipeline.store.compaction import compact\nfrom pipeline.store.shard import shard_files\n"
         "d = Path(sys.argv[1])\n"
         "while len(shard_files(d)) > 1: compact(d, shard_files(d)[:3])\n"
     )

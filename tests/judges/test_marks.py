@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.evaluation.pairing import best_and_worst
+from pipeline.evaluation.new_pairs import best_and_worst
 from pipeline.judges import marks
 
 

@@ -11,10 +11,10 @@ from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.pairs import table as pair_table
-from pipeline.precompute import join
-from pipeline.precompute import plan as precompute
+from pipeline.precompute import join, score
 from pipeline.precompute.join import dropped_with, joined, write_joined
-from pipeline.precompute.plan import make_plan, score_missing, shards_of
+from pipeline.precompute.plan import make_plan
+from pipeline.precompute.score import score_missing, shards_of
 from tests.conftest import experiment, preference_rows, write_rows
 
 
@@ -23,7 +23,7 @@ def _small_groups(request, monkeypatch):
     """What is found by row must not depend on where a row group ends."""
     for module in (pair_table, join):
         monkeypatch.setattr(module, "GROUP", request.param)
-    monkeypatch.setattr(precompute, "_WINDOW", request.param * 4)
+    monkeypatch.setattr(score, "_WINDOW", request.param * 4)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
     plan = make_plan(config)
     assert (len(plan.keys), plan.sequences, len(plan.missing)) == (14, 13, 13)
     engine = Engine()
-    score_missing(plan, config.reference, engine, lambda sequences, tokens: None)
+    score_missing(plan, engine, lambda sequences, tokens: None)
     assert len(engine.asked) == 13
     for row in pa.concat_tables(joined(plan)).to_pylist():
         for side in ("chosen", "rejected"):
@@ -71,13 +71,13 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
 def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
     plan = make_plan(config)
     with pytest.raises(CheckError, match=said):
-        score_missing(plan, config.reference, Engine(spoil), lambda sequences, tokens: None)
+        score_missing(plan, Engine(spoil), lambda sequences, tokens: None)
     assert len(make_plan(config).missing) == 13
 
 
 def test_however_few_scores_are_held_at_a_time_the_pairs_are_the_same(config, monkeypatch):
     plan = make_plan(config)
-    score_missing(plan, config.reference, Engine(), lambda sequences, tokens: None)
+    score_missing(plan, Engine(), lambda sequences, tokens: None)
     together = pa.concat_tables(joined(plan))
     monkeypatch.setattr("pipeline.precompute.join._AT_ONCE", 1)
     assert pa.concat_tables(joined(plan)).equals(together)
@@ -94,7 +94,7 @@ def test_scores_of_another_number_of_tokens_are_refused(config, position, side):
 
 def scored_plan(config, spoil=lambda logps: logps):
     plan = make_plan(config)
-    score_missing(plan, config.reference, Engine(spoil), lambda sequences, tokens: None)
+    score_missing(plan, Engine(spoil), lambda sequences, tokens: None)
     return plan
 
 
@@ -135,7 +135,7 @@ def test_only_pairs_that_are_left_out_may_lack_a_score(config, side):
     plan = make_plan(config)
     missing = plan.row(3)[f"{side}_ids"]
     # -inf: computed, and no number; so it is not stored
-    score_missing(plan, config.reference, Engine(infinite(len(missing))), lambda sequences, tokens: None)
+    score_missing(plan, Engine(infinite(len(missing))), lambda sequences, tokens: None)
     lacking = [
         number
         for number in range(7)

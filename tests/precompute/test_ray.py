@@ -40,7 +40,7 @@ DRIVER = """
                 killed.append(workers[0].pid)
                 workers[0].kill()
 
-        ray_launcher.score_missing(plan, config.reference, on_shard)
+        ray_launcher.score_missing(plan, on_shard)
         again = make_plan(config)
         assert not len(again.missing), len(again.missing)
         write_joined(Path("ray.parquet"), again, {})

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
-import pipeline.generate
 import polars as pl
 import pytest
 
+import pipeline.engines.vllm.generator
 import stages.iterate
 from pipeline.config.experiment import GenerateConfig
 from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
@@ -89,7 +89,9 @@ def outcome(where, config, command, settings, monkeypatch):
     for name in ("eval.json", "new_pairs.jsonl", "held_out.jsonl", *(f"{table}.parquet" for table in TABLES)):
         (run / name).unlink(missing_ok=True)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.generate, "running_engine", lambda *given, **how: running_engine(told, *given, **how))
+        patch.setattr(
+            pipeline.engines.vllm.generator, "running_engine", lambda *given, **how: running_engine(told, *given, **how)
+        )
         patch.setattr(
             stages.iterate, "step", lambda stage, config, name, overrides: told.append((stage, name, overrides))
         )

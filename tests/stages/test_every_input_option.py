@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import datasets
 import huggingface_hub.constants
-import pipeline.ray_launcher
-import pipeline.scoring
-import pipeline.vllm_scoring
-import pipeline.workers
 import polars as pl
 import pytest
 import torch
 
+import pipeline.engines.start
+import pipeline.engines.vllm.scorer
+import pipeline.engines.workers
+import pipeline.precompute.ray
 from pipeline.config.experiment import DataConfig, ReferenceConfig
 from pipeline.engines import score_table
+from pipeline.engines.single import start_single
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.engines.doubles import Flat
 from tests.hub import CODED, SECOND, make_hub
@@ -168,15 +169,15 @@ def doubles(patch, where, told):
         told.append((options, engine))
         return engine
 
-    patch.setattr(pipeline.vllm_scoring, "start_engine", start_engine)
-    patch.setattr(pipeline.vllm_scoring, "stop_engine", lambda engine: None)
+    patch.setattr(pipeline.engines.vllm.scorer, "start_engine", start_engine)
+    patch.setattr(pipeline.engines.vllm.scorer, "stop_engine", lambda engine: None)
 
     class Worker:
         """A worker in this process."""
 
         def __init__(self, number, share, reference, directory, numerics, longest):
             told.append(f"worker {number}")
-            self.scorer = pipeline.scoring._start(reference, directory, numerics, longest)
+            self.scorer = start_single(reference, directory, numerics, longest)
 
         def wait_until_ready(self):
             pass
@@ -187,6 +188,6 @@ def doubles(patch, where, told):
         def stop(self):
             pass
 
-    patch.setattr(pipeline.workers, "_Worker", Worker)
-    patch.setattr(pipeline.workers, "processors", lambda: [0, 1])
-    patch.setattr(pipeline.ray_launcher, "score_missing", lambda plan, *_: told.append("ray") or {})
+    patch.setattr(pipeline.engines.workers, "_Worker", Worker)
+    patch.setattr(pipeline.engines.workers, "processors", lambda: [0, 1])
+    patch.setattr(pipeline.precompute.ray, "score_missing", lambda plan, *_: told.append("ray") or {})

@@ -9,10 +9,10 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pipeline.llm_judge
-import pipeline.reward_judge
 import pytest
 
+import pipeline.judges.local
+import pipeline.judges.reward_model
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import RefscoreError
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
@@ -118,10 +118,10 @@ def doubles(patch, told):
         tokenizer = load_tokenizer(directory, SimpleNamespace(trust_remote_code=False))
         yield Letters(tokenizer)
 
-    patch.setattr(pipeline.llm_judge, "running_engine", running_engine)
+    patch.setattr(pipeline.judges.local, "running_engine", running_engine)
     for name in ("with_vllm", "with_transformers"):
         patch.setattr(
-            pipeline.reward_judge,
+            pipeline.judges.reward_model,
             name,
             lambda directory, dtype, ids, name=name: told.append((name, dtype)) or [float(len(one)) for one in ids],
         )

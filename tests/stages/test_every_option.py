@@ -3,10 +3,10 @@
 import hashlib
 
 import huggingface_hub.constants
-import pipeline.routes
 import polars as pl
 import pytest
 
+import pipeline.forward.routes
 from pipeline.config.experiment import Config, LoraConfig, PolicyConfig, TrainConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, SECOND, make_hub
@@ -100,7 +100,7 @@ def test_changing_it_changes_something(ground, field, monkeypatch):
 def outcome(where, config, run, settings, monkeypatch):
     """Metrics without times, artifacts, weights, and how many tokens each forward pass read."""
     passes = []
-    packed = pipeline.routes.read_packed
+    packed = pipeline.forward.routes.read_packed
     layers = []
     with monkeypatch.context() as patch:
         from transformers.models.llama.modeling_llama import LlamaMLP
@@ -109,7 +109,7 @@ def outcome(where, config, run, settings, monkeypatch):
         mlp = LlamaMLP.forward
         patch.setattr(LlamaMLP, "forward", lambda *each: layers.append(1) or mlp(*each))
         patch.setattr(
-            pipeline.routes,
+            pipeline.forward.routes,
             "read_packed",
             lambda model, trees: passes.append(sum(map(len, trees))) or packed(model, trees),
         )

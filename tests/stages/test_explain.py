@@ -199,22 +199,22 @@ def test_gc_merges_small_shards(where):
 
 def test_weights_that_change_while_they_are_scored_stop_the_publication(where, monkeypatch):
     from pipeline.config.files import load_config
-    from pipeline.engines.start import start_scorer
     from pipeline.errors import CheckError
-    from pipeline.precompute import plan as precompute
+    from pipeline.precompute.plan import make_plan
+    from pipeline.precompute.score import score_missing
 
     monkeypatch.chdir(where)
     config = load_config("experiment.yaml", ["reference.dtype=bfloat16"])
-    plan = precompute.make_plan(config)
-    started = start_scorer(config.reference, plan.paths.merged, plan.identity.numerics, 200)
+    plan = make_plan(config)
+    started = plan.reference.start(200)
 
     class Disturbed:
         def score(self, sequences):
-            weights = plan.paths.merged / "model.safetensors"
+            weights = plan.reference.paths.merged / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
             with started as inner:
                 return inner.score(sequences)
 
     with pytest.raises(CheckError, match="changed while they were scored"):
-        precompute.score_missing(plan, config.reference, Disturbed(), lambda sequences, tokens: None)
+        score_missing(plan, Disturbed(), lambda sequences, tokens: None)
     assert len(plan.store.lookup(plan.keys).missing) == 16

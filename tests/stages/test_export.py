@@ -17,7 +17,7 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.forward.logps import forward_of
 from pipeline.engines.protocol import Request, numerics_of
 from pipeline.engines.start import start_scorer
-from pipeline.training.step import load_pairs
+from pipeline.training.examples import load_pairs
 
 def main():
     run, count = Path(sys.argv[1]), int(sys.argv[2])

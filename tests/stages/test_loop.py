@@ -6,9 +6,9 @@ import re
 import polars as pl
 import pytest
 
+from pipeline.artifacts.grid import grid
 from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES, read_table
 from pipeline.pairs.stream import prompt_id_of
-from stages.sweep import grid
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 
 pytestmark = pytest.mark.engine

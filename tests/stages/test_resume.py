@@ -86,9 +86,9 @@ def killed_after(where, config, run, step):
 
 PATCHED = """
 import os, signal, sys
-import stages.train
+from pipeline.training import train
 from stages.cli import main
-inner = stages.train.train_step
+inner = train.train_step
 count = 0
 def counting(*args):
     global count
@@ -96,13 +96,13 @@ def counting(*args):
     if count == {step} + 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*args)
-stages.train.train_step = counting
+train.train_step = counting
 main()
 """
 
 SCORING = """
 import os, signal, sys, time
-import pipeline.transformers_engine as engine
+import pipeline.engines.transformers as engine
 from stages.cli import main
 inner = engine.TransformersScorer.score
 count = 0

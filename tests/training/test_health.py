@@ -1,11 +1,11 @@
-"""Sick runs are named in words, healthy ones are left alone."""
+"""Trainings that go wrong are named in words, healthy ones are left alone."""
 
 import math
 
 import pytest
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.training.health import length_words, words
+from pipeline.training.health import findings, length_words
 
 TRAIN = TrainConfig()
 
@@ -29,23 +29,23 @@ def rows(number=40, **columns):
 
 
 def test_a_healthy_run_is_left_alone():
-    assert words(rows(), TRAIN, 40) == []
-    assert words([], TRAIN, 40) == []
+    assert findings(rows(), TRAIN, 40) == []
+    assert findings([], TRAIN, 40) == []
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "kind", "said"),
     [
-        ({"loss": lambda _: math.log(2) - 1e-4, "rewards__margins": lambda _: 2e-4}, "stays at ln 2"),
-        ({"eval_rewards__accuracies": lambda _: 0.4}, "held-out reward accuracy is 0.40, below chance"),
-        ({"rewards__chosen": lambda done: -4 * done}, "less likely too"),
-        ({"grad_norm": lambda done: 500 * done}, "Gradient norms reach"),
-        ({"eval_loss": lambda done: 0.69 - 0.4 * done + done**2}, "learns the pairs by heart"),
+        ({"loss": lambda _: math.log(2) - 1e-4, "rewards__margins": lambda _: 2e-4}, "stuck", "stays at ln 2"),
+        ({"eval_rewards__accuracies": lambda _: 0.4}, "below chance", "held-out reward accuracy is 0.40, below chance"),
+        ({"rewards__chosen": lambda done: -4 * done}, "displaced", "less likely too"),
+        ({"grad_norm": lambda done: 500 * done}, "gradient norms", "Gradient norms reach"),
+        ({"eval_loss": lambda done: 0.69 - 0.4 * done + done**2}, "overfitted", "learns the pairs by heart"),
     ],
 )
-def test_each_sickness_is_named_alone(columns, said):
-    (sentence,) = words(rows(**columns), TRAIN, 40)
-    assert said in sentence
+def test_each_fault_is_named_alone(columns, kind, said):
+    (finding,) = findings(rows(**columns), TRAIN, 40)
+    assert (finding.kind, said in finding.sentence) == (kind, True)
 
 
 def test_without_held_out_pairs_the_training_accuracy_counts():
@@ -53,19 +53,19 @@ def test_without_held_out_pairs_the_training_accuracy_counts():
         {name: value for name, value in row.items() if "eval" not in name}
         for row in rows(rewards__accuracies=lambda _: 0.3)
     ]
-    (sentence,) = words(plain, TRAIN, 40)
-    assert "training reward accuracy is 0.30" in sentence
+    (finding,) = findings(plain, TRAIN, 40)
+    assert "training reward accuracy is 0.30" in finding.sentence
 
 
 def test_nothing_is_said_too_early():
-    sick = rows(7, eval_rewards__accuracies=lambda _: 0.1)
-    assert words(sick, TRAIN, 7) == []
-    assert words(rows(9, grad_norm=lambda _: 1e4), TRAIN, 400) == []
+    wrong = rows(7, eval_rewards__accuracies=lambda _: 0.1)
+    assert findings(wrong, TRAIN, 7) == []
+    assert findings(rows(9, grad_norm=lambda _: 1e4), TRAIN, 400) == []
 
 
 def test_ln_2_means_nothing_to_other_losses():
     stuck = rows(loss=lambda _: math.log(2), rewards__margins=lambda _: 0.0)
-    assert words(stuck, TrainConfig(loss_type="ipo"), 40) == []
+    assert findings(stuck, TrainConfig(loss_type="ipo"), 40) == []
 
 
 def test_lengths_that_explode_are_named_with_the_falling_reward():

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import pipeline.export
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import pipeline.training.save
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_overrides
 from pipeline.errors import CheckError, ConfigError
@@ -16,10 +16,11 @@ from pipeline.forward.logps import Hidden
 from pipeline.forward.trees import Tree
 from pipeline.models.load import load_tokenizer
 from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.training.examples import Pairs
 from pipeline.training.optimizers import make_optimizer, update
 from pipeline.training.policies import load_policy
 from pipeline.training.save import save_policy, trained_directory
-from pipeline.training.step import Pairs, evaluate, train_step
+from pipeline.training.step import evaluate, train_step
 from tests.conftest import make_tiny_model
 from tests.training.test_step import rows_of
 
@@ -178,7 +179,7 @@ def test_an_export_that_is_not_what_was_trained_fails_and_replaces_nothing(tiny_
     assert max(differences.values()) < 1e-4
     (file,) = (run.model if name == "model" else run.adapter).glob("*.safetensors")
     before = file.read_bytes()
-    write = pipeline.export._save_whole if name == "model" else pipeline.export._save_adapter
+    write = pipeline.training.save._save_whole if name == "model" else pipeline.training.save._save_adapter
 
     def spoiled(model, *others):
         write(model, *others)
@@ -186,7 +187,7 @@ def test_an_export_that_is_not_what_was_trained_fails_and_replaces_nothing(tiny_
         (weights,) = directory.glob("*.safetensors")
         save_file(spoil(load_file(weights)), weights, {"format": "pt"})
 
-    monkeypatch.setattr(pipeline.export, write.__name__, spoiled)
+    monkeypatch.setattr(pipeline.training.save, write.__name__, spoiled)
     with pytest.raises(CheckError, match="not what was trained"):
         save_policy(policy, tiny_model, config, run, "card", tokenizer, pairs.trees)
     assert file.read_bytes() == before

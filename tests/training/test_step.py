@@ -15,9 +15,10 @@ from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import Route
 from pipeline.forward.trees import Tree
 from pipeline.models.load import load_causal_lm
+from pipeline.training.examples import Pairs, load_pairs, micro_batches
 from pipeline.training.gate import measure_gate
 from pipeline.training.optimizers import make_optimizer
-from pipeline.training.step import NotFinite, Pairs, evaluate, load_pairs, micro_batches, pair_rewards, train_step
+from pipeline.training.step import NotFinite, evaluate, pair_rewards, train_step
 
 
 def rows_of(number):
@@ -275,9 +276,9 @@ def test_rewards_of_pairs_are_in_their_order(pairs, reference):
 def test_a_step_and_an_evaluation_look_at_every_length_once(pairs, reference, monkeypatch):
     """Means over the whole were taken anew for every forward pass: quadratic in the pairs."""
     taken = []
-    mean = pipeline.training._mean_chosen_tokens
+    mean = pipeline.training.step._mean_chosen_tokens
     monkeypatch.setattr(
-        pipeline.training, "_mean_chosen_tokens", lambda pairs, rows: taken.append(len(rows)) or mean(pairs, rows)
+        pipeline.training.step, "_mean_chosen_tokens", lambda pairs, rows: taken.append(len(rows)) or mean(pairs, rows)
     )
     forward = forward_of(reference, "tree")
     train = TrainConfig(per_device_eval_batch_size=2, per_device_train_batch_size=2)

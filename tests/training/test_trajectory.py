@@ -8,8 +8,9 @@ import torch
 from pipeline.config.experiment import PolicyConfig, TrainConfig
 from pipeline.forward.logps import forward_of
 from pipeline.models.load import load_causal_lm, load_tokenizer
+from pipeline.training.examples import load_pairs
 from pipeline.training.optimizers import make_optimizer, update
-from pipeline.training.step import load_pairs, train_step
+from pipeline.training.step import train_step
 from tests.training.test_step import rows_of, score, write_pairs
 
 STEPS, BATCH, RATE, BETA = 20, 4, 1e-3, 0.3

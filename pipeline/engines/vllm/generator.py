@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.experiment import GenerateConfig, ReferenceConfig
-from pipeline.engines.protocol import numerics_of
+from pipeline.config.experiment import GenerateConfig
 from pipeline.engines.vllm.engine import kv_cache_bytes_per_token, prepare_environment, running_engine
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config
@@ -48,14 +47,13 @@ def no_report(responses: int, tokens: int) -> None:
     """Progress that nobody wants to see."""
 
 
-def settled(settings: GenerateConfig, reference: ReferenceConfig) -> GenerateConfig:
-    """`settings` with `dtype: auto` made what the reference is scored in.
+def settled(settings: GenerateConfig, dtype: str) -> GenerateConfig:
+    """`settings` with `dtype: auto` made `dtype`, in which the reference is scored.
 
     Weights trained in float32 are another model once rounded to bfloat16: the updates of a short training are smaller
     than the rounding, and responses sampled so are not the policy's whose logps are compared.
     """
-    dtype = numerics_of(reference).dtype if settings.dtype == "auto" else settings.dtype
-    return settings.model_copy(update={"dtype": dtype})
+    return settings.model_copy(update={"dtype": dtype}) if settings.dtype == "auto" else settings
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import pytest
 from pipeline.config.experiment import Config
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import DataError
-from pipeline.evaluation.exchange import write_alpaca_eval, write_arena_hard
 from pipeline.evaluation.winrates import win_rate
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
 from pipeline.judges.open import Chamber, open_judge
+from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
 
 
 def comparisons():

@@ -1,0 +1,122 @@
+"""Stage three, whole: sample policy, reference and further models on held-out prompts, measure KL, judge, make figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import read_about, write_table
+from pipeline.config.experiment import Config
+from pipeline.config.judges import IMPLICIT
+from pipeline.engines.reference import open_reference
+from pipeline.errors import DataError
+from pipeline.evaluation.candidates import candidates, must_share_vocabulary
+from pipeline.evaluation.figures import (
+    cost_figures,
+    judge_pairs,
+    judge_texts,
+    judgements_table,
+    response_figures,
+    win_figures,
+    worst_first,
+)
+from pipeline.evaluation.kl import measure_kl
+from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
+from pipeline.evaluation.sampling import make_samples
+from pipeline.judges.judging import Comparison, Judge, Judgement, Prompt
+from pipeline.judges.open import Chamber, open_judge
+from pipeline.progress import SILENT, Listener
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What stage three found: eval.json's content without its words, and comparisons with the policy's worst first."""
+
+    figures: dict[str, Any]
+    side_by_side: list[dict[str, Any]]
+
+
+def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluation:
+    """Generate with each model, measure KL, judge; writes samples, kl and judgements.parquet.
+
+    Raises DataError without held-out pairs, ConfigError if a model or a judge cannot be opened: before anything is
+    generated.
+    """
+    reference = open_reference(config.reference)
+    models = candidates(config, run, reference)
+    names = [model.name for model in models]
+    prompts = held_out_prompts(run.pairs, config.generate.max_prompts)
+    if not prompts:
+        raise DataError(
+            f"{run.pairs} holds no eval pairs, so there is nothing to generate for: "
+            "set data.eval_path or data.eval_fraction and run precompute again"
+        )
+    about = read_about(run.pairs)
+    must_share_vocabulary(models, about.get("vocabulary"))
+    # judges are opened before anything is generated: what is wrong with one is said at once
+    chamber = Chamber(run.verdicts, config.judge, (about.get("vocabulary", ""), about.get("template", "")))
+    judges = [open_judge(settings, chamber) for settings in config.judge if settings.kind != IMPLICIT]
+    listener.say(f"prompts   {len(prompts)} held out, for {', '.join(names)}")
+
+    # the implicit judge first: vLLM pins this process's threads once it has run
+    judgements: list[Judgement] = []
+    held_out: dict[str, float] = {}
+    for settings in config.judge:
+        if settings.kind == IMPLICIT:
+            judgements, held_out = judge_pairs(settings.shown, run.pairs, models[0].merged(), config)
+            listener.say(
+                f"held-out  reward accuracy {held_out['reward_accuracy']:.3f} on {held_out['pairs']:.0f} pairs"
+            )
+
+    samples, kl_samples = make_samples(config.generate, reference, run, prompts, models, listener)
+    kl = measure_kl(config.generate, reference, run, prompts, models, kl_samples, listener)
+    comparisons = comparisons_of(samples, prompts, names)
+    said = _judged(judges, comparisons, kl, prompts, listener)
+    judgements += said.judgements
+    write_table(run.judgements, judgements_table(judgements))
+
+    figures: dict[str, Any] = {
+        "models": {model.name: model.described for model in models},
+        "pair_judge": config.generate.pair_judge,
+        **win_figures(judgements, comparisons),
+        "responses": response_figures(samples, names),
+        "cost": cost_figures(kl, said.rewards),
+        "judge_costs": said.costs,
+        "held_out": held_out,
+    }
+    digests = {model.name: model.digest for model in models}
+    record(run, config, "eval", prompts=len(prompts), samples=len(samples), models=digests)
+    return Evaluation(figures, worst_first(comparisons, judgements))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    judgements: list[Judgement]
+    rewards: dict[str, list[float | None]]
+    costs: dict[str, dict[str, float]]
+
+
+def _judged(
+    judges: Sequence[Judge],
+    comparisons: Sequence[Comparison],
+    kl: pa.Table | None,
+    prompts: Sequence[Prompt],
+    listener: Listener,
+) -> _Judged:
+    """What every judge says of the comparisons, and the rewards it gives the responses whose KL is known."""
+    judged = _Judged([], {}, {})
+    singles = [] if kl is None else shown(kl, prompts)
+    for judge in judges:
+        judgements, rewards = judge_texts(judge, comparisons, singles)
+        judged.judgements.extend(judgements)
+        if rewards:
+            judged.rewards[judge.name] = rewards
+        if cost := judge.cost():
+            judged.costs[judge.name] = cost
+        failed = sum(judgement.score is None for judgement in judgements)
+        listener.say(f"judge     {judge.name}: {len(judgements)} verdicts, {failed} failed")
+    return judged

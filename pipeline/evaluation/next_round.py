@@ -1,0 +1,131 @@
+"""Data for the next round: the run's policy answers its training prompts, a judge scores the answers, best meets worst."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_table
+from pipeline.config.experiment import Config, GenerateConfig
+from pipeline.config.judges import IMPLICIT, JudgeConfig
+from pipeline.engines.reference import open_reference
+from pipeline.engines.vllm.generator import Sample, generator, settled
+from pipeline.errors import CheckError, ConfigError
+from pipeline.evaluation.candidates import Candidate, policy_of
+from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row
+from pipeline.evaluation.samples import generation_key, sample_rows, sample_table
+from pipeline.judges.judging import Prompt
+from pipeline.judges.open import Chamber, open_judge
+from pipeline.models.load import chat_template_digest, vocabulary_digest
+from pipeline.pairs.stream import Pair, PairSet, build_pairs, prompt_id_of, prompt_text
+from pipeline.progress import SILENT, Listener
+
+
+@dataclass(frozen=True)
+class NewPairs:
+    """How many pairs were made, and how many prompts gave none, by reason."""
+
+    pairs: int
+    left_out: dict[str, int]
+
+
+def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> NewPairs:
+    """Sample training prompts with the run's policy and judge; write new_pairs.jsonl and the held-out pairs beside it.
+
+    Raises ConfigError if no judge of texts is configured, CheckError if no prompt gave a pair.
+    """
+    policy = policy_of(config, run)
+    reference = open_reference(config.reference)
+    tokenizer = reference.tokenizer
+    pairs = build_pairs(config.data, tokenizer)
+    prompts = _training_prompts(pairs)[: config.generate.pair_prompts]
+    chamber = Chamber(run.verdicts, config.judge, (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
+    judge = open_judge(pair_judge(config), chamber)
+    settings = settled(config.generate, reference.numerics.dtype)
+    settings = settings.model_copy(update={"samples": config.generate.pair_samples})
+    listener.say(
+        f"prompts   {len(prompts)} of the training split, {settings.samples} responses each, judged by {judge.name}"
+    )
+
+    samples = _sampled(run, policy, prompts, settings, listener)
+    made, left_out = make_pairs(judge, prompts, samples, config.generate.pair_margin)
+    if not made:
+        why = ", ".join(f"{count} x {reason}" for reason, count in left_out.items())
+        raise CheckError(f"no prompt gave a pair ({why}): lower generate.pair_margin or raise generate.pair_samples")
+
+    provenance = {
+        "run": run.name,
+        "model": policy.described,
+        "weights": policy.digest,
+        "judge": judge.name,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+    }
+    durable.write_text(run.new_pairs, "".join(json.dumps(pair_row(one, provenance)) + "\n" for one in made))
+    held_out = [_held_out_row(pair) for pair in pairs.pairs if pair.split == "eval"]
+    durable.write_text(run.held_out, "".join(json.dumps(row) + "\n" for row in held_out))
+    record(run, config, "pairs", pairs=len(made), left_out=left_out, judge=judge.name)
+    return NewPairs(len(made), left_out)
+
+
+def pair_judge(config: Config) -> JudgeConfig:
+    """The judge that makes new pairs. Raises ConfigError if no judge of texts is configured."""
+    of_texts = [judge for judge in config.judge if judge.kind != IMPLICIT]
+    wanted = config.generate.pair_judge
+    judge = next((judge for judge in of_texts if wanted in (None, judge.shown)), None)
+    if judge is None and wanted is not None:
+        return JudgeConfig(name=wanted)
+    if judge is None:
+        raise ConfigError("no judge of texts is configured, so nothing can say which response is better: set judge")
+    return judge
+
+
+def _training_prompts(pairs: PairSet) -> list[TrainingPrompt]:
+    prompts: dict[str, TrainingPrompt] = {}
+    for pair in pairs.pairs:
+        if pair.split == "train":
+            messages = pair.preference.prompt
+            prompt_id = prompt_id_of(pair.prompt_ids)
+            prompt = Prompt(prompt_id, prompt_text(messages), pair.preference.topic or "", pair.prompt_ids)
+            prompts.setdefault(prompt_id, TrainingPrompt(prompt, messages))
+    return list(prompts.values())
+
+
+def _held_out_row(pair: Pair) -> dict[str, object]:
+    """The pair as a line of preference data."""
+    return {
+        **({"topic": pair.preference.topic} if pair.preference.topic else {}),
+        "prompt": pair.preference.prompt,
+        "chosen": [{"role": "assistant", "content": pair.preference.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.preference.rejected}],
+    }
+
+
+def _sampled(
+    run: Run, policy: Candidate, requests: list[TrainingPrompt], settings: GenerateConfig, listener: Listener
+) -> list[list[Sample]]:
+    """Samples of the training prompts, made once for equal weights and settings."""
+    prompts = [request.prompt for request in requests]
+    key = generation_key(policy, prompts, settings)
+    if read_about(run.pair_samples).get("key") == key:
+        table = read_table(run.pair_samples, SAMPLES)
+        listener.say(f"samples   {len(table)} made before under the same settings")
+    else:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        with (
+            generator(policy.base, policy.spec, longest, settings, policy.adapter) as generate,
+            listener.progress("sampling", len(prompts) * settings.samples) as ticker,
+        ):
+            responses = generate([prompt.ids for prompt in prompts], settings, ticker.advance_tokens)
+        table = sample_table(sample_rows("policy", prompts, responses))
+        write_table(run.pair_samples, table, {"key": key})
+    return _grouped(table, settings.samples)
+
+
+def _grouped(table: pa.Table, size: int) -> list[list[Sample]]:
+    rows = [Sample(row["response"], row["response_ids"], row["finish_reason"]) for row in table.to_pylist()]
+    return [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -1,0 +1,81 @@
+"""Sampling the models of an evaluation, once per model and settings: samples.parquet, and the samples that KL needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from pipeline.artifacts.runs import Run
+from pipeline.artifacts.tables import SAMPLES, write_table
+from pipeline.config.experiment import GenerateConfig
+from pipeline.engines.reference import OpenedReference
+from pipeline.engines.vllm.generator import generator, settled
+from pipeline.evaluation.candidates import Candidate
+from pipeline.evaluation.kl import on_policy, stored_kl
+from pipeline.evaluation.samples import generation_key, sample_rows, sample_table, stored_samples
+from pipeline.judges.judging import Prompt
+from pipeline.progress import SILENT, Listener
+
+
+def make_samples(
+    config: GenerateConfig,
+    reference: OpenedReference,
+    run: Run,
+    prompts: Sequence[Prompt],
+    models: Sequence[Candidate],
+    listener: Listener = SILENT,
+) -> tuple[pa.Table, dict[str, pa.Table]]:
+    """Write samples.parquet; returns its rows, and per model the samples at temperature 1 whose KL no run has measured.
+
+    The last of `models` is the one that KL is measured against. Samples that any run made under the same key are used
+    again. An engine is started once per model and dtype, and what it made is written before the next one starts.
+    """
+    settings = settled(config, reference.numerics.dtype)
+    kl_settings = on_policy(config, reference.numerics.dtype)
+    keys = {model.name: generation_key(model, prompts, settings) for model in models}
+    tables: dict[str, pa.Table] = {}
+    kl_samples: dict[str, pa.Table] = {}
+    without_kl: list[str] = []
+    for model in models:
+        stored = stored_samples(keys[model.name], model.name, run.samples.name, SAMPLES)
+        if stored is not None:
+            listener.say(f"samples   {model.name}: {len(stored)} made before under the same settings")
+            tables[model.name] = stored
+        if config.kl_samples and stored_kl(config, reference, run, prompts, model, models[-1]) is None:
+            without_kl.append(model.name)
+    for model in models:
+        wanted = [] if model.name in tables else [settings]
+        wanted += [kl_settings] if model.name in without_kl and kl_settings not in wanted else []
+        for dtype in sorted({each.dtype for each in wanted}):
+            same_engine = [each for each in wanted if each.dtype == dtype]
+            for made_under, table in _generate(model, prompts, same_engine, listener):
+                if made_under == settings:
+                    tables[model.name] = table
+                    _write(run, tables, keys)
+                if made_under == kl_settings:
+                    kl_samples[model.name] = table
+        if model.name in without_kl and kl_settings == settings:
+            kl_samples[model.name] = tables[model.name]
+    _write(run, tables, keys)
+    return pa.concat_tables([tables[model.name] for model in models]), kl_samples
+
+
+def _generate(
+    model: Candidate, prompts: Sequence[Prompt], settings: Sequence[GenerateConfig], listener: Listener
+) -> Iterator[tuple[GenerateConfig, pa.Table]]:
+    """The model's samples under each of `settings`, which share a dtype, from one start of the engine."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    responses = len(prompts) * sum(each.samples for each in settings)
+    with (
+        generator(model.base, model.spec, longest, settings[0], model.adapter) as generate,
+        listener.progress(f"{model.name} generates", responses) as ticker,
+    ):
+        for each in settings:
+            samples = generate([prompt.ids for prompt in prompts], each, ticker.advance_tokens)
+            yield each, sample_table(sample_rows(model.name, prompts, samples))
+
+
+def _write(run: Run, tables: dict[str, pa.Table], keys: dict[str, str]) -> None:
+    about = {"keys": {model: keys[model] for model in tables}}
+    write_table(run.samples, pa.concat_tables(list(tables.values())), about)

@@ -1,0 +1,57 @@
+"""Scoring what a plan misses with the engine that is configured: in this process, in several, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pipeline.errors import RefscoreError
+from pipeline.precompute.plan import Plan
+from pipeline.precompute.score import score_missing
+from pipeline.progress import SILENT, Listener, duration
+
+
+def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT) -> dict[bytes, str]:
+    """Score what is missing and publish it to the store; starts no engine if nothing is.
+
+    `directory`: that of the run which will use the scores, so that the store keeps them for it. Returns the keys of
+    sequences whose scores are not finite, and why: they are not stored. Raises RefscoreError if the store cannot be
+    written, CheckError for scores that cannot be true. What was published before an error or Ctrl-C stays.
+    """
+    if not len(plan.missing):
+        listener.say("nothing to score: every sequence is in the store; no engine is started")
+        return {}
+    if problem := plan.store.why_not_writable():
+        raise RefscoreError(
+            f"{len(plan.missing)} of {plan.sequences} sequences must be scored, but the store cannot be written "
+            f"({problem}): put a directory of your own first, --set 'reference.store=[data/store, THIS ONE]'"
+        )
+    if directory is not None:
+        plan.store.register(directory)
+    begun = time.monotonic()
+    done = tokens = 0
+    reference = plan.reference.config
+    try:
+        with listener.progress("scoring", len(plan.missing)) as ticker:
+
+            def on_shard(sequences: int, shard_tokens: int) -> None:
+                nonlocal done, tokens
+                done, tokens = done + sequences, tokens + shard_tokens
+                seconds = time.monotonic() - ticker.started
+                ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
+
+            if reference.launcher == "ray":
+                from pipeline.precompute import ray as cluster
+
+                listener.say(f"starting {reference.engine} in {reference.workers} Ray actors ...")
+                return cluster.score_missing(plan, on_shard)
+            listener.say(f"starting {reference.engine} ...")
+            with plan.reference.start(plan.longest_missing) as scorer:
+                listener.say(f"engine ready after {duration(time.monotonic() - begun)}")
+                ticker.started = time.monotonic()
+                return score_missing(plan, scorer, on_shard)
+    except KeyboardInterrupt:
+        listener.say(
+            f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
+        )
+        raise

@@ -1,0 +1,64 @@
+"""Who hears how long work goes on: lines, and progress by units done. Nobody, unless a listener is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Ticker(Protocol):
+    """Progress of one task; `started` is its beginning in seconds of `time.monotonic`, and may be set anew."""
+
+    started: float
+
+    def advance(self, units: int, text: str) -> None:
+        """`units` more are done; `text` describes the state."""
+        ...
+
+    def advance_tokens(self, units: int, tokens: int) -> None:
+        """`units` more are done, of `tokens` tokens together."""
+        ...
+
+
+class Listener(Protocol):
+    """What hears of long work; the module `stages.console` is one."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        ...
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Ticker]:
+        """A task of `total` units begins."""
+        ...
+
+
+class _SilentTicker:
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def advance(self, units: int, text: str) -> None: ...
+
+    def advance_tokens(self, units: int, tokens: int) -> None: ...
+
+
+class _Silent:
+    def say(self, text: str) -> None: ...
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Ticker]:  # noqa: ARG002  # the protocol's names
+        yield _SilentTicker()
+
+
+SILENT: Listener = _Silent()
+
+
+def duration(seconds: float) -> str:
+    """A time span as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

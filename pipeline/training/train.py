@@ -1,0 +1,230 @@
+"""Stage two, whole: check the inputs, pass the gate, loop over batch, loss, step and log, save the model.
+
+Training reads pairs.parquet and the policy; it never opens the reference model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.artifacts import durable
+from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.tables import TRAIN_METRICS, read_about
+from pipeline.config.experiment import Config
+from pipeline.config.losses import reference_free
+from pipeline.errors import ConfigError
+from pipeline.hardware import peak_memory_gib, return_freed_memory
+from pipeline.models.configuration import position_limit
+from pipeline.models.load import load_tokenizer, vocabulary_digest
+from pipeline.models.locate import locate
+from pipeline.precompute.pairs_file import ensure_pairs
+from pipeline.progress import SILENT, Listener
+from pipeline.training import health
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.training.examples import Pairs, load_pairs
+from pipeline.training.gate import check_gate
+from pipeline.training.metrics import Metrics
+from pipeline.training.optimizers import make_optimizer, update
+from pipeline.training.policies import Policy, load_policy
+from pipeline.training.resume import decide, trained_fields, training_digest
+from pipeline.training.save import model_card, save_policy
+from pipeline.training.schedule import learning_rate, pairs_of_step, total_steps
+from pipeline.training.step import NotFinite, evaluate, train_step
+
+# taking memory from the system again costs the step that follows a sixth of its time
+_STEPS_TO_RETURN_MEMORY = 8
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training made: its steps, and held-out means of TRAIN_METRICS after the last one, by name with `eval_`."""
+
+    steps: int
+    results: dict[str, float | None]
+
+
+def train(config: Config, run: Run, *, restart: bool = False, listener: Listener = SILENT) -> Trained | None:
+    """Train the policy on the run's pairs and save it; goes on after the last checkpoint of the same training.
+
+    None if the run already holds the result of this very configuration. `restart` throws an earlier training away.
+    Raises ConfigError if the inputs do not fit together, CheckError if the gate is closed, a loss is not finite, or what
+    was saved is not what was trained.
+    """
+    ensure_pairs(config, run, listener)
+    about = read_about(run.pairs)
+    base = locate(config.policy)
+    tokenizer = load_tokenizer(base, config.policy)
+    if vocabulary_digest(tokenizer) != about["vocabulary"]:
+        raise ConfigError(
+            f"policy.model {config.policy.model!r} has another vocabulary than reference.model {config.reference.model!r}: "
+            "a token id does not mean the same to both, so they cannot be compared"
+        )
+    training = training_digest(config, about, base)
+    checkpoint = decide(run, config, training, restart=restart)
+    if checkpoint == "done":
+        made = run.model if run.model.is_dir() else run.adapter
+        listener.say(f"nothing to train: {made} is the result of this very configuration (--restart trains again)")
+        return None
+
+    scored = not reference_free(config.train)
+    pairs, held_out = (load_pairs(run.pairs, split, scored=scored) for split in ("train", "eval"))
+    _must_fit_positions(base, config, pairs, held_out)
+    steps = total_steps(len(pairs), config.train)
+    torch.manual_seed(config.train.seed)
+    ends = {branch[-1] for tree in pairs.trees for branch in tree.branches}
+    policy = load_policy(base, config, tokenizer, ends)
+    optimizer = make_optimizer(policy.model, config.train)
+    first = 0
+    if isinstance(checkpoint, Checkpoint):
+        load_checkpoint(checkpoint, policy.model, optimizer)
+        first = checkpoint.step
+        listener.say(f"resuming after step {first} from {checkpoint.directory}")
+    else:
+        # what a training that was killed before its first checkpoint left behind
+        shutil.rmtree(run.tensorboard, ignore_errors=True)
+    metrics = Metrics(run.metrics, run.tensorboard, resumed_at=first or None)
+    each = f"{config.train.gradient_accumulation_steps} x {config.train.per_device_train_batch_size} pairs"
+    listener.say(f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {each}")
+    if policy.adapted is not None:
+        learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+        listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
+    if first == 0:
+        durable.write_json(run.directory / "training.json", {"config": trained_fields(config)})
+        check_gate(config, run, about, base, policy, pairs, listener)
+
+    loop = _Loop(config, run, training, policy, optimizer, pairs, held_out, metrics, steps, listener)
+    loop.run(first)
+    metrics.close()
+
+    sentences = [finding.sentence for finding in health.findings(metrics.rows(), config.train, steps)]
+    durable.write_json(run.health, {"words": sentences})
+    results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
+    card = model_card(config, run.name, about["reference_id"], len(pairs), results)
+    optimizer.state.clear()  # a second model is loaded to be compared
+    differences = save_policy(policy, base, config, run, card, tokenizer, pairs.trees)
+    facts = {"training": training, "steps": steps, "pairs": len(pairs), "results": results}
+    record(run, config, "train", **facts, export_check=differences)
+    for name, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
+        before, after = metrics.first(f"eval_{name}"), metrics.last(f"eval_{name}")
+        if before is not None and after is not None:
+            listener.say(f"held-out  {label} {before:.4f} -> {after:.4f}")
+    if policy.adapted is not None:
+        listener.say(f"adapter   {run.adapter}")
+    if run.model.is_dir():
+        listener.say(f"model     {run.model}")
+    return Trained(steps, results)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The steps of one training, and all that is written while they run."""
+
+    config: Config
+    directories: Run
+    training: str
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    pairs: Pairs
+    held_out: Pairs
+    metrics: Metrics
+    steps: int
+    listener: Listener
+
+    def run(self, first: int) -> None:
+        """Take the steps from `first` (0-based) on."""
+        train = self.config.train
+        if first == 0:
+            self._evaluate(0)
+        self.policy.model.train()
+        kinds_said: set[str] = set()
+        with self.listener.progress("training", self.steps - first) as ticker:
+            pending: list[dict[str, float]] = []
+            tokens, since = 0, time.monotonic()
+            for step in range(first, self.steps):
+                rows = pairs_of_step(step, len(self.pairs), train)
+                rate = learning_rate(step, self.steps, train)
+                done = step + 1
+                values = self._step(done, rows, rate)
+                if done % _STEPS_TO_RETURN_MEMORY == 0:
+                    return_freed_memory()
+                pending.append(values)
+                tokens += sum(len(self.pairs.trees[row]) for row in rows)
+                if done % train.logging_steps == 0 or done == self.steps:
+                    values = {name: sum(row[name] for row in pending) / len(pending) for name in pending[0]}
+                    seconds = time.monotonic() - since
+                    values["learning_rate"] = rate
+                    values["step_seconds"] = seconds / len(pending)
+                    values["tokens_per_second"] = tokens / seconds
+                    values["peak_memory_gib"] = peak_memory_gib()
+                    self.metrics.add(done, values)
+                    pending, tokens, since = [], 0, time.monotonic()
+                ticker.advance(1, _line(values))
+                if done == self.steps or (train.eval_steps and done % train.eval_steps == 0):
+                    self._evaluate(done)
+                    self._say_findings(kinds_said)
+                    since = time.monotonic()
+                if done == self.steps or (train.save_steps and done % train.save_steps == 0):
+                    self.metrics.flush()
+                    checkpoints, kept = self.directories.checkpoints, train.save_total_limit
+                    save_checkpoint(checkpoints, done, self.training, self.policy.model, self.optimizer, kept)
+                    since = time.monotonic()
+
+    def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
+        """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
+        train = self.config.train
+        try:
+            values = train_step(self.policy.forward, self.pairs, rows, train)
+            values["grad_norm"] = update(self.policy.model, self.optimizer, rate, train.max_grad_norm)
+            if not math.isfinite(values["grad_norm"]):
+                pair_ids = [self.pairs.pair_ids[row] for row in rows]
+                raise NotFinite("gradient norm", values["grad_norm"], pair_ids)
+        except NotFinite as stop:
+            self.metrics.close()
+            path = self.directories.directory / "not_finite.json"
+            durable.write_json(path, {"step": number, "problem": str(stop), "pair_ids": stop.pair_ids})
+            metrics = self.directories.metrics
+            self.listener.say(f"step {number}: the pairs are kept in {path}; metrics up to here in {metrics}")
+            raise
+        return values
+
+    def _evaluate(self, step: int) -> None:
+        if not len(self.held_out):
+            return
+        self.policy.model.eval()
+        values = evaluate(self.policy.forward, self.held_out, self.config.train)
+        self.policy.model.train()
+        self.metrics.add(step, values, prefix="eval_")
+        self.listener.say(
+            f"step {step}: held-out loss {values['loss']:.4f}, margin {values['rewards/margins']:.3f}, "
+            f"accuracy {values['rewards/accuracies']:.3f}"
+        )
+
+    def _say_findings(self, kinds_said: set[str]) -> None:
+        """Say what looks wrong, each kind once."""
+        for finding in health.findings(self.metrics.rows(), self.config.train, self.steps):
+            if finding.kind not in kinds_said:
+                kinds_said.add(finding.kind)
+                self.listener.say(f"health    {finding.sentence}")
+
+
+def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:
+    limit = position_limit(base)
+    longest = max((tree.longest for pairs in splits for tree in pairs.trees), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"the longest pair has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
+            f"data.max_length={limit} or less, run precompute again (nothing is scored twice), or choose another policy"
+        )
+
+
+def _line(values: dict[str, float]) -> str:
+    text = f"loss {values['loss']:.4f}  margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.2f}"
+    if "tokens_per_second" in values:
+        text += f"  {values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.1f} GiB"
+    return text
