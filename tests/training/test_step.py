@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-import pipeline.training
+import pipeline.training.step
 from pipeline.artifacts.tables import PAIRS, write_table
 from pipeline.config.experiment import TrainConfig
 from pipeline.errors import DataError
