@@ -41,6 +41,7 @@ COVERING = {
     "training/checkpoint": ["training/test_checkpoint.py"],
     "artifacts/digests": ["artifacts/test_digests.py"],
     "store/identity": ["store/test_identity.py", "store/test_identity_fuzz.py", "store/test_lookup.py"],
+    "models/identity": ["store/test_identity.py", "store/test_identity_fuzz.py"],
     "models/weights": ["models/test_weights.py", "store/test_identity.py"],
     "store/store": ["store/test_store.py", "store/test_lookup.py", "store/test_places.py"],
     "store/shard": ["store/test_shard.py", "store/test_store.py", "store/test_lookup.py", "store/test_places.py"],

@@ -24,9 +24,8 @@ from pipeline.evaluation.figures import (
     win_figures,
     worst_first,
 )
-from pipeline.evaluation.kl import measure_kl
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
-from pipeline.evaluation.sampling import make_samples
+from pipeline.evaluation.sampling import make_samples, measure_kl
 from pipeline.judges.judging import Comparison, Judge, Judgement, Prompt
 from pipeline.judges.open import Chamber, open_judge
 from pipeline.progress import SILENT, Listener

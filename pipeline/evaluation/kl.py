@@ -9,7 +9,7 @@ of what is generated, not of endless responses.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import KL, write_table
+from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig
-from pipeline.config.files import digest
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference
 from pipeline.engines.start import start_scorer
-from pipeline.evaluation.candidates import Candidate
-from pipeline.evaluation.samples import generation_key, stored_samples
 from pipeline.evaluation.statistics import bootstrap_mean
 from pipeline.judges.judging import Prompt
-from pipeline.progress import SILENT, Listener
 
 
 def on_policy(settings: GenerateConfig, dtype: str) -> GenerateConfig:
@@ -36,70 +31,6 @@ def on_policy(settings: GenerateConfig, dtype: str) -> GenerateConfig:
     return settings.model_copy(
         update={"temperature": 1.0, "top_p": 1.0, "samples": settings.kl_samples, "dtype": dtype}
     )
-
-
-def measure_kl(
-    settings: GenerateConfig,
-    reference: OpenedReference,
-    run: Run,
-    prompts: Sequence[Prompt],
-    models: Sequence[Candidate],
-    samples: Mapping[str, pa.Table],
-    listener: Listener = SILENT,
-) -> pa.Table | None:
-    """Write kl.parquet and return its rows; None if no samples for KL are asked for.
-
-    `samples`: those of the models whose KL no run has measured yet, at temperature 1; each is scored under its model and
-    under the last of `models`.
-    """
-    if not settings.kl_samples:
-        return None
-    baseline = models[-1]
-    tables = {
-        model.name: stored
-        for model in models
-        if model.name not in samples
-        and (stored := stored_kl(settings, reference, run, prompts, model, baseline)) is not None
-    }
-    new = [model for model in models if model.name in samples and model is not baseline]
-    if new:
-        listener.say(f"scoring   responses of {', '.join(model.name for model in new)} for KL, under each model")
-        own = {model.name: score_responses(reference, model.merged(), prompts, samples[model.name]) for model in new}
-        together = pa.concat_tables([samples[model.name] for model in new])
-        under = iter(score_responses(reference, baseline.merged(), prompts, together))
-        for model in new:
-            logps = own[model.name]
-            tables[model.name] = kl_table(samples[model.name], logps, [next(under) for _ in logps])
-    if baseline.name in samples:
-        tables[baseline.name] = kl_table(samples[baseline.name], None, None)
-    keys = {model.name: _kl_key(settings, reference, prompts, model, baseline) for model in models}
-    table = pa.concat_tables([tables[model.name] for model in models])
-    write_table(run.kl, table, {"keys": keys})
-    return table
-
-
-def stored_kl(
-    settings: GenerateConfig,
-    reference: OpenedReference,
-    run: Run,
-    prompts: Sequence[Prompt],
-    model: Candidate,
-    baseline: Candidate,
-) -> pa.Table | None:
-    """A model's rows of any run's kl.parquet that were made and scored under the same settings and models."""
-    key = _kl_key(settings, reference, prompts, model, baseline)
-    return stored_samples(key, model.name, run.kl.name, KL)
-
-
-def _kl_key(
-    settings: GenerateConfig,
-    reference: OpenedReference,
-    prompts: Sequence[Prompt],
-    model: Candidate,
-    baseline: Candidate,
-) -> str:
-    made = generation_key(model, prompts, on_policy(settings, reference.numerics.dtype))
-    return digest({"samples": made, "reference": baseline.digest, "numerics": vars(reference.numerics)})
 
 
 def score_responses(

@@ -1,18 +1,19 @@
-"""Sampling the models of an evaluation, once per model and settings: samples.parquet, and the samples that KL needs."""
+"""Sampling the models of an evaluation and measuring their KL, once per model and settings: samples.parquet, kl.parquet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import SAMPLES, write_table
+from pipeline.artifacts.tables import KL, SAMPLES, write_table
 from pipeline.config.experiment import GenerateConfig
+from pipeline.config.files import digest
 from pipeline.engines.reference import OpenedReference
 from pipeline.engines.vllm.generator import generator, settled
 from pipeline.evaluation.candidates import Candidate
-from pipeline.evaluation.kl import on_policy, stored_kl
+from pipeline.evaluation.kl import kl_table, on_policy, score_responses
 from pipeline.evaluation.samples import generation_key, sample_rows, sample_table, stored_samples
 from pipeline.judges.judging import Prompt
 from pipeline.progress import SILENT, Listener
@@ -42,7 +43,7 @@ def make_samples(
         if stored is not None:
             listener.say(f"samples   {model.name}: {len(stored)} made before under the same settings")
             tables[model.name] = stored
-        if config.kl_samples and stored_kl(config, reference, run, prompts, model, models[-1]) is None:
+        if config.kl_samples and _stored_kl(config, reference, run, prompts, model, models[-1]) is None:
             without_kl.append(model.name)
     for model in models:
         wanted = [] if model.name in tables else [settings]
@@ -59,6 +60,46 @@ def make_samples(
             kl_samples[model.name] = tables[model.name]
     _write(run, tables, keys)
     return pa.concat_tables([tables[model.name] for model in models]), kl_samples
+
+
+def measure_kl(
+    settings: GenerateConfig,
+    reference: OpenedReference,
+    run: Run,
+    prompts: Sequence[Prompt],
+    models: Sequence[Candidate],
+    samples: Mapping[str, pa.Table],
+    listener: Listener = SILENT,
+) -> pa.Table | None:
+    """Write kl.parquet and return its rows; None if no samples for KL are asked for.
+
+    `samples`: those of the models whose KL no run has measured yet, at temperature 1; each is scored under its model and
+    under the last of `models`.
+    """
+    if not settings.kl_samples:
+        return None
+    baseline = models[-1]
+    tables = {
+        model.name: stored
+        for model in models
+        if model.name not in samples
+        and (stored := _stored_kl(settings, reference, run, prompts, model, baseline)) is not None
+    }
+    new = [model for model in models if model.name in samples and model is not baseline]
+    if new:
+        listener.say(f"scoring   responses of {', '.join(model.name for model in new)} for KL, under each model")
+        own = {model.name: score_responses(reference, model.merged(), prompts, samples[model.name]) for model in new}
+        together = pa.concat_tables([samples[model.name] for model in new])
+        under = iter(score_responses(reference, baseline.merged(), prompts, together))
+        for model in new:
+            logps = own[model.name]
+            tables[model.name] = kl_table(samples[model.name], logps, [next(under) for _ in logps])
+    if baseline.name in samples:
+        tables[baseline.name] = kl_table(samples[baseline.name], None, None)
+    keys = {model.name: _kl_key(settings, reference, prompts, model, baseline) for model in models}
+    table = pa.concat_tables([tables[model.name] for model in models])
+    write_table(run.kl, table, {"keys": keys})
+    return table
 
 
 def _generate(
@@ -79,3 +120,27 @@ def _generate(
 def _write(run: Run, tables: dict[str, pa.Table], keys: dict[str, str]) -> None:
     about = {"keys": {model: keys[model] for model in tables}}
     write_table(run.samples, pa.concat_tables(list(tables.values())), about)
+
+
+def _stored_kl(
+    settings: GenerateConfig,
+    reference: OpenedReference,
+    run: Run,
+    prompts: Sequence[Prompt],
+    model: Candidate,
+    baseline: Candidate,
+) -> pa.Table | None:
+    """A model's rows of any run's kl.parquet that were made and scored under the same settings and models."""
+    key = _kl_key(settings, reference, prompts, model, baseline)
+    return stored_samples(key, model.name, run.kl.name, KL)
+
+
+def _kl_key(
+    settings: GenerateConfig,
+    reference: OpenedReference,
+    prompts: Sequence[Prompt],
+    model: Candidate,
+    baseline: Candidate,
+) -> str:
+    made = generation_key(model, prompts, on_policy(settings, reference.numerics.dtype))
+    return digest({"samples": made, "reference": baseline.digest, "numerics": vars(reference.numerics)})
