@@ -25,12 +25,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the experiment.", show_default=True)]
+ConfigOption = Annotated[
+    Path, typer.Option("--config", help="YAML file of the experiment, or a preset's name.", show_default=True)
+]
 RunOption = Annotated[
     str | None, typer.Option("--run", help="Name of the run; default: the configuration's file name.")
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. train.beta=0.05; repeatable.")]
-DEMO = Path("pipeline/presets/demo.yaml")
+DEMO = Path("demo")
 
 
 @app.command()

@@ -128,16 +128,15 @@ def _hub() -> Finding:
 
 def _tree() -> Finding:
     try:
-        from pipeline.config.files import load_config
+        from pipeline.config.files import PRESETS, load_config
 
-        presets = sorted(Path("pipeline/presets").glob("*.yaml"))
+        presets = sorted(PRESETS.glob("*.yaml"))
         for preset in presets:
             load_config(preset)
     except RefscoreError as error:
         return Finding("presets", "broken", str(error))
-    return Finding(
-        "presets", f"{len(presets)} in this directory" if presets else "none here: give --config a file of yours"
-    )
+    names = ", ".join(preset.stem for preset in presets)
+    return Finding("presets", names, "" if presets else "none came with this installation: install it again")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from pipeline import __version__
 from pipeline.artifacts import durable
 from pipeline.config.experiment import Config
 from pipeline.config.files import dump_config
 from pipeline.errors import ConfigError
 from pipeline.hardware import describe
+from pipeline.version import __version__
 
 RUNS = Path("data/runs")
 _PACKAGES = (

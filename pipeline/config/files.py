@@ -22,13 +22,13 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read `path`, apply `section.field=value` overrides, validate.
+    """Read `path`, a file or the name of a preset ("demo"), apply `section.field=value` overrides, validate.
 
     Raises ConfigError that lists every problem found in file and overrides.
     """
-    path = Path(path)
+    path = _preset(path) or Path(path)
     if not path.is_file():
-        shipped = ", ".join(sorted(str(p) for p in PRESETS.glob("*.yaml")))
+        shipped = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise ConfigError(f"configuration {str(path)!r} does not exist; shipped presets: {shipped}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -37,6 +37,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), got {type(content).__name__}")
     return load_overrides(content, overrides, str(path))
+
+
+def _preset(name: str | Path) -> Path | None:
+    path = PRESETS / f"{name}.yaml"
+    return path if not Path(name).is_file() and path.parent == PRESETS and path.is_file() else None
 
 
 def load_overrides(

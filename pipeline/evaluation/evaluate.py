@@ -27,7 +27,7 @@ from pipeline.evaluation.figures import (
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
 from pipeline.evaluation.sampling import make_samples, measure_kl
 from pipeline.judges.judging import Comparison, Judge, Judgement, Prompt
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.progress import SILENT, Listener
 
 
@@ -57,8 +57,8 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     about = read_about(run.pairs)
     must_share_vocabulary(models, about.get("vocabulary"))
     # judges are opened before anything is generated: what is wrong with one is said at once
-    chamber = Chamber(run.verdicts, config.judge, (about.get("vocabulary", ""), about.get("template", "")))
-    judges = [open_judge(settings, chamber) for settings in config.judge if settings.kind != IMPLICIT]
+    context = JudgeContext(run.verdicts, config.judge, (about.get("vocabulary", ""), about.get("template", "")))
+    judges = [open_judge(settings, context) for settings in config.judge if settings.kind != IMPLICIT]
     listener.say(f"prompts   {len(prompts)} held out, for {', '.join(names)}")
 
     # the implicit judge first: vLLM pins this process's threads once it has run

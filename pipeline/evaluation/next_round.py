@@ -19,7 +19,7 @@ from pipeline.evaluation.candidates import Candidate, policy_of
 from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row
 from pipeline.evaluation.samples import generation_key, sample_rows, sample_table
 from pipeline.judges.judging import Prompt
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.models.load import chat_template_digest, vocabulary_digest
 from pipeline.pairs.stream import Pair, PairSet, build_pairs, prompt_id_of, prompt_text
 from pipeline.progress import SILENT, Listener
@@ -43,8 +43,8 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     tokenizer = reference.tokenizer
     pairs = build_pairs(config.data, tokenizer)
     prompts = _training_prompts(pairs)[: config.generate.pair_prompts]
-    chamber = Chamber(run.verdicts, config.judge, (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
-    judge = open_judge(pair_judge(config), chamber)
+    context = JudgeContext(run.verdicts, config.judge, (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
+    judge = open_judge(pair_judge(config), context)
     settings = settled(config.generate, reference.numerics.dtype)
     settings = settings.model_copy(update={"samples": config.generate.pair_samples})
     listener.say(

@@ -22,8 +22,8 @@ from pipeline.engines.vllm.engine import (
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
 from pipeline.judges.judging import Duel, Judge
-from pipeline.judges.memory import Verdict, Verdicts, key_of
-from pipeline.judges.prompts import LETTERS, letter_of, parsed, question, template_digest, weighed
+from pipeline.judges.memory import Verdict, Verdicts, verdict_key
+from pipeline.judges.prompts import LETTERS, letter_of, parsed, question, weighed, wording
 from pipeline.judges.reward_model import judge_dtype
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.identity import behaviour_digest
@@ -48,11 +48,11 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         raise ConfigError(f"judge {settings.shown}: a model without a chat template cannot be asked")
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
     engine = engine_version("vllm")
-    identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {template_digest()}"
+    identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {wording()}"
     asked: list[str] = []
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
-        keys = [key_of(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+        keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
         missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
         if missing:

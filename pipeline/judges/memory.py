@@ -62,7 +62,7 @@ class Verdicts:
             file.write(json.dumps({"key": key, **asdict(verdict)}, ensure_ascii=False) + "\n")
 
 
-def key_of(judge: str, parts: Sequence[str]) -> str:
+def verdict_key(judge: str, parts: Sequence[str]) -> str:
     """Digest of a judge's identity and of the texts it is shown, each with its length."""
     state = hashlib.sha256(judge.encode())
     for part in parts:

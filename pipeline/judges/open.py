@@ -10,12 +10,12 @@ from pipeline.artifacts.durable import file_name
 from pipeline.config.judges import JudgeConfig
 from pipeline.judges.annotations import open_annotations
 from pipeline.judges.judging import Duel, Judge, majority
-from pipeline.judges.memory import Verdicts, key_of
+from pipeline.judges.memory import Verdicts, verdict_key
 from pipeline.judges.rules import open_rule
 
 
 @dataclass(frozen=True)
-class Chamber:
+class JudgeContext:
     """What judges need of their surroundings.
 
     `verdicts`: the directory in which model judges keep what they said. `listed`: the configuration's judges, whose
@@ -29,23 +29,23 @@ class Chamber:
     opened: dict[str, Verdicts] = field(default_factory=dict)
 
 
-def open_judge(settings: JudgeConfig, chamber: Chamber) -> Judge:
+def open_judge(settings: JudgeConfig, context: JudgeContext) -> Judge:
     """The judge of texts of that name; `implicit` is none. Raises ConfigError where its model cannot be found."""
     if settings.kind == "rule":
         return open_rule(settings.argument, settings.shown)
     if settings.kind == "annotations":
         return open_annotations(Path(settings.argument).expanduser(), settings.shown)
     if settings.kind == "panel":
-        return _panel(settings, chamber)
+        return _panel(settings, context)
     # the name for people, the digest against two names that look alike as a file
-    file = f"{file_name(settings.shown)[:60]}-{key_of('', [settings.name])[:8]}.jsonl"
-    verdicts = chamber.opened.get(file)
+    file = f"{file_name(settings.shown)[:60]}-{verdict_key('', [settings.name])[:8]}.jsonl"
+    verdicts = context.opened.get(file)
     if verdicts is None:
-        verdicts = chamber.opened[file] = Verdicts(chamber.verdicts / file)
+        verdicts = context.opened[file] = Verdicts(context.verdicts / file)
     if settings.kind == "reward_model":
         from pipeline.judges.reward_model import open_reward_model
 
-        return open_reward_model(settings, verdicts, chamber.tokens)
+        return open_reward_model(settings, verdicts, context.tokens)
     if settings.remote:
         from pipeline.judges.remote import open_remote
 
@@ -55,9 +55,9 @@ def open_judge(settings: JudgeConfig, chamber: Chamber) -> Judge:
     return open_local(settings, verdicts)
 
 
-def _panel(settings: JudgeConfig, chamber: Chamber) -> Judge:
-    listed = {judge.name: judge for judge in chamber.listed}
-    members = [open_judge(listed.get(name) or JudgeConfig.model_validate(name), chamber) for name in settings.members]
+def _panel(settings: JudgeConfig, context: JudgeContext) -> Judge:
+    listed = {judge.name: judge for judge in context.listed}
+    members = [open_judge(listed.get(name) or JudgeConfig.model_validate(name), context) for name in settings.members]
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         return [majority(votes) for votes in zip(*(member.prefer(duels) for member in members), strict=True)]

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from pipeline.judges.judging import Duel
-from pipeline.judges.memory import key_of
+from pipeline.judges.memory import verdict_key
 
 _TASK = """Below are a request and two responses to it. Decide which response serves the person who asked better. Being \
 correct and doing what was asked matters most, then being complete, clear and to the point. Length is no merit by itself, \
@@ -40,7 +40,7 @@ def question(duel: Duel, verdict: Literal["token", "reasoning"]) -> str:
     """The user's turn that shows a duel to a model."""
     texts = (duel.prompt.text, duel.first.text, duel.second.text)
     # a response cannot close its own block: the tags carry a digest of all three texts
-    mark = key_of("mark", texts)[:8]
+    mark = verdict_key("mark", texts)[:8]
     return _TASK.format(mark=mark, prompt=texts[0], first=texts[1], second=texts[2]) + _ENDINGS[verdict]
 
 
@@ -61,6 +61,6 @@ def letter_of(token: str) -> str | None:
     return text if text in LETTERS else None
 
 
-def template_digest() -> str:
+def wording() -> str:
     """The wording, as part of a verdict's key."""
     return repr((_TASK, sorted(_ENDINGS.items())))

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.judges.judging import Duel, Judge
-from pipeline.judges.memory import Verdict, Verdicts, key_of
-from pipeline.judges.prompts import letter_of, parsed, question, template_digest, weighed
+from pipeline.judges.memory import Verdict, Verdicts, verdict_key
+from pipeline.judges.prompts import letter_of, parsed, question, weighed, wording
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -36,8 +36,8 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         model = settings.model or _only_model(settings)
-        identity = f"{settings.argument} {model} {how} {template_digest()}"
-        keys = [key_of(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+        identity = f"{settings.argument} {model} {how} {wording()}"
+        keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
         missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
         if missing:

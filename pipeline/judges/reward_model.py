@@ -22,7 +22,7 @@ from pipeline.engines.vllm.engine import (
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Judge, Reward, Shown, by_reward
-from pipeline.judges.memory import Verdict, Verdicts, key_of
+from pipeline.judges.memory import Verdict, Verdicts, verdict_key
 from pipeline.models.configuration import position_limit, read_config, text_config
 from pipeline.models.identity import behaviour_digest
 from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
@@ -55,7 +55,7 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
     def reward(items: Sequence[Shown]) -> list[float | None]:
         # the very tokens decide where they are what the model reads
         keys = [
-            key_of(identity, (item.prompt.text, item.response.text, str(list(item.response.ids) if same else "")))
+            verdict_key(identity, (item.prompt.text, item.response.text, str(list(item.response.ids) if same else "")))
             for item in items
         ]
         missing = {key: item for key, item in zip(keys, items, strict=True) if verdicts.get(key) is None}

@@ -18,10 +18,12 @@ from pipeline.errors import ConfigError, DataError, first_line
 
 Row = dict[str, Any]
 
+_EMBEDDED = "embedded:"
+
 
 def open_rows(name: str, data: DataConfig) -> tuple[Callable[[], Iterator[Row]], str]:
     """A function that reads a source's rows from the start, and a digest of its bytes. Raises DataError."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_file():
         readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
         reader = readers.get(path.suffix.lower())
@@ -35,9 +37,28 @@ def open_rows(name: str, data: DataConfig) -> tuple[Callable[[], Iterator[Row]],
     raise DataError(f"{name}: no such file or folder, and not of a Hub data set's form owner/name")
 
 
+def local_path(name: str) -> Path:
+    """Where a source lies if it is a file or a folder: `embedded:<file>` is one that comes with refscore.
+
+    Raises DataError for an embedded file that there is not.
+    """
+    if not name.startswith(_EMBEDDED):
+        return Path(name).expanduser()
+    package = Path(__file__).parent.parent
+    # in an installed package, and in a checkout
+    places = (package / "presets", package.parent / "data")
+    paths = [place / name.removeprefix(_EMBEDDED) for place in places]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{name}: no such file comes with refscore; there are embedded:demo/train.jsonl and embedded:demo/eval.jsonl"
+    )
+
+
 def must_read_all(data: DataConfig) -> None:
     """Raise ConfigError if a field says how to read a kind of source that `data` has none of."""
-    sources = [Path(name).expanduser() for name in [*data.path, *filter(None, [data.eval_path])]]
+    sources = [local_path(name) for name in [*data.path, *filter(None, [data.eval_path])]]
     if data.revision and all(path.exists() for path in sources):
         raise ConfigError("data.revision is that of a Hub data set, and data.path names none: remove it")
     if data.split != DataConfig.model_fields["split"].default and all(path.is_file() for path in sources):
@@ -121,5 +142,5 @@ def _file_digest(path: Path) -> str:
 
 def source_digest(name: str) -> str | None:
     """sha256 of a local file's bytes; None for folders and Hub data sets, whose digest needs loading them."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     return _file_digest(path) if path.is_file() and os.access(path, os.R_OK) else None

@@ -22,7 +22,7 @@ from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, vocabulary_digest
 from pipeline.pairs.stream import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
-from pipeline.store.identity import ReferenceIdentity, key_of
+from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
 
@@ -128,7 +128,7 @@ def keys_of(reference_id: str, pairs: pa.Table) -> pa.FixedSizeBinaryArray:
     """Keys of the pairs' sequences, chosen then rejected of each pair."""
     columns = [arrays_of(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     found = [
-        key_of(reference_id, prompt, response)
+        score_key(reference_id, prompt, response)
         for prompt, *responses in zip(*columns, strict=True)
         for response in responses
     ]

@@ -29,7 +29,7 @@ from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.rows import Row, open_rows
 from pipeline.pairs.stream import prompt_text
 from pipeline.precompute.score import check_scores
-from pipeline.store.identity import ReferenceIdentity, key_of
+from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
 _PART = 8192
@@ -67,7 +67,7 @@ class RowScorer:
         found = list(self._encoder.chosen(items))
         requests = [None if isinstance(one, Dropped) else Request(one.prompt_ids, one.responses[0]) for one in found]
         keys = [
-            None if one is None else key_of(self.identity.reference_id, one.prompt_ids, one.response_ids)
+            None if one is None else score_key(self.identity.reference_id, one.prompt_ids, one.response_ids)
             for one in requests
         ]
         wanted = pa.array([key for key in keys if key is not None], pa.binary(32))

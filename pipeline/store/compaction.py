@@ -20,7 +20,7 @@ from pipeline.artifacts.tables import SCORES, about_in
 from pipeline.errors import DataError
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import LocalShelf, set_aside_if_damaged
+from pipeline.store.places import LocalPlace, set_aside_if_damaged
 from pipeline.store.registrations import DAY, registered
 from pipeline.store.shard import Unsound, open_shard, published_at, shard_files
 from pipeline.store.store import Store, read_reference
@@ -65,7 +65,7 @@ def compact(directory: Path, group: list[Path]) -> int:
     contents = [content for shard in sound if (content := _content(shard))]
     if len(contents) < len(sound):
         return 0  # another compaction works here: what it leaves is merged the next time
-    lookup = Lookup([LocalShelf(directory)], pa.concat_arrays([content.keys for content in contents]))
+    lookup = Lookup([LocalPlace(directory)], pa.concat_arrays([content.keys for content in contents]))
     # rows that stand in an earlier shard outside the group too are that shard's
     ours = lookup.held_by(sound)
     tables = [SCORES.empty_table(), *(table for _, table in lookup.rows(ours))]

@@ -3,7 +3,7 @@
 Keys are matched by sorting and binary search: hash tables of millions of keys take several times the keys' memory.
 
 No row is handed out because it was found at some place: every row's own key is compared with the key asked, and its values
-are checked. A shard that fails in any way is examined anew (`Shelf.examine`); if it is damaged it is gone from the next
+are checked. A shard that fails in any way is examined anew (`Place.examine`); if it is damaged it is gone from the next
 listing, and what it held is looked for elsewhere, or is missing.
 
 A key that stands more than once has the row that was published first, by the publisher's clock and then by the shard's name.
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORES
 from pipeline.errors import RefscoreError
-from pipeline.store.places import Patience, Shelf
+from pipeline.store.places import Patience, Place
 from pipeline.store.shard import Unsound, key_words, open_shard, published_at, rows_problem, words_of
 
 # readings of one shard that fail although it is sound when it is read whole: what lies between is to blame, and is named
@@ -30,10 +30,10 @@ _DOUBTS = 3
 
 
 class Lookup:
-    """`keys` in the shards of `shelves`. Raises RefscoreError, here and later, if a place or a shard may not be read."""
+    """`keys` in the shards of `places`. Raises RefscoreError, here and later, if a place or a shard may not be read."""
 
-    def __init__(self, shelves: Sequence[Shelf], keys: pa.FixedSizeBinaryArray) -> None:
-        self._shelves = shelves
+    def __init__(self, places: Sequence[Place], keys: pa.FixedSizeBinaryArray) -> None:
+        self._places = places
         self._words = words_of(keys)
         self._firsts, self._number = _distinct(self._words)
         self._heads = self._words[self._firsts, 0]
@@ -71,9 +71,9 @@ class Lookup:
         patience = Patience()
         while True:
             try:
-                for places, table in self._rows(positions, np.flatnonzero(left)):
-                    yield positions[places], table
-                    left[places] = False
+                for indices, table in self._rows(positions, np.flatnonzero(left)):
+                    yield positions[indices], table
+                    left[indices] = False
                 return
             except _Gone as gone:
                 # a compaction removed shards, whose rows it had published anew
@@ -82,47 +82,47 @@ class Lookup:
                 self._examine(doubtful)
             self._locate()
 
-    def _rows(self, positions: np.ndarray, places: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        numbers = self._number[positions[places]]
+    def _rows(self, positions: np.ndarray, indices: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        numbers = self._number[positions[indices]]
         shards, rows = self._shard[numbers], self._row[numbers]
         order = np.lexsort((rows, shards))
         for shard in np.unique(shards[shards >= 0]):
             ours = order[slice(*np.searchsorted(shards, [shard, shard + 1], sorter=order))]
-            with _named(self._shelf_of[shard], self._shards[shard]):
+            with _named(self._place_of[shard], self._shards[shard]):
                 for these, table in _read(self._shards[shard], rows, ours):
-                    if not np.array_equal(key_words(table), self._words[positions[places[these]]]):
+                    if not np.array_equal(key_words(table), self._words[positions[indices[these]]]):
                         raise Unsound("a row has another key than its place says")
                     if problem := rows_problem(table):
                         raise Unsound(problem)
-                    yield places[these], table
+                    yield indices[these], table
 
     def _locate(self) -> None:
         self._shards: list[Path] = []
-        self._shelf_of: list[Shelf] = []
+        self._place_of: list[Place] = []
         self._order: list[tuple[int, str]] = []
         self._shard = np.full(len(self._firsts), -1, dtype=np.int32)
         self._row = np.zeros(len(self._firsts), dtype=np.int32)
         patience = Patience()
         while True:
             try:
-                for shelf in self._shelves:
-                    for shard in sorted(set(shelf.shards()) - set(self._shards)):
-                        with _named(shelf, shard):
-                            self._take(shelf, shard)
+                for place in self._places:
+                    for shard in sorted(set(place.shards()) - set(self._shards)):
+                        with _named(place, shard):
+                            self._take(place, shard)
                 return
             except _Gone as gone:
                 patience.again(str(gone.shard), "it is gone when it is opened")
             except _Doubtful as doubtful:
                 self._examine(doubtful)
 
-    def _take(self, shelf: Shelf, shard: Path) -> None:
+    def _take(self, place: Place, shard: Path) -> None:
         with open_shard(shard) as file:
             words = key_words(file.read(columns=["key"]))
             if len(words) != file.metadata.num_rows:
                 raise Unsound(f"{len(words)} keys in {file.metadata.num_rows} rows")
             published = published_at(file)
         self._shards.append(shard)
-        self._shelf_of.append(shelf)
+        self._place_of.append(place)
         self._order.append((published, shard.name))
         self._note(len(self._shards) - 1, words)
 
@@ -148,7 +148,7 @@ class Lookup:
     def _examine(self, doubtful: _Doubtful) -> None:
         shard = doubtful.shard
         self._doubts[shard] += 1
-        sound = doubtful.shelf.examine(shard, doubtful.problem)
+        sound = doubtful.place.examine(shard, doubtful.problem)
         if self._doubts[shard] >= (_DOUBTS if sound else 2 * _DOUBTS):
             raise RefscoreError(
                 f"{shard} reads differently each time ({doubtful.problem}): check this machine's memory, and the disk or the "
@@ -167,17 +167,17 @@ class _Gone(Exception):
 class _Doubtful(Exception):
     """A shard of which something was read that cannot be true."""
 
-    def __init__(self, shelf: Shelf, shard: Path, problem: str) -> None:
+    def __init__(self, place: Place, shard: Path, problem: str) -> None:
         super().__init__(problem)
-        self.shelf, self.shard, self.problem = shelf, shard, problem
+        self.place, self.shard, self.problem = place, shard, problem
 
 
 @contextmanager
-def _named(shelf: Shelf, shard: Path) -> Iterator[None]:
+def _named(place: Place, shard: Path) -> Iterator[None]:
     try:
         yield
     except Unsound as unsound:
-        raise _Doubtful(shelf, shard, str(unsound)) from None
+        raise _Doubtful(place, shard, str(unsound)) from None
     except FileNotFoundError:
         raise _Gone(shard) from None
 

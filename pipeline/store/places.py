@@ -1,7 +1,7 @@
 """Where shards lie: a local directory here, a place that fsspec reaches in `pipeline.store.remote_places`. One
 reference on one place.
 
-A shelf lists and hands out immutable files and takes new ones. A sound file is never replaced; a damaged one that holds a
+A place lists and hands out immutable files and takes new ones. A sound file is never replaced; a damaged one that holds a
 name which is published again is. Shards carry the sha256 of their bytes in their name.
 """
 
@@ -33,7 +33,7 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-class Shelf(Protocol):
+class Place(Protocol):
     """One reference's part of one place."""
 
     @property
@@ -89,8 +89,8 @@ class Patience:
         time.sleep(0.01 * 2 ** self._failures[name])
 
 
-class LocalShelf:
-    """A directory; see `Shelf`. Opening creates nothing; listing creates `corrupt/` if there is something to set aside.
+class LocalPlace:
+    """A directory; see `Place`. Opening creates nothing; listing creates `corrupt/` if there is something to set aside.
 
     `first` is the place that is written: it need not exist yet, if it can be made.
     """
@@ -104,7 +104,7 @@ class LocalShelf:
         return str(self.directory)
 
     def shards(self) -> list[Path]:
-        """See `Shelf.shards`. Files are read once and remembered (`pipeline.artifacts.digests`)."""
+        """See `Place.shards`. Files are read once and remembered (`pipeline.artifacts.digests`)."""
         self._must_be_readable()
         patience = Patience()
         while True:
@@ -130,7 +130,7 @@ class LocalShelf:
         return sound
 
     def examine(self, shard: Path, problem: str) -> bool:
-        """See `Shelf.examine`."""
+        """See `Place.examine`."""
         try:
             found = set_aside_if_damaged(shard)
         except FileNotFoundError:
@@ -142,7 +142,7 @@ class LocalShelf:
         return False
 
     def publish(self, file: Path, name: str) -> None:
-        """See `Shelf.publish`: a hard link, which cannot replace."""
+        """See `Place.publish`: a hard link, which cannot replace."""
         self.directory.mkdir(parents=True, exist_ok=True)
         final = self.directory / name
         try:
@@ -162,7 +162,7 @@ class LocalShelf:
         durable.reached("publish: directory flushed")
 
     def why_not_writable(self) -> str | None:
-        """See `Shelf.why_not_writable`: by writing, as rights alone do not tell of read-only mounts."""
+        """See `Place.why_not_writable`: by writing, as rights alone do not tell of read-only mounts."""
         place = _nearest_existing(self.directory)
         probe = place / f"{durable.TEMPORARY}probe-{secrets.token_hex(4)}"
         try:
@@ -173,7 +173,7 @@ class LocalShelf:
         return None
 
     def workspace(self) -> Path:
-        """See `Shelf.workspace`: the same directory, as a link cannot cross file systems."""
+        """See `Place.workspace`: the same directory, as a link cannot cross file systems."""
         self.directory.mkdir(parents=True, exist_ok=True)
         return self.directory
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import file_sha256
 from pipeline.errors import ConfigError, RefscoreError, first_line
-from pipeline.store.places import LocalShelf, Patience, set_aside_if_damaged
+from pipeline.store.places import LocalPlace, Patience, set_aside_if_damaged
 from pipeline.store.shard import SHARD, check_shard, digest_in, sha256_now
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 CACHE = Path("data/cache/shards")
 
 
-class RemoteShelf:
-    """A place that fsspec reaches; see `pipeline.store.places.Shelf`."""
+class RemotePlace:
+    """A place that fsspec reaches; see `pipeline.store.places.Place`."""
 
     def __init__(self, url: str, reference_id: str) -> None:
         import fsspec
@@ -39,7 +39,7 @@ class RemoteShelf:
         return self._url
 
     def shards(self) -> list[Path]:
-        """See `Shelf.shards`; fetches what the local cache lacks. A copy in the cache that is damaged is fetched again."""
+        """See `Place.shards`; fetches what the local cache lacks. A copy in the cache that is damaged is fetched again."""
         patience = Patience()
         found: dict[str, Path] = {}
         while True:
@@ -54,7 +54,7 @@ class RemoteShelf:
                 patience.again(f"{self._url}/{failure.name}", str(failure))
 
     def examine(self, shard: Path, problem: str) -> bool:
-        """See `Shelf.examine`: of the copy in the cache, which `shards` fetches anew."""
+        """See `Place.examine`: of the copy in the cache, which `shards` fetches anew."""
         try:
             found = check_shard(shard)
         except FileNotFoundError:
@@ -72,15 +72,15 @@ class RemoteShelf:
         return False
 
     def publish(self, file: Path, name: str) -> None:
-        """See `Shelf.publish`: put-if-absent; an object that has other bytes is replaced."""
+        """See `Place.publish`: put-if-absent; an object that has other bytes is replaced."""
         self._put(name, file.read_bytes())
         self._unsound.discard(name)
         durable.reached("publish: linked")
         if SHARD.fullmatch(name):
-            LocalShelf(self._cache).publish(file, name)
+            LocalPlace(self._cache).publish(file, name)
 
     def why_not_writable(self) -> str | None:
-        """See `Shelf.why_not_writable`: by writing an empty object, always the same one: some may write and not delete."""
+        """See `Place.why_not_writable`: by writing an empty object, always the same one: some may write and not delete."""
         probe = f"{self._root}/{durable.TEMPORARY}probe"
         try:
             self._files.pipe_file(probe, b"")
@@ -93,7 +93,7 @@ class RemoteShelf:
         return None
 
     def workspace(self) -> Path:
-        """See `Shelf.workspace`: the local cache."""
+        """See `Place.workspace`: the local cache."""
         self._cache.mkdir(parents=True, exist_ok=True)
         return self._cache
 

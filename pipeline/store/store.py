@@ -1,4 +1,4 @@
-"""The reference store: scores of one reference in immutable Parquet shards on one or more shelves, found by key.
+"""The reference store: scores of one reference in immutable Parquet shards on one or more places, found by key.
 
 A shard's name carries the sha256 of its bytes, so what is read can be checked against what was published. A shard is
 written under a temporary name, re-opened and checked, flushed, and given its final name, which must not exist; the
@@ -27,9 +27,9 @@ from pipeline.artifacts.tables import SCORES, list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import LocalShelf, Shelf, is_url
+from pipeline.store.places import LocalPlace, Place, is_url
 from pipeline.store.registrations import register
-from pipeline.store.remote_places import RemoteShelf
+from pipeline.store.remote_places import RemotePlace
 from pipeline.store.shard import key_words, rows_problem, sha256_now
 
 # a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
@@ -50,17 +50,17 @@ class Store:
 
     def __init__(self, places: Sequence[str], reference: ReferenceIdentity) -> None:
         self.reference = reference
-        self.shelves = [
-            _open_shelf(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
+        self.places = [
+            _open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
         ]
 
     def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
         """Where each of `keys` stands; reads the shards' keys. Raises RefscoreError if a place or shard may not be read."""
-        return Lookup(self.shelves, keys)
+        return Lookup(self.places, keys)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""
-        return self.shelves[0].why_not_writable()
+        return self.places[0].why_not_writable()
 
     def publish(self, rows: Sequence[Scored], circumstances: Mapping[str, str] | None = None) -> None:
         """Make `rows` findable, all or none, durably; `circumstances` are kept beside them.
@@ -90,29 +90,29 @@ class Store:
                 continue
             except OSError as error:
                 raise RefscoreError(
-                    f"{self.shelves[0].name} cannot be written ({first_line(error)}): what was published before stays; choose "
+                    f"{self.places[0].name} cannot be written ({first_line(error)}): what was published before stays; choose "
                     "another place, or mend this one, and run the same command again"
                 ) from None
         raise RefscoreError(
-            f"{self.shelves[0].name}: a file is removed each time before it is published, {_TRIES} times now: "
+            f"{self.places[0].name}: a file is removed each time before it is published, {_TRIES} times now: "
             "is something else tidying this directory?"
         )
 
     def register(self, run: Path) -> None:
         """Leave word, in every directory of the store that can be written, that `run` uses this reference."""
-        for shelf in self.shelves:
-            if isinstance(shelf, LocalShelf) and shelf.directory.is_dir():
-                register(shelf.directory, run)
+        for place in self.places:
+            if isinstance(place, LocalPlace) and place.directory.is_dir():
+                register(place.directory, run)
 
     def _publish(self, table: pa.Table, about: dict[str, Any]) -> str:
         durable.reached("publish: begun")
-        shelf = self.shelves[0]
-        with durable.explaining_disk(Path(shelf.name), table.nbytes):
-            temporary = durable.temporary_beside(shelf.workspace() / "scores.parquet")
+        place = self.places[0]
+        with durable.explaining_disk(Path(place.name), table.nbytes):
+            temporary = durable.temporary_beside(place.workspace() / "scores.parquet")
             described = temporary.with_name(f"{temporary.name}.json")
             try:
                 described.write_text(json.dumps(self.reference.described(), indent=2) + "\n", encoding="utf-8")
-                shelf.publish(described, "reference.json")
+                place.publish(described, "reference.json")
                 durable.reached("publish: reference described")
                 write_parquet(temporary, table, about)
                 durable.reached("publish: written")
@@ -121,7 +121,7 @@ class Store:
                 durable.flush(temporary)
                 durable.reached("publish: flushed")
                 name = f"scores-{sha256_now(temporary)}.parquet"
-                shelf.publish(temporary, name)
+                place.publish(temporary, name)
             finally:
                 temporary.unlink(missing_ok=True)
                 described.unlink(missing_ok=True)
@@ -129,10 +129,10 @@ class Store:
         return name
 
 
-def _open_shelf(place: str, reference_id: str, *, first: bool) -> Shelf:
+def _open_place(place: str, reference_id: str, *, first: bool) -> Place:
     if is_url(place):
-        return RemoteShelf(place, reference_id)
-    return LocalShelf(Path(place).expanduser() / reference_id, first=first)
+        return RemotePlace(place, reference_id)
+    return LocalPlace(Path(place).expanduser() / reference_id, first=first)
 
 
 def read_reference(directory: Path) -> dict[str, Any]:

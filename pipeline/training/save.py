@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline import __version__
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
@@ -22,6 +21,7 @@ from pipeline.models.locate import copy_tokenizer, merge_adapter
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.training.reward_model import align_padding
 from pipeline.training.save_check import CHECKED, must_agree, outputs_of
+from pipeline.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

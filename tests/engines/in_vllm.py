@@ -11,7 +11,7 @@ from pipeline.config.experiment import GenerateConfig
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.vllm.generator import generator, no_report
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.judges.reward_model import with_transformers, with_vllm
 from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
 
@@ -50,7 +50,7 @@ def main(models: Path, out: Path) -> None:
         "transformers": with_transformers(reward, "float32", ids),
     }
 
-    chamber = Chamber(out.parent / "verdicts", (), (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
+    context = JudgeContext(out.parent / "verdicts", (), (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
     items = [
         Comparison(
             Prompt(str(n), f"prompt {n}", "", prompts[n]),
@@ -67,7 +67,7 @@ def main(models: Path, out: Path) -> None:
         ("token", {"name": f"llm:{tiny}", "min_mass": 0}),
         ("reasoning", {"name": f"llm:{tiny}", "verdict": "reasoning", "max_tokens": 16, "label": "reasoning"}),
     ):
-        judge = open_judge(JudgeConfig(**how), chamber)
+        judge = open_judge(JudgeConfig(**how), context)
         judged = judge_both_orders(judge, items)
         found[name] = {"scores": [one.score for one in judged], "cost": judge.cost()}
     out.write_text(json.dumps(found))

@@ -12,7 +12,7 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.evaluation.winrates import win_rate
 from pipeline.judges.judging import Comparison, Duel, Prompt, Response, judge_both_orders
 from pipeline.judges.local import letter_ids
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.judges.prompts import question
 from pipeline.models.load import Named, load_tokenizer
 from pipeline.models.locate import merge_adapter
@@ -72,7 +72,7 @@ def test_an_adapter_samples_like_the_merged_model_and_unlike_its_base(found):
 
 def test_a_model_against_itself_is_even(found, tmp_path):
     """20 evaluations of 40 prompts, both sides written by the same model: no more than 3 intervals miss one half."""
-    judge = open_judge(JudgeConfig(name="rule:contains=e"), Chamber(tmp_path))
+    judge = open_judge(JudgeConfig(name="rule:contains=e"), JudgeContext(tmp_path))
     missed = decided = 0
     for seed in range(20):
         items = [

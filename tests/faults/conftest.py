@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.models.identity import ModelIdentity
-from pipeline.store.identity import Numerics, ReferenceIdentity, key_of
+from pipeline.store.identity import Numerics, ReferenceIdentity, score_key
 from pipeline.store.store import Scored, Store
 
 REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
@@ -28,7 +28,7 @@ EVERYTHING = bool(os.environ.get("REFSCORE_WRITE_FAULT_TABLE"))
 def oracle(number: int) -> Scored:
     """The one true score of sequence `number`: a function of the number alone."""
     logps = -np.random.default_rng(number).random(20 + number % 7, dtype=np.float32)
-    return Scored(key_of(REFERENCE.reference_id, [number], range(len(logps))), 1, logps)
+    return Scored(score_key(REFERENCE.reference_id, [number], range(len(logps))), 1, logps)
 
 
 def build(value: float):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.judges.judging import Comparison, Judgement, Prompt, Response, judge_both_orders
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 
 
 def ask(url: str, directory: Path, number: int) -> list[Judgement]:
@@ -20,7 +20,7 @@ def ask(url: str, directory: Path, number: int) -> list[Judgement]:
         )
         for n in range(number)
     ]
-    judge = open_judge(JudgeConfig(name=f"llm:{url}", concurrency=2, requests_per_minute=900), Chamber(directory))
+    judge = open_judge(JudgeConfig(name=f"llm:{url}", concurrency=2, requests_per_minute=900), JudgeContext(directory))
     return judge_both_orders(judge, items)
 
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from tests.judges.letter_server import Server
 
 
@@ -40,7 +40,7 @@ def items(number, unclear=0):
 
 
 def judge(tmp_path, server, **settings):
-    return open_judge(JudgeConfig(name=f"llm:{server.url}", **settings), Chamber(tmp_path / "verdicts"))
+    return open_judge(JudgeConfig(name=f"llm:{server.url}", **settings), JudgeContext(tmp_path / "verdicts"))
 
 
 def test_probabilities_of_the_letters_are_the_score_in_both_orders(tmp_path, serve):
@@ -102,10 +102,10 @@ def test_what_was_said_is_asked_again_by_nobody_even_after_a_torn_line(tmp_path,
 def test_a_panels_member_that_is_listed_too_is_asked_once_and_outvoted(tmp_path, serve):
     server = serve()
     remote = JudgeConfig(name=f"llm:{server.url}", model="m")
-    chamber = Chamber(tmp_path / "verdicts", [remote])
-    alone = open_judge(remote, chamber)
+    context = JudgeContext(tmp_path / "verdicts", [remote])
+    alone = open_judge(remote, context)
     panel = JudgeConfig(name=f"panel:[rule:max_words=1, rule:contains=short, {remote.name}]")
-    found = judge_both_orders(open_judge(panel, chamber), items(2))
+    found = judge_both_orders(open_judge(panel, context), items(2))
     # both rules prefer the short response, the server the long one
     assert {one.winner for one in found} == {"reference"}
     assert {one.winner for one in judge_both_orders(alone, items(2))} == {"policy"}
@@ -128,16 +128,16 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, ser
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "s3cret" in path.read_text()]
     far = JudgeConfig(name="llm:http://judge.example/v1", key_env="MY_KEY", model="m")
     with pytest.raises(ConfigError, match="unencrypted"):
-        judge_both_orders(open_judge(far, Chamber(tmp_path)), items(1))
+        judge_both_orders(open_judge(far, JudgeContext(tmp_path)), items(1))
 
 
 def test_nobody_there_is_said_at_once(tmp_path):
     nobody = JudgeConfig(name="llm:http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(RefscoreError, match="does not answer"):
-        judge_both_orders(open_judge(nobody, Chamber(tmp_path)), items(1))
+        judge_both_orders(open_judge(nobody, JudgeContext(tmp_path)), items(1))
     nobody = JudgeConfig(name="llm:http://127.0.0.1:9/v1", retries=0, model="m")
     with pytest.raises(RefscoreError, match="cannot be reached"):
-        judge_both_orders(open_judge(nobody, Chamber(tmp_path)), items(9))
+        judge_both_orders(open_judge(nobody, JudgeContext(tmp_path)), items(9))
 
 
 def test_a_server_of_several_models_wants_one_named(tmp_path, serve):

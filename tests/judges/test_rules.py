@@ -5,7 +5,7 @@ import pytest
 from pipeline.config.judges import JudgeConfig
 from pipeline.config.rules import RULES, rule_problem
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.judges.rules import MARKS
 
 CASES = [
@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.mark.parametrize(("rule", "better", "worse"), CASES)
 def test_rules_prefer_what_they_say(tmp_path, rule, better, worse):
-    judge = open_judge(JudgeConfig(name=f"rule:{rule}"), Chamber(tmp_path))
+    judge = open_judge(JudgeConfig(name=f"rule:{rule}"), JudgeContext(tmp_path))
     for policy, reference, winner in ((better, worse, "policy"), (worse, better, "reference")):
         item = Comparison(
             Prompt("p", "How do I boil rice?"), 0, "policy", "reference", Response(*policy), Response(*reference)
@@ -57,7 +57,7 @@ def test_what_means_nothing_is_refused(rule, problem):
 
 
 def test_a_pattern_that_explodes_is_a_failure_and_no_standstill(tmp_path):
-    judge = open_judge(JudgeConfig(name=r"rule:regex=^(a|aa|a*)+b$"), Chamber(tmp_path))
+    judge = open_judge(JudgeConfig(name=r"rule:regex=^(a|aa|a*)+b$"), JudgeContext(tmp_path))
     item = Comparison(
         Prompt("p", "?"), 0, "policy", "reference", Response("a" * 60 + "c", "stop"), Response("ab", "stop")
     )

@@ -9,7 +9,7 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.errors import DataError
 from pipeline.evaluation.winrates import win_rate
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
 
 
@@ -63,7 +63,7 @@ def test_annotations_are_a_judge_that_says_the_same_again(tmp_path, judged):
     write_alpaca_eval(tmp_path, comparisons(), judged)
     path = tmp_path / "annotations_rule_longer_policy_reference.json"
     again = win_rate(
-        judge_both_orders(open_judge(JudgeConfig(name=f"annotations:{path}"), Chamber(tmp_path)), comparisons())
+        judge_both_orders(open_judge(JudgeConfig(name=f"annotations:{path}"), JudgeContext(tmp_path)), comparisons())
     )
     assert (again.rate, again.failed) == (win_rate(judged).rate, 1)
     # a flip was written as a tie: the file holds one order only
@@ -76,7 +76,7 @@ def test_arena_hards_games_are_read_back_order_by_order(tmp_path, judged):
     row = json.loads(path.read_text().splitlines()[1])
     # the judge of positions: whoever is A wins both games
     assert [game["score"] for game in row["games"]] == ["A>B", "A>B"]
-    judge = open_judge(JudgeConfig(name=f"annotations:{path}"), Chamber(tmp_path))
+    judge = open_judge(JudgeConfig(name=f"annotations:{path}"), JudgeContext(tmp_path))
     again, ours = win_rate(judge_both_orders(judge, comparisons())), win_rate(judged)
     # labels have no shades: wins, losses, flips and failures are kept
     assert (again.wins, again.ties, again.losses, again.flips, again.failed) == (
@@ -101,4 +101,4 @@ def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     Config.model_validate({"data": {"path": "x"}, "judge": f"annotations:{tmp_path / 'a.json'}"})
     with pytest.raises(DataError):
-        open_judge(JudgeConfig(name=f"annotations:{tmp_path / 'a.json'}"), Chamber(tmp_path))
+        open_judge(JudgeConfig(name=f"annotations:{tmp_path / 'a.json'}"), JudgeContext(tmp_path))

@@ -16,7 +16,7 @@ import pipeline.judges.reward_model
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import RefscoreError
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
-from pipeline.judges.open import Chamber, open_judge
+from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.models.load import load_tokenizer
 from tests.conftest import make_tiny_model, make_tiny_tokenizer
 from tests.judges.letter_server import Server
@@ -102,7 +102,7 @@ def outcome(settings, server, place, monkeypatch, field):
     with monkeypatch.context() as patch:
         doubles(patch, told)
         try:
-            judge = open_judge(JudgeConfig(**settings), Chamber(place))
+            judge = open_judge(JudgeConfig(**settings), JudgeContext(place))
             judgements, cost = judge_both_orders(judge, items), judge.cost()
         except RefscoreError as error:
             judgements, cost = str(error), None

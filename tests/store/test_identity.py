@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.models.identity import ModelIdentity, adapter_digests, architecture, identify_model, weights_digest
-from pipeline.store.identity import Numerics, ReferenceIdentity, identify, key_of
+from pipeline.store.identity import Numerics, ReferenceIdentity, identify, score_key
 
 NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
 GOLDEN = ReferenceIdentity(
@@ -20,10 +20,12 @@ def test_golden_vectors():
     """Written down once: a change here throws every user's store away."""
     assert GOLDEN.reference_id == "7a147334b0a8c2fddb9b3b47c9b795792a6fb105181b4a4cd7dfb3132f02272e"
     assert (
-        key_of("00" * 32, [1, 2, 3], [4, 5]).hex() == "ba277b24ab806be64b5d74c7e339079c0c6431cd46e2b80702e21ca35cbd1dea"
+        score_key("00" * 32, [1, 2, 3], [4, 5]).hex()
+        == "ba277b24ab806be64b5d74c7e339079c0c6431cd46e2b80702e21ca35cbd1dea"
     )
     assert (
-        key_of("00" * 32, [], [2**31 - 1]).hex() == "bc38813d3749aa9e84008a4ebb36b5ff33b74cb1e80f42d6e48a7457f6e991cb"
+        score_key("00" * 32, [], [2**31 - 1]).hex()
+        == "bc38813d3749aa9e84008a4ebb36b5ff33b74cb1e80f42d6e48a7457f6e991cb"
     )
 
 
@@ -135,13 +137,13 @@ def test_an_adapters_layers_are_a_set(tiny_model, tmp_path):
 
 
 def test_the_key_knows_the_boundary_the_order_and_every_token():
-    base = key_of("00" * 32, [1, 2, 3], [4, 5])
+    base = score_key("00" * 32, [1, 2, 3], [4, 5])
     others = [
-        key_of("00" * 32, [1, 2], [3, 4, 5]),
-        key_of("00" * 32, [1, 2, 3, 4], [5]),
-        key_of("00" * 32, [4, 5], [1, 2, 3]),
-        key_of("00" * 32, [1, 2, 3], [4, 6]),
-        key_of("00" * 31 + "01", [1, 2, 3], [4, 5]),
+        score_key("00" * 32, [1, 2], [3, 4, 5]),
+        score_key("00" * 32, [1, 2, 3, 4], [5]),
+        score_key("00" * 32, [4, 5], [1, 2, 3]),
+        score_key("00" * 32, [1, 2, 3], [4, 6]),
+        score_key("00" * 31 + "01", [1, 2, 3], [4, 5]),
     ]
     assert len({base, *others}) == 6
 

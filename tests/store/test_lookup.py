@@ -36,7 +36,7 @@ def store(tmp_path):
 
 
 def shards(store):
-    return shard_files(store.shelves[0].directory)
+    return shard_files(store.places[0].directory)
 
 
 def answers(lookup, positions):
@@ -109,7 +109,7 @@ def test_shards_merged_between_looking_up_and_reading_are_looked_up_again(store)
     lookup = store.lookup(array(keys))
     parts = lookup.rows(np.arange(60))
     seen = [next(parts)]
-    compact(store.shelves[0].directory, shards(store))
+    compact(store.places[0].directory, shards(store))
     seen += parts
     positions = np.concatenate([part for part, _ in seen])
     assert sorted(positions) == list(range(60))
@@ -133,7 +133,7 @@ def test_a_bit_that_flips_after_the_lookup_is_a_miss_and_no_number(store):
         assert all(one["logps"] == row(keys[at]).logps.tolist() for at, one in found.items())
         assert sorted([*found, *lookup.missing]) == list(range(60))
         missed += not found
-        store.shelves[0]._unsound.clear()
+        store.places[0]._unsound.clear()
     assert missed > 10
 
 
@@ -148,7 +148,7 @@ def test_a_link_to_a_shard_that_is_gone_counts_as_a_miss(store, tmp_path):
 
 def test_a_file_of_another_schema_is_set_aside_though_its_bytes_are_its_name_s(store, caplog):
     store.publish([row(b"1" * 32)])
-    other = store.shelves[0].directory / "other.parquet"
+    other = store.places[0].directory / "other.parquet"
     write_parquet(other, pa.table({"key": ["a"]}))
     other.rename(other.with_name(f"scores-{sha256_now(other)}.parquet"))
     assert store.lookup(array([b"1" * 32])).held.tolist() == [0]
@@ -164,13 +164,13 @@ def test_nothing_asked_is_nothing_found(store):
 
 
 class Counting:
-    """A shelf that counts what it is asked to examine, and answers as it is told."""
+    """A place that counts what it is asked to examine, and answers as it is told."""
 
-    def __init__(self, shelf, answer):
-        self.shelf, self.answer, self.asked = shelf, answer, []
+    def __init__(self, place, answer):
+        self.place, self.answer, self.asked = place, answer, []
 
     def shards(self):
-        return self.shelf.shards()
+        return self.place.shards()
 
     def examine(self, shard, problem):
         self.asked.append((shard, problem))
@@ -183,31 +183,31 @@ def test_a_shard_that_reads_differently_each_time_is_an_error_that_names_it(stor
     key = some_keys(0)[0]
     store.publish([row(key)])
     (shard,) = shards(store)
-    shelf = Counting(store.shelves[0], sound)
-    lookup = Lookup([shelf], array([key]))
+    place = Counting(store.places[0], sound)
+    lookup = Lookup([place], array([key]))
     monkeypatch.setattr("pipeline.store.lookup.rows_problem", lambda table: "row 0: a value that flickers")
     with pytest.raises(RefscoreError, match=f"{shard.name} reads differently each time .*flickers.*memory"):
         answers(lookup, np.array([0]))
-    assert shelf.asked == [(shard, "row 0: a value that flickers")] * times
+    assert place.asked == [(shard, "row 0: a value that flickers")] * times
 
 
 def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
     key = some_keys(0)[0]
     store.publish([row(key)])
-    shelf = Counting(store.shelves[0], True)
-    lookup = Lookup([shelf], array([key]))
+    place = Counting(store.places[0], True)
+    lookup = Lookup([place], array([key]))
     problems = iter(["once", "twice", None])
     monkeypatch.setattr("pipeline.store.lookup.rows_problem", lambda table: next(problems))
     assert answers(lookup, np.array([0]))[0]["key"] == key
-    assert [problem for _, problem in shelf.asked] == ["once", "twice"]
+    assert [problem for _, problem in place.asked] == ["once", "twice"]
 
 
 def test_a_shard_that_is_listed_and_never_there_is_an_error_that_names_it(store, monkeypatch):
     key = some_keys(0)[0]
     store.publish([row(key)])
     (shard,) = shards(store)
-    shelf = Counting(store.shelves[0], True)
+    place = Counting(store.places[0], True)
     monkeypatch.setattr(Counting, "shards", lambda self: [shard.with_name("scores-gone.parquet")])
     monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
     with pytest.raises(RefscoreError, match=r"scores-gone\.parquet is listed but cannot be read, 6 times"):
-        Lookup([shelf], array([key]))
+        Lookup([place], array([key]))

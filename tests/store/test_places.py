@@ -19,7 +19,7 @@ def store(tmp_path):
 
 
 def directory(store):
-    return store.shelves[0].directory
+    return store.places[0].directory
 
 
 def table_of(store, *rows):

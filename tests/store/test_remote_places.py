@@ -178,26 +178,26 @@ def test_a_copy_that_is_damaged_here_is_fetched_again(bucket):
 def test_a_copy_that_rots_under_a_reader_is_looked_at_removed_and_fetched_again(bucket):
     store = Store([bucket], REFERENCE)
     store.publish([scored(1)])
-    shelf = store.shelves[0]
-    (copy,) = shelf.shards()
-    assert shelf.examine(copy, "seen by a test")
+    place = store.places[0]
+    (copy,) = place.shards()
+    assert place.examine(copy, "seen by a test")
     damage(copy)
-    assert not shelf.examine(copy, "seen by a test")
+    assert not place.examine(copy, "seen by a test")
     assert not copy.exists()
-    assert shelf.shards() == [copy]
+    assert place.shards() == [copy]
     copy.unlink()
-    assert not shelf.examine(copy, "seen by a test")
+    assert not place.examine(copy, "seen by a test")
 
 
 def test_an_object_whose_own_bytes_are_unsound_is_not_fetched_for_ever(bucket, monkeypatch):
     """The right digest, and rows that cannot be true: another copy would be no better."""
     store = Store([bucket], REFERENCE)
     store.publish([scored(1)])
-    shelf = store.shelves[0]
-    (copy,) = shelf.shards()
+    place = store.places[0]
+    (copy,) = place.shards()
     monkeypatch.setattr(remote_places, "check_shard", lambda _: "a value above 0")
-    assert not shelf.examine(copy, "seen by a test")
-    assert shelf.shards() == []
+    assert not place.examine(copy, "seen by a test")
+    assert place.shards() == []
     assert not copy.exists()
 
 
@@ -207,7 +207,7 @@ def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_
     waited, tries = [], []
     monkeypatch.setattr("pipeline.store.places.time.sleep", waited.append)
     store = Store([bucket], REFERENCE)
-    files = store.shelves[0]._files
+    files = store.places[0]._files
 
     def refuse(*_, **__):
         tries.append(1)
@@ -225,7 +225,7 @@ def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_
 
 def test_who_may_put_and_not_delete_may_publish(bucket, monkeypatch):
     store = Store([bucket], REFERENCE)
-    files = store.shelves[0]._files
+    files = store.places[0]._files
 
     def refuse(*_, **__):
         raise PermissionError("Access Denied")
@@ -240,7 +240,7 @@ def test_who_may_put_and_not_delete_may_publish(bucket, monkeypatch):
 
 def test_a_place_without_put_if_absent_takes_the_name_for_the_content(bucket, monkeypatch):
     store = Store([bucket], REFERENCE)
-    files = store.shelves[0]._files
+    files = store.places[0]._files
     pipe = files.pipe_file
 
     asked = []

@@ -11,7 +11,7 @@ import pytest
 from pipeline.artifacts.tables import SCORES, write_parquet
 from pipeline.errors import CheckError
 from pipeline.models.identity import ModelIdentity
-from pipeline.store.identity import Numerics, ReferenceIdentity, key_of
+from pipeline.store.identity import Numerics, ReferenceIdentity, score_key
 from pipeline.store.shard import check_shard
 from pipeline.store.store import Scored, Store
 
@@ -20,7 +20,7 @@ REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "
 
 def scored(number, length=5):
     logps = -np.random.default_rng(number).random(length, dtype=np.float32)
-    return Scored(key_of("00" * 32, [number], range(length)), 1, logps)
+    return Scored(score_key("00" * 32, [number], range(length)), 1, logps)
 
 
 def keys(*rows):
@@ -33,7 +33,7 @@ def store(tmp_path):
 
 
 def shards(store):
-    return sorted(store.shelves[0].directory.glob("scores-*.parquet"))
+    return sorted(store.places[0].directory.glob("scores-*.parquet"))
 
 
 def test_what_was_published_is_found_bit_for_bit(store):
