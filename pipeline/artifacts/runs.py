@@ -196,8 +196,11 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this project's own checkout, with `-dirty` where files differ; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent.parent
     try:
+        # installed, the package may lie in a repository that is somebody else's
+        if Path(_git(here, "rev-parse", "--show-toplevel")) != here:
+            return None
         commit = _git(here, "rev-parse", "HEAD")
         return commit + ("-dirty" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
