@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.runs import RUNS, Run, existing_runs, read_json
+from pipeline.artifacts.runs import RUNS, Run, existing_runs
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import Difference, differences, differing_settings, frontier_points, reached
 from pipeline.evaluation.frontier import label_of
+from pipeline.evaluation.results import Results, read_results
 from pipeline.report.markdown import table
 from pipeline.report.page import environment
 from pipeline.report.plots import frontier
@@ -31,7 +32,8 @@ def main(runs: list[Run], page: Path | None) -> None:
         console.table("Prompt by prompt", _HEAD, compared)
 
     points, judge = frontier_points(runs)
-    gain = label_of(read_json(runs[0].eval), judge) if judge else ""
+    first = read_results(runs[0].eval)
+    gain = label_of(first, judge) if judge and first else ""
     path = page or RUNS / "compare.html"
     content = (
         environment()
@@ -43,7 +45,9 @@ def main(runs: list[Run], page: Path | None) -> None:
             compared_head=_HEAD,
             compared=compared,
             frontier=frontier(points, gain) if len(points) >= 2 else None,
-            verdicts=[(one.name, read_json(one.eval).get("verdict", "not evaluated yet")) for one in runs],
+            verdicts=[
+                (one.name, (read_results(one.eval) or Results(verdict="not evaluated yet")).verdict) for one in runs
+            ],
         )
     )
     durable.write_text(path, content)

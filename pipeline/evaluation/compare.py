@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from pipeline.artifacts.runs import Run, read_json, read_saved_config
+from pipeline.artifacts.runs import Run, read_saved_config
 from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
-from pipeline.evaluation.statistics import Paired, holm, paired
+from pipeline.evaluation.results import Cost, Results, read_results
+from pipeline.evaluation.statistics import Interval, Paired, holm, paired
 from pipeline.evaluation.winrates import comparison_scores, prompt_scores
 from pipeline.judges.judging import Judgement
 
@@ -45,7 +46,7 @@ def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
 
 def reached(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of a table: a figure, and its value in each run."""
-    figures = {one.name: _figures(read_json(one.eval)) for one in runs}
+    figures = {one.name: _figures(read_results(one.eval) or Results()) for one in runs}
     names = dict.fromkeys(name for values in figures.values() for name in values)
     return [[name, *(figures[one.name].get(name, "-") for one in runs)] for name in names]
 
@@ -71,13 +72,13 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
     """Every run's policy and the reference between KL and gain, and the judge that gives the gain."""
-    figures = {one.name: read_json(one.eval) for one in runs}
-    judges = [gain_of(found) for found in figures.values()]
+    results = {one.name: read_results(one.eval) or Results() for one in runs}
+    judges = [gain_of(found) for found in results.values()]
     judge = judges[0] if judges and len(set(judges)) == 1 else None
     if judge is None:
         return [], None
-    points = [point_of(found, judge, name) for name, found in figures.items()]
-    points.append(point_of(figures[runs[0].name], judge, "reference", "reference"))
+    points = [point_of(found, judge, name) for name, found in results.items()]
+    points.append(point_of(results[runs[0].name], judge, "reference", "reference"))
     return [point for point in points if point is not None], judge
 
 
@@ -91,29 +92,25 @@ def _scores(run: Run) -> dict[str, dict[str, float]]:
     return {judge: prompt_scores(comparison_scores(found)) for judge, found in by_judge.items()}
 
 
-def _figures(evaluated: dict[str, Any]) -> dict[str, str]:
-    found = {}
-    for name, rate in evaluated.get("judges", {}).items():
-        if rate:
-            found[f"win rate, {name}"] = _interval(rate["rate"])
-    held_out = evaluated.get("held_out") or {}
-    if held_out:
-        found["held-out reward accuracy"] = f"{held_out['reward_accuracy']:.3f}"
-        found["held-out mean margin"] = f"{held_out['mean_margin']:.3f}"
-    cost = evaluated.get("cost", {}).get("policy", {})
-    if "kl" in cost:
-        found["KL to the reference, nats"] = _interval(cost["kl"], 2)
-    for judge, reward in cost.get("reward", {}).items():
-        found[f"reward at temperature 1, {judge}"] = _interval(reward)
-    policy = evaluated.get("responses", {}).get("policy")
+def _figures(results: Results) -> dict[str, str]:
+    figures = {f"win rate, {name}": _interval(rate.rate) for name, rate in results.judged.items()}
+    if results.held_out:
+        figures["held-out reward accuracy"] = f"{results.held_out.reward_accuracy:.3f}"
+        figures["held-out mean margin"] = f"{results.held_out.mean_margin:.3f}"
+    cost = results.cost.get("policy", Cost())
+    if cost.kl:
+        figures["KL to the reference, nats"] = _interval(cost.kl, 2)
+    for judge, reward in cost.reward.items():
+        figures[f"reward at temperature 1, {judge}"] = _interval(reward)
+    policy = results.responses.get("policy")
     if policy:
-        found["response tokens, mean"] = f"{policy['tokens']['mean']:.1f}"
-        found["responses cut off"] = f"{policy['cut_off']:.0%}"
-    return found
+        figures["response tokens, mean"] = f"{policy.tokens.mean:.1f}"
+        figures["responses cut off"] = f"{policy.cut_off:.0%}"
+    return figures
 
 
-def _interval(one: dict[str, float], digits: int = 3) -> str:
-    return f"{one['mean']:.{digits}f} [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"
+def _interval(one: Interval, digits: int = 3) -> str:
+    return f"{one.mean:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

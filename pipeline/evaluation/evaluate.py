@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -24,6 +23,7 @@ from pipeline.evaluation.figures import (
     win_figures,
     worst_first,
 )
+from pipeline.evaluation.results import HeldOut, Results, SideBySide
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
 from pipeline.evaluation.sampling import make_samples, measure_kl
 from pipeline.judges.judging import Comparison, Judge, Judgement, Prompt
@@ -33,10 +33,10 @@ from pipeline.progress import SILENT, Listener
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What stage three found: eval.json's content without its words, and comparisons with the policy's worst first."""
+    """What stage three found, still without its words, and every comparison with the reference, the policy's worst first."""
 
-    figures: dict[str, Any]
-    side_by_side: list[dict[str, Any]]
+    results: Results
+    side_by_side: list[SideBySide]
 
 
 def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluation:
@@ -63,13 +63,11 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
 
     # the implicit judge first: vLLM pins this process's threads once it has run
     judgements: list[Judgement] = []
-    held_out: dict[str, float] = {}
+    held_out: HeldOut | None = None
     for settings in config.judge:
         if settings.kind == IMPLICIT:
             judgements, held_out = judge_pairs(settings.shown, run.pairs, models[0].merged(), config)
-            listener.say(
-                f"held-out  reward accuracy {held_out['reward_accuracy']:.3f} on {held_out['pairs']:.0f} pairs"
-            )
+            listener.say(f"held-out  reward accuracy {held_out.reward_accuracy:.3f} on {held_out.pairs} pairs")
 
     samples, kl_samples = make_samples(config.generate, reference, run, prompts, models, listener)
     kl = measure_kl(config.generate, reference, run, prompts, models, kl_samples, listener)
@@ -78,18 +76,24 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     judgements += said.judgements
     write_table(run.judgements, judgements_table(judgements))
 
-    figures: dict[str, Any] = {
-        "models": {model.name: model.described for model in models},
-        "pair_judge": config.generate.pair_judge,
-        **win_figures(judgements, comparisons),
-        "responses": response_figures(samples, names),
-        "cost": cost_figures(kl, said.rewards),
-        "judge_costs": said.costs,
-        "held_out": held_out,
-    }
+    wins = win_figures(judgements, comparisons)
+    side_by_side = worst_first(comparisons, judgements)
+    results = Results(
+        models={model.name: model.described for model in models},
+        pair_judge=config.generate.pair_judge,
+        judges=wins.judges,
+        others=wins.others,
+        topics=wins.topics,
+        ratings=wins.ratings,
+        responses=response_figures(samples, names),
+        cost=cost_figures(kl, said.rewards),
+        judge_costs=said.costs,
+        held_out=held_out,
+        worse=side_by_side[:3],
+    )
     digests = {model.name: model.digest for model in models}
     record(run, config, "eval", prompts=len(prompts), samples=len(samples), models=digests)
-    return Evaluation(figures, worst_first(comparisons, judgements))
+    return Evaluation(results, side_by_side)
 
 
 @dataclass(frozen=True)

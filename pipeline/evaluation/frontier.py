@@ -6,11 +6,11 @@ it is the win rate against the reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.judges import IMPLICIT
+from pipeline.evaluation.results import Cost, Results
+from pipeline.evaluation.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -23,50 +23,51 @@ class Point:
     highlighted: bool = True
 
 
-def gain_of(figures: Mapping[str, Any]) -> str | None:
-    """The judge that a frontier is drawn by: the first of texts; None where nothing was judged."""
-    names = [name for name, rate in figures.get("judges", {}).items() if rate and name != IMPLICIT]
-    return names[0] if names else None
+def gain_of(results: Results) -> str | None:
+    """The judge that a frontier is drawn by: the first of texts; None if nothing was judged."""
+    return next((name for name in results.judged if name != IMPLICIT), None)
 
 
-def label_of(figures: Mapping[str, Any], judge: str) -> str:
+def label_of(results: Results, judge: str) -> str:
     """What the vertical axis says."""
-    rewarded = judge in figures.get("cost", {}).get("policy", {}).get("reward", {})
-    return f"reward, {judge}" if rewarded else f"win rate, {judge}"
+    return f"reward, {judge}" if _gives_rewards(results, judge) else f"win rate, {judge}"
 
 
-def point_of(figures: Mapping[str, Any], judge: str, name: str, model: str = "policy") -> Point | None:
-    """A model's point from eval.json; None where its KL or gain was not measured."""
-    cost = figures.get("cost", {}).get(model)
+def point_of(results: Results, judge: str, name: str, model: str = "policy") -> Point | None:
+    """A model's point from eval.json; None if its KL or gain was not measured."""
+    cost = results.cost.get(model)
     if cost is None:
         return None
-    kl = {"mean": 0.0, "low": 0.0, "high": 0.0} if model == "reference" else cost.get("kl")
-    gain = cost.get("reward", {}).get(judge) or _win_rate(figures, judge, model)
+    kl = Interval(0.0, 0.0, 0.0) if model == "reference" else cost.kl
+    gain = cost.reward.get(judge) or _win_rate(results, judge, model)
     if kl is None or gain is None:
         return None
     return Point(name, _three(kl), _three(gain), highlighted=model != "reference")
 
 
-def points_of(figures: Mapping[str, Any], judge: str) -> list[Point]:
+def points_of(results: Results, judge: str) -> list[Point]:
     """Every model of one evaluation."""
-    points = [point_of(figures, judge, model, model) for model in figures.get("cost", {})]
+    points = [point_of(results, judge, model, model) for model in results.cost]
     return [point for point in points if point is not None]
 
 
-def _win_rate(figures: Mapping[str, Any], judge: str, model: str) -> dict[str, float] | None:
-    if judge in figures.get("cost", {}).get("policy", {}).get("reward", {}):
+def _gives_rewards(results: Results, judge: str) -> bool:
+    return judge in results.cost.get("policy", Cost()).reward
+
+
+def _win_rate(results: Results, judge: str, model: str) -> Interval | None:
+    if _gives_rewards(results, judge):
         return None  # never rewards and win rates on one axis
     if model == "reference":
-        return {"mean": 0.5, "low": 0.5, "high": 0.5}
+        return Interval(0.5, 0.5, 0.5)
     if model == "policy":
-        rate = figures["judges"].get(judge)
-        return rate["rate"] if rate else None
-    for one in figures.get("others", []):
-        if (one["model"], one["baseline"], one["judge"]) == (model, "reference", judge) and one["rate"]:
-            found: dict[str, float] = one["rate"]["rate"]
-            return found
+        rate = results.judges.get(judge)
+        return rate.rate if rate else None
+    for other in results.others:
+        if (other.model, other.baseline, other.judge) == (model, "reference", judge) and other.rate:
+            return other.rate.rate
     return None
 
 
-def _three(interval: Mapping[str, float]) -> tuple[float, float, float]:
-    return interval["mean"], interval["low"], interval["high"]
+def _three(interval: Interval) -> tuple[float, float, float]:
+    return interval.mean, interval.low, interval.high

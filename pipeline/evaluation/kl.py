@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +20,7 @@ from pipeline.config.experiment import GenerateConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference
 from pipeline.engines.start import start_scorer
+from pipeline.evaluation.results import Cost
 from pipeline.evaluation.statistics import bootstrap_mean
 from pipeline.judges.judging import Prompt
 
@@ -54,8 +53,8 @@ def kl_table(samples: pa.Table, logps: Sequence[np.ndarray] | None, ref_logps: S
     return pa.Table.from_pylist(rows, schema=KL)
 
 
-def divergence(table: pa.Table) -> dict[str, Any]:
-    """KL's figures for one model's rows of kl.parquet: nats a response, with an interval over prompts; nats a token.
+def divergence(table: pa.Table) -> Cost:
+    """KL's figures for one model's rows of kl.parquet: nats per response, with an interval over prompts; nats per token.
 
     `low_variance` is another unbiased estimate of the same sum (per token r - 1 - log r with r = pi_ref / pi), never
     negative: far from `kl` it says that there are too few samples.
@@ -67,10 +66,10 @@ def divergence(table: pa.Table) -> dict[str, Any]:
         sums[row["prompt_id"]].append(float(gaps.sum()))
         others[row["prompt_id"]].append(float((np.expm1(-gaps) + gaps).sum()))
         tokens += len(gaps)
-    return {
-        "kl": asdict(bootstrap_mean([float(np.mean(values)) for values in sums.values()])),
-        "low_variance": asdict(bootstrap_mean([float(np.mean(values)) for values in others.values()])),
-        "per_token": sum(map(sum, sums.values())) / max(1, tokens),
-        "responses": len(table),
-        "tokens": tokens,
-    }
+    return Cost(
+        kl=bootstrap_mean([float(np.mean(values)) for values in sums.values()]),
+        low_variance=bootstrap_mean([float(np.mean(values)) for values in others.values()]),
+        per_token=sum(map(sum, sums.values())) / max(1, tokens),
+        responses=len(table),
+        tokens=tokens,
+    )

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.evaluation.length_control import length_controlled
-from pipeline.evaluation.statistics import Interval, detectable, share, sign_test, wilson
+from pipeline.evaluation.statistics import Interval, detectable, prompts_for, share, sign_test, wilson
 from pipeline.judges.judging import Judgement
+
+# a difference of win rates that people care about, for "how many prompts would it take"
+WORTH_SEEING = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class WinRate:
 
     `flips` counts comparisons in which the judge contradicted itself when the order changed; they are ties. `worst` and
     `best` are the rates if every failed prompt had been lost or won. `first_wins` is how often the response that stood
-    first won (0.5: no preference for a position), None where no order exists. `length_controlled` and `detectable`: see
-    `pipeline.evaluation.length_control` and `pipeline.evaluation.statistics`.
+    first won (0.5: no preference for a position), None if no order exists. `length_controlled`: see
+    `pipeline.evaluation.length_control`. `detectable` is the difference that so many prompts would have shown four times in
+    five, `prompts_needed` how many would show WORTH_SEEING; see `pipeline.evaluation.statistics`.
     """
 
     prompts: int
@@ -46,6 +50,7 @@ class WinRate:
     sign_test_p: float
     detectable: float | None
     length_controlled: Interval | None = None
+    prompts_needed: int | None = None
 
 
 def comparison_scores(judgements: Iterable[Judgement]) -> dict[tuple[str, int], ComparisonScore]:
@@ -105,6 +110,7 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
         sign_test_p=sign_test(wins, losses),
         detectable=detectable(means),
         length_controlled=controlled,
+        prompts_needed=prompts_for(means, WORTH_SEEING),
     )
 
 

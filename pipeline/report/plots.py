@@ -13,6 +13,7 @@ import polars as pl
 from markupsafe import Markup
 
 from pipeline.evaluation.frontier import Point
+from pipeline.evaluation.statistics import Interval
 
 # a colour that no plot uses, replaced by the page's own text colour
 _INK = "#010203"
@@ -35,12 +36,12 @@ def curves(metrics: pl.DataFrame, column: str, label: str) -> Markup:
     return _svg(figure)
 
 
-def win_rates(rates: Sequence[tuple[str, dict[str, float]]]) -> Markup:
+def win_rates(rates: Sequence[tuple[str, Interval]]) -> Markup:
     """Named intervals as dots with whiskers around the line where both models win as often."""
     figure, axes = _axes(height=1.0 + 0.45 * len(rates))
     for row, (_, rate) in enumerate(rates):
-        axes.plot([rate["low"], rate["high"]], [row, row], color=_BLUE, linewidth=2)
-        axes.plot([rate["mean"]], [row], "o", color=_BLUE)
+        axes.plot([rate.low, rate.high], [row, row], color=_BLUE, linewidth=2)
+        axes.plot([rate.mean], [row], "o", color=_BLUE)
     axes.axvline(0.5, color=_INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rates)), [_short(name) for name, _ in rates])
     axes.set_ylim(len(rates) - 0.5, -0.5)
@@ -68,7 +69,7 @@ def frontier(points: Sequence[Point], gain: str) -> Markup:
             color=_INK,
         )
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("KL(policy || reference), nats a response")
+    axes.set_xlabel("KL(policy || reference), nats per response")
     axes.set_ylabel(gain)
     return _svg(figure)
 

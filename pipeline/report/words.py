@@ -2,56 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pipeline.config.judges import IMPLICIT
+from pipeline.evaluation.results import Results
+from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.winrates import WinRate
 
 _WIDE = 0.05
 _MANY_FLIPS = 0.2
 _LEANING = 0.1
 
 
-def verdict(figures: dict[str, Any]) -> str:
+def verdict(results: Results) -> str:
     """The outcome in one sentence, from the first judge of texts; else from the implicit one."""
-    name = leading_judge(figures)
+    name = leading_judge(results)
     if name is None:
         return "Nothing could be judged."
-    seen = figures["judges"][name]
+    seen = results.judged[name]
     against = "an untrained policy on held-out pairs" if name == IMPLICIT else "the reference"
     said = {
         "better": f"The policy is better than {against}",
         "worse": f"The policy is worse than {against}",
         "even": f"No difference to {against} could be shown",
-    }[outcome(seen)]
-    return f"{said}: {name} prefers it on {_rate(seen)} of {seen['prompts']} prompts ({_between(seen['rate'])})."
+    }[outcome(seen.rate)]
+    return f"{said}: {name} prefers it on {seen.rate.mean:.0%} of {seen.prompts} prompts ({_between(seen.rate)})."
 
 
-def leading_judge(figures: dict[str, Any]) -> str | None:
+def leading_judge(results: Results) -> str | None:
     """The judge that the verdict follows: the first of texts that judged anything, else the implicit one."""
-    judged = [name for name, rate in figures["judges"].items() if rate]
-    texts = [name for name in judged if name != IMPLICIT]
-    return next(iter(texts or judged), None)
+    texts = [name for name in results.judged if name != IMPLICIT]
+    return next(iter(texts or results.judged), None)
 
 
-def outcome(rate: dict[str, Any]) -> str:
+def outcome(rate: Interval) -> str:
     """One of better, worse and even, by whether the interval holds one half."""
-    return "better" if rate["rate"]["low"] > 0.5 else "worse" if rate["rate"]["high"] < 0.5 else "even"
+    return "better" if rate.low > 0.5 else "worse" if rate.high < 0.5 else "even"
 
 
-def second_opinions(figures: dict[str, Any]) -> list[str]:
+def notes(results: Results) -> list[str]:
+    """What other judges say to the verdict, then what to be careful about."""
+    return [*second_opinions(results), *cautions(results)]
+
+
+def second_opinions(results: Results) -> list[str]:
     """A sentence for every further judge: does it agree with the one that leads? Judges that made the pairs are named."""
-    leading = leading_judge(figures)
+    leading = leading_judge(results)
     if leading is None:
         return []
-    maker = figures.get("pair_judge")
-    led = outcome(figures["judges"][leading])
+    maker = results.pair_judge
+    led = outcome(results.judged[leading].rate)
     found = []
     if leading == maker:
         found.append(f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more.")
-    for name, rate in figures["judges"].items():
-        if name == leading or not rate:
+    for name, rate in results.judged.items():
+        if name == leading:
             continue
-        told = outcome(rate)
+        told = outcome(rate.rate)
         says = (
             "agrees"
             if told == led
@@ -61,73 +66,66 @@ def second_opinions(figures: dict[str, Any]) -> list[str]:
             if led == "even"
             else "disagrees"
         )
-        what = "held-out pairs" if name == IMPLICIT else f"{rate['prompts']} prompts"
+        what = "held-out pairs" if name == IMPLICIT else f"{rate.prompts} prompts"
         independent = ", which took no part in making the pairs," if maker and name not in (maker, IMPLICIT) else ""
-        found.append(f"{name}{independent} {says}: {_rate(rate)} of {what} ({_between(rate['rate'])}).")
+        found.append(f"{name}{independent} {says}: {rate.rate.mean:.0%} of {what} ({_between(rate.rate)}).")
     return found
 
 
-def cautions(figures: dict[str, Any]) -> list[str]:
+def cautions(results: Results) -> list[str]:
     """What could mislead a reader of these figures, each with its number."""
-    leading = leading_judge(figures)
+    leading = leading_judge(results)
     if leading is None:
         return []
     found = []
-    rate = figures["judges"][leading]
-    if (rate["rate"]["high"] - rate["rate"]["low"]) / 2 > _WIDE and rate["detectable"]:
-        needed = f"; {rate['prompts_needed']:,} would show 5 points" if rate.get("prompts_needed") else ""
+    rate = results.judged[leading]
+    if rate.rate.half_width > _WIDE and rate.detectable:
+        needed = f"; {rate.prompts_needed:,} would show 5 points" if rate.prompts_needed else ""
         found.append(
-            f"The interval is wide. {rate['prompts']} prompts show a difference of {100 * rate['detectable']:.0f} points "
+            f"The interval is wide. {rate.prompts} prompts show a difference of {100 * rate.detectable:.0f} points "
             f"four times in five{needed}."
         )
-    for name, seen in figures["judges"].items():
-        if seen:
-            found += _of_judge(name, seen)
-    policy, reference = (figures["responses"].get(name) for name in ("policy", "reference"))
+    for name, seen in results.judged.items():
+        found += _of_judge(name, seen)
+    policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
-        if policy["cut_off"] > 0.1:
-            found.append(
-                f"{policy['cut_off']:.0%} of the policy's responses were cut off at the longest allowed length."
-            )
-        longer = policy["words"] / max(1e-9, reference["words"])
+        if policy.cut_off > 0.1:
+            found.append(f"{policy.cut_off:.0%} of the policy's responses were cut off at the longest allowed length.")
+        longer = policy.words / max(1e-9, reference.words)
         if not 0.67 < longer < 1.5:
             found.append(
                 f"The policy's responses are {longer:.2f} times as long as the reference's "
-                f"({policy['words']:.0f} against {reference['words']:.0f} words). "
+                f"({policy.words:.0f} against {reference.words:.0f} words). "
                 + (
                     "The rates at equal length take that out."
-                    if rate["length_controlled"]
+                    if rate.length_controlled
                     else "The lengths hardly overlap, so what is due to length cannot be told apart."
                 )
             )
     return found
 
 
-def _of_judge(name: str, seen: dict[str, Any]) -> list[str]:
+def _of_judge(name: str, seen: WinRate) -> list[str]:
     found = []
-    if seen["failed"]:
+    if seen.failed:
         found.append(
-            f"{name} failed on {seen['failed']} prompts; had all of them been lost or won, its rate would be "
-            f"{seen['worst']:.0%} or {seen['best']:.0%}."
+            f"{name} failed on {seen.failed} prompts; had all of them been lost or won, its rate would be "
+            f"{seen.worst:.0%} or {seen.best:.0%}."
         )
-    if seen["comparisons"] and seen["flips"] / seen["comparisons"] > _MANY_FLIPS:
+    if seen.comparisons and seen.flips / seen.comparisons > _MANY_FLIPS:
         found.append(
-            f"{name} contradicted itself on {seen['flips']} of {seen['comparisons']} comparisons when the order changed."
+            f"{name} contradicted itself on {seen.flips} of {seen.comparisons} comparisons when the order changed."
         )
-    if seen["first_wins"] is not None and abs(seen["first_wins"] - 0.5) > _LEANING:
-        found.append(f"{name} prefers the response that stands first in {seen['first_wins']:.0%} of its verdicts.")
-    controlled = seen["length_controlled"]
-    if controlled and outcome({"rate": controlled}) != outcome(seen):
+    if seen.first_wins is not None and abs(seen.first_wins - 0.5) > _LEANING:
+        found.append(f"{name} prefers the response that stands first in {seen.first_wins:.0%} of its verdicts.")
+    controlled = seen.length_controlled
+    if controlled and outcome(controlled) != outcome(seen.rate):
         found.append(
-            f"{name}: at equal length the rate would be {controlled['mean']:.0%} ({_between(controlled)}), "
+            f"{name}: at equal length the rate would be {controlled.mean:.0%} ({_between(controlled)}), "
             "so length explains part of the outcome."
         )
     return found
 
 
-def _rate(seen: dict[str, Any]) -> str:
-    return f"{seen['rate']['mean']:.0%}"
-
-
-def _between(interval: dict[str, float]) -> str:
-    return f"95 % interval {interval['low']:.0%} to {interval['high']:.0%}"
+def _between(interval: Interval) -> str:
+    return f"95 % interval {interval.low:.0%} to {interval.high:.0%}"

@@ -1,18 +1,25 @@
 """Runs side by side: only what can be compared is, corrected for how much was looked at; the frontier's points."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import SAMPLES, write_table
+from pipeline.errors import DataError
 from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached
 from pipeline.evaluation.figures import judgements_table
+from pipeline.evaluation.results import Cost, Results, read_results, write_results
+from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.winrates import win_rate
 from pipeline.judges.judging import Judgement
 from pipeline.report.plots import frontier
 
 
 def interval(mean):
-    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+    return Interval(mean, mean - 0.1, mean + 0.1)
 
 
 def make(directory, name, scores, kl, opponent="same", reward=0.5):
@@ -28,13 +35,11 @@ def make(directory, name, scores, kl, opponent="same", reward=0.5):
     write_table(run.samples, SAMPLES.empty_table(), {"keys": {"reference": opponent}})
     rewards = {"rule:a": interval(reward)} if reward else {}
     cost = {
-        "policy": {"kl": interval(kl), "reward": rewards},
-        "reference": {"reward": {"rule:a": interval(0.3)} if reward else {}},
+        "policy": Cost(kl=interval(kl), reward=rewards),
+        "reference": Cost(reward={"rule:a": interval(0.3)} if reward else {}),
     }
-    rate = {"rate": interval(sum(scores) / len(scores))}
-    durable.write_json(
-        run.eval, {"judges": {"rule:a": rate, "implicit": None}, "cost": cost, "responses": {}, "others": []}
-    )
+    rate = replace(win_rate(judgements[: 2 * len(scores)]), rate=interval(sum(scores) / len(scores)))
+    write_results(run.eval, Results(judges={"rule:a": rate, "implicit": None}, cost=cost))
     return run
 
 
@@ -69,3 +74,24 @@ def test_the_frontier_has_a_point_a_run_and_the_reference_at_no_cost(tmp_path, r
     picture = frontier(points, "reward")
     for name in ("one", "two", "reference"):
         assert f">{name}<" in picture
+
+
+def test_results_are_read_back_and_earlier_ones_too(tmp_path):
+    path = make(tmp_path, "one", [1.0, 0.0], 1.0).eval
+    results = read_results(path)
+    write_results(path, results)
+    assert read_results(path) == results
+    content = json.loads(path.read_text())
+    # the first format: no number, nothing held out, a reference without a KL
+    del content["format"], content["cost"]["reference"]["kl"]
+    path.write_text(json.dumps(content | {"held_out": {}}))
+    assert replace(read_results(path), format=2) == results
+    assert read_results(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(("change", "said"), [({"format": 99}, "newer refscore"), ({"judges": {"a": 1}}, "again")])
+def test_results_that_cannot_be_read_are_said_to_be(tmp_path, change, said):
+    path = make(tmp_path, "one", [1.0, 0.0], 1.0).eval
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=said):
+        read_results(path)

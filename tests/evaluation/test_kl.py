@@ -23,21 +23,21 @@ def table(*rows):
 def test_figures_by_hand():
     # gaps: 1 and -0.5; 2; 0.25. Sums of the responses: 0.5 and 2 for prompt a, 0.25 for prompt b
     figures = divergence(table(("a", [-1, -2], [-2, -1.5]), ("a", [-1], [-3]), ("b", [-0.5], [-0.75])))
-    assert figures["kl"]["mean"] == pytest.approx((1.25 + 0.25) / 2)
-    assert figures["per_token"] == pytest.approx(2.75 / 4)
-    assert (figures["responses"], figures["tokens"]) == (3, 4)
+    assert figures.kl.mean == pytest.approx((1.25 + 0.25) / 2)
+    assert figures.per_token == pytest.approx(2.75 / 4)
+    assert (figures.responses, figures.tokens) == (3, 4)
 
     def estimate(gap):  # r - 1 - log r with r = pi_ref / pi = e^-gap
         return math.exp(-gap) - 1 + gap
 
     of_a = (estimate(1) + estimate(-0.5) + estimate(2)) / 2
-    assert figures["low_variance"]["mean"] == pytest.approx((of_a + estimate(0.25)) / 2)
-    assert figures["kl"]["low"] < figures["kl"]["mean"] < figures["kl"]["high"]
+    assert figures.low_variance.mean == pytest.approx((of_a + estimate(0.25)) / 2)
+    assert figures.kl.low < figures.kl.mean < figures.kl.high
 
 
 def test_nats_per_token_of_no_token_and_of_one():
-    assert divergence(table(("a", [], [])))["per_token"] == 0
-    assert divergence(table(("a", [-1], [-3])))["per_token"] == 2
+    assert divergence(table(("a", [], []))).per_token == 0
+    assert divergence(table(("a", [-1], [-3]))).per_token == 2
 
 
 def test_both_estimates_reach_the_divergence_of_known_distributions():
@@ -47,9 +47,9 @@ def test_both_estimates_reach_the_divergence_of_known_distributions():
     rows = [(str(at), [math.log(policy[one])], [math.log(reference[one])]) for at, one in enumerate(drawn)]
     figures = divergence(table(*rows))
     exact = float((policy * np.log(policy / reference)).sum())
-    assert figures["kl"]["mean"] == pytest.approx(exact, abs=1e-6)
-    assert figures["low_variance"]["mean"] == pytest.approx(exact, abs=1e-6)
-    assert figures["low_variance"]["low"] >= 0
+    assert figures.kl.mean == pytest.approx(exact, abs=1e-6)
+    assert figures.low_variance.mean == pytest.approx(exact, abs=1e-6)
+    assert figures.low_variance.low >= 0
 
 
 def test_the_table_holds_both_scores_and_their_sums():

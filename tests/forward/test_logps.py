@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.forward
+import pipeline.forward.logps
 from pipeline.forward import cpu_products
 from pipeline.forward.logps import Forward, Hidden, forward_of, hidden_states_of
 from pipeline.forward.output_layer import OutputLayer
@@ -109,7 +109,7 @@ def routed(monkeypatch):
 
     route = SimpleNamespace(hidden=hidden, tokens=lambda trees, *, tree: (len(trees), tree), why=None, kind="packed")
     asked = []
-    monkeypatch.setattr(pipeline.forward, "route_of", lambda *given: asked.append(given) or route)
+    monkeypatch.setattr(pipeline.forward.logps, "route_of", lambda *given: asked.append(given) or route)
     route.seen, route.asked = seen, asked
     return route
 

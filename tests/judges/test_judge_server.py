@@ -87,7 +87,7 @@ def keys(directory):
 def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(server, tmp_path):
     directory = tmp_path / "verdicts"
     killed = subprocess.Popen([sys.executable, "-m", "tests.judges.ask_judge", server, directory, "20"], cwd=ROOT)
-    for _ in range(600):
+    for _ in range(6000):
         if directory.is_dir() and len(keys(directory)) >= 6:
             break
         assert killed.poll() is None, "it came to its end before it could be killed"

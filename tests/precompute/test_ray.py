@@ -35,7 +35,7 @@ DRIVER = """
             shards.append(sequences)
             if not killed:
                 mine = psutil.Process().children(recursive=True)
-                workers = [one for one in mine if "Scorer" in " ".join(one.cmdline())]
+                workers = [one for one in mine if "ScoringActor" in " ".join(one.cmdline())]
                 assert len(workers) == 2, [one.cmdline() for one in mine]
                 killed.append(workers[0].pid)
                 workers[0].kill()

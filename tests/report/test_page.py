@@ -1,13 +1,16 @@
 """The report is self-contained, says what the figures say, and nothing a model writes can act in it."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
+from pydantic import TypeAdapter
 
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import METRICS, write_table
 from pipeline.config.experiment import Config
+from pipeline.evaluation.results import Results, SideBySide
 from pipeline.report.markdown import plain, write_markdown
 from pipeline.report.page import write_report
 from pipeline.report.side_by_side import marked, visible
@@ -56,8 +59,12 @@ def figures(*interval, **judges):
         "responses": {"policy": seen, "reference": seen},
         "cost": {"policy": cost | reward, "reference": reward},
         "judge_costs": {"rule:no_repetition": {"requests": 3, "price": 0.5}},
-        "held_out": {},
+        "held_out": None,
     }
+
+
+def typed(content):
+    return TypeAdapter(Results).validate_python(content)
 
 
 def write(run, samples=HOSTILE):
@@ -67,24 +74,24 @@ def write(run, samples=HOSTILE):
     write_table(run.metrics, pa.table(rows, schema=METRICS))
     run.health.write_text('{"words": ["All is <i>well</i>."]}')
     sides = [
-        {
-            "prompt_id": "p",
-            "sample": 0,
-            "topic": text,
-            "prompt": text,
-            "policy": text,
-            "reference": f"x {text} y",
-            "difference": -0.5,
-            "marks": 0.1,
-            "policy_finish": "length",
-            "reference_finish": "stop",
-        }
+        SideBySide(
+            prompt_id="p",
+            sample=0,
+            topic=text,
+            prompt=text,
+            policy=text,
+            reference=f"x {text} y",
+            difference=-0.5,
+            marks=0.1,
+            policy_finish="length",
+            reference_finish="stop",
+        )
         for text in samples
     ]
-    found = figures()
-    found = {"verdict": verdict(found), **found}
-    write_report(run, config, found, sides)
-    write_markdown(run, config, found)
+    results = typed(figures())
+    results = replace(results, verdict=verdict(results))
+    write_report(run, config, results, sides)
+    write_markdown(run, config, results)
     return run
 
 
@@ -115,7 +122,7 @@ def test_the_page_says_how_exact_the_scores_are(run, tmp_path):
     page = write(other).report.read_text()
     for part in (
         "20 pairs (not passed): the scores &lt;i&gt;differ.",
-        "-0.012 nats",
+        "-0.012 nats per token",
         "-0.61",
         "0.39 nats, 0.039 in reward",
     ):
@@ -132,10 +139,10 @@ def test_the_page_shows_what_there_is(run):
     page = run.report.read_text()
     for part in (
         "round1",
-        "Ratings by",
+        "Bradley-Terry ratings by",
         "By topic",
         "KL to the reference",
-        "nats a response",
+        "nats per response",
         "All is &lt;i&gt;well",
         "cut off",
     ):
@@ -165,12 +172,14 @@ def test_markdown_is_the_same_in_tables_and_shows_marks_as_they_are(run):
     [((0.7, 0.6, 0.8), "is better"), ((0.5, 0.4, 0.6), "No difference"), ((0.2, 0.1, 0.3), "is worse")],
 )
 def test_the_verdict_follows_the_interval(interval, words):
-    assert words in verdict(figures(*interval))
-    assert f"{interval[0]:.0%}" in verdict(figures(*interval))
+    assert words in verdict(typed(figures(*interval)))
+    assert f"{interval[0]:.0%}" in verdict(typed(figures(*interval)))
 
 
 def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
-    found = second_opinions(figures(0.7, 0.6, 0.8, better=rate(), even=rate(0.5, 0.4, 0.6), worse=rate(0.2, 0.1, 0.3)))
+    found = second_opinions(
+        typed(figures(0.7, 0.6, 0.8, better=rate(), even=rate(0.5, 0.4, 0.6), worse=rate(0.2, 0.1, 0.3)))
+    )
     assert "no independent judge" in found[0]
     assert [line.split(":")[0] for line in found[1:]] == [
         "better, which took no part in making the pairs, agrees",
@@ -192,7 +201,7 @@ def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
 def test_what_could_mislead_is_said(changes, words):
     found = figures()
     found["judges"] = {"j": rate(**changes)}
-    assert any(words in line for line in cautions(found))
+    assert any(words in line for line in cautions(typed(found)))
 
 
 def test_lengths_that_differ_are_said_with_what_can_be_done_about_them():
@@ -201,9 +210,9 @@ def test_lengths_that_differ_are_said_with_what_can_be_done_about_them():
         "policy": found["responses"]["policy"] | {"words": 2.0},
         "reference": found["responses"]["policy"],
     }
-    assert any("0.10 times as long" in line and "take that out" in line for line in cautions(found))
+    assert any("0.10 times as long" in line and "take that out" in line for line in cautions(typed(found)))
     found["judges"]["rule:no_repetition"]["length_controlled"] = None
-    assert any("hardly overlap" in line for line in cautions(found))
+    assert any("hardly overlap" in line for line in cautions(typed(found)))
 
 
 def test_health_is_said_in_words_lengths_included(tmp_path):
@@ -212,8 +221,8 @@ def test_health_is_said_in_words_lengths_included(tmp_path):
     assert "times as long" not in run.report.read_text()
     run.health.write_text('{"words": []}')
     found = figures()
-    write_report(run, Config.model_validate({"data": {"path": "x"}}), {"verdict": verdict(found), **found}, [])
-    assert "look sick" in run.report.read_text()
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [])
+    assert "look wrong" in run.report.read_text()
     found["responses"]["policy"] = {**found["responses"]["policy"], "tokens": {"mean": 999.0, "low": 1.0, "high": 2.0}}
-    write_report(run, Config.model_validate({"data": {"path": "x"}}), {"verdict": verdict(found), **found}, [])
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [])
     assert "times as long as the reference" in run.report.read_text()

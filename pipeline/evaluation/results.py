@@ -1,0 +1,137 @@
+"""What stage three found: the types of eval.json, and reading it back.
+
+Rates are shares in [0, 1] of prompts, ties half; intervals are 95 %; KL is in nats per response.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.artifacts import durable
+from pipeline.errors import DataError, first_line
+from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.winrates import WinRate
+
+# of eval.json: raised if a reader of before would misread it
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class OtherRate:
+    """A win rate of two models that are not policy and reference; None if nothing could be judged."""
+
+    model: str
+    baseline: str
+    judge: str
+    rate: WinRate | None
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a model's responses look like: means over them, shares of them, tokens with an interval over prompts."""
+
+    responses: int
+    tokens: Interval
+    words: float
+    cut_off: float
+    repetition: float
+    empty: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """KL(model || reference) on the model's own samples at temperature 1, and the rewards that judges give them.
+
+    The reference's KL is None. `low_variance` is the second estimate, see `pipeline.evaluation.kl.divergence`.
+    """
+
+    kl: Interval | None = None
+    low_variance: Interval | None = None
+    per_token: float | None = None
+    responses: int = 0
+    tokens: int = 0
+    reward: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over held-out pairs under the saved policy; rewards as in training."""
+
+    pairs: int
+    reward_accuracy: float
+    mean_margin: float
+    mean_chosen_reward: float
+    mean_rejected_reward: float
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Policy and reference on one prompt. `difference`: mean over judges of texts of score minus one half; `marks`: of the
+    marks of rule:complete_and_concise.
+    """
+
+    prompt_id: str
+    sample: int
+    topic: str
+    prompt: str
+    policy: str
+    reference: str
+    policy_finish: str
+    reference_finish: str
+    difference: float
+    marks: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """eval.json. `judges`: policy against reference, by judge; `topics`: judge -> topic -> rate; `ratings`: judge -> model."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    pair_judge: str | None = None
+    judges: dict[str, WinRate | None] = field(default_factory=dict)
+    others: list[OtherRate] = field(default_factory=list)
+    topics: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    ratings: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    responses: dict[str, Responses] = field(default_factory=dict)
+    cost: dict[str, Cost] = field(default_factory=dict)
+    judge_costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    held_out: HeldOut | None = None
+    verdict: str = ""
+    worse: list[SideBySide] = field(default_factory=list)
+    format: int = FORMAT
+
+    @property
+    def judged(self) -> dict[str, WinRate]:
+        """The judges of policy against reference that judged anything."""
+        return {name: rate for name, rate in self.judges.items() if rate is not None}
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write eval.json durably."""
+    durable.write_json(path, asdict(results))
+
+
+def read_results(path: Path) -> Results | None:
+    """What `write_results` wrote, also in earlier versions; None if there is no file.
+
+    Raises DataError for a file of a newer format, or one that cannot be read.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        made_in = content.get("format", 1)
+        if made_in > FORMAT:
+            raise DataError(
+                f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or run "
+                "'refscore eval' again"
+            )
+        # the first format had an empty object for no held-out pairs
+        return TypeAdapter(Results).validate_python({**content, "held_out": content.get("held_out") or None})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, TypeError, ValidationError) as error:
+        raise DataError(f"{path} cannot be read ({first_line(error)}): run 'refscore eval' again") from None

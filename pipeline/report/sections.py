@@ -1,0 +1,183 @@
+"""The tables of a report, declared once: terminal, Markdown and HTML render the same sections in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.evaluation.results import Cost, Results
+from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.winrates import WinRate
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell whose text says something good ("up") or bad ("down")."""
+
+    text: str
+    tone: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title; `note` explains it to a reader of the page, `figure` names the picture that goes with it."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str | Cell]]
+    note: str = ""
+    figure: str = ""
+
+
+_RATE = [
+    "prompts",
+    "win rate",
+    "95 % interval",
+    "won / tied / lost",
+    "at equal length",
+    "flipped",
+    "failed",
+    "sign test p",
+]
+
+
+def sections(results: Results) -> list[Section]:
+    """The sections of one evaluation; those without a row are left out."""
+    every = [
+        _policy(results),
+        _others(results),
+        *_ratings(results),
+        _topics(results),
+        _cost(results),
+        _responses(results),
+        _judge_costs(results),
+    ]
+    return [section for section in every if section.rows]
+
+
+def _policy(results: Results) -> Section:
+    return Section(
+        "Policy against reference",
+        ["judge", *_RATE],
+        [[name, *_rate(rate)] for name, rate in results.judged.items()],
+        "Every comparison is judged in both orders; a judge that contradicts itself is counted as flipped and as a tie. Ties "
+        "count half. Intervals are over prompts: a bootstrap, or Wilson's for few prompts or near-unanimous judges. implicit "
+        "asks whether training moved the policy towards the chosen response of held-out pairs.",
+        "win_rates",
+    )
+
+
+def _others(results: Results) -> Section:
+    return Section(
+        "Other models",
+        ["judge", "model", "against", *_RATE],
+        [[one.judge, one.model, one.baseline, *_rate(one.rate)] for one in results.others if one.rate],
+    )
+
+
+def _ratings(results: Results) -> list[Section]:
+    return [
+        Section(
+            f"Bradley-Terry ratings by {judge}",
+            ["model", "log-odds over the reference", "95 % interval"],
+            [[name, f"{one.mean:+.2f}", f"{one.low:+.2f} to {one.high:+.2f}"] for name, one in rated.items()],
+            "A difference of 1 means odds of 2.7 to 1. The reference stands at 0.",
+        )
+        for judge, rated in results.ratings.items()
+    ]
+
+
+def _topics(results: Results) -> Section:
+    """Topics down, judges across; judges that saw one topic only are left out."""
+    by_judge = {name: topics for name, topics in results.topics.items() if len(topics) > 1}
+    names = sorted({topic for topics in by_judge.values() for topic in topics})
+    return Section(
+        "By topic",
+        ["topic", *by_judge],
+        [[topic or "none", *(_of_topic(topics.get(topic)) for topics in by_judge.values())] for topic in names],
+        "Win rates with Wilson's interval; coloured if the interval leaves one half out. With many topics some will by chance.",
+    )
+
+
+def _of_topic(rate: Interval | None) -> Cell:
+    if rate is None:
+        return Cell("-")
+    tone = "up" if rate.low > 0.5 else "down" if rate.high < 0.5 else ""
+    return Cell(f"{rate.mean:.2f} ({rate.low:.2f} to {rate.high:.2f})", tone)
+
+
+def _cost(results: Results) -> Section:
+    judges = list(dict.fromkeys(judge for cost in results.cost.values() for judge in cost.reward))
+    return Section(
+        "KL to the reference",
+        [
+            "model",
+            "nats per response",
+            "95 % interval",
+            "nats per token",
+            "responses",
+            *(f"reward, {name}" for name in judges),
+        ],
+        [[model, *_cost_row(cost, judges)] for model, cost in results.cost.items()],
+        "KL(model || reference) on the model's own responses at temperature 1, scored by stage one's scorer under both models.",
+        "frontier",
+    )
+
+
+def _cost_row(cost: Cost, judges: list[str]) -> list[str | Cell]:
+    kl = ["0", "-", "-", "-"]
+    if cost.kl is not None:
+        kl = [f"{cost.kl.mean:.2f}", _between(cost.kl, 2), f"{cost.per_token:.4f}", str(cost.responses)]
+    given = [cost.reward.get(judge) for judge in judges]
+    return [*kl, *("-" if one is None else f"{one.mean:.3f} ({_between(one)})" for one in given)]
+
+
+def _responses(results: Results) -> Section:
+    return Section(
+        "Responses",
+        ["model", "responses", "tokens, mean", "95 % interval", "words, mean", "cut off", "repetition", "empty"],
+        [
+            [
+                model,
+                str(seen.responses),
+                f"{seen.tokens.mean:.1f}",
+                _between(seen.tokens, 1),
+                f"{seen.words:.1f}",
+                f"{seen.cut_off:.0%}",
+                f"{seen.repetition:.3f}",
+                f"{seen.empty:.0%}",
+            ]
+            for model, seen in results.responses.items()
+        ],
+    )
+
+
+def _judge_costs(results: Results) -> Section:
+    return Section(
+        "What judges took",
+        ["judge", "took"],
+        [
+            [judge, ", ".join(f"{name.replace('_', ' ')} {value:,g}" for name, value in cost.items())]
+            for judge, cost in results.judge_costs.items()
+        ],
+    )
+
+
+def _rate(rate: WinRate) -> list[str]:
+    controlled = rate.length_controlled
+    return [
+        str(rate.prompts),
+        f"{rate.rate.mean:.3f}",
+        _between(rate.rate),
+        f"{rate.wins} / {rate.ties} / {rate.losses}",
+        f"{controlled.mean:.3f}" if controlled else "-",
+        f"{rate.flips} of {rate.comparisons}",
+        str(rate.failed),
+        f"{rate.sign_test_p:.2g}",
+    ]
+
+
+def _between(one: Interval, digits: int = 3) -> str:
+    return f"{one.low:.{digits}f} to {one.high:.{digits}f}"
