@@ -154,7 +154,7 @@ def test_another_way_of_reading_is_said_with_its_reason(routed, caplog, kind, sa
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_layers_and_output_layer_are_of_one_model_and_one_precision(routed, monkeypatch, precision):
-    monkeypatch.setattr(pipeline.forward, "output_layer_of", lambda model: ("layer of", model))
+    monkeypatch.setattr(pipeline.forward.logps, "output_layer_of", lambda model: ("layer of", model))
     model = Model()
     found = forward_of(model, "separate", precision)
     assert (found.layer, found.precision) == (("layer of", model), precision)
