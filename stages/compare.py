@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.artifacts import durable
+from pipeline.artifacts.markdown import markdown_table
 from pipeline.artifacts.runs import RUNS, Run, existing_runs
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import Difference, differences, differing_settings, frontier_points, reached
 from pipeline.evaluation.frontier import label_of
 from pipeline.evaluation.results import Results, read_results
-from pipeline.report.markdown import table
 from pipeline.report.page import environment
 from pipeline.report.plots import frontier
 from stages import console
@@ -51,7 +51,7 @@ def main(runs: list[Run], page: Path | None) -> None:
         )
     )
     durable.write_text(path, content)
-    texts = [table(head, settings + figures), table(_HEAD, compared)]
+    texts = [markdown_table(head, settings + figures), markdown_table(_HEAD, compared)]
     durable.write_text(path.with_suffix(".md"), "\n\n".join(text for text in texts if text) + "\n")
     console.say(f"page      {path}")
 

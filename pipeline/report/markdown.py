@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 from pipeline.artifacts import durable
+from pipeline.artifacts.markdown import markdown_table, plain
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
 from pipeline.evaluation.results import Results
@@ -21,7 +19,7 @@ def write_markdown(run: Run, config: Config, results: Results) -> None:
         "\n".join(f"- {plain(line)}" for line in notes(results)),
     ]
     for section in sections(results):
-        parts += [f"#### {plain(section.title)}", table(section.head, section.rows)]
+        parts += [f"#### {plain(section.title)}", markdown_table(section.head, section.rows)]
     durable.write_text(run.report_markdown, "\n\n".join(filter(None, [*parts, _settings(config)])) + "\n")
 
 
@@ -30,16 +28,3 @@ def _settings(config: Config) -> str:
         f"{plain(config.policy.model)}, {' + '.join(config.train.loss_type)}, beta {config.train.beta:g}; sampled at temperature "
         f"{config.generate.temperature:g}, seed {config.generate.seed}."
     )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table with its first column to the left; empty without rows."""
-    if not rows:
-        return ""
-    lines = [f"| {' | '.join(map(plain, row))} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(head) - 1), *lines[1:]])
-
-
-def plain(text: object) -> str:
-    """`text` so that Markdown shows it as it is: on one line, nothing in it a mark-up or an HTML tag."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))

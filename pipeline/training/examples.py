@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,10 +13,16 @@ import pyarrow.compute as pc
 from pipeline.artifacts.tables import PAIRS, arrays_of, read_table
 from pipeline.config.experiment import TrainConfig
 from pipeline.errors import DataError
-from pipeline.forward.logps import Forward
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
-from pipeline.training.reward_model import Rewards
+
+
+class CountsTokens(Protocol):
+    """A pass over trees that knows how much it reads."""
+
+    def tokens(self, trees: Sequence[Tree]) -> int:
+        """Tokens that the model reads for `trees`, filling included."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
 
 
 def micro_batches(
-    forward: Forward | Rewards, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int
+    forward: CountsTokens, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int
 ) -> Iterable[list[int]]:
     """Rows of each forward pass: at most `size` pairs, and `train.tokens_per_batch` tokens of those that `forward` reads for
     them; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.

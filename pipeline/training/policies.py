@@ -16,10 +16,10 @@ import torch
 from pipeline.config.experiment import Config, LoraConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.cpu_products import recomputation
-from pipeline.forward.logps import Forward, forward_of
+from pipeline.forward.logps import Forward
 from pipeline.hardware import device_kind, multiplies_bfloat16
-from pipeline.models.load import load_causal_lm
-from pipeline.training.reward_model import Rewards, load_reward_model, rewards_of
+from pipeline.training.objective import objective_of
+from pipeline.training.reward_model import Rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,24 +61,19 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     options: dict[str, Any] = {}
     if policy.load_in_4bit:
         options["quantization_config"] = four_bits(precision)
-    if train.objective == "reward":
-        model = load_reward_model(base, policy, tokenizer, ends, **options)
-    else:
-        # frozen weights need no more digits than they were saved with
-        saved = policy.lora and precision == torch.bfloat16
-        model = load_causal_lm(base, policy, "auto" if saved else torch.float32, **options)
+    objective = objective_of(train)
+    model = objective.load(base, config, tokenizer, ends, precision, **options)
     if policy.load_in_4bit:
         without_packing(model)
     model = model.to(device_kind())
     without_dropout(model)
-    adapted = _adapted(model, policy.lora, rewards=train.objective == "reward") if policy.lora else None
+    adapted = _adapted(model, policy.lora, objective.adapter_task) if policy.lora else None
     if train.gradient_checkpointing:
         contexts = {"context_fn": recomputation} if device_kind() == "cpu" else {}
         model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         if adapted is not None:
             model.enable_input_require_grads()
-    of = rewards_of if train.objective == "reward" else forward_of
-    return Policy(model, adapted, of(model, train.layout, precision))
+    return Policy(model, adapted, objective.forward_of(model, train.layout, precision))
 
 
 def without_dropout(model: PreTrainedModel) -> None:
@@ -121,7 +116,7 @@ def without_packing(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _adapted(model: PreTrainedModel, lora: LoraConfig, *, rewards: bool) -> Any:
+def _adapted(model: PreTrainedModel, lora: LoraConfig, task: str) -> Any:
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -130,7 +125,7 @@ def _adapted(model: PreTrainedModel, lora: LoraConfig, *, rewards: bool) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
+        task_type=task,
     )
     tied = _is_tied(model)
     try:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.experiment import PolicyConfig
+from pipeline.config.experiment import Config, PolicyConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.logps import Hidden, hidden_states_of
 from pipeline.forward.trees import Tree, merge
+from pipeline.training.examples import Pairs
+from pipeline.training.losses import LossTerms, bradley_terry_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +54,57 @@ class Rewards:
 
 def _with_one_more(trees: Sequence[Tree]) -> list[Tree]:
     return [Tree(tree.trunk, tuple((*branch, 0) for branch in tree.branches)) for tree in trees]
+
+
+class RewardModel:
+    """See `pipeline.training.objective.Objective`."""
+
+    adapter_task = "SEQ_CLS"
+    pipeline_tag = "text-classification"
+    in_words = "as a reward model"
+
+    def load(
+        self,
+        base: Path,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: set[int],
+        precision: torch.dtype,  # noqa: ARG002  # the protocol's
+        **options: Any,
+    ) -> PreTrainedModel:
+        """See `Objective.load`."""
+        return load_reward_model(base, config.policy, tokenizer, ends, **options)
+
+    def load_again(self, directory: Path, config: Config, like: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        """See `Objective.load_again`."""
+        model: PreTrainedModel = type(like).from_pretrained(
+            directory,
+            num_labels=1,
+            pad_token_id=like.config.pad_token_id,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=config.policy.trust_remote_code,
+            **options,
+        )
+        return model
+
+    def forward_of(self, model: PreTrainedModel, layout: str, precision: torch.dtype) -> Rewards:
+        """See `Objective.forward_of`."""
+        return rewards_of(model, layout, precision)
+
+    def terms(
+        self,
+        forward: Rewards,
+        pairs: Pairs,
+        group: Sequence[int],
+        train: TrainConfig,  # noqa: ARG002  # the protocol's
+        mean_tokens: float,  # noqa: ARG002
+    ) -> tuple[LossTerms, None]:
+        """See `Objective.terms`."""
+        scores = forward([pairs.trees[row] for row in group])
+        chosen, rejected = (torch.stack([tree[side] for tree in scores]) for side in (0, 1))
+        return bradley_terry_loss(chosen, rejected), None
 
 
 def rewards_of(model: PreTrainedModel, layout: str, precision: torch.dtype) -> Rewards:

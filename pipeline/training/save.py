@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from pipeline.artifacts import durable
+from pipeline.artifacts.markdown import markdown_table
 from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
-from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
-from pipeline.models.load import load_causal_lm
-from pipeline.models.locate import copy_tokenizer, merge_adapter
+from pipeline.models.locate import copy_tokenizer
+from pipeline.training.objective import objective_of
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.training.reward_model import align_padding
 from pipeline.training.save_check import CHECKED, must_agree, outputs_of
@@ -36,23 +36,25 @@ def save_policy(
     Each is loaded again before it takes its place, and must give the trained model's outputs on `trees`; returns by how much
     they differ. Raises CheckError if one does not.
     """
-    lora, rewards = config.policy.lora, config.train.objective == "reward"
+    lora, objective = config.policy.lora, objective_of(config.train)
     trees = trees[:CHECKED]
-    trained = outputs_of(policy.model, trees, rewards=rewards)
+    trained = outputs_of(policy.model, trees, objective)
     coarse = policy.model.dtype != torch.float32 or config.policy.load_in_4bit
     differences: dict[str, float] = {}
 
     def check(
         name: str, place: Path, load: Callable[[], PreTrainedModel], expected: np.ndarray, *, rough: bool
     ) -> None:
-        difference = must_agree(load(), place, expected, trees, rewards=rewards, coarse=rough)
+        difference = must_agree(load(), place, expected, trees, objective, coarse=rough)
         differences[name] = difference
 
     if lora is None:
         _replace(
             run.model,
             lambda to: _save_whole(policy.model, base, to, card, tokenizer),
-            lambda at: check("model", run.model, lambda: _load(at, config), trained, rough=coarse),
+            lambda at: check(
+                "model", run.model, lambda: objective.load_again(at, config, policy.model), trained, rough=coarse
+            ),
         )
         return differences
     _replace(
@@ -73,28 +75,20 @@ def save_policy(
     adapted = _with_adapter(policy.model, base, full, run.adapter)
     if config.policy.load_in_4bit:
         # trained on a base of four bits, merged into the base itself: what must agree is the adapter beside it
-        trained = outputs_of(adapted.get_base_model(), trees, rewards=rewards)
+        trained = outputs_of(adapted.get_base_model(), trees, objective)
     merged = adapted.merge_and_unload()
     _replace(
         run.model,
         lambda to: _save_whole(merged, base, to, card, tokenizer),
         lambda at: check(
-            "model", run.model, lambda: _load(at, config), trained, rough=coarse and not config.policy.load_in_4bit
+            "model",
+            run.model,
+            lambda: objective.load_again(at, config, policy.model),
+            trained,
+            rough=coarse and not config.policy.load_in_4bit,
         ),
     )
     return differences
-
-
-def trained_directory(run: Run, base: Path, config: Config) -> Path:
-    """The trained policy as one model: `run.model`, or its adapter merged into `base` where only that was kept.
-
-    Raises DataError where the run has neither.
-    """
-    if (run.model / "config.json").is_file():
-        return run.model
-    if (run.adapter / "adapter_config.json").is_file():
-        return merge_adapter(base, config.policy, run.adapter)
-    raise DataError(f"run {run.name!r} has no trained model: run 'refscore train' first")
 
 
 def _save_whole(model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any) -> None:
@@ -117,36 +111,10 @@ def _with_adapter(model: PreTrainedModel, base: Path, config: Config, adapter: P
     from peft import PeftModel
 
     options: dict[str, Any] = {"quantization_config": four_bits(torch.float32)} if config.policy.load_in_4bit else {}
-    if config.train.objective == "reward":
-        fresh = type(model).from_pretrained(
-            base,
-            num_labels=1,
-            pad_token_id=model.config.pad_token_id,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=config.policy.trust_remote_code,
-            **options,
-        )
-    else:
-        fresh = load_causal_lm(base, config.policy, torch.float32, **options)
+    fresh = objective_of(config.train).load_again(base, config, model, **options)
     if options:
         without_packing(fresh)
     return PeftModel.from_pretrained(fresh, adapter)
-
-
-def _load(directory: Path, config: Config) -> PreTrainedModel:
-    if config.train.objective != "reward":
-        return load_causal_lm(directory, config.policy, torch.float32)
-    from transformers import AutoModelForSequenceClassification
-
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=config.policy.trust_remote_code,
-    )
-    return model
 
 
 def _replace(directory: Path, write: Callable[[Path], None], check: Callable[[Path], None]) -> None:
@@ -169,65 +137,52 @@ def _replace(directory: Path, write: Callable[[Path], None], check: Callable[[Pa
 
 def model_card(config: Config, run: str, reference_id: str, pairs: int, results: dict[str, float | None]) -> str:
     """The model card: base, data, settings and results of this run."""
-    train = config.train
-    base = config.policy.model
-    reward = train.objective == "reward"
-    task = "text-classification" if reward else "text-generation"
-    front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [dpo, refscore]"]
-    if "/" in base and not Path(base).exists():
-        front.append(f"base_model: {base}")
-    names = ["Bradley-Terry"] if reward else train.loss_type
-    weights = train.loss_weights or [1.0] * len(names)
-    lora = config.policy.lora
-    settings = {
-        "loss": " + ".join(
-            name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
+    from huggingface_hub import ModelCardData
+
+    train, base, objective = config.train, config.policy.model, objective_of(config.train)
+    on_the_hub = "/" in base and not Path(base).exists()
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=objective.pipeline_tag,
+        tags=["refscore", "reward-model" if train.objective == "reward" else "dpo"],
+        base_model=base if on_the_hub else None,
+    )
+    against = "without a reference"
+    if not reference_free(train):
+        named = f"`{config.reference.model}` (reference_id `{reference_id[:16]}`)"
+        against = f"against stored log-probabilities of the reference {named}"
+    data = ", ".join(f"`{path}`" for path in config.data.path)
+    figures = [[name, f"{value:.4f}"] for name, value in results.items() if value is not None]
+    parts = [
+        f"---\n{front.to_yaml()}\n---\n# {run}",
+        (
+            f"`{base}` trained {objective.in_words} on {pairs} pairs from {data}, {against}, "
+            f"with refscore {__version__}."
         ),
-        **({} if reward else {"beta": train.beta, "label smoothing": train.label_smoothing}),
-        "weights trained": "all"
-        if lora is None
-        else f"LoRA, rank {lora.r}, alpha {lora.alpha:g}, {lora.target_modules}",
+        "## Settings",
+        markdown_table(["setting", "value"], list(_settings(config).items())),
+        "## Held-out pairs",
+        markdown_table(["figure", "value"], figures) or "None were held out.",
+        "## Versions",
+        markdown_table(["package", "version"], list(versions().items())),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(config: Config) -> dict[str, object]:
+    train, lora = config.train, config.policy.lora
+    names, weights = train.loss_type, train.loss_weights or [1.0] * len(train.loss_type)
+    losses = [name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)]
+    preference = {"loss": " + ".join(losses), "beta": train.beta, "label smoothing": train.label_smoothing}
+    return {
+        **({"loss": "Bradley-Terry"} if train.objective == "reward" else preference),
+        "weights trained": f"LoRA, rank {lora.r}, alpha {lora.alpha:g}, {lora.target_modules}" if lora else "all",
         "optimizer": train.optimizer,
         "learning rate": train.learning_rate,
         "schedule": f"{train.lr_scheduler_type}, warm-up {train.warmup_ratio:g} of the steps",
-        "pairs a step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        "pairs per step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
         "epochs": train.num_train_epochs if train.max_steps <= 0 else f"{train.max_steps} steps",
         "gradient norm clipped at": train.max_grad_norm,
         "precision": str(precision_of(train)).removeprefix("torch."),
         "seed": train.seed,
     }
-    against = (
-        f"against stored log-probabilities of the reference `{config.reference.model}` (reference_id `{reference_id[:16]}`)"
-        if not reference_free(train)
-        else "without a reference"
-    )
-    shown = {name: f"{value:.4f}" for name, value in results.items() if value is not None}
-    return "\n".join(
-        [
-            *front,
-            "---",
-            f"# {run}",
-            "",
-            (
-                f"`{base}` trained {'as a reward model' if reward else 'with preference optimization'} on {pairs} pairs from "
-                f"{', '.join(f'`{path}`' for path in config.data.path)}, {against}, with refscore {__version__}."
-            ),
-            "",
-            "## Settings",
-            "",
-            *_markdown_table("setting", {name: str(value) for name, value in settings.items()}),
-            "",
-            "## Held-out pairs",
-            "",
-            *(_markdown_table("figure", shown) if shown else ["None were held out."]),
-            "",
-            "## Versions",
-            "",
-            *_markdown_table("package", versions()),
-            "",
-        ]
-    )
-
-
-def _markdown_table(head: str, values: dict[str, str]) -> list[str]:
-    return [f"| {head} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())]

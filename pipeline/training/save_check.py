@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 from pipeline.errors import CheckError
-from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.precompute.agreement import TOLERANCES
-from pipeline.training.reward_model import rewards_of
+from pipeline.training.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,8 +26,8 @@ CHECKED = 4
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, trees: Sequence[Tree], *, rewards: bool) -> np.ndarray:
-    """Log-probabilities of all response tokens of `trees`, or rewards of all responses: float64, in order.
+def outputs_of(model: PreTrainedModel, trees: Sequence[Tree], objective: Objective) -> np.ndarray:
+    """What the objective reads of `trees`, log-probabilities of all tokens or rewards of all responses: float64, in order.
 
     In float32 arithmetic, unless the weights have fewer digits. Runs in evaluation mode, and leaves the model in the mode it was
     in and with the attention it had.
@@ -36,7 +35,7 @@ def outputs_of(model: PreTrainedModel, trees: Sequence[Tree], *, rewards: bool) 
     training, attention = model.training, model.config.get_text_config()._attn_implementation  # noqa: SLF001  # no public name
     model.eval()
     precision = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    run = (rewards_of if rewards else forward_of)(model, "separate", precision)
+    run = objective.forward_of(model, "separate", precision)
     parts = [output.reshape(-1) for tree in trees for outputs in run([tree]) for output in outputs]
     model.set_attn_implementation(attention)
     model.train(training)
@@ -45,21 +44,26 @@ def outputs_of(model: PreTrainedModel, trees: Sequence[Tree], *, rewards: bool) 
 
 
 def must_agree(
-    exported: PreTrainedModel, place: Path, trained: np.ndarray, trees: Sequence[Tree], *, rewards: bool, coarse: bool
+    exported: PreTrainedModel,
+    place: Path,
+    trained: np.ndarray,
+    trees: Sequence[Tree],
+    objective: Objective,
+    *,
+    coarse: bool,
 ) -> float:
     """Mean absolute difference between an exported model, loaded again from `place`, and the outputs when it was trained.
 
     `coarse`: some of the weights have, or had, 16 bits or fewer. Raises CheckError if the difference is more than arithmetic
     makes.
     """
-    again = outputs_of(exported.to(device_kind()), trees, rewards=rewards)
+    again = outputs_of(exported.to(device_kind()), trees, objective)
     return_freed_memory()
     difference = float(np.abs(again - trained).mean()) if len(again) == len(trained) else float("nan")
     allowed = TOLERANCES["bfloat16" if coarse else "float32"][1]
     if not difference <= allowed:
-        what = "rewards" if rewards else "log-probabilities of tokens"
         raise CheckError(
-            f"what was exported is not what was trained: loaded again, {what} of {len(trees)} pairs differ by "
+            f"what was exported is not what was trained: loaded again, its outputs on {len(trees)} pairs differ by "
             f"{difference:.4f} on average, allowed is {allowed}. {place} keeps what it held; the checkpoints hold the trained "
             "weights"
         )

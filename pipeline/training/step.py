@@ -6,24 +6,19 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.config.losses import across_pairs, reference_free
+from pipeline.config.losses import across_pairs
 from pipeline.errors import CheckError, first_line
 from pipeline.forward.logps import Forward
 from pipeline.training.examples import Pairs, micro_batches
-from pipeline.training.losses import (
-    LossTerms,
-    PairLogps,
-    bradley_terry_loss,
-    preference_loss,
-    weighted_sums,
-    wpo_weight,
-)
-from pipeline.training.reward_model import Rewards
+from pipeline.training.losses import LossTerms, PairLogps, preference_loss
+from pipeline.training.objective import objective_of
+from pipeline.training.preference import joined, pair_logps
 
 
 class NotFinite(CheckError):
@@ -51,7 +46,7 @@ def _no_gradient_lost() -> Iterator[None]:
 
 
 @_no_gradient_lost()
-def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
+def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
     """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS.
 
     The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
@@ -59,12 +54,12 @@ def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], tr
     where an operation of the model has no gradient.
     """
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_train_batch_size))
-    if isinstance(forward, Forward) and across_pairs(train) and len(groups) > 1:
+    if across_pairs(train) and len(groups) > 1:
         return _step_in_two_passes(forward, pairs, groups, train)
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     found: list[dict[str, float]] = []
     for group in groups:
-        terms, logps = _terms(forward, pairs, group, train, mean_tokens)
+        terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
         found.append(_sums(terms, logps))
         _must_be_finite(found[-1]["loss"], pairs, rows)
         torch.autograd.backward(terms.losses.sum() / len(rows))
@@ -72,76 +67,35 @@ def train_step(forward: Forward | Rewards, pairs: Pairs, rows: Sequence[int], tr
 
 
 @torch.no_grad()
-def evaluate(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -> dict[str, float]:
+def evaluate(forward: Any, pairs: Pairs, train: TrainConfig) -> dict[str, float]:
     """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them."""
     rows = range(len(pairs))
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size))
     mean_tokens = _mean_chosen_tokens(pairs, rows)
-    if isinstance(forward, Rewards) or not across_pairs(train):
-        return _means([_sums(*_terms(forward, pairs, group, train, mean_tokens)) for group in groups], len(pairs))
-    whole = _joined([_pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
+    if not across_pairs(train):
+        return _means(
+            [_sums(*objective_of(train).terms(forward, pairs, group, train, mean_tokens)) for group in groups],
+            len(pairs),
+        )
+    whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
     return _means([_sums(preference_loss(whole, train), whole)], len(pairs))
 
 
 @torch.no_grad()
-def pair_rewards(forward: Forward | Rewards, pairs: Pairs, train: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+def pair_rewards(forward: Any, pairs: Pairs, train: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of chosen and rejected, float64 [pairs], in the order of `pairs`."""
     rows = range(len(pairs))
     rewards = np.zeros((2, len(pairs)))
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     for group in micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size):
-        terms = _terms(forward, pairs, group, train, mean_tokens)[0]
+        terms = objective_of(train).terms(forward, pairs, group, train, mean_tokens)[0]
         rewards[0, group] = terms.chosen_rewards.cpu().numpy()
         rewards[1, group] = terms.rejected_rewards.cpu().numpy()
     return rewards[0], rewards[1]
 
 
-def _terms(
-    forward: Forward | Rewards, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
-) -> tuple[LossTerms, PairLogps | None]:
-    """Loss terms of the pairs of `group`, and their logps if there are any; `mean_tokens` of the chosen side of the whole step."""
-    if isinstance(forward, Rewards):
-        scores = forward([pairs.trees[row] for row in group])
-        chosen, rejected = (torch.stack([tree[side] for tree in scores]) for side in (0, 1))
-        return bradley_terry_loss(chosen, rejected), None
-    logps = _pair_logps(forward, pairs, group, train, mean_tokens)
-    return preference_loss(logps, train), logps
-
-
 def _mean_chosen_tokens(pairs: Pairs, rows: Sequence[int]) -> float:
     return float(np.mean([len(pairs.trees[row].branches[0]) for row in rows]))
-
-
-def _pair_logps(
-    forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
-) -> PairLogps:
-    trees = [pairs.trees[row] for row in group]
-    if train.use_weighting:
-        found, squares = forward.aligned(trees)
-        weights = [
-            wpo_weight(logps[0].detach(), sums[0]) * wpo_weight(logps[1].detach(), sums[1])
-            for logps, sums in zip(found, squares, strict=True)
-        ]
-    else:
-        found = forward(trees)
-        weights = [torch.ones((), dtype=torch.float64, device=found[0][0].device) for _ in trees]
-    device = weights[0].device
-    if reference_free(train):
-        reference = torch.zeros(2, len(trees), dtype=torch.float64)
-    else:
-        stored = [
-            [torch.tensor(side[row]) for side in (pairs.ref_chosen_logps, pairs.ref_rejected_logps)] for row in group
-        ]
-        reference = torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in stored], dim=1)
-    lengths = [[len(branch) for branch in tree.branches] for tree in trees]
-    return PairLogps(
-        torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in found], dim=1),
-        reference.to(device),
-        torch.stack([weighted_sums(logps, ld_alpha=None) for logps in found], dim=1),
-        torch.tensor(lengths, dtype=torch.float64, device=device).T,
-        torch.stack(weights),
-        mean_tokens,
-    )
 
 
 def _step_in_two_passes(
@@ -152,7 +106,7 @@ def _step_in_two_passes(
     # forked, so that dropout of adapters falls alike in both passes
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     with torch.no_grad(), torch.random.fork_rng():
-        whole = _joined([_pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
+        whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
     leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
     terms = preference_loss(whole, train)
     found = _sums(terms, whole)
@@ -160,15 +114,10 @@ def _step_in_two_passes(
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
     start = 0
     for group in groups:
-        part, stop = _pair_logps(forward, pairs, group, train, mean_tokens), start + len(group)
+        part, stop = pair_logps(forward, pairs, group, train, mean_tokens), start + len(group)
         torch.autograd.backward([part.policy_2B, part.sums_2B], [gradient[:, start:stop] for gradient in gradients])
         start = stop
     return _means([found], len(rows))
-
-
-def _joined(parts: list[PairLogps]) -> PairLogps:
-    tensors = [torch.cat(column, dim=-1) for column in list(zip(*parts, strict=True))[:5]]
-    return PairLogps(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], parts[0].mean_chosen_tokens)
 
 
 def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, float]:

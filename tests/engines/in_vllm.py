@@ -9,11 +9,15 @@ from pathlib import Path
 
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.judges import JudgeConfig
-from pipeline.engines.vllm.generator import generator, no_report
+from pipeline.engines.vllm.generator import generator
 from pipeline.judges.judging import Comparison, Prompt, Response, judge_both_orders
 from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.judges.reward_model import with_transformers, with_vllm
 from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
+
+
+def nobody(responses, tokens):
+    """Progress that nobody hears of."""
 
 
 def main(models: Path, out: Path) -> None:
@@ -28,7 +32,7 @@ def main(models: Path, out: Path) -> None:
     def sampled(directory, prompts, adapter=None):
         with generator(directory, Named(str(directory)), 64, settings, adapter) as generate:
             return [
-                [[one.ids for one in samples] for samples in generate(asked, settings, no_report)] for asked in prompts
+                [[one.ids for one in samples] for samples in generate(asked, settings, nobody)] for asked in prompts
             ]
 
     # in this order, in the other, and each alone
@@ -40,7 +44,7 @@ def main(models: Path, out: Path) -> None:
     many = settings.model_copy(update={"samples": 40})
     asked = [tokenizer(f"prompt {n}", add_special_tokens=False)["input_ids"] for n in range(40)]
     with generator(tiny, Named(str(tiny)), 64, settings) as generate:
-        found["against_itself"] = [[one.text for one in samples] for samples in generate(asked, many, no_report)]
+        found["against_itself"] = [[one.text for one in samples] for samples in generate(asked, many, nobody)]
 
     ids = [[*prompt, *samples[0]] for prompt, samples in zip(prompts, plain[0], strict=True)]
     # one ends with the end of turn, which pads too

@@ -7,11 +7,12 @@ import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
+from pipeline.artifacts.markdown import plain
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import METRICS, write_table
 from pipeline.config.experiment import Config
 from pipeline.evaluation.results import Results, SideBySide
-from pipeline.report.markdown import plain, write_markdown
+from pipeline.report.markdown import write_markdown
 from pipeline.report.page import write_report
 from pipeline.report.side_by_side import marked, visible
 from pipeline.report.words import cautions, second_opinions, verdict

@@ -43,10 +43,6 @@ OnDone = Callable[[int, int], None]
 Generate = Callable[[Sequence[Sequence[int]], GenerateConfig, OnDone], list[list[Sample]]]
 
 
-def no_report(responses: int, tokens: int) -> None:
-    """Progress that nobody wants to see."""
-
-
 def settled(settings: GenerateConfig, dtype: str) -> GenerateConfig:
     """`settings` with `dtype: auto` made `dtype`, in which the reference is scored.
 

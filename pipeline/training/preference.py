@@ -1,0 +1,98 @@
+"""The preference objective: the policy's log-probabilities of both sides of a pair, beside the stored reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config.experiment import Config, TrainConfig
+from pipeline.config.losses import reference_free
+from pipeline.forward.logps import Forward, forward_of
+from pipeline.models.load import load_causal_lm
+from pipeline.training.examples import Pairs
+from pipeline.training.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Preference:
+    """See `pipeline.training.objective.Objective`."""
+
+    adapter_task = "CAUSAL_LM"
+    pipeline_tag = "text-generation"
+    in_words = "with preference optimization"
+
+    def load(
+        self,
+        base: Path,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002  # the protocol's
+        ends: set[int],  # noqa: ARG002  # the protocol's
+        precision: torch.dtype,
+        **options: Any,
+    ) -> PreTrainedModel:
+        """See `Objective.load`."""
+        # frozen weights need no more digits than they were saved with
+        saved = config.policy.lora and precision == torch.bfloat16
+        return load_causal_lm(base, config.policy, "auto" if saved else torch.float32, **options)
+
+    def load_again(self, directory: Path, config: Config, like: PreTrainedModel, **options: Any) -> PreTrainedModel:  # noqa: ARG002
+        """See `Objective.load_again`."""
+        return load_causal_lm(directory, config.policy, torch.float32, **options)
+
+    def forward_of(self, model: PreTrainedModel, layout: str, precision: torch.dtype) -> Forward:
+        """See `Objective.forward_of`."""
+        return forward_of(model, layout, precision)
+
+    def terms(
+        self, forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
+    ) -> tuple[LossTerms, PairLogps]:
+        """See `Objective.terms`."""
+        logps = pair_logps(forward, pairs, group, train, mean_tokens)
+        return preference_loss(logps, train), logps
+
+
+def pair_logps(
+    forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
+) -> PairLogps:
+    """The policy's log-probabilities of the pairs of `group`, beside the reference's; with gradients if they are on.
+
+    `mean_tokens`: of the chosen side of the whole step.
+    """
+    trees = [pairs.trees[row] for row in group]
+    if train.use_weighting:
+        found, squares = forward.aligned(trees)
+        weights = [
+            wpo_weight(logps[0].detach(), sums[0]) * wpo_weight(logps[1].detach(), sums[1])
+            for logps, sums in zip(found, squares, strict=True)
+        ]
+    else:
+        found = forward(trees)
+        weights = [torch.ones((), dtype=torch.float64, device=found[0][0].device) for _ in trees]
+    device = weights[0].device
+    if reference_free(train):
+        reference = torch.zeros(2, len(trees), dtype=torch.float64)
+    else:
+        stored = [
+            [torch.tensor(side[row]) for side in (pairs.ref_chosen_logps, pairs.ref_rejected_logps)] for row in group
+        ]
+        reference = torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in stored], dim=1)
+    lengths = [[len(branch) for branch in tree.branches] for tree in trees]
+    return PairLogps(
+        torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in found], dim=1),
+        reference.to(device),
+        torch.stack([weighted_sums(logps, ld_alpha=None) for logps in found], dim=1),
+        torch.tensor(lengths, dtype=torch.float64, device=device).T,
+        torch.stack(weights),
+        mean_tokens,
+    )
+
+
+def joined(parts: Sequence[PairLogps]) -> PairLogps:
+    """Logps of several groups as one, in order."""
+    tensors = [torch.cat(column, dim=-1) for column in list(zip(*parts, strict=True))[:5]]
+    return PairLogps(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], parts[0].mean_chosen_tokens)
