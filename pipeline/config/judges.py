@@ -7,6 +7,8 @@ anything is loaded; refuses fields that the named judge would not read.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,14 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, mo
 from pipeline.config.rules import rule_problem
 
 IMPLICIT = "implicit"
-KINDS = {
-    "implicit": "did training move the policy towards the chosen response of held-out pairs",
-    "rule": "rule:<name> or rule:<name>=<argument>",
-    "reward_model": "reward_model:<directory>: a sequence classifier with one label",
-    "llm": "llm:<directory or id>: a local model in vLLM; llm:<http url>: a server that speaks OpenAI's protocol",
-    "panel": "panel:[<judge>, <judge>, ...]: the majority",
-    "annotations": "annotations:<file>: verdicts that another tool wrote (AlpacaEval, Arena-Hard)",
-}
+_OF_A_SERVER = {"model", "key_env", "concurrency", "requests_per_minute", "retries", "timeout", "price_in", "price_out"}
 
 
 class JudgeConfig(BaseModel):
@@ -31,7 +26,9 @@ class JudgeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    name: str = Field(description="which judge; forms: " + "; ".join(KINDS.values()))
+    name: str = Field(
+        description="which judge: implicit, rule:, reward_model:, llm:, panel: or annotations:, see docs/evaluation.md"
+    )
     label: str | None = Field(None, description="name in tables and files; default: `name`")
     verdict: Literal["token", "reasoning"] = Field(
         "token", description="llm: token: one letter, with its probability; reasoning: free text that ends in a verdict"
@@ -116,43 +113,72 @@ def split_members(argument: str) -> list[str]:
 
 def _name_problem(name: str) -> str | None:
     kind, colon, argument = name.partition(":")
-    if kind not in KINDS or (kind != IMPLICIT and not (colon and argument)) or (kind == IMPLICIT and colon):
-        return f"judge {name!r} is unknown; there are: {'; '.join([IMPLICIT, *list(KINDS.values())[1:]])}"
-    if kind == "rule":
-        return rule_problem(argument)
-    if kind == "panel":
-        members = split_members(argument)
-        if len(members) < 2:
-            return f"judge {name!r}: a panel is written panel:[<judge>, <judge>, ...] and has two judges or more"
-        wrong = [member for member in members if member.startswith(("implicit", "panel"))]
-        if wrong:
-            return f"judge {name!r}: {wrong[0]!r} cannot sit in a panel"
-        return next((problem for member in members if (problem := _name_problem(member))), None)
-    if kind == "llm" and is_url(argument):
-        return _url_problem(name, argument)
-    if kind == "annotations" and not Path(argument).expanduser().is_file():
-        return f"judge {name!r}: {argument} is no file"
-    return None
+    if kind not in KINDS or bool(KINDS[kind].problem) != bool(colon and argument) or (colon and not argument):
+        return f"judge {name!r} is unknown; there are: {'; '.join(facts.form for facts in KINDS.values())}"
+    check = KINDS[kind].problem
+    return check(name, argument) if check else None
 
 
-def _url_problem(name: str, url: str) -> str | None:
-    parts = urlsplit(url)
+def _panel_problem(name: str, argument: str) -> str | None:
+    members = split_members(argument)
+    if len(members) < 2:
+        return f"judge {name!r}: a panel is written panel:[<judge>, <judge>, ...] and has two judges or more"
+    wrong = [member for member in members if member.startswith(("implicit", "panel"))]
+    if wrong:
+        return f"judge {name!r}: {wrong[0]!r} cannot sit in a panel"
+    return next((problem for member in members if (problem := _name_problem(member))), None)
+
+
+def _llm_problem(name: str, argument: str) -> str | None:
+    if not is_url(argument):
+        return None
+    parts = urlsplit(argument)
     if parts.username or parts.password or re.search(r"(key|token)=", parts.query, re.IGNORECASE):
         # the configuration is saved in the run, and a key must not be
         return "the address of a judge holds a secret: put the key into the environment (key_env)"
     return None if parts.hostname else f"judge {name!r}: the address has no host"
 
 
+def _annotations_problem(name: str, argument: str) -> str | None:
+    return None if Path(argument).expanduser().is_file() else f"judge {name!r}: {argument} is no file"
+
+
+def _read_by_llm(judge: JudgeConfig) -> set[str]:
+    of_the_verdict = {"verdict", "max_tokens" if judge.verdict == "reasoning" else "min_mass"}
+    return of_the_verdict | (_OF_A_SERVER if judge.remote else {"dtype"})
+
+
+@dataclass(frozen=True)
+class KindFacts:
+    """A kind of judges: how its name is written, what is wrong with a name's argument (None: it takes none), which fields
+    beside name and label it reads.
+    """
+
+    form: str
+    problem: Callable[[str, str], str | None] | None
+    reads: Callable[[JudgeConfig], set[str]] = lambda _: set()
+
+
+KINDS = {
+    IMPLICIT: KindFacts("implicit: did training move the policy towards the chosen response of held-out pairs", None),
+    "rule": KindFacts("rule:<name> or rule:<name>=<argument>", lambda _, argument: rule_problem(argument)),
+    "reward_model": KindFacts(
+        "reward_model:<directory>: a sequence classifier with one label", lambda *_: None, lambda _: {"dtype", "engine"}
+    ),
+    "llm": KindFacts(
+        "llm:<directory or id>: a local model in vLLM; llm:<http url>: a server that speaks OpenAI's protocol",
+        _llm_problem,
+        _read_by_llm,
+    ),
+    "panel": KindFacts("panel:[<judge>, <judge>, ...]: the majority", _panel_problem),
+    "annotations": KindFacts(
+        "annotations:<file>: verdicts that another tool wrote (AlpacaEval, Arena-Hard)", _annotations_problem
+    ),
+}
+
+
 def _unread(judge: JudgeConfig) -> str | None:
-    reads = {"name", "label"}
-    if judge.kind == "reward_model":
-        reads |= {"dtype", "engine"}
-    if judge.kind == "llm":
-        reads |= {"verdict", "max_tokens" if judge.verdict == "reasoning" else "min_mass"}
-        reads |= (
-            {"model", "key_env", "concurrency", "requests_per_minute", "retries", "timeout", "price_in", "price_out"}
-            if judge.remote
-            else {"dtype"}
-        )
-    unread = sorted(judge.model_fields_set - reads)
+    if judge.kind not in KINDS:
+        return None  # said of its name
+    unread = sorted(judge.model_fields_set - {"name", "label"} - KINDS[judge.kind].reads(judge))
     return f"judge {judge.name!r} does not read {', '.join(unread)}" if unread else None

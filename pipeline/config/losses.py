@@ -1,7 +1,11 @@
-"""Names of the preference losses, and which settings go together with them. The losses themselves: `pipeline.training.losses`."""
+"""Preference losses by name: one row of facts per loss, and which settings go together with them.
+
+Their formulas stand in `pipeline.training.losses`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 LossType = Literal[
@@ -25,26 +29,60 @@ LossType = Literal[
     "cpo",
     "orpo",
 ]
-REFERENCE_FREE = frozenset({"sft", "simpo", "cpo", "orpo"})
-ACROSS_PAIRS = frozenset({"aot", "aot_unpaired"})
-_SMOOTHED = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"})
-_WITH_F_DIVERGENCE = frozenset(
-    {"sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "discopop", "sigmoid_norm", "sft"}
-)
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What a loss reads and fits with; its formula stands in `pipeline.training.losses` under the same name.
+
+    `compares`: with the reference; if not, `reward` says of what of the policy's log-probabilities it makes one, their sum or
+    their mean. `across_pairs`: a pair's loss depends on the others of its step. `smoothed`: reads label_smoothing.
+    `f_divergence`: has a meaning for divergences but the reverse KL. `setting`: a field that it alone reads.
+    """
+
+    compares: bool = True
+    across_pairs: bool = False
+    smoothed: bool = False
+    f_divergence: bool = False
+    setting: str = ""
+    reward: Literal["ratio", "sum", "mean"] = "ratio"
+
+
+LOSS_FACTS: dict[str, LossFacts] = {
+    "sigmoid": LossFacts(smoothed=True, f_divergence=True),
+    "robust": LossFacts(smoothed=True, f_divergence=True),
+    "hinge": LossFacts(f_divergence=True),
+    "ipo": LossFacts(f_divergence=True),
+    "ipo_sum": LossFacts(f_divergence=True),
+    "exo_pair": LossFacts(smoothed=True, f_divergence=True),
+    "nca_pair": LossFacts(),
+    "bco_pair": LossFacts(),
+    "sppo_hard": LossFacts(),
+    "aot": LossFacts(smoothed=True, across_pairs=True),
+    "aot_unpaired": LossFacts(smoothed=True, across_pairs=True),
+    "apo_zero": LossFacts(),
+    "apo_down": LossFacts(),
+    "discopop": LossFacts(f_divergence=True, setting="discopop_tau"),
+    "sigmoid_norm": LossFacts(f_divergence=True),
+    "sft": LossFacts(compares=False, f_divergence=True, reward="sum"),
+    "simpo": LossFacts(compares=False, smoothed=True, setting="simpo_gamma", reward="mean"),
+    "cpo": LossFacts(compares=False, smoothed=True, setting="cpo_alpha", reward="sum"),
+    "orpo": LossFacts(compares=False, reward="mean"),
+}
 _PREFERENCE_ONLY = {
     "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
-    "use_weighting", "discopop_tau", "simpo_gamma", "cpo_alpha",
+    "use_weighting", *(facts.setting for facts in LOSS_FACTS.values() if facts.setting),
 }  # fmt: skip
 
 
 def reference_free(train: Any) -> bool:
     """Whether nothing that a `train` section asks for compares with the reference, so that nothing need be scored."""
-    return train.objective == "reward" or set(train.loss_type) <= REFERENCE_FREE
+    return train.objective == "reward" or not any(LOSS_FACTS[name].compares for name in train.loss_type)
 
 
 def across_pairs(train: Any) -> bool:
     """Whether a pair's loss depends on the other pairs of its step."""
-    return train.objective == "preference" and bool(set(train.loss_type) & ACROSS_PAIRS)
+    return train.objective == "preference" and any(LOSS_FACTS[name].across_pairs for name in train.loss_type)
 
 
 def loss_problems(train: Any, changed: set[str]) -> list[str]:
@@ -53,6 +91,7 @@ def loss_problems(train: Any, changed: set[str]) -> list[str]:
     `changed` are the fields that differ from their defaults. One sentence each.
     """
     names = set(train.loss_type)
+    compares = any(LOSS_FACTS[name].compares for name in names)
     if train.objective == "reward":
         unread = ", ".join(sorted(changed & _PREFERENCE_ONLY))
         return [f"objective reward trains a reward model and does not read {unread}"] if unread else []
@@ -61,21 +100,26 @@ def loss_problems(train: Any, changed: set[str]) -> list[str]:
         problems.append(f"loss_type {train.loss_type} names a loss twice: give it a weight in loss_weights")
     if train.loss_weights is not None and len(train.loss_weights) != len(train.loss_type):
         problems.append(f"{len(train.loss_weights)} loss_weights for {len(train.loss_type)} losses")
-    if train.label_smoothing and not names & _SMOOTHED:
-        problems.append(f"label_smoothing is read by {', '.join(sorted(_SMOOTHED))}, not by {', '.join(sorted(names))}")
+    smoothed = {name for name, facts in LOSS_FACTS.items() if facts.smoothed}
+    if train.label_smoothing and not names & smoothed:
+        problems.append(f"label_smoothing is read by {', '.join(sorted(smoothed))}, not by {', '.join(sorted(names))}")
     if "exo_pair" in names and not train.label_smoothing:
         problems.append("exo_pair takes the logarithm of label_smoothing: set it, to 0.001 for instance")
-    if train.f_divergence_type != "reverse_kl" and (unfit := names - _WITH_F_DIVERGENCE):
+    if train.f_divergence_type != "reverse_kl" and (
+        unfit := {name for name in names if not LOSS_FACTS[name].f_divergence}
+    ):
         problems.append(f"f_divergence_type {train.f_divergence_type} has no meaning for {', '.join(sorted(unfit))}")
-    if train.f_divergence_type != "reverse_kl" and names <= REFERENCE_FREE:
+    if train.f_divergence_type != "reverse_kl" and not compares:
         problems.append(f"f_divergence_type {train.f_divergence_type} needs a loss that compares with the reference")
     if "f_alpha_divergence_coef" in changed and train.f_divergence_type != "alpha_divergence":
         problems.append("f_alpha_divergence_coef is read with f_divergence_type alpha_divergence only")
-    if train.ld_alpha is not None and names <= REFERENCE_FREE:
+    if train.ld_alpha is not None and not compares:
         problems.append("ld_alpha changes what is compared with the reference; these losses compare nothing with it")
-    if train.use_weighting and names & ACROSS_PAIRS:
+    if train.use_weighting and any(LOSS_FACTS[name].across_pairs for name in names):
         problems.append("use_weighting weighs pairs, but the AOT losses sort pairs away")
-    for field, loss in (("discopop_tau", "discopop"), ("simpo_gamma", "simpo"), ("cpo_alpha", "cpo")):
-        if field in changed and loss not in names:
-            problems.append(f"{field} is read by loss_type {loss} only")
+    problems += [
+        f"{facts.setting} is read by loss_type {loss} only"
+        for loss, facts in LOSS_FACTS.items()
+        if facts.setting in changed and loss not in names
+    ]
     return problems

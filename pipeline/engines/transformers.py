@@ -28,7 +28,7 @@ _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 class TransformersScorer:
     """`Scorer` on transformers; see `pipeline.engines.protocol.Scorer`."""
 
-    def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics) -> None:
+    def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:  # noqa: ARG002  # as engines are made
         model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(device_kind()).eval()
         self._forward = forward_of(model, "tree" if reference.share_prompts else "separate")
         self.batched_tokens = reference.max_batched_tokens or _TOKENS_PER_BATCH[device_kind()]

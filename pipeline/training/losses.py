@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.config.losses import reference_free
+from pipeline.config.losses import LOSS_FACTS, reference_free
 
 
 class PairLogps(NamedTuple):
@@ -69,7 +69,8 @@ def preference_loss(x: PairLogps, train: TrainConfig) -> LossTerms:
         total = total + weight * LOSSES[name](t, x, train) * x.weights_B.float()
     rewards = rho
     if reference_free(train):
-        rewards = mean if set(train.loss_type) & {"simpo", "orpo"} else x.sums_2B.float()
+        of_means = any(LOSS_FACTS[name].reward == "mean" for name in train.loss_type)
+        rewards = mean if of_means else x.sums_2B.float()
     rewards = train.beta * rewards.detach()
     return LossTerms(total, rewards[0], rewards[1])
 

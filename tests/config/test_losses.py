@@ -4,13 +4,13 @@ import pytest
 
 from pipeline.config.experiment import TrainConfig
 from pipeline.config.files import load_overrides
-from pipeline.config.losses import LossType
+from pipeline.config.losses import LOSS_FACTS, LossType
 from pipeline.errors import ConfigError
 from pipeline.training.losses import LOSSES
 
 
 def test_every_name_has_a_loss_and_every_loss_a_source():
-    assert set(LossType.__args__) == set(LOSSES)
+    assert set(LossType.__args__) == set(LOSS_FACTS) == set(LOSSES)
     for name, loss in LOSSES.items():
         assert "20" in loss.__doc__, name
         assert "equation" in loss.__doc__ or name in ("hinge", "nca_pair", "bco_pair", "aot", "aot_unpaired", "sft")
