@@ -40,6 +40,9 @@ PAIRS = pa.schema(
         ("ref_rejected_logp", pa.float64()),
     ]
 )
+# of all tables, raised if a reader of before would misread one; a column that is added needs no new format
+FORMAT = 1
+_FORMAT_KEY = b"refscore_format"
 # marks a column that files of an earlier version lack; it reads as null
 _LATER = {b"later": b"true"}
 DROPPED = pa.schema(
@@ -144,9 +147,10 @@ def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = No
 
 def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:
     """Writes tables of `schema` one after the other in this project's encoding, without any protocol around it."""
+    metadata = {**(schema.metadata or {}), _FORMAT_KEY: str(FORMAT).encode()}
     if about is not None:
-        metadata = {**(schema.metadata or {}), b"refscore": json.dumps(about, sort_keys=True).encode()}
-        schema = schema.with_metadata(metadata)
+        metadata[b"refscore"] = json.dumps(about, sort_keys=True).encode()
+    schema = schema.with_metadata(metadata)
     return pq.ParquetWriter(
         path,
         schema,
@@ -179,10 +183,17 @@ def list_column(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray
 def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
     """Read `path`, which must hold exactly `schema`'s columns and types; `columns` reads a part.
 
-    Raises DataError where the file is missing, damaged or of another schema.
+    Columns that are marked as added later are null if the file lacks them. Raises DataError if the file is missing, damaged,
+    of another schema, or written by a newer version in a format of its own.
     """
     try:
         found = pq.read_schema(path)
+        made_in = int((found.metadata or {}).get(_FORMAT_KEY, b"1"))
+        if made_in > FORMAT:
+            raise DataError(
+                f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or "
+                "make the file again"
+            )
         later = [field for field in schema if field.name not in found.names and (field.metadata or {}).get(b"later")]
         for field in later:
             found = found.append(field)

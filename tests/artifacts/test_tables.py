@@ -1,0 +1,56 @@
+"""Tables grow: what is older is read with nulls, what is newer is refused by name; lists come back as they were."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.artifacts import tables
+from pipeline.artifacts.tables import DROPPED, arrays_of, list_column, read_about, read_table, write_table
+from pipeline.errors import DataError
+
+LISTS = pa.list_(pa.float32())
+
+
+def dropped():
+    return pa.Table.from_pylist([{"source": "a", "source_row": 1, "reason": "r", "detail": ""}], schema=DROPPED)
+
+
+def test_a_column_that_was_added_later_is_null_in_older_files(tmp_path):
+    path = tmp_path / "dropped.parquet"
+    pq.write_table(dropped().drop_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), path)
+    assert read_table(path, DROPPED).equals(dropped())
+    assert read_table(path, DROPPED, ["source", "chosen_ids"]).to_pylist() == [{"source": "a", "chosen_ids": None}]
+
+
+def test_a_column_that_was_always_there_must_be(tmp_path):
+    path = tmp_path / "dropped.parquet"
+    pq.write_table(dropped().drop_columns(["reason"]), path)
+    with pytest.raises(DataError, match=r"reason: wanted string, found none.*make it again"):
+        read_table(path, DROPPED)
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "dropped.parquet"
+    monkeypatch.setattr(tables, "FORMAT", 7)
+    write_table(path, dropped(), {"a": 1})
+    assert read_table(path, DROPPED).equals(dropped())
+    monkeypatch.setattr(tables, "FORMAT", 6)
+    with pytest.raises(DataError, match=r"format 7, written by a newer refscore; this one reads up to 6"):
+        read_table(path, DROPPED)
+    assert read_about(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("lists", [[[1.0, -2.0], [], [3.0]], [[]], []])
+def test_lists_come_back_as_they_were(lists):
+    column = list_column([np.float32(values) for values in lists], LISTS)
+    assert column.type == LISTS
+    assert column.to_pylist() == lists
+    back = arrays_of(pa.table({"x": column}), "x")
+    assert [values.tolist() for values in back] == lists
+    assert all(values.dtype == np.float32 for values in back)
+
+
+def test_a_list_that_is_null_is_empty():
+    (values,) = arrays_of(pa.table({"x": pa.array([None], pa.list_(pa.int32()))}), "x")
+    assert (values.tolist(), values.dtype) == ([], np.int32)
