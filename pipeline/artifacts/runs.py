@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml.error import YAMLError
 
 from pipeline.artifacts import durable
 from pipeline.config.experiment import Config
-from pipeline.config.files import dump_config
+from pipeline.config.files import dump_config, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.hardware import describe
 from pipeline.version import __version__
@@ -158,8 +158,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_saved_config(run: Run) -> dict[str, Any]:
     """The resolved configuration saved in the run, as plain values; empty where there is none."""
     try:
-        content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        content = read_yaml(run.config.read_text(encoding="utf-8"))
+    except (OSError, YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 

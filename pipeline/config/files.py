@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.config.experiment import Config, LoraConfig
 from pipeline.errors import ConfigError
@@ -31,8 +32,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         shipped = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise ConfigError(f"configuration {str(path)!r} does not exist; shipped presets: {shipped}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), got {type(content).__name__}")
@@ -60,7 +61,23 @@ def load_overrides(
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    text = io.StringIO()
+    _yaml().dump(config.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values of a YAML 1.2 document, in which 1e-6 is a number and `on` a string. Raises YAMLError."""
+    return _yaml().load(text)
+
+
+def _yaml() -> YAML:
+    # pure: the C library knows YAML 1.1 alone
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 100
+    return yaml
 
 
 def digest(*parts: BaseModel | dict[str, Any] | str) -> str:
@@ -87,8 +104,8 @@ def _apply(content: dict[str, Any], override: str) -> str | None:
     if not equals or not all(keys):
         return f"--set {override!r} is not of the form section.field=value"
     try:
-        value = _number_or(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except YAMLError as error:
         return f"--set {override!r}: the value is not readable as YAML: {_one_line(error)}"
     target = content
     for key in keys[:-1]:
@@ -99,13 +116,6 @@ def _apply(content: dict[str, Any], override: str) -> str | None:
             return f"--set {override!r}: {key!r} has no fields"
     target[keys[-1]] = value
     return None
-
-
-def _number_or(value: Any) -> Any:
-    # YAML 1.1 reads 1e-6 as a string
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
 
 
 def _explain(item: dict[str, Any]) -> str:
