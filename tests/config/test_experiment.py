@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from pipeline.config.experiment import Config
 from pipeline.config.files import PRESETS, dump_config, load_config
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT
+from pipeline.pairs.rows import local_path
 
 
 def write(tmp_path, text):
@@ -19,7 +19,22 @@ def write(tmp_path, text):
 def test_every_preset_parses_and_its_files_exist(preset):
     config = load_config(preset)
     for path in [*config.data.path, config.data.eval_path]:
-        assert path is None or (ROOT / path).is_file()
+        assert path is None or local_path(path).is_file()
+
+
+def test_a_preset_has_a_name_that_a_file_of_ones_own_comes_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo") == load_config(PRESETS / "demo.yaml")
+    (tmp_path / "demo").write_text("data: {path: mine.jsonl}\n")
+    assert load_config("demo").data.path == ["mine.jsonl"]
+
+
+def test_numbers_are_those_of_yaml_1_2_and_words_stay_words(tmp_path):
+    path = write(tmp_path, "data: {path: [on, yes]}\ntrain: {learning_rate: 1e-6}\n")
+    config = load_config(path, ["train.beta=5e-1"])
+    assert (config.data.path, config.train.learning_rate, config.train.beta) == (["on", "yes"], 1e-6, 0.5)
+    again = write(tmp_path, dump_config(config))
+    assert load_config(again) == config
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_known_name(tmp_path):
@@ -69,7 +84,7 @@ def test_a_file_that_is_no_configuration_is_a_message(tmp_path, text):
 
 
 def test_a_missing_file_names_the_presets():
-    with pytest.raises(ConfigError, match=r"demo\.yaml"):
+    with pytest.raises(ConfigError, match="shipped presets: demo"):
         load_config("absent.yaml")
 
 
