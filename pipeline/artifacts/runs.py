@@ -183,6 +183,19 @@ def record(run: Run, config: Config, stage: str, **facts: Any) -> None:
     )
 
 
+def uses_of_references() -> tuple[dict[str, list[str]], dict[str, str]]:
+    """By reference_id: names of the runs below RUNS that use it, and when the last of their stages finished (ISO 8601)."""
+    used: dict[str, list[str]] = {}
+    last: dict[str, str] = {}
+    for name in existing_runs():
+        provenance = read_json(open_run(name).provenance)
+        reference = str(provenance.get("reference_id"))
+        used.setdefault(reference, []).append(name)
+        times = [stage.get("finished", "") for stage in provenance.get("stages", {}).values()]
+        last[reference] = max([last.get(reference, ""), *times])
+    return used, last
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that touch a number."""
     found = {"python": platform.python_version()}

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
-from pipeline.artifacts.runs import Run
+from pipeline.artifacts.runs import Run, existing_runs, open_run
 from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
+from pipeline.config.experiment import Config
 from pipeline.errors import DataError
-from pipeline.precompute.plan import Plan
+from pipeline.precompute.plan import Plan, make_plan
+from pipeline.store.places import is_url
 from pipeline.store.store import read_reference
 
 Row = dict[str, Any]
@@ -32,6 +35,38 @@ class Memory:
     by_row: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
     by_prompt: dict[str, Row] = field(default_factory=dict)
     dropped: dict[tuple[str, int], Row] = field(default_factory=dict)
+
+
+def explain(config: Config, row: int | None) -> list[str]:
+    """Hit or miss of every sequence, or of those from row `row` of its source; on a miss what differs from the nearest that is
+    stored. Sentences for people. Raises DataError if no pair comes from that row.
+    """
+    plan = make_plan(config)
+    places = [Path(place) for place in config.reference.store if not is_url(place)]
+    reference = plan.identity.reference_id
+    source_rows = plan.pairs.source_rows()
+    positions = [at for at in range(len(plan.keys)) if row is None or source_rows[at // 2] == row]
+    if not positions:
+        raise DataError(f"no pair comes from row {row}: 'refscore validate' says what was dropped and why")
+    absent = set(plan.keys.take(pa.array(plan.missing)).to_pylist())
+    misses = [at for at in positions if plan.keys[at].as_py() in absent]
+    said = [f"reference {reference[:12]}: {len(positions) - len(misses)} hits, {len(misses)} misses"]
+    if not misses:
+        return said
+    # a store at a URL tells its references by its hits only
+    if len(absent) == plan.sequences and not any((place / reference / "reference.json").exists() for place in places):
+        nearest = nearest_reference(plan.identity.described(), places)
+        if nearest is None:
+            return [*said, "no directory of the store holds a reference yet: every sequence is a miss"]
+        said.append(f"no score of this reference is stored; the nearest is {nearest[0].name[:12]}, which differs in:")
+        return [*said, *(f"  {words}" for words in nearest[1])]
+    found = causes(plan, misses, remember([open_run(name) for name in existing_runs()]))
+    for (cause,), rows in found.group_by("cause", maintain_order=True):
+        shown = ", ".join(
+            f"row {number} {side}" for number, side in rows.select("source_row", "side").head(5).iter_rows()
+        )
+        said.append(f"  {len(rows)} x {cause}: {shown}{' ...' if len(rows) > 5 else ''}")
+    return said
 
 
 def nearest_reference(described: Row, places: Iterable[Path]) -> tuple[Path, list[str]] | None:
