@@ -31,5 +31,5 @@ class CheckError(RefscoreError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, cut at 200 characters; its type where it has none."""
+    """The first line of another library's message, cut at 200 characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

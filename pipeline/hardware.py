@@ -18,7 +18,7 @@ _NOTED: dict[str, str] = {}
 
 @cache
 def device_kind() -> str:
-    """`cpu`, or `cuda` where torch sees an NVIDIA GPU."""
+    """`cpu`, or `cuda` if torch sees an NVIDIA GPU."""
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return "cpu"  # without the two seconds that importing torch takes
     import torch
@@ -40,7 +40,7 @@ def processors() -> list[int]:
 
 
 def memory_gib() -> float:
-    """Memory of the machine, or of the control group this process is in where that is less."""
+    """Memory of the machine, or of the control group this process is in if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
@@ -49,7 +49,7 @@ def memory_gib() -> float:
 
 
 def peak_memory_gib() -> float:
-    """Most memory so far: of the GPU where there is one, else resident memory of this process."""
+    """Most memory so far: of the GPU if there is one, else resident memory of this process."""
     if device_kind() == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""What a stage shows: lines, tables, warnings, one progress bar. Plain lines where there is no terminal."""
+"""What a stage shows: lines, tables, warnings, one progress bar. Plain lines if there is no terminal."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from stages import console
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `fix` is empty where all is well, `needed` says whether a stage fails without it."""
+    """One line of the report; `fix` is empty if all is well, `needed` says whether a stage fails without it."""
 
     what: str
     seen: str
@@ -28,7 +28,7 @@ class Finding:
 
 
 def main() -> None:
-    """Print every finding. Raises CheckError where something a stage needs is missing."""
+    """Print every finding. Raises CheckError if something a stage needs is missing."""
     findings = [check() for check in CHECKS]
     rows = [
         ["missing" if one.fix and one.needed else "note" if one.fix else "ok", one.what, one.seen] for one in findings

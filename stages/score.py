@@ -29,7 +29,7 @@ def main(data: Path, out: Path, config: Config) -> None:
                 nats += sum(value for value in table["logp"].to_pylist() if value is not None)
                 tokens += sum(len(ids) for ids in table["response_ids"].to_pylist() if ids is not None)
                 console.say(f"{rows} rows: {scorer.hits} hits, {scorer.scored} scored, {scorer.dropped} with a problem")
-    mean = f", {nats / tokens:.4f} nats a token" if tokens else ""
+    mean = f", {nats / tokens:.4f} nats per token" if tokens else ""
     if scorer.not_finite:
         raise CheckError(
             f"{scorer.not_finite} sequences have no finite score under this reference: their rows in {out} say not_finite and hold "

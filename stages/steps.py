@@ -13,7 +13,7 @@ from stages import console
 
 
 def step(stage: str, config: Path, run: str, overrides: Sequence[str]) -> None:
-    """Run one stage as the command line would. Raises with the stage's own exit code where it fails."""
+    """Run one stage as the command line would. Raises with the stage's own exit code if it fails."""
     options = [part for override in overrides for part in ("--set", override)]
     command = [stage, "--config", str(config), "--run", run, *options]
     console.say(f"\nrefscore {' '.join(command)}")

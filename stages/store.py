@@ -83,7 +83,7 @@ def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
 
 
 def verify(store: str) -> None:
-    """Check every shard whole. Raises CheckError where some were damaged; those are set aside."""
+    """Check every shard whole. Raises CheckError if some were damaged; those are set aside."""
     bad = checked = 0
     for directory in references(store):
         for shard in shard_files(directory):

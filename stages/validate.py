@@ -18,7 +18,7 @@ _SHOWN = 20
 
 
 def main(data: str, overrides: list[str], model: str | None) -> None:
-    """Report on `data`. Raises DataError where no row is usable."""
+    """Report on `data`. Raises DataError if no row is usable."""
     config = load_overrides({"data": {"path": data}}, overrides)
     if model is not None:
         _tokenised(config, model)

@@ -72,7 +72,7 @@ def _configured(config: Config, name: str) -> ReferenceConfig:
 
 
 def _score(reference: ReferenceConfig, sample: Sample) -> tuple[list[Any], float]:
-    """Scores of the sample, and tokens a second once the engine is ready."""
+    """Scores of the sample, and tokens per second once the engine is ready."""
     console.say(f"scoring {sample.pairs} pairs with {reference.engine} {numerics_of(reference).dtype} ...")
     longest = max(map(len, sample.requests))
     with start_scorer(reference, locate_reference(reference).merged, numerics_of(reference), longest) as scorer:
@@ -83,7 +83,7 @@ def _score(reference: ReferenceConfig, sample: Sample) -> tuple[list[Any], float
 
 def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[str, float]]) -> None:
     console.table(
-        f"minus transformers float32, {sample.pairs} pairs, {figures['tokens']} response tokens; nats a token, margins in nats",
+        f"minus transformers float32, {sample.pairs} pairs, {figures['tokens']} response tokens; nats per token, margins in nats",
         ["scores", *_SHOWN.values(), "tokens/s"],
         [
             [

@@ -147,7 +147,7 @@ def existing_runs() -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is absent or damaged."""
+    """A JSON object; empty if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_saved_config(run: Run) -> dict[str, Any]:
-    """The resolved configuration saved in the run, as plain values; empty where there is none."""
+    """The resolved configuration saved in the run, as plain values; empty if there is none."""
     try:
         content = read_yaml(run.config.read_text(encoding="utf-8"))
     except (OSError, YAMLError):
@@ -208,7 +208,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this project's own checkout, with `-dirty` where files differ; None outside a checkout."""
+    """The commit of this project's own checkout, with `-dirty` if files differ; None outside a checkout."""
     here = Path(__file__).resolve().parent.parent.parent
     try:
         # installed, the package may lie in a repository that is somebody else's

@@ -1,4 +1,4 @@
-"""The tables that pass between stages: the only place where a column of an artifact is spelled.
+"""The tables that pass between stages: their columns, and how they are written and read.
 
 Tables are written with pyarrow (zstd, floats byte-stream-split, page checksums) and durably; reading checks the schema
 and refuses a file that does not fit, it never infers.
@@ -210,7 +210,7 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The JSON kept in the file's metadata; empty where there is none or no such file."""
+    """The JSON kept in the file's metadata; empty if there is none or no such file."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (FileNotFoundError, pa.ArrowException, OSError):
@@ -233,7 +233,7 @@ def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
 
 def _must_equal(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
     problems = [
-        f"{field.name}: wanted {field.type}, found {found.field(field.name).type if field.name in found.names else 'none'}"
+        f"{field.name}: expected {field.type}, found {found.field(field.name).type if field.name in found.names else 'none'}"
         for field in wanted
         if field.name not in found.names or found.field(field.name).type != field.type
     ]

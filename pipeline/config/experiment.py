@@ -126,7 +126,7 @@ class PolicyConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Optimisation; names as in TRL where TRL has one."""
+    """Optimisation; names are TRL's if TRL has one."""
 
     objective: Literal["preference", "reward"] = Field(
         "preference",

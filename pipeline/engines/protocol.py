@@ -52,7 +52,7 @@ class Scorer(Protocol):
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """For each sequence, in order, the logps of its response: float32, one per token.
 
-        Raises CheckError where the engine answered for other ids than were asked, or left a value out.
+        Raises CheckError if the engine answered for other ids than were asked, or left a value out.
         """
         ...
 
@@ -71,7 +71,7 @@ class Engine(Scorer, Protocol):
 
 
 def numerics_of(reference: ReferenceConfig) -> Numerics:
-    """What the configured engine will compute with on this machine. Raises ConfigError where it is not installed."""
+    """What the configured engine will compute with on this machine. Raises ConfigError if it is not installed."""
     device = device_kind()
     dtype = reference.dtype
     if dtype == "auto":

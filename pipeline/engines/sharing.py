@@ -1,6 +1,6 @@
 """Prompts read once: which parts of several sequences are the same, so that an engine computes them once.
 
-Sequences are siblings where their prompt ids are equal. Siblings form a trie: a branch leaves its parent at the first token
+Sequences are siblings if their prompt ids are equal. Siblings form a trie: a branch leaves its parent at the first token
 in which their responses differ. Pure functions over token ids; no engine is known here. A score that was not computed is
 NaN until it is copied from a sibling that was asked for the same token after the same ids.
 """

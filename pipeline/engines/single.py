@@ -44,7 +44,7 @@ class SmallerOnce:
         return self._engine
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
-        """See `Scorer.score`. Raises RefscoreError where memory does not suffice for the smaller engine either."""
+        """See `Scorer.score`. Raises RefscoreError if memory does not suffice for the smaller engine either."""
         try:
             return self._engine.score(sequences)
         except (MemoryError, RuntimeError) as error:

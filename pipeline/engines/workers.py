@@ -62,7 +62,7 @@ class Workers:
 
 
 def shares_of(reference: ReferenceConfig) -> list[str]:
-    """What each worker may use: GPU or processor numbers, comma-separated. ConfigError where there are too few."""
+    """What each worker may use: GPU or processor numbers, comma-separated. ConfigError if there are too few."""
     if device_kind() == "cuda":
         import torch
 

@@ -36,7 +36,7 @@ class Candidate:
         return json.dumps(parts)
 
     def merged(self) -> Path:
-        """A directory that a scorer can load; made once where there is an adapter."""
+        """A directory that a scorer can load; made once if there is an adapter."""
         return merge_adapter(self.base, self.spec, self.adapter) if self.adapter else self.base
 
 
@@ -47,7 +47,7 @@ def candidates(config: Config, run: Run, reference: OpenedReference) -> list[Can
 
 
 def policy_of(config: Config, run: Run) -> Candidate:
-    """What the run trained: its model, or the adapter on the policy's base where only that was kept."""
+    """What the run trained: its model, or the adapter on the policy's base if only that was kept."""
     if config.train.objective == "reward":
         raise ConfigError(
             f"run {run.name!r} trains a reward model, which writes no responses: use it as a judge, reward_model:{run.model}"
@@ -56,7 +56,7 @@ def policy_of(config: Config, run: Run) -> Candidate:
 
 
 def must_share_vocabulary(models: Sequence[Candidate], vocabulary: str | None) -> None:
-    """Raise ConfigError where a model reads other token ids than the prompts were made with (a digest, if known)."""
+    """Raise ConfigError if a model reads other token ids than the prompts were made with (a digest, if known)."""
     for one in models:
         if vocabulary and vocabulary_digest(load_tokenizer(one.base, one.spec)) != vocabulary:
             raise ConfigError(
@@ -95,7 +95,7 @@ def _adapter(name: str, directory: Path, config: Config) -> Candidate:
         recorded = str(content.get("base_model_name_or_path") or "")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory}: adapter_config.json cannot be read ({first_line(error)})") from None
-    # the base that the adapter names, where that is to be found here; else the configured policy
+    # the base that the adapter names, if that is found here; else the configured policy
     here = recorded.startswith("embedded:") or (Path(recorded) / "config.json").is_file()
     base = locate(Named(recorded)) if recorded and here else locate(config.policy)
     return Candidate(name, base, config.policy, directory)

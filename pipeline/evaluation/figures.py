@@ -54,7 +54,7 @@ def judge_pairs(name: str, pairs_path: Path, model_directory: Path, config: Conf
 def judge_texts(
     judge: Judge, comparisons: Sequence[Comparison], singles: Sequence[Shown]
 ) -> tuple[list[Judgement], list[float | None]]:
-    """A judge's judgements of the comparisons, and its rewards of `singles` where it gives any (else an empty list)."""
+    """A judge's judgements of the comparisons, and its rewards of `singles` if it gives any (else an empty list)."""
     if judge.reward is None:
         return judge_both_orders(judge, comparisons), []
     # all in one call: a judge that is a model is loaded once

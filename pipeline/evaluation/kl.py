@@ -1,4 +1,4 @@
-"""What training cost: how far the policy has moved from the reference, KL(policy || reference) in nats a response.
+"""What training cost: how far the policy has moved from the reference, KL(policy || reference) in nats per response.
 
 Measured as in the DPO paper's figure 2 on responses that the policy itself samples at temperature 1 without truncation of
 the distribution, each scored under both models by stage one's scorer: the mean over prompts of log pi(y|x) -

@@ -16,7 +16,7 @@ from pipeline.evaluation.statistics import Interval
 
 _RESAMPLES = 2000
 _STEPS = 30
-# a weak pull to 0 keeps the coefficients finite where length alone decides every win
+# a weak pull to 0 keeps the coefficients finite if length alone decides every win
 _RIDGE = 1e-3
 _ELEMENTS = 2_000_000
 # each model must be the longer one on this share of the prompts
@@ -26,8 +26,8 @@ _OVERLAP = 0.05
 def length_controlled(scores: Sequence[float], differences: Sequence[float], seed: int = 0) -> Interval | None:
     """Length-controlled win rate with a bootstrap over prompts through the fit.
 
-    `scores` in [0, 1] and length `differences` (policy minus baseline, any unit), one of each a prompt. None where there
-    are fewer than 10 prompts, or where one model is the longer one nearly always: a rate at equal length would then be
+    `scores` in [0, 1] and length `differences` (policy minus baseline, any unit), one of each a prompt. None if there
+    are fewer than 10 prompts, or if one model is nearly always the longer one: a rate at equal length would then be
     extrapolated from lengths that never met.
     """
     wins, lengths = np.asarray(scores, dtype=np.float64), np.asarray(differences, dtype=np.float64)

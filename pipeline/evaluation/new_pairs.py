@@ -81,7 +81,7 @@ def make_pairs(
 
 
 def best_and_worst(scores: Sequence[float], margin: float) -> Choice | None:
-    """The highest- against the lowest-scored response; None where they are nearer than `margin` (a near-tie).
+    """The highest- against the lowest-scored response; None if they are nearer than `margin` (a near-tie).
 
     Among equal scores the earlier response is taken, so the choice depends on nothing but the scores.
     """
@@ -96,7 +96,7 @@ def best_and_worst(scores: Sequence[float], margin: float) -> Choice | None:
 def score_samples(
     judge: Judge, requests: Sequence[TrainingPrompt], samples: Sequence[Sequence[Sample]]
 ) -> list[list[float | None]]:
-    """One score for each sample of each prompt; None where the judge failed."""
+    """One score for each sample of each prompt; None if the judge failed."""
     shown = [
         [Shown(request.prompt, Response(one.text, one.finish_reason, tuple(one.ids))) for one in written]
         for request, written in zip(requests, samples, strict=True)
@@ -118,7 +118,7 @@ def score_samples(
 
 
 def pair_row(made: Made, provenance: dict[str, Any]) -> dict[str, Any]:
-    """A line of preference data: prompt (a string, or messages where it is a conversation), sides, margin, provenance."""
+    """A line of preference data: prompt (a string, or messages if it is a conversation), sides, margin, provenance."""
     chosen, rejected = made.samples[made.choice.chosen], made.samples[made.choice.rejected]
     messages = made.request.messages
     single = len(messages) == 1 and messages[0]["role"] == "user"

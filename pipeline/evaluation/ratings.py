@@ -13,7 +13,7 @@ from pipeline.evaluation.statistics import Interval
 
 _RESAMPLES = 1000
 _STEPS = 100
-# half a win to each side of every two models that met: ratings stay finite where one never lost
+# half a win to each side of every two models that met: ratings stay finite if one never lost
 _PRIOR = 0.5
 
 # prompt -> (model, other model) -> score of the first in [0, 1]

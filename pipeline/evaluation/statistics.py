@@ -63,14 +63,14 @@ def wilson(successes: float, number: int) -> Interval:
     share = successes / number
     centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
     half = _Z / (1 + _Z**2 / number) * float(np.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2)))
-    # in exact arithmetic the ends are 0 and 1 where nothing or everything succeeded
+    # in exact arithmetic the ends are 0 and 1 if nothing or everything succeeded
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def share(scores: Sequence[float]) -> tuple[Interval, str]:
     """Mean of scores in [0, 1] with its interval, and how that was made: "bootstrap" or "wilson".
 
-    Wilson's where the prompts are few, or nearly all agree: a bootstrap of equal values has no width at all, which
+    Wilson's if the prompts are few, or nearly all agree: a bootstrap of equal values has no width at all, which
     would claim certainty.
     """
     array = np.asarray(scores, dtype=np.float64)
@@ -86,7 +86,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Paired | None:
-    """Compare two policies' scores by prompt; None where they share no prompt.
+    """Compare two policies' scores by prompt; None if they share no prompt.
 
     The prompts' own difficulty cancels in the difference, so it is known better than either score.
     """
@@ -120,6 +120,6 @@ def detectable(scores: Sequence[float]) -> float | None:
 
 
 def prompts_for(scores: Sequence[float], distance: float) -> int | None:
-    """How many prompts like these it takes to show `distance` 4 times in 5; None where nothing varies."""
+    """How many prompts like these it takes to show `distance` 4 times in 5; None if nothing varies."""
     now = detectable(scores)
     return None if not now else int(np.ceil(len(scores) * (now / distance) ** 2))

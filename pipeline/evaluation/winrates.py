@@ -77,7 +77,7 @@ def prompt_scores(scores: Mapping[tuple[str, int], ComparisonScore]) -> dict[str
 
 
 def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | None = None) -> WinRate | None:
-    """The win rate of one judge's judgements of two models; None where not a single comparison was judged.
+    """The win rate of one judge's judgements of two models; None if not a single comparison was judged.
 
     `longer_by`: prompt -> how much longer the model's responses are than the baseline's, for the length-controlled rate.
     """

@@ -51,7 +51,7 @@ class Pack:
         return seen
 
     def dense_mask(self, number: int, window: int | None, size: int) -> torch.Tensor | None:
-        """Boolean mask [size, size] of tree `number`, filled up behind it; None where it is plainly causal."""
+        """Boolean mask [size, size] of tree `number`, filled up behind it; None if it is plainly causal."""
         key = (number, window)
         if key not in self._masks:
             self._masks[key] = self._seen(number, window, size)
@@ -117,7 +117,7 @@ def attend(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention output [1, T, H, D] of `query`, `key`, `value` [1, H, T, D] (fewer key heads where they are shared).
+    """Attention output [1, T, H, D] of `query`, `key`, `value` [1, H, T, D] (fewer key heads if they are shared).
 
     Raises NotImplementedError for terms that some architectures add (attention sinks, position biases, dropout).
     """

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# rows of queries that are multiplied at once: they need no keys behind them, so that blocks save up to half of the work
+# query rows per block; a block needs no keys after its own end, which saves up to half of the products
 _BLOCK = 128
 
 
@@ -90,7 +90,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _of_tree(side: torch.Tensor, rows: slice, bias_tt: torch.Tensor, key_heads: int | None = None) -> torch.Tensor:
-    """float32 [heads, t, D] of the tree at `rows`, zeros behind its end; [K, G, t, D] where `key_heads` are given."""
+    """float32 [heads, t, D] of the tree at `rows`, zeros behind its end; [K, G, t, D] if `key_heads` are given."""
     filled = torch.zeros((side.shape[1], len(bias_tt), side.shape[3]))
     filled[:, : rows.stop - rows.start] = side[0, :, rows]
     return filled if key_heads is None else filled.view(key_heads, -1, *filled.shape[1:])

@@ -34,12 +34,14 @@ class FastProducts(TorchFunctionMode):
 
 
 def recomputation() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """What surrounds a checkpointed layer, and what its recomputation, which runs when the mode is left: `context_fn`."""
+    """The two contexts of `torch.utils.checkpoint(context_fn=...)`: none for the forward pass, `FastProducts` for the
+    recomputation, which runs after the original `with` block has ended.
+    """
     return nullcontext(), FastProducts()
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002  # torch's name
-    """What torch's function of this name gives, by oneDNN where all is float32 on a CPU: [..., H] to [..., V]."""
+    """What torch's function of this name gives, by oneDNN if all is float32 on a CPU: [..., H] to [..., V]."""
     sides = [input, weight] if bias is None else [input, weight, bias]
     ours = all(side.device.type == "cpu" and side.dtype == torch.float32 for side in sides)
     if not ours or torch.is_autocast_enabled("cpu") or not _ONEDNN:

@@ -79,7 +79,7 @@ class Forward:
 def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = torch.float32) -> Forward:
     """The forward pass of a causal language model; `precision` bfloat16 runs the layers (not the logits) under autocast.
 
-    Raises ConfigError where the model's output layer does something that is not reproduced here.
+    Raises ConfigError if the model's output layer does something that is not reproduced here.
     """
     return Forward(hidden_states_of(model, layout, precision), output_layer_of(model), precision)
 

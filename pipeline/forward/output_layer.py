@@ -43,7 +43,7 @@ class OutputLayer:
         return self.finish(torch.nn.functional.linear(hidden_nH.float(), self.weight_VH.float(), bias))
 
     def finish(self, product_nV: torch.Tensor) -> torch.Tensor:
-        """What comes after the matrix product, in float32 where there is anything to do."""
+        """What comes after the matrix product, in float32 if there is anything to do."""
         logits = product_nV.float() * self.factor if self.factor != 1.0 else product_nV
         return logits if self.cap is None else torch.tanh(logits.float() / self.cap) * self.cap
 
@@ -68,7 +68,7 @@ class OutputLayer:
 
 
 def output_layer_of(model: PreTrainedModel) -> OutputLayer:
-    """The model's output layer. ConfigError where its head does something that is not reproduced here."""
+    """The model's output layer. ConfigError if its head does something that is not reproduced here."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     factor = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
@@ -121,7 +121,7 @@ class _Logps(torch.autograd.Function):
             change = logits.softmax(1).neg_()
             change.scatter_(1, targets_N[rows, None], -logps_N[rows, None].expm1().to(change.dtype))
             change = layer.through_finish(change, logits).to(coarse)
-            # the gradient of each row's logp is a factor of the row, and so of smaller things than its logits
+            # scale by the incoming gradient on the [n, H] side: it is constant per row, and [n, H] is smaller than [n, V]
             if bias_gradient is not None:
                 bias_gradient += (change * gradient).sum(0)
             if hidden_gradient is not None:

@@ -82,5 +82,5 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: a list of objects is wanted")
+        raise DataError(f"{path}: expected a list of objects")
     return rows

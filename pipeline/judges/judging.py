@@ -1,4 +1,5 @@
-"""What is judged, and how any judge is asked: both orders always, contradictions seen, equal responses never asked.
+"""The values that judges compare, and how they are asked: every pair in both orders, contradictions recorded, identical
+responses never sent.
 
 A judge sees duels, two responses in an order, and says how sure it is that the first is better. Some judges also give a
 single response a reward; those need no order, and their rewards can be drawn against what training cost.
@@ -60,7 +61,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One row of judgements.parquet; `score` is the model's, None where the judge failed.
+    """One row of judgements.parquet; `score` is the model's, None if the judge failed.
 
     `winner` is the name of a model, "tie" or "failed"; `order` is "<name>_first", or "pair" for the implicit judge.
     """
@@ -137,7 +138,7 @@ def judge_both_orders(judge: Judge, comparisons: Sequence[Comparison]) -> list[J
 
 
 def judge_implicitly(name: str, prompt_ids: Sequence[str], margins: Sequence[float]) -> list[Judgement]:
-    """Reward margins of held-out pairs as judgements: the policy wins where its margin is above 0."""
+    """Reward margins of held-out pairs as judgements: the policy wins if its margin is above 0."""
     seen: dict[str, int] = {}
     found = []
     for prompt_id, margin in zip(prompt_ids, margins, strict=True):
@@ -156,7 +157,7 @@ def winner_of(score: float | None, model: str, baseline: str) -> str:
 
 
 def majority(votes: Sequence[float | None]) -> float | None:
-    """The side that more judges prefer: 1 the first, 0 the second, 0.5 as many; None where no judge had a verdict."""
+    """The side that more judges prefer: 1 the first, 0 the second, 0.5 as many; None if no judge had a verdict."""
     heard = [vote for vote in votes if vote is not None]
     if not heard:
         return None

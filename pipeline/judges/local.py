@@ -72,7 +72,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Every single token that says just A, or just B. Raises ConfigError where the vocabulary has none."""
+    """Every single token that says just A, or just B. Raises ConfigError if the vocabulary has none."""
     found: dict[str, list[int]] = {letter: [] for letter in LETTERS}
     for letter in LETTERS:
         for text in (letter, f" {letter}", letter.lower(), f" {letter.lower()}"):

@@ -30,14 +30,14 @@ class JudgeContext:
 
 
 def open_judge(settings: JudgeConfig, context: JudgeContext) -> Judge:
-    """The judge of texts of that name; `implicit` is none. Raises ConfigError where its model cannot be found."""
+    """The judge of texts of that name; `implicit` is none. Raises ConfigError if its model cannot be found."""
     if settings.kind == "rule":
         return open_rule(settings.argument, settings.shown)
     if settings.kind == "annotations":
         return open_annotations(Path(settings.argument).expanduser(), settings.shown)
     if settings.kind == "panel":
         return _panel(settings, context)
-    # the name for people, the digest against two names that look alike as a file
+    # a readable name, and a digest because two judge names may map to the same file name
     file = f"{file_name(settings.shown)[:60]}-{verdict_key('', [settings.name])[:8]}.jsonl"
     verdicts = context.opened.get(file)
     if verdicts is None:

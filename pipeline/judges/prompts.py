@@ -51,12 +51,12 @@ def parsed(reply: str) -> float | None:
 
 
 def weighed(first: float, second: float, min_mass: float) -> float | None:
-    """The share of A in the probability of both letters; None where both together have less than `min_mass`."""
+    """The share of A in the probability of both letters; None if both together have less than `min_mass`."""
     return first / (first + second) if first + second >= max(min_mass, 1e-12) else None
 
 
 def letter_of(token: str) -> str | None:
-    """A or B where a token says just that, with spaces and in any case; None for other tokens."""
+    """A or B if a token says just that, with spaces and in any case; None for other tokens."""
     text = token.strip().upper()
     return text if text in LETTERS else None
 

@@ -1,6 +1,6 @@
 """`reward_model:<directory>`: a sequence classifier with one label, trained on preferences (Bradley-Terry).
 
-vLLM computes the rewards, transformers where vLLM is absent or does not know the architecture. The reward is the raw
+vLLM computes the rewards, transformers if vLLM is absent or does not know the architecture. The reward is the raw
 score of the last token. A model with the tokenizer and template of the samples reads their very tokens; another one reads
 the texts under its own chat template.
 """
@@ -158,6 +158,6 @@ def _must_reward(directory: Path, name: str) -> None:
     labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
     if not any("SequenceClassification" in kind for kind in kinds) or labels != 1:
         raise ConfigError(
-            f"judge reward_model:{name}: wanted is a sequence classifier with one label, got "
+            f"judge reward_model:{name}: expected a sequence classifier with one label, got "
             f"{', '.join(kinds) or 'no architecture'} with {labels} labels"
         )

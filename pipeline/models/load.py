@@ -36,7 +36,7 @@ class Named:
 
 
 def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; ConfigError where there is none."""
+    """The model's tokenizer; ConfigError if there is none."""
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -56,7 +56,7 @@ def load_tokenizer(directory: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
 def load_causal_lm(
     directory: Path, spec: ModelSpec, dtype: torch.dtype | Literal["auto"], **options: Any
 ) -> PreTrainedModel:
-    """The model with its weights in `dtype` ("auto": as they were saved); ConfigError where transformers cannot build it."""
+    """The model with its weights in `dtype` ("auto": as they were saved); ConfigError if transformers cannot build it."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -32,7 +32,7 @@ _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 def locate(spec: ModelSpec) -> Path:
     """The local directory of a model, made or fetched if need be.
 
-    Raises ConfigError where the name leads nowhere or the directory holds no safetensors weights.
+    Raises ConfigError if the name leads nowhere or the directory holds no safetensors weights.
     """
     name = spec.model
     on_the_hub = not name.startswith("embedded:") and not Path(name).expanduser().is_dir()
@@ -99,7 +99,7 @@ def locate_reference(reference: ReferenceConfig) -> ReferencePaths:
 
 
 def merge_adapter(base: Path, spec: ModelSpec, adapter: Path) -> Path:
-    """A directory with `adapter` merged into `base`, made once for these bytes. ConfigError where it is no adapter."""
+    """A directory with `adapter` merged into `base`, made once for these bytes. ConfigError if it is no adapter."""
     if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         raise ConfigError(f"{adapter} is no PEFT adapter: adapter_config.json and adapter_model.safetensors are wanted")
     made_of = [behaviour_digest(base), adapter_digests(adapter), _read_text(adapter / "adapter_config.json")]

@@ -34,7 +34,7 @@ class Encoded:
 class Encoder:
     """Tokenises rows as they come; `positions`: tokens that the model has positions for, if anything limits them.
 
-    Raises ConfigError where the tokenizer cannot do what `data` asks.
+    Raises ConfigError if the tokenizer cannot do what `data` asks.
     """
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
@@ -143,7 +143,7 @@ def _chat_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedT
 
 def _plain_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
     prompt = "".join(message["content"] for message in item.prompt)
-    # add_special_tokens is off for all texts alike, so the beginning-of-sequence token, where there is one, is set here
+    # add_special_tokens is off for all texts alike, so the beginning-of-sequence token, if there is one, is set here
     prompt = (tokenizer.bos_token or "") + prompt if getattr(tokenizer, "add_bos_token", False) else prompt
     return [prompt, *(prompt + getattr(item, side) for side in sides)]
 

@@ -190,7 +190,7 @@ def _response(row: Row, column: str) -> str:
         value = [value]
     messages = _messages(value, column)
     if len(messages) != 1:
-        raise RowProblem("response_of_many_messages", f"{column} holds {len(messages)} messages, one is wanted")
+        raise RowProblem("response_of_many_messages", f"{column} holds {len(messages)} messages, expected one")
     if messages[0]["role"] != "assistant":
         raise RowProblem("last_turn_not_assistant", f"{column} is by {messages[0]['role']!r}")
     return messages[0]["content"]
@@ -206,7 +206,7 @@ def _messages(value: object, column: str) -> list[Message]:
     if value is None:
         raise RowProblem("missing_field", column)
     if not isinstance(value, list) or not value:
-        raise RowProblem("wrong_type", f"{column} is {_kind(value)}, a list of messages is wanted")
+        raise RowProblem("wrong_type", f"{column} is {_kind(value)}, expected a list of messages")
     messages = []
     for item in value:
         if not isinstance(item, dict):
@@ -215,7 +215,7 @@ def _messages(value: object, column: str) -> list[Message]:
         if not isinstance(role, str) or role.lower() not in ROLES:
             raise RowProblem("unknown_role", f"{role!r} in {column}; known: {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise RowProblem("wrong_type", f"a message's content in {column} is {_kind(content)}, text is wanted")
+            raise RowProblem("wrong_type", f"a message's content in {column} is {_kind(content)}, expected text")
         messages.append({"role": ROLES[role.lower()], "content": content})
     return messages
 
@@ -232,7 +232,7 @@ def _string(row: Row, column: str) -> str:
     if value is None:
         raise RowProblem("missing_field", column)
     if not isinstance(value, str):
-        raise RowProblem("wrong_type", f"{column} is {_kind(value)}, text is wanted")
+        raise RowProblem("wrong_type", f"{column} is {_kind(value)}, expected text")
     return value
 
 

@@ -63,7 +63,7 @@ class Source:
 def open_source(name: str, data: DataConfig) -> Source:
     """Open a file, a folder or a Hub data set and detect its format from its first rows.
 
-    Raises DataError where it cannot be read, is empty or its columns fit no format.
+    Raises DataError if it cannot be read, is empty or its columns fit no format.
     """
     rows, digest = open_rows(name, data)
     first = []

@@ -48,8 +48,8 @@ class PairSet:
 class PairStream:
     """Every row of every source of `data`, tokenised, as it is read: a pair, or why it is none.
 
-    `formats` and `digests` of a source are known once its rows come. Raises ConfigError where the tokenizer cannot do what
-    is asked, DataError where a source cannot be read.
+    `formats` and `digests` of a source are known once its rows come. Raises ConfigError if the tokenizer cannot do what
+    is asked, DataError if a source cannot be read.
     """
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
@@ -89,7 +89,7 @@ class PairStream:
 def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
     """All pairs of `data` in memory; `pipeline.pairs.table` keeps them on disk instead.
 
-    Raises DataError where nothing is left to train on (with the reasons), and what `PairStream` raises.
+    Raises DataError if nothing is left to train on (with the reasons), and what `PairStream` raises.
     """
     stream = PairStream(data, tokenizer)
     pairs: list[Pair] = []
@@ -104,7 +104,7 @@ def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet
 
 
 def must_train(pairs: int, data: DataConfig, reasons: dict[str, int]) -> None:
-    """Raise DataError where none of the training split's pairs is left, with what became of the rows."""
+    """Raise DataError if none of the training split's pairs is left, with what became of the rows."""
     if not pairs:
         said = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no rows"
         raise DataError(f"no pair is left to train on from {', '.join(data.path)} ({said})")
@@ -119,7 +119,7 @@ def count_reasons(dropped: Iterable[Dropped]) -> dict[str, int]:
 
 
 def source_digests(data: DataConfig) -> dict[str, str | None]:
-    """Digest of every local file that `data` reads now; None where only loading would tell."""
+    """Digest of every local file that `data` reads now; None if only loading would tell."""
     return {name: source_digest(name) for name in [*([data.eval_path] if data.eval_path else []), *data.path]}
 
 

@@ -1,7 +1,7 @@
 """Pairs on disk: an experiment's tokenised pairs as a Parquet file of row groups, so that memory does not grow with rows.
 
 Owns the working file between reading the data and writing pairs.parquet: the same columns, without scores. What stays in
-memory is a few numbers a pair. The file is removed with the object that knows it.
+memory is a few numbers per pair. The file is deleted when its `PairTable` is garbage-collected.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class PairTable:
 def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Table], None]) -> PairTable:
     """Read the stream to its end into a new table; `on_group` sees every row group as it is written.
 
-    Raises DataError where nothing is left to train on, and what the stream raises.
+    Raises DataError if nothing is left to train on, and what the stream raises.
     """
     directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=_place())
     found = PairTable(stream.formats, stream.digests, directory)
@@ -177,5 +177,5 @@ def _place() -> str | None:
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None  # the system's temporary directory, where this one cannot be written
+        return None  # the system's temporary directory, if this one cannot be written
     return str(CACHE)

@@ -18,7 +18,7 @@ from pipeline.precompute.plan import Plan
 
 # bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
 _AT_ONCE = 2**24
-# a sequence takes four bytes a token, and about this where it is looked up
+# a sequence takes four bytes per token, and about this where it is looked up
 _PER_SEQUENCE = 64
 
 
@@ -43,7 +43,7 @@ def dropped_with(plan: Plan, left_out: Mapping[int, str]) -> pa.Table:
 def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -> Iterator[pa.Table]:
     """Every pair but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
 
-    Raises CheckError where a score is not there or has not the tokens' number of values.
+    Raises CheckError if a score is not there or has not the tokens' number of values.
     """
     scores = _Scores(plan, left_out) if scored else None
     absent = np.fromiter(left_out, dtype=np.int64, count=len(left_out))

@@ -30,7 +30,7 @@ from pipeline.store.store import Store
 class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
-    `keys` has two entries a pair, chosen then rejected, of which `sequences` differ; `missing` are positions in it,
+    `keys` has two entries per pair, chosen then rejected, of which `sequences` differ; `missing` are positions in it,
     ascending, one for each absent key.
     """
 

@@ -1,7 +1,7 @@
 """Scoring on a Ray cluster: `score_table.score` in a pool of Ray Data actors, read from and published by this process.
 
 Only token ids and scores travel, so workers need no access to the store; they find the model as this machine does (a path
-that exists there, or a Hub id) and refuse to score where its bytes are others. An actor that is lost is replaced by Ray
+that exists there, or a Hub id) and refuse to score if its bytes are others. An actor that is lost is replaced by Ray
 and its batch scored again; should both copies arrive, they are the same row of the store.
 """
 
@@ -100,7 +100,7 @@ def score_missing(plan: Plan, on_shard: Callable[[int, int], None]) -> dict[byte
 
 
 def _write_shards(plan: Plan, tokens: int) -> Path:
-    """What is missing, a row group a shard."""
+    """What is missing, one row group per shard."""
     path = Path(plan.pairs.directory.name) / "missing.parquet"
     with pq.ParquetWriter(path, _SHARD, compression="zstd") as writer:
         for shard in shards_of(plan, tokens):

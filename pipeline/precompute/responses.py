@@ -56,7 +56,7 @@ class RowScorer:
         self._stack.close()
 
     def tables(self, source: Path) -> Iterator[pa.Table]:
-        """SCORED's rows of `source`, part by part, in order. Raises DataError where the columns are not there."""
+        """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there."""
         rows, _ = open_rows(str(source), self._config.data)
         numbered = enumerate(rows())
         while part := list(islice(numbered, _PART)):

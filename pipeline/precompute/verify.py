@@ -1,6 +1,6 @@
 """Are stored scores true? A sample of a run's pairs, compared with what transformers gives in float32.
 
-Differences are score minus float32, in nats a token. A mean that is not 0 grows with a response's length and so favours
+Differences are score minus float32, in nats per token. A mean that is not 0 grows with a response's length and so favours
 short or long ones; what scatters around 0 is noise of the margin. Both are given in the units of the reward as well.
 """
 
@@ -23,7 +23,7 @@ from pipeline.precompute.agreement import TOLERANCES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# a single value that was never computed is lost in a mean; nats a token, above what arithmetic alone was seen to give
+# a single value that was never computed is lost in a mean; nats per token, above what arithmetic alone was seen to give
 _LARGEST = {"float32": 0.001, "bfloat16": 2.0}
 # what reduced precision differs by on average; another model, other token ids or another template differ by more
 _LOW_PRECISION = 0.15
@@ -42,7 +42,7 @@ class Sample:
 
 
 def draw_sample(path: Path, rows: int) -> Sample:
-    """`rows` pairs of pairs.parquet, drawn always alike. Raises DataError where it holds no scores."""
+    """`rows` pairs of pairs.parquet, drawn always alike. Raises DataError if it holds no scores."""
     if not read_about(path).get("scored", True):
         raise DataError(f"{path} holds no reference scores: the run's loss compares nothing with the reference")
     sides = ("chosen", "rejected")
@@ -64,10 +64,10 @@ def judge(figures: dict[str, float], dtype: str) -> dict[str, Any]:
     largest, limit = figures["max_absolute_difference"], _LARGEST[kind]
     passed = abs(mean_signed) <= signed and mean <= absolute and largest <= limit
     if passed:
-        verdict = f"the scores are what {dtype} gives: {mean:.2g} nats a token on average, {largest:.2g} at most"
+        verdict = f"the scores are what {dtype} gives: {mean:.2g} nats per token on average, {largest:.2g} at most"
     else:
         verdict = (
-            f"the scores differ by {mean:.4f} nats a token from what the reference gives in float32 ({mean_signed:+.4f} "
+            f"the scores differ by {mean:.4f} nats per token from what the reference gives in float32 ({mean_signed:+.4f} "
             f"with their sign, {largest:.4f} at most; allowed are {absolute}, {signed} and {limit}): "
             f"{_cause(mean, dtype, absolute)}"
         )

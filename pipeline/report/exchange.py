@@ -54,7 +54,7 @@ def write_alpaca_eval(
 
 
 def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgements: Iterable[Judgement]) -> list[Path]:
-    """`question.jsonl`, `model_answer/<model>.jsonl`, `model_judgment/<judge>/<model>.jsonl`: one row a prompt and sample."""
+    """`question.jsonl`, `model_answer/<model>.jsonl`, `model_judgment/<judge>/<model>.jsonl`: one row per prompt and sample."""
     questions: dict[str, dict[str, Any]] = {}
     answers: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for item in comparisons:

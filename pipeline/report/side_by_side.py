@@ -22,7 +22,7 @@ def visible(text: str) -> str:
 
 
 def marked(first: str, second: str) -> tuple[Markup, Markup]:
-    """Both texts escaped, words that only one of them has in <mark>; unmarked where they have little in common."""
+    """Both texts escaped, words that only one of them has in <mark>; unmarked if they have little in common."""
     left, right = (_PIECES.findall(visible(text)) for text in (first, second))
     if max(len(left), len(right)) > _LONGEST:
         return escape(visible(first)), escape(visible(second))

@@ -65,7 +65,7 @@ class Store:
     def publish(self, rows: Sequence[Scored], circumstances: Mapping[str, str] | None = None) -> None:
         """Make `rows` findable, all or none, durably; `circumstances` are kept beside them.
 
-        Raises CheckError for a value that cannot be a log-probability, RefscoreError where the disk refuses.
+        Raises CheckError for a value that cannot be a log-probability, RefscoreError if the disk refuses.
         """
         self.publish_table(_table(rows), [dict(circumstances or {})])
 

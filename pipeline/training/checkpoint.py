@@ -94,7 +94,7 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer and random state back, bit for bit. Raises DataError where they do not fit the model."""
+    """Put weights, optimizer and random state back, bit for bit. Raises DataError if they do not fit the model."""
     weights = load_file(checkpoint.directory / "model.safetensors")
     parameters = dict(_learning(model))
     if weights.keys() != parameters.keys():

@@ -27,7 +27,7 @@ class CountsTokens(Protocol):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN where nothing was scored."""
+    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN if nothing was scored."""
 
     pair_ids: list[str]
     trees: list[Tree]
@@ -41,7 +41,7 @@ class Pairs:
 def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
     """Read one split of pairs.parquet; `scored` asks for the reference's scores.
 
-    Raises DataError where a row's scores do not fit its tokens or its sums.
+    Raises DataError if a row's scores do not fit its tokens or its sums.
     """
     columns = [
         name for name in PAIRS.names if name.endswith(("_ids", "_logps", "_logp")) or name in ("pair_id", "split")

@@ -14,7 +14,7 @@ _FLUSH_SECONDS = 5.0
 
 
 class Metrics:
-    """Collects one row a step and keeps metrics.parquet current; `resumed_at` drops rows after that step."""
+    """Collects one row per step and keeps metrics.parquet current; `resumed_at` drops rows after that step."""
 
     def __init__(self, path: Path, tensorboard: Path, resumed_at: int | None) -> None:
         self._path = path

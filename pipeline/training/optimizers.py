@@ -20,7 +20,7 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
     adamw: Loshchilov and Hutter 2017 (1711.05101). adamw_8bit: the same with block-wise 8-bit moments, Dettmers et al. 2021
     (2110.02861). adafactor: Shazeer and Stern 2018 (1804.04235), factored second moments, no first, steps clipped at a root mean
     square of 1 and not scaled by the weights' size. The first step of each changes a weight by about the learning rate (root
-    mean square). ConfigError where the package of adamw_8bit is missing.
+    mean square). ConfigError if the package of adamw_8bit is missing.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, others = ([p for p in parameters if (p.ndim >= 2) == decays] for decays in (True, False))

@@ -33,7 +33,7 @@ _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
 
 @dataclass(frozen=True)
 class Policy:
-    """`model` is what runs; `adapted` is PEFT's view of it where adapters are trained; `forward` is its forward pass."""
+    """`model` is what runs; `adapted` is PEFT's view of it if adapters are trained; `forward` is its forward pass."""
 
     model: PreTrainedModel
     adapted: Any
@@ -50,7 +50,7 @@ def precision_of(train: TrainConfig) -> torch.dtype:
 def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Policy:
     """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses.
 
-    Raises ConfigError where the architecture, or this machine, cannot do what is asked.
+    Raises ConfigError if the architecture, or this machine, cannot do what is asked.
     """
     policy, train = config.policy, config.train
     precision = precision_of(train)

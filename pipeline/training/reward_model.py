@@ -38,7 +38,7 @@ class Rewards:
     def __call__(self, trees: Sequence[Tree]) -> list[list[torch.Tensor]]:
         """Scores of every branch of every tree."""
         merged, places = merge(trees)
-        # the forward pass leaves out what predicts nothing, a branch's last token: behind one more it is read
+        # the forward pass drops a branch's last token, as it predicts nothing: one token is appended so that the last is read
         longer = _with_one_more(merged)
         hidden_NH = self.hidden.of(longer)
         ends = list(itertools.accumulate(len(branch) for tree in longer for branch in tree.branches))
@@ -117,7 +117,7 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """The model at `directory` as a one-label sequence classifier; a new head is drawn as by Stiennon et al. 2020 (2009.01325).
 
-    `ends` are the tokens that end responses. Raises ConfigError where the architecture has no such classifier.
+    `ends` are the tokens that end responses. Raises ConfigError if the architecture has no such classifier.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -144,7 +144,7 @@ def load_reward_model(
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int:
-    """A token that ends no response, to fill batches with. ConfigError where there is none among the special tokens."""
+    """A token that ends no response, to fill batches with. ConfigError if there is none among the special tokens."""
     known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
     for token in (*known, *tokenizer.all_special_ids, *sorted(getattr(tokenizer, "added_tokens_decoder", {}))):
         if token is not None and token not in ends:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def save_policy(
     policy: Policy, base: Path, config: Config, run: Run, card: str, tokenizer: Any, trees: Sequence[Tree]
 ) -> dict[str, float]:
-    """Write what was trained: `run.adapter` in PEFT's layout where adapters were, and `run.model` in transformers' layout
+    """Write what was trained: `run.adapter` in PEFT's layout if adapters were, and `run.model` in transformers' layout
     beside the tokenizer files of `base` (with adapters: merged in float32, if `policy.lora.merge`).
 
     Each is loaded again before it takes its place, and must give the trained model's outputs on `trees`; returns by how much

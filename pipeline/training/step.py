@@ -34,7 +34,7 @@ class NotFinite(CheckError):
 
 @contextmanager
 def _no_gradient_lost() -> Iterator[None]:
-    """Raise CheckError where a gradient ends at an operation that has none, of which torch only warns."""
+    """Raise CheckError if a gradient ends at an operation that has none, of which torch only warns."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*autograd kernel was not registered")
         try:
@@ -51,7 +51,7 @@ def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConf
 
     The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
     sort pairs see the whole step too: then every forward pass but a single one runs twice. Raises NotFinite, and CheckError
-    where an operation of the model has no gradient.
+    if an operation of the model has no gradient.
     """
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_train_batch_size))
     if across_pairs(train) and len(groups) > 1:

@@ -26,7 +26,7 @@ def test_a_column_that_was_added_later_is_null_in_older_files(tmp_path):
 def test_a_column_that_was_always_there_must_be(tmp_path):
     path = tmp_path / "dropped.parquet"
     pq.write_table(dropped().drop_columns(["reason"]), path)
-    with pytest.raises(DataError, match=r"reason: wanted string, found none.*make it again"):
+    with pytest.raises(DataError, match=r"reason: expected string, found none.*make it again"):
         read_table(path, DROPPED)
 
 

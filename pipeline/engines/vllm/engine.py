@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options: Any) -> LLM:
     """VLLM's LLM on `directory`, eager, in this process.
 
-    Raises ConfigError where the model cannot be loaded by vLLM, or spread over as many processors.
+    Raises ConfigError if the model cannot be loaded by vLLM, or spread over as many processors.
     """
     prepare_environment(options.get("tensor_parallel_size", 1))
     # thousands of modules that live to the end: collecting among them would take seconds of the start
@@ -53,7 +53,7 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
 
 
 def _inspect_models_here() -> None:
-    """Let vLLM ask a model's class what it can in this process, which loads it next in any case.
+    """Inspect the model's class in this process instead of in a subprocess; it is about to be imported here anyway.
 
     vLLM does it in a process of its own so as not to start CUDA in this one; there it imports everything again
     whenever its cache does not know the class yet.
@@ -118,7 +118,7 @@ def stop_engine(llm: LLM) -> None:
 def prepare_environment(ranks: int = 1) -> None:
     """Set what vLLM reads from the environment; must come before its first import. What the user set stays.
 
-    On a CPU each of the `ranks` that share a model gets processors of its own. Raises ConfigError where these are too few.
+    On a CPU each of the `ranks` that share a model gets processors of its own. Raises ConfigError if these are too few.
     """
     cores = processors()
     if device_kind() == "cpu" and ranks > len(cores):

@@ -59,7 +59,7 @@ def generator(
     """A started engine as a function: prompts and settings to `settings.samples` responses for every prompt, in order.
 
     `longest` is the longest prompt in tokens; `settings.max_tokens` and `dtype` (settled) hold for every call. `on_done(responses,
-    tokens)` is called as waves finish. Raises ConfigError where prompt and response are longer than the model reads.
+    tokens)` is called as waves finish. Raises ConfigError if prompt and response are longer than the model reads.
     """
     prepare_environment()
     from vllm import SamplingParams, TokensPrompt

@@ -44,7 +44,7 @@ class Runner(Protocol):
 def score_with(runner: Runner, sequences: Sequence[Request], *, shared: bool) -> list[np.ndarray]:
     """Logps of every sequence's response, each value computed for exactly its ids.
 
-    Raises CheckError where the engine leaves a value out although the cache was not read.
+    Raises CheckError if the engine leaves a value out although the cache was not read.
     """
     found = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
     runner.read(sequences, found, shared=shared)
@@ -67,7 +67,7 @@ def score_with(runner: Runner, sequences: Sequence[Request], *, shared: bool) ->
 
 
 def runner_of(llm: LLM) -> Runner:
-    """The runner for this engine: response rows only where it can, by what it offers and not by its version."""
+    """The runner for this engine: response rows only if it can, by what it offers and not by its version."""
     from vllm import SamplingParams
 
     config = llm.llm_engine.vllm_config
