@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store demo-data requirements clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -51,7 +51,7 @@ faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/R
 architectures: .venv/.test ## which families of models are read how; writes the table in tests/architectures.md
 	@REFSCORE_WRITE_ARCHITECTURES=1 .venv/bin/python -m pytest tests/forward/test_architectures.py
 
-mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=training/losses for one file
+mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=training/objectives/losses for one file
 	@.venv/bin/python -m tests.mutants $(FILE)
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
@@ -75,6 +75,11 @@ demo-data: .venv/.run ## remake data/demo's pairs from its prompts
 requirements: .venv/.run ## compile requirements/*.txt from pyproject.toml again
 	@requirements/compile
 
+docs: .venv/.docs ## the pages of docs/ as a searchable site, in data/cache/site
+	@.venv/bin/python docs/generate.py
+	@.venv/bin/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	@echo data/cache/site/index.html
+
 clean: ## remove .venv and everything made below data/ but the store of scores and the runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache data/cache data/models
 
@@ -85,3 +90,7 @@ clean: ## remove .venv and everything made below data/ but the store of scores a
 .venv/.test: $(declared)
 	@requirements/install test
 	@touch .venv/.run $@
+
+.venv/.docs: .venv/.run
+	@.venv/bin/uv pip install --quiet --python .venv/bin/python --constraints requirements/docs.txt mkdocs-material
+	@touch $@

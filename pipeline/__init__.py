@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.precompute.plan import Plan, make_plan
     from pipeline.precompute.responses import RowScorer
     from pipeline.report.write import write_reports
-    from pipeline.training.losses import PairLogps, preference_loss
+    from pipeline.training.objectives.losses import PairLogps, preference_loss
     from pipeline.training.train import Trained, train
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "JudgeConfig": "pipeline.config.judges",
     "JudgeContext": "pipeline.judges.open",
     "OpenedReference": "pipeline.engines.reference",
-    "PairLogps": "pipeline.training.losses",
+    "PairLogps": "pipeline.training.objectives.losses",
     "Plan": "pipeline.precompute.plan",
     "RefscoreError": "pipeline.errors",
     "RowScorer": "pipeline.precompute.responses",
@@ -54,7 +54,7 @@ _HOMES = {
     "open_judge": "pipeline.judges.open",
     "open_reference": "pipeline.engines.reference",
     "open_run": "pipeline.artifacts.runs",
-    "preference_loss": "pipeline.training.losses",
+    "preference_loss": "pipeline.training.objectives.losses",
     "read_table": "pipeline.artifacts.tables",
     "score": "pipeline.precompute.launch",
     "tables": "pipeline.artifacts.tables",

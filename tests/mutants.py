@@ -1,7 +1,7 @@
 """The mutation run: how many small changes of the code that makes numbers does a test notice?
 
 `make mutants` runs mutmut over every file named below, each mutant against the tests named beside its file, and prints
-the table of tests/README.md; `make mutants FILE=training/losses` runs one file. The work happens in copies below
+the table of tests/README.md; `make mutants FILE=training/objectives/losses` runs one file. The work happens in copies below
 data/cache/mutants/. A file without mutants or a name without a test is an error: a run over nothing must not look well.
 """
 
@@ -23,10 +23,10 @@ ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "data" / "cache" / "mutants"
 # what covers a file without starting an engine or a process; everything below tests/
 COVERING = {
-    "training/losses": ["training/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
+    "training/objectives/losses": ["training/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
     "training/schedule": ["training/test_schedule.py"],
-    "evaluation/statistics": ["evaluation/test_statistics.py"],
-    "evaluation/winrates": ["judges/test_judging.py", "report/test_exchange.py"],
+    "evaluation/rates/statistics": ["evaluation/test_statistics.py"],
+    "evaluation/rates/winrates": ["judges/test_judging.py", "report/test_exchange.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
     "engines/vllm/runners": ["engines/test_vllm_runners.py"],
     "pairs/stream": ["pairs/test_stream.py"],

@@ -135,7 +135,7 @@ class TrainConfig(_Section):
     beta: float = Field(0.1, gt=0, description="temperature of the implicit reward")
     loss_type: LossTypes = Field(
         ["sigmoid"],
-        description=f"one or a list of {', '.join(get_args(LossType))}; formulas in pipeline/training/losses.py",
+        description=f"one or a list of {', '.join(get_args(LossType))}; formulas in pipeline/training/objectives/losses.py",
     )
     loss_weights: list[float] | None = Field(None, description="weights of the losses of the list; default: 1 each")
     label_smoothing: float = Field(

@@ -1,6 +1,6 @@
 """Preference losses by name: one row of facts per loss, and which settings go together with them.
 
-Their formulas stand in `pipeline.training.losses`.
+Their formulas stand in `pipeline.training.objectives.losses`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LossType = Literal[
 
 @dataclass(frozen=True)
 class LossFacts:
-    """What a loss reads and fits with; its formula stands in `pipeline.training.losses` under the same name.
+    """What a loss reads and fits with; its formula stands in `pipeline.training.objectives.losses` under the same name.
 
     `compares`: with the reference; if not, `reward` says of what of the policy's log-probabilities it makes one, their sum or
     their mean. `across_pairs`: a pair's loss depends on the others of its step. `smoothed`: reads label_smoothing.

@@ -16,9 +16,9 @@ from pipeline.artifacts.runs import Run, read_saved_config
 from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
+from pipeline.evaluation.rates.statistics import Interval, Paired, holm, paired
+from pipeline.evaluation.rates.winrates import comparison_scores, prompt_scores
 from pipeline.evaluation.results import Cost, Results, read_results
-from pipeline.evaluation.statistics import Interval, Paired, holm, paired
-from pipeline.evaluation.winrates import comparison_scores, prompt_scores
 from pipeline.judges.judging import Judgement
 
 

@@ -16,11 +16,11 @@ import torch
 from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
-from pipeline.evaluation import ratings
 from pipeline.evaluation.kl import divergence
+from pipeline.evaluation.rates import ratings
+from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean
+from pipeline.evaluation.rates.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.evaluation.results import Cost, HeldOut, OtherRate, Responses, SideBySide
-from pipeline.evaluation.statistics import Interval, bootstrap_mean
-from pipeline.evaluation.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judges import marks

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.judges import IMPLICIT
+from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.results import Cost, Results
-from pipeline.evaluation.statistics import Interval
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pipeline.config.experiment import GenerateConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference
 from pipeline.engines.start import start_scorer
+from pipeline.evaluation.rates.statistics import bootstrap_mean
 from pipeline.evaluation.results import Cost
-from pipeline.evaluation.statistics import bootstrap_mean
 from pipeline.judges.judging import Prompt
 
 

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifacts import durable
 from pipeline.errors import DataError, first_line
-from pipeline.evaluation.statistics import Interval
-from pipeline.evaluation.winrates import WinRate
+from pipeline.evaluation.rates.statistics import Interval
+from pipeline.evaluation.rates.winrates import WinRate
 
 # of eval.json: raised if a reader of before would misread it
 FORMAT = 2

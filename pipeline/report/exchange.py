@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import durable
-from pipeline.evaluation.winrates import comparison_scores
+from pipeline.evaluation.rates.winrates import comparison_scores
 from pipeline.judges.judging import Comparison, Judgement
 
 

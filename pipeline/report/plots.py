@@ -13,7 +13,7 @@ import polars as pl
 from markupsafe import Markup
 
 from pipeline.evaluation.frontier import Point
-from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.rates.statistics import Interval
 
 # a colour that no plot uses, replaced by the page's own text colour
 _INK = "#010203"

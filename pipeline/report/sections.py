@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.evaluation.rates.statistics import Interval
+from pipeline.evaluation.rates.winrates import WinRate
 from pipeline.evaluation.results import Cost, Results
-from pipeline.evaluation.statistics import Interval
-from pipeline.evaluation.winrates import WinRate
 
 
 @dataclass(frozen=True)

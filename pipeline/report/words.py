@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipeline.config.judges import IMPLICIT
+from pipeline.evaluation.rates.statistics import Interval
+from pipeline.evaluation.rates.winrates import WinRate
 from pipeline.evaluation.results import Results
-from pipeline.evaluation.statistics import Interval
-from pipeline.evaluation.winrates import WinRate
 
 _WIDE = 0.05
 _MANY_FLIPS = 0.2

@@ -18,8 +18,8 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.forward.cpu_products import recomputation
 from pipeline.forward.logps import Forward
 from pipeline.hardware import device_kind, multiplies_bfloat16
-from pipeline.training.objective import objective_of
-from pipeline.training.reward_model import Rewards
+from pipeline.training.objectives.objective import objective_of
+from pipeline.training.objectives.reward_model import Rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

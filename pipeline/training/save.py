@@ -17,9 +17,9 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.forward.trees import Tree
 from pipeline.models.locate import copy_tokenizer
-from pipeline.training.objective import objective_of
+from pipeline.training.objectives.objective import objective_of
+from pipeline.training.objectives.reward_model import align_padding
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
-from pipeline.training.reward_model import align_padding
 from pipeline.training.save_check import CHECKED, must_agree, outputs_of
 from pipeline.version import __version__
 

@@ -16,7 +16,7 @@ from pipeline.errors import CheckError
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.precompute.agreement import TOLERANCES
-from pipeline.training.objective import Objective
+from pipeline.training.objectives.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

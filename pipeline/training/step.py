@@ -16,9 +16,9 @@ from pipeline.config.losses import across_pairs
 from pipeline.errors import CheckError, first_line
 from pipeline.forward.logps import Forward
 from pipeline.training.examples import Pairs, micro_batches
-from pipeline.training.losses import LossTerms, PairLogps, preference_loss
-from pipeline.training.objective import objective_of
-from pipeline.training.preference import joined, pair_logps
+from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss
+from pipeline.training.objectives.objective import objective_of
+from pipeline.training.objectives.preference import joined, pair_logps
 
 
 class NotFinite(CheckError):

@@ -6,7 +6,7 @@ from pipeline.config.experiment import TrainConfig
 from pipeline.config.files import load_overrides
 from pipeline.config.losses import LOSS_FACTS, LossType
 from pipeline.errors import ConfigError
-from pipeline.training.losses import LOSSES
+from pipeline.training.objectives.losses import LOSSES
 
 
 def test_every_name_has_a_loss_and_every_loss_a_source():

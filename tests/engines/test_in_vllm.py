@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config.judges import JudgeConfig
-from pipeline.evaluation.winrates import win_rate
+from pipeline.evaluation.rates.winrates import win_rate
 from pipeline.judges.judging import Comparison, Duel, Prompt, Response, judge_both_orders
 from pipeline.judges.local import letter_ids
 from pipeline.judges.open import JudgeContext, open_judge

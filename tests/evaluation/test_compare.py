@@ -11,9 +11,9 @@ from pipeline.artifacts.tables import SAMPLES, write_table
 from pipeline.errors import DataError
 from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached
 from pipeline.evaluation.figures import judgements_table
+from pipeline.evaluation.rates.statistics import Interval
+from pipeline.evaluation.rates.winrates import win_rate
 from pipeline.evaluation.results import Cost, Results, read_results, write_results
-from pipeline.evaluation.statistics import Interval
-from pipeline.evaluation.winrates import win_rate
 from pipeline.judges.judging import Judgement
 from pipeline.report.plots import frontier
 

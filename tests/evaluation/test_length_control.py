@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 
-from pipeline.evaluation.length_control import fit, length_controlled
+from pipeline.evaluation.rates.length_control import fit, length_controlled
 
 
 def simulated(number, intercept, slope, seed=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 
-from pipeline.evaluation.ratings import fit, ratings
+from pipeline.evaluation.rates.ratings import fit, ratings
 
 
 def test_the_fit_is_a_binomial_model_without_intercept():

@@ -9,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline.evaluation.statistics import (
+from pipeline.evaluation.rates.statistics import (
     RESAMPLES,
     bootstrap_mean,
     detectable,

@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 import torch
 
-from pipeline.evaluation.winrates import win_rate
+from pipeline.evaluation.rates.winrates import win_rate
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer
 from tests.judges.ask_judge import ask
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.evaluation.statistics import detectable, wilson
-from pipeline.evaluation.winrates import by_topic, comparison_scores, prompt_scores, win_rate
+from pipeline.evaluation.rates.statistics import detectable, wilson
+from pipeline.evaluation.rates.winrates import by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.judges.judging import (
     Comparison,
     Judge,

@@ -1,6 +1,7 @@
 """All three stages on a tiny model with real vLLM: artifacts, reuse, and what each stage says."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -114,8 +115,36 @@ def test_the_report_comes_last_and_holds_the_verdict(pipeline_run, run):
     )
 
 
-def test_the_readmes_polars_snippets_run_one_after_the_other(pipeline_run):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_notebook_of_the_pages_runs_in_one_process(pipeline_run, tmp_path, tiny_model):
+    """docs/python.md, every block of it; what it asks for is stored, so no engine of vLLM starts."""
+    where = set_up(pipeline_run, tmp_path)
+    (where / "rows.jsonl").write_text('{"prompt": "How do I cook rice?", "response": "Boil it."}\n')
+    page = (ROOT / "docs" / "python.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    for shown, here in (
+        ('load_config("demo", ["train.beta=0.1"])', 'load_config("experiment.yaml")'),
+        ('load_config("demo")', 'load_config("experiment.yaml", ["reference.engine=transformers"])'),
+        ("data/models/smollm2-135m-instruct", str(tiny_model)),
+        ("[1, 9690, 198], [28120, 2], [5345, 2]", "[1, 2, 3], [4, 5], [6, 5]"),
+    ):
+        assert shown in code
+        code = code.replace(shown, here)
+    (where / "notebook.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "notebook.py"],
+        cwd=where,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("0 of 48 sequences are not in the store")
+    assert json.loads((where / "data/runs/notebook/eval.json").read_text())["verdict"] in done.stdout
+
+
+def test_the_pages_polars_snippets_run_one_after_the_other(pipeline_run):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "artifacts.md").read_text(), re.DOTALL)
     code = "\n".join(snippets).replace("data/runs/demo", "data/runs/first")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=pipeline_run[0], capture_output=True, text=True, check=False

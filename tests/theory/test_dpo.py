@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import kl_div, logsigmoid
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.training.losses import PairLogps, bradley_terry_loss, preference_loss
+from pipeline.training.objectives.losses import PairLogps, bradley_terry_loss, preference_loss
 
 # every response of one to three tokens out of three
 RESPONSES = [ids for length in (1, 2, 3) for ids in itertools.product(range(3), repeat=length)]

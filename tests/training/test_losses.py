@@ -9,7 +9,14 @@ import torch
 from torch.nn.functional import log_softmax
 
 from pipeline.config.experiment import TrainConfig
-from pipeline.training.losses import LOSSES, PairLogps, bradley_terry_loss, preference_loss, weighted_sums, wpo_weight
+from pipeline.training.objectives.losses import (
+    LOSSES,
+    PairLogps,
+    bradley_terry_loss,
+    preference_loss,
+    weighted_sums,
+    wpo_weight,
+)
 
 PAIRS, WIDTH, VOCABULARY = 6, 9, 13
 IN_TRL = sorted(LOSSES.keys() - {"ipo_sum", "simpo", "cpo", "orpo"})

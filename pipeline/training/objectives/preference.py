@@ -13,14 +13,14 @@ from pipeline.config.losses import reference_free
 from pipeline.forward.logps import Forward, forward_of
 from pipeline.models.load import load_causal_lm
 from pipeline.training.examples import Pairs
-from pipeline.training.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
+from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Preference:
-    """See `pipeline.training.objective.Objective`."""
+    """See `pipeline.training.objectives.objective.Objective`."""
 
     adapter_task = "CAUSAL_LM"
     pipeline_tag = "text-generation"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.rates.statistics import Interval
 
 _RESAMPLES = 1000
 _STEPS = 100

@@ -10,9 +10,9 @@ import torch
 
 from pipeline.config.experiment import Config, TrainConfig
 from pipeline.training.examples import Pairs
-from pipeline.training.losses import LossTerms, PairLogps
-from pipeline.training.preference import Preference
-from pipeline.training.reward_model import RewardModel
+from pipeline.training.objectives.losses import LossTerms, PairLogps
+from pipeline.training.objectives.preference import Preference
+from pipeline.training.objectives.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.length_control import length_controlled
-from pipeline.evaluation.statistics import Interval, detectable, prompts_for, share, sign_test, wilson
+from pipeline.evaluation.rates.length_control import length_controlled
+from pipeline.evaluation.rates.statistics import Interval, detectable, prompts_for, share, sign_test, wilson
 from pipeline.judges.judging import Judgement
 
 # a difference of win rates that people care about, for "how many prompts would it take"
@@ -31,8 +31,8 @@ class WinRate:
     `flips` counts comparisons in which the judge contradicted itself when the order changed; they are ties. `worst` and
     `best` are the rates if every failed prompt had been lost or won. `first_wins` is how often the response that stood
     first won (0.5: no preference for a position), None if no order exists. `length_controlled`: see
-    `pipeline.evaluation.length_control`. `detectable` is the difference that so many prompts would have shown four times in
-    five, `prompts_needed` how many would show WORTH_SEEING; see `pipeline.evaluation.statistics`.
+    `pipeline.evaluation.rates.length_control`. `detectable` is the difference that so many prompts would have shown four times in
+    five, `prompts_needed` how many would show WORTH_SEEING; see `pipeline.evaluation.rates.statistics`.
     """
 
     prompts: int

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.forward.logps import Hidden, hidden_states_of
 from pipeline.forward.trees import Tree, merge
 from pipeline.training.examples import Pairs
-from pipeline.training.losses import LossTerms, bradley_terry_loss
+from pipeline.training.objectives.losses import LossTerms, bradley_terry_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def _with_one_more(trees: Sequence[Tree]) -> list[Tree]:
 
 
 class RewardModel:
-    """See `pipeline.training.objective.Objective`."""
+    """See `pipeline.training.objectives.objective.Objective`."""
 
     adapter_task = "SEQ_CLS"
     pipeline_tag = "text-classification"

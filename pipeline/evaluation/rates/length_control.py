@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.evaluation.statistics import Interval
+from pipeline.evaluation.rates.statistics import Interval
 
 _RESAMPLES = 2000
 _STEPS = 30

@@ -1,0 +1,196 @@
+"""Rewrites what the pages take from the code: `python docs/generate.py`; with --check nothing is written.
+
+A page holds regions between `<!-- generated: NAME -->` and `<!-- end -->`. Each is made here from the configuration's
+fields, the tables' columns, the rules and the names of the library, so that none of them can be wrong for long.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pyarrow as pa
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+import pipeline
+from pipeline.artifacts import tables
+from pipeline.config.experiment import Config, LoraConfig
+from pipeline.config.judges import JudgeConfig
+from pipeline.config.losses import LOSS_FACTS
+from pipeline.config.rules import RULES
+from pipeline.training.objectives.losses import LOSSES
+
+PAGES = Path(__file__).parent
+_REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLES = {
+    "pairs": tables.PAIRS,
+    "dropped": tables.DROPPED,
+    "metrics": tables.METRICS,
+    "samples": tables.SAMPLES,
+    "kl": tables.KL,
+    "judgements": tables.JUDGEMENTS,
+    "scores": tables.SCORES,
+    "scored": tables.SCORED,
+}
+# what a column means; a column without a meaning is an error
+_MEANING = {
+    "pair_id": "digest of the pair's token ids",
+    "split": "`train` or `eval`",
+    "source": "file, folder or data set the row came from",
+    "source_row": "number of the row in its source, from 0",
+    "topic": "the row's topic, if it names one",
+    "prompt": "the prompt as text",
+    "chosen": "the preferred response as text",
+    "rejected": "the other response as text",
+    "prompt_ids": "token ids of the prompt, template included",
+    "chosen_ids": "token ids of the chosen response, its end of turn included",
+    "rejected_ids": "token ids of the rejected response",
+    "ref_chosen_logps": "log-probability of every token of `chosen_ids` under the reference, in nats",
+    "ref_rejected_logps": "the same of `rejected_ids`",
+    "ref_chosen_logp": "sum of `ref_chosen_logps`, in float64",
+    "ref_rejected_logp": "sum of `ref_rejected_logps`",
+    "reason": "why the row was left out",
+    "detail": "the same in words",
+    "step": "optimizer steps taken, from 1; 0 is before training",
+    "loss": "mean loss of the step's pairs",
+    "rewards/chosen": "mean implicit reward of the chosen responses",
+    "rewards/rejected": "the same of the rejected responses",
+    "rewards/margins": "mean difference of the two",
+    "rewards/accuracies": "share of pairs whose chosen response has the higher reward",
+    "logps/chosen": "mean log-probability of the chosen responses under the policy, summed over tokens",
+    "logps/rejected": "the same of the rejected responses",
+    "grad_norm": "norm of the gradient before it is clipped",
+    "learning_rate": "learning rate of the step",
+    "step_seconds": "seconds per step since the last logged one",
+    "tokens_per_second": "tokens of trees per second since the last logged step",
+    "peak_memory_gib": "most memory so far: of the GPU, else of the process",
+    "prompt_id": "digest of the prompt's token ids",
+    "sample": "number of the response to this prompt, from 0",
+    "model": "`policy`, `reference`, or a name of `generate.models`",
+    "response": "the response as text",
+    "response_ids": "token ids of the response",
+    "finish_reason": "`stop`, or `length` if it was cut off",
+    "tokens": "number of `response_ids`",
+    "logps": "log-probability of every token of the response under its own model, in nats",
+    "ref_logps": "the same under the reference",
+    "logp": "sum of `logps`, in float64",
+    "ref_logp": "sum of `ref_logps`",
+    "judge": "name or label of the judge",
+    "baseline": "the model compared with",
+    "order": "which response stood first; `pair` for the implicit judge",
+    "winner": "name of the model that won, `tie` or `failed`",
+    "score": "1 the model won, 0 it lost, 0.5 a tie; null if the judge failed",
+    "key": "sha256 of reference_id, prompt ids and response ids",
+    "prompt_tokens": "tokens of the prompt",
+    "response_tokens": "tokens of the response",
+    "problem": "why there is no score; null if there is one",
+}
+
+
+def regions() -> dict[str, str]:
+    """Every region's text by its name."""
+    made = {f"columns-{name}": _columns(schema) for name, schema in _TABLES.items()}
+    for name, field in Config.model_fields.items():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            made[f"options-{name}"] = _options(field.annotation)
+    return made | {
+        "options-policy-lora": _options(LoraConfig),
+        "options-judge": _options(JudgeConfig),
+        "rules": _table(
+            ["rule", "argument", "what it rewards"],
+            [[f"`rule:{name}`", rule.argument or "-", rule.says] for name, rule in RULES.items()],
+        ),
+        "losses": _losses(),
+        "api": _api(),
+    }
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _options(section: type[BaseModel]) -> str:
+    rows = []
+    for name, field in section.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if default is PydanticUndefined else _plain(default)
+        limits = ", ".join(
+            f"{sign} {value:g}"
+            for part in field.metadata
+            for word, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+            if (value := getattr(part, word, None)) is not None
+        )
+        said = field.description or ""
+        rows.append([f"`{name}`", f"`{shown}`" if shown else "", "; ".join(filter(None, [said, limits]))])
+    return _table(["field", "default", "meaning and limits"], rows)
+
+
+def _plain(default: Any) -> str:
+    if isinstance(default, BaseModel):
+        return "see below"
+    if isinstance(default, bool) or default is None:
+        return {True: "true", False: "false", None: "null"}[default]
+    return ", ".join(map(str, default)) if isinstance(default, list) else str(default) if default != {} else "{}"
+
+
+def _columns(schema: pa.Schema) -> str:
+    rows = []
+    for field in schema:
+        meaning = _MEANING[field.name.removeprefix("eval_")]
+        rows.append(
+            [f"`{field.name}`", str(field.type), f"held-out: {meaning}" if field.name.startswith("eval_") else meaning]
+        )
+    return _table(["column", "type", "meaning"], rows)
+
+
+def _losses() -> str:
+    rows = []
+    for name, facts in LOSS_FACTS.items():
+        reads = ["label_smoothing"] if facts.smoothed else []
+        reads += ["f_divergence_type"] if facts.f_divergence and facts.compares else []
+        reads += [facts.setting] if facts.setting else []
+        doc = " ".join((inspect.getdoc(LOSSES[name]) or "").split())
+        rows.append(
+            [f"`{name}`", "yes" if facts.compares else "no", ", ".join(f"`{one}`" for one in reads) or "-", doc]
+        )
+    return _table(["loss", "needs the reference", "reads too", "formula and source"], rows)
+
+
+def _api() -> str:
+    rows = []
+    for name in pipeline.__all__:
+        if name == "__version__":
+            continue
+        doc = (inspect.getdoc(getattr(pipeline, name)) or "").split("\n\n")[0]
+        home = pipeline._HOMES[name]  # noqa: SLF001  # where a name comes from is said here alone
+        rows.append([f"`{name}`", f"`{home}`", " ".join(doc.split())])
+    return _table(["name", "module", "what it is"], rows)
+
+
+def main(*, check: bool) -> int:
+    """Rewrite every page, or with `check` count those that would change."""
+    made, used, stale = regions(), set(), []
+    for page in sorted(PAGES.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        used |= {match[2] for match in _REGION.finditer(text)}
+        new = _REGION.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", text)
+        if new != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if unused := sorted(made.keys() - used):
+        sys.exit(f"no page shows {', '.join(unused)}")
+    if check and stale:
+        sys.exit(f"{', '.join(stale)}: not what the code says; run python docs/generate.py")
+    return len(stale)
+
+
+if __name__ == "__main__":
+    main(check="--check" in sys.argv)
