@@ -15,12 +15,10 @@ from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary
 from pipeline.evaluation.figures import (
-    cost_figures,
     judge_pairs,
     judge_texts,
     judgements_table,
-    response_figures,
-    win_figures,
+    results_of,
     worst_first,
 )
 from pipeline.evaluation.results import HeldOut, Results, SideBySide
@@ -76,17 +74,15 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     judgements += said.judgements
     write_table(run.judgements, judgements_table(judgements))
 
-    wins = win_figures(judgements, comparisons)
     side_by_side = worst_first(comparisons, judgements)
-    results = Results(
+    results = results_of(
         models={model.name: model.described for model in models},
         pair_judge=config.generate.pair_judge,
-        judges=wins.judges,
-        others=wins.others,
-        topics=wins.topics,
-        ratings=wins.ratings,
-        responses=response_figures(samples, names),
-        cost=cost_figures(kl, said.rewards),
+        judgements=judgements,
+        comparisons=comparisons,
+        samples=samples,
+        kl=kl,
+        rewards=said.rewards,
         judge_costs=said.costs,
         held_out=held_out,
         worse=side_by_side[:3],

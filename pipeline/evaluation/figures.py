@@ -20,7 +20,7 @@ from pipeline.evaluation.kl import divergence
 from pipeline.evaluation.rates import ratings
 from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean
 from pipeline.evaluation.rates.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
-from pipeline.evaluation.results import Cost, HeldOut, OtherRate, Responses, SideBySide
+from pipeline.evaluation.results import Cost, HeldOut, OtherRate, Responses, Results, SideBySide
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judges import marks
@@ -66,6 +66,39 @@ def judge_texts(
 def judgements_table(judgements: Sequence[Judgement]) -> pa.Table:
     """judgements.parquet's content."""
     return pa.Table.from_pylist([asdict(judgement) for judgement in judgements], schema=JUDGEMENTS)
+
+
+def results_of(
+    *,
+    models: dict[str, str],
+    pair_judge: str | None,
+    judgements: Sequence[Judgement],
+    comparisons: Sequence[Comparison],
+    samples: pa.Table,
+    kl: pa.Table | None,
+    rewards: dict[str, list[float | None]],
+    judge_costs: dict[str, dict[str, float]],
+    held_out: HeldOut | None,
+    worse: list[SideBySide],
+) -> Results:
+    """Every figure of an evaluation, made of what it sampled and what judges said; still without a verdict in words.
+
+    `models`: name -> what it is, in the order of tables. `rewards`: judge -> rewards of the rows of `kl`.
+    """
+    wins = win_figures(judgements, comparisons)
+    return Results(
+        models=models,
+        pair_judge=pair_judge,
+        judges=wins.judges,
+        others=wins.others,
+        topics=wins.topics,
+        ratings=wins.ratings,
+        responses=response_figures(samples, list(models)),
+        cost=cost_figures(kl, rewards),
+        judge_costs=judge_costs,
+        held_out=held_out,
+        worse=worse,
+    )
 
 
 @dataclass(frozen=True)
