@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.rates.statistics import Interval
@@ -26,7 +27,7 @@ class Section:
 
     title: str
     head: list[str]
-    rows: list[list[str | Cell]]
+    rows: Sequence[Sequence[str | Cell]]
     note: str = ""
     figure: str = ""
 
