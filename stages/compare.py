@@ -22,12 +22,12 @@ def main(runs: list[Run], page: Path | None) -> None:
         if not one.config.is_file():
             raise ConfigError(f"run {one.name!r} does not exist; there are: {', '.join(existing_runs()) or 'none'}")
     head = ["", *(one.name for one in runs)]
-    settings, figures, found = differing_settings(runs), reached(runs), differences(runs)
+    settings, figures, paired = differing_settings(runs), reached(runs), differences(runs)
     if not settings and not figures:
         console.say("the runs have the same settings and no figures yet: run 'refscore eval' for each")
         return
     console.table("", head, settings + figures)
-    compared = [_row(one) for one in found]
+    compared = [_row(one) for one in paired]
     if compared:
         console.table("Prompt by prompt", _HEAD, compared)
 

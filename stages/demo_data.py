@@ -67,12 +67,12 @@ def main() -> None:
             # one rule made them all, and the README beside the files names it
             rows[split].append({name: value for name, value in row.items() if name != "provenance"})
 
-    for split, found in rows.items():
+    for split, pairs in rows.items():
         path = DEMO / f"{split}.jsonl"
-        durable.write_text(path, "".join(json.dumps(row) + "\n" for row in found))
-        beyond = sum(row["differs_beyond_length"] for row in found)
-        topics = len({row["topic"] for row in found})
-        console.say(f"{path}: {len(found)} pairs, {topics} topics, {beyond} differ in more than length")
+        durable.write_text(path, "".join(json.dumps(row) + "\n" for row in pairs))
+        beyond = sum(row["differs_beyond_length"] for row in pairs)
+        topics = len({row["topic"] for row in pairs})
+        console.say(f"{path}: {len(pairs)} pairs, {topics} topics, {beyond} differ in more than length")
 
 
 if __name__ == "__main__":

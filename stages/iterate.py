@@ -44,7 +44,7 @@ def main(config: Config, path: Path, name: str, overrides: list[str], rounds: in
 def _next(config: Config, last: Run) -> list[str]:
     """What differs in the next round."""
     policy = json.dumps(str(policy_of(config, last).merged()))
-    found = [
+    settings = [
         f"data.path={json.dumps(str(last.new_pairs))}",
         f"data.eval_path={json.dumps(str(last.held_out))}",
         "data.columns={}",
@@ -55,8 +55,8 @@ def _next(config: Config, last: Run) -> list[str]:
         "policy.revision=null",
     ]
     if config.generate.next_reference == "previous":
-        found += [f"reference.model={policy}", "reference.revision=null", "reference.adapter=null"]
-    return found
+        settings += [f"reference.model={policy}", "reference.revision=null", "reference.adapter=null"]
+    return settings
 
 
 def _first_reference(config: Config) -> str:

@@ -47,13 +47,13 @@ def ls(store: str) -> None:
 def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
     """Say what could be tidied; with `apply` do it, with `unreferenced` delete what no run uses too."""
     references(store)
-    found = look(Path(store), set(uses_of_references()[0]))
-    for path in found.leftovers:
+    tidy = look(Path(store), set(uses_of_references()[0]))
+    for path in tidy.leftovers:
         console.say(f"leftover of a killed writer: {path} ({bytes_of([path]):,} bytes)")
-    for directory in found.unreferenced:
+    for directory in tidy.unreferenced:
         size = bytes_of(shard_files(directory))
         console.say(f"used by no run in {RUNS} nor by any that is registered in it: {directory} ({size:,} bytes)")
-    for directory, groups in found.small.items():
+    for directory, groups in tidy.small.items():
         for group in groups:
             console.say(f"small shards: {len(group)} in {directory.name[:12]} could be one")
     if not apply:
@@ -61,17 +61,17 @@ def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
             "nothing was changed: --apply removes leftovers and merges shards; with --unreferenced it deletes those too"
         )
         return
-    for path in found.leftovers:
+    for path in tidy.leftovers:
         path.unlink(missing_ok=True)
     if unreferenced:
-        for directory in found.unreferenced:
+        for directory in tidy.unreferenced:
             try:
                 shutil.rmtree(directory)
             except OSError as error:
                 console.say(f"{directory} cannot be deleted whole ({first_line(error)}): what is left is left")
             else:
                 console.say(f"deleted {directory}")
-    for directory, groups in found.small.items():
+    for directory, groups in tidy.small.items():
         if directory.exists():
             for group in groups:
                 try:

@@ -46,20 +46,20 @@ def main(data: str, overrides: list[str], model: str | None) -> None:
 
 def _tokenised(config: Config, model: str) -> None:
     spec = PolicyConfig(model=model)
-    found = build_pairs(_without_split(config.data), load_tokenizer(locate(spec), spec))
-    for name, format_name in found.formats.items():
+    pairs = build_pairs(_without_split(config.data), load_tokenizer(locate(spec), spec))
+    for name, format_name in pairs.formats.items():
         console.say(f"{name}: {format_name}")
     console.say(
-        f"{len(found.pairs) + len(found.dropped)} rows, {len(found.pairs)} usable, {len(found.dropped)} dropped"
+        f"{len(pairs.pairs) + len(pairs.dropped)} rows, {len(pairs.pairs)} usable, {len(pairs.dropped)} dropped"
     )
     lengths = {
-        "prompt": sorted(len(pair.prompt_ids) for pair in found.pairs),
-        "chosen": sorted(len(pair.chosen_ids) for pair in found.pairs),
-        "rejected": sorted(len(pair.rejected_ids) for pair in found.pairs),
+        "prompt": sorted(len(pair.prompt_ids) for pair in pairs.pairs),
+        "chosen": sorted(len(pair.chosen_ids) for pair in pairs.pairs),
+        "rejected": sorted(len(pair.rejected_ids) for pair in pairs.pairs),
     }
     rows = [[name, str(v[0]), str(v[len(v) // 2]), str(v[-1])] for name, v in lengths.items()]
     console.table("tokens", ["part", "least", "median", "most"], rows)
-    _problems(found.dropped)
+    _problems(pairs.dropped)
 
 
 def _without_split(data: DataConfig) -> DataConfig:

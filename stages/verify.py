@@ -39,7 +39,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
     config = load_overrides(saved, [], str(run.config))
     others = {name: _configured(config, name) for name in engines}
     sample = draw_sample(run.pairs, rows)
-    found = problems(config, run.pairs)
+    misfits = problems(config, run.pairs)
 
     # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
     scores = {name: _score(reference, sample) for name, reference in others.items()}
@@ -52,8 +52,8 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
 
     figures = agreement(sample.stored, truth, config.train.beta)
     judged = judge(figures, str(read_about(run.pairs).get("dtype")))
-    if found:
-        judged |= {"passed": False, "verdict": "; ".join([*found, judged["verdict"]])}
+    if misfits:
+        judged |= {"passed": False, "verdict": "; ".join([*misfits, judged["verdict"]])}
     durable.write_json(
         run.directory / "verify.json",
         {**judged, "pairs": sample.pairs, "beta": config.train.beta, **figures, "engines": measured},

@@ -198,13 +198,13 @@ def uses_of_references() -> tuple[dict[str, list[str]], dict[str, str]]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that touch a number."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_package[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def git_commit() -> str | None:

@@ -187,17 +187,19 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     of another schema, or written by a newer version in a format of its own.
     """
     try:
-        found = pq.read_schema(path)
-        made_in = int((found.metadata or {}).get(_FORMAT_KEY, b"1"))
+        schema_found = pq.read_schema(path)
+        made_in = int((schema_found.metadata or {}).get(_FORMAT_KEY, b"1"))
         if made_in > FORMAT:
             raise DataError(
                 f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or "
                 "make the file again"
             )
-        later = [field for field in schema if field.name not in found.names and (field.metadata or {}).get(b"later")]
+        later = [
+            field for field in schema if field.name not in schema_found.names and (field.metadata or {}).get(b"later")
+        ]
         for field in later:
-            found = found.append(field)
-        _must_equal(path, found, schema)
+            schema_found = schema_found.append(field)
+        _must_equal(path, schema_found, schema)
         there = None if columns is None else [name for name in columns if name not in {field.name for field in later}]
         table = pq.read_table(path, columns=there, page_checksum_verification=True)
         for field in later if columns is None else [field for field in later if field.name in columns]:
@@ -244,10 +246,10 @@ def _must_equal(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
 
 def _leaves(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
     # Parquet names the leaf of a list column column.list.<element>
-    found = []
+    leaves = []
     for field in schema:
         if pa.types.is_list(field.type):
-            found.append((f"{field.name}.list.element", field.type.value_type))
+            leaves.append((f"{field.name}.list.element", field.type.value_type))
         else:
-            found.append((field.name, field.type))
-    return found
+            leaves.append((field.name, field.type))
+    return leaves

@@ -88,14 +88,14 @@ def digest(*parts: BaseModel | dict[str, Any] | str) -> str:
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Names and values of the fields that two dumped configurations do not share, one string each."""
-    found = []
+    fields = []
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
         if isinstance(was, dict) and isinstance(now, dict):
-            found += differing_fields(was, now, f"{prefix}{name}.")
+            fields += differing_fields(was, now, f"{prefix}{name}.")
         elif was != now:
-            found.append(f"{prefix}{name}: {was!r} -> {now!r}")
-    return found
+            fields.append(f"{prefix}{name}: {was!r} -> {now!r}")
+    return fields
 
 
 def _apply(content: dict[str, Any], override: str) -> str | None:

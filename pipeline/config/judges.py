@@ -53,11 +53,11 @@ class JudgeConfig(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _from_text(cls, value: Any, handler: ModelWrapValidatorHandler[JudgeConfig]) -> JudgeConfig:
-        found = handler({"name": value} if isinstance(value, str) else value)
-        problems = [problem for problem in (_name_problem(found.name), _unread(found)) if problem]
+        judge = handler({"name": value} if isinstance(value, str) else value)
+        problems = [problem for problem in (_name_problem(judge.name), _unread(judge)) if problem]
         if problems:
             raise ValueError("; ".join(problems))
-        return found
+        return judge
 
     @model_serializer
     def _plain(self) -> Any:

@@ -50,24 +50,24 @@ def branches_of(sequences: Sequence[Request], group: Sequence[int], most_childre
     parent computes by itself; longer ones come first, so that there is such a token. Where `most_children` leave the same
     token already, a branch has no parent.
     """
-    found: list[Branch] = []
+    branches: list[Branch] = []
     children: dict[tuple[int, int], int] = {}
     for at in sorted(group, key=lambda at: -len(sequences[at].response_ids)):
         response = sequences[at].response_ids
-        shared = [shared_tokens(response, sequences[other.at].response_ids) for other in found]
+        shared = [shared_tokens(response, sequences[other.at].response_ids) for other in branches]
         if not shared:
-            found.append(Branch(at, None, 0))
+            branches.append(Branch(at, None, 0))
             continue
         nearest = int(np.argmax(shared))
-        parent, depth = found[nearest].at, shared[nearest]
+        parent, depth = branches[nearest].at, shared[nearest]
         whole = depth == len(response)
         if not whole and children.get((parent, depth), 0) >= most_children:
-            found.append(Branch(at, None, 0))
+            branches.append(Branch(at, None, 0))
             continue
         if not whole:
             children[parent, depth] = children.get((parent, depth), 0) + 1
-        found.append(Branch(at, parent, depth))
-    return found
+        branches.append(Branch(at, parent, depth))
+    return branches
 
 
 def copy_shared(sequences: Sequence[Request], found: list[np.ndarray]) -> None:

@@ -36,13 +36,13 @@ class TransformersScorer:
     @torch.no_grad()
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
-        found = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
+        scores = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
         for batch in batches(sequences, self.batched_tokens, self._forward.hidden.tokens):
             trees = [tree_of(sequences, part) for part in batch]
             for tree, branches in zip(batch, self._forward(trees), strict=True):
                 for at, logps in zip(tree, branches, strict=True):
-                    found[at] = computed(logps.float().cpu().numpy())
-        return found
+                    scores[at] = computed(logps.float().cpu().numpy())
+        return scores
 
     def close(self) -> None:
         """See `Scorer.close`."""

@@ -48,12 +48,12 @@ class Workers:
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
         parts = parts_of(sequences, len(self._workers))
-        found: dict[int, np.ndarray] = {}
+        scores: dict[int, np.ndarray] = {}
         with ThreadPoolExecutor(len(self._workers)) as pool:
             tables = [score_table.table_of([sequences[at] for at in part]) for part in parts]
             for part, table in zip(parts, pool.map(_Worker.score, self._workers, tables), strict=True):
-                found |= dict(zip(part, score_table.logps_in(table), strict=True))
-        return [found[at] for at in range(len(sequences))]
+                scores |= dict(zip(part, score_table.logps_in(table), strict=True))
+        return [scores[at] for at in range(len(sequences))]
 
     def close(self) -> None:
         """See `Scorer.close`."""

@@ -58,16 +58,16 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     """
     scores = {one.name: _scores(one) for one in runs}
     opponents = {one.name: read_about(one.samples).get("keys", {}).get("reference") for one in runs}
-    found: list[tuple[str, str, str, Paired]] = []
+    results: list[tuple[str, str, str, Paired]] = []
     for first, second in combinations([one.name for one in runs], 2):
         for judge in scores[first].keys() & scores[second].keys():
             same = judge == IMPLICIT or opponents[first] == opponents[second]
             result = paired(scores[second][judge], scores[first][judge]) if same else None
             if result is not None:
-                found.append((judge, second, first, result))
-    found.sort(key=lambda one: one[:3])
-    corrected = holm([result.sign_test_p for *_, result in found])
-    return [Difference(*one, p) for one, p in zip(found, corrected, strict=True)]
+                results.append((judge, second, first, result))
+    results.sort(key=lambda one: one[:3])
+    corrected = holm([result.sign_test_p for *_, result in results])
+    return [Difference(*one, p) for one, p in zip(results, corrected, strict=True)]
 
 
 def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
@@ -114,10 +114,10 @@ def _interval(one: Interval, digits: int = 3) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat

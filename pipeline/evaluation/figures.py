@@ -132,8 +132,8 @@ def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Compariso
 def rated(groups: dict[tuple[str, str, str], list[Judgement]]) -> dict[str, dict[str, Interval]]:
     """Bradley-Terry ratings relative to the reference, of judges that compared three models or more."""
     by_judge: dict[str, dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
-    for (model, baseline, judge), found in groups.items():
-        for prompt_id, score in prompt_scores(comparison_scores(found)).items():
+    for (model, baseline, judge), judged in groups.items():
+        for prompt_id, score in prompt_scores(comparison_scores(judged)).items():
             by_judge[judge][prompt_id][model, baseline] = score
     rated = {}
     for judge, scores in by_judge.items():
@@ -208,13 +208,13 @@ def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
 
 def _longer_by(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], dict[str, float]]:
     """Mean difference of lengths in characters, by compared models and prompt."""
-    found: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    differences: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for item in comparisons:
         difference = len(item.response.text) - len(item.against.text)
-        found[item.model, item.baseline][item.prompt.prompt_id].append(difference)
+        differences[item.model, item.baseline][item.prompt.prompt_id].append(difference)
     return {
         models: {prompt_id: float(np.mean(values)) for prompt_id, values in by_prompt.items()}
-        for models, by_prompt in found.items()
+        for models, by_prompt in differences.items()
     }
 
 

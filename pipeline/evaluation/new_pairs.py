@@ -59,7 +59,7 @@ def make_pairs(
     something.
     """
     scores = score_samples(judge, requests, samples)
-    found = []
+    pairs = []
     reasons = {"near_tie": 0, "best_is_cut_off": 0, "best_is_refused": 0, "worst_is_empty": 0, "judge_failed": 0}
     for request, written, given in zip(requests, samples, scores, strict=True):
         known = [score for score in given if score is not None]
@@ -76,8 +76,8 @@ def make_pairs(
         elif not written[choice.rejected].text:
             reasons["worst_is_empty"] += 1
         else:
-            found.append(Made(request, written, known, choice))
-    return found, {reason: count for reason, count in reasons.items() if count}
+            pairs.append(Made(request, written, known, choice))
+    return pairs, {reason: count for reason, count in reasons.items() if count}
 
 
 def best_and_worst(scores: Sequence[float], margin: float) -> Choice | None:

@@ -28,12 +28,12 @@ _DECIDING = {"max_tokens", "temperature", "top_p", "samples", "seed", "dtype"}
 
 def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
     """Distinct prompts of the eval split, in the order of pairs.parquet."""
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for row in read_table(pairs, PAIRS, ["split", "prompt", "topic", "prompt_ids"]).to_pylist():
         if row["split"] == "eval":
             prompt_id = prompt_id_of(row["prompt_ids"])
-            found.setdefault(prompt_id, Prompt(prompt_id, row["prompt"], row["topic"] or "", row["prompt_ids"]))
-    return list(found.values())[:limit]
+            prompts.setdefault(prompt_id, Prompt(prompt_id, row["prompt"], row["topic"] or "", row["prompt_ids"]))
+    return list(prompts.values())[:limit]
 
 
 def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: GenerateConfig) -> str:

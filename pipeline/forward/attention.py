@@ -55,8 +55,8 @@ class Pack:
         key = (number, window)
         if key not in self._masks:
             self._masks[key] = self._seen(number, window, size)
-        found: torch.Tensor | None = self._masks[key]
-        return found
+        mask: torch.Tensor | None = self._masks[key]
+        return mask
 
     def bias(self, number: int, window: int | None, size: int) -> torch.Tensor:
         """float32 [size, size] to be added to the scores of tree `number`: -inf where a position is not seen."""
@@ -65,8 +65,8 @@ class Pack:
             seen = self._seen(number, window, size)
             seen = torch.ones(size, size, dtype=torch.bool).tril() if seen is None else seen
             self._masks[key] = torch.zeros(size, size).masked_fill_(~seen, float("-inf"))
-        found: torch.Tensor = self._masks[key]
-        return found
+        mask: torch.Tensor = self._masks[key]
+        return mask
 
     def _seen(self, number: int, window: int | None, size: int) -> torch.Tensor | None:
         rows = torch.arange(self.trees[number].start, self.trees[number].stop, device=self.tree_T.device)
@@ -137,11 +137,11 @@ def attend(
     if groups > 1:
         key, value = (side.repeat_interleave(groups, dim=1) for side in (key, value))
     if query.is_cuda:
-        found = _flex_attention()(
+        attended = _flex_attention()(
             query, key, value, score_mod=_capped(softcap), block_mask=pack.block_mask(sliding_window), scale=scaling
         )
     else:
-        found = torch.cat(
+        attended = torch.cat(
             [
                 *(
                     _of_tree((query, key, value), pack, number, sliding_window, scaling, softcap)
@@ -152,7 +152,7 @@ def attend(
             ],
             dim=2,
         )
-    return found.transpose(1, 2).contiguous(), None
+    return attended.transpose(1, 2).contiguous(), None
 
 
 def _in_bfloat16(query: torch.Tensor) -> bool:

@@ -31,8 +31,8 @@ def attend(
     `biases` are float32 [t, t], -inf where a tree's query (row) does not see a key; t may be rounded up, with rows that
     see anything.
     """
-    found: torch.Tensor = _Attention.apply(*sides, trees, biases, scaling)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return found
+    attended: torch.Tensor = _Attention.apply(*sides, trees, biases, scaling)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return attended
 
 
 class _Attention(torch.autograd.Function):
@@ -51,11 +51,11 @@ class _Attention(torch.autograd.Function):
             for rows, bias_tt in zip(trees, biases, strict=True):
                 query_KGtD = _of_tree(query, rows, bias_tt, key.shape[1])
                 key_KtD, value_KtD = (_of_tree(side, rows, bias_tt) for side in (key, value))
-                found = torch.empty((*query_KGtD.shape[:3], value_KtD.shape[2]))
+                attended = torch.empty((*query_KGtD.shape[:3], value_KtD.shape[2]))
                 for block in _blocks(bias_tt):
                     probabilities = _probabilities(query_KGtD, key_KtD, bias_tt, scaling, block)
-                    found[:, :, block] = _by_head(probabilities @ value_KtD[:, : block.stop], block)
-                out[0, rows] = found.flatten(0, 1)[:, : rows.stop - rows.start].transpose(0, 1)
+                    attended[:, :, block] = _by_head(probabilities @ value_KtD[:, : block.stop], block)
+                out[0, rows] = attended.flatten(0, 1)[:, : rows.stop - rows.start].transpose(0, 1)
         ctx.save_for_backward(query, key, value, out)
         ctx.trees, ctx.biases, ctx.scaling = trees, biases, scaling
         return out

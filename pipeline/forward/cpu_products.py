@@ -46,8 +46,8 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     ours = all(side.device.type == "cpu" and side.dtype == torch.float32 for side in sides)
     if not ours or torch.is_autocast_enabled("cpu") or not _ONEDNN:
         return torch.nn.functional.linear(input, weight, bias)
-    found: torch.Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return found
+    product: torch.Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return product
 
 
 class _Linear(torch.autograd.Function):
@@ -70,5 +70,5 @@ class _Linear(torch.autograd.Function):
 
 def _product(hidden: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None = None) -> torch.Tensor:
     # what torch's compiler calls for such a layer; it has no public name
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight_VH, bias_V, "none", [], "")  # noqa: SLF001
-    return found
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight_VH, bias_V, "none", [], "")  # noqa: SLF001
+    return product

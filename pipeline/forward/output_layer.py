@@ -61,10 +61,10 @@ class OutputLayer:
         With `squares` also log sum_v p(v)^2 [N], without gradient; else an empty tensor.
         """
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            found: tuple[torch.Tensor, torch.Tensor] = _Logps.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+            logps_and_squares: tuple[torch.Tensor, torch.Tensor] = _Logps.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
                 hidden_NH, self.weight_VH, self.bias_V, targets_N, self, coarse, squares
             )
-        return found
+        return logps_and_squares
 
 
 def output_layer_of(model: PreTrainedModel) -> OutputLayer:

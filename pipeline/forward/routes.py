@@ -227,8 +227,8 @@ def _agree(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torc
         )
     # experts are chosen by digits that bfloat16 lacks: single rows may go anywhere, all of them may not
     noise = [_rows(plain[0], exact[0]).mean(), _whole(plain[1:], exact[1:])]
-    found = [_rows(ours[0], exact[0]).mean(), _whole(ours[1:], exact[1:])]
-    return all((one <= _BFLOAT16 * other + 0.01).item() for one, other in zip(found, noise, strict=True))
+    differences = [_rows(ours[0], exact[0]).mean(), _whole(ours[1:], exact[1:])]
+    return all((one <= _BFLOAT16 * other + 0.01).item() for one, other in zip(differences, noise, strict=True))
 
 
 def _rows(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

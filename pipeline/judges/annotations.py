@@ -34,7 +34,7 @@ _Scores = dict[tuple[str, str, str], float | None]
 
 
 def _alpaca_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
-    found: _Scores = {}
+    scores: _Scores = {}
     for number, row in enumerate(rows):
         try:
             preference = row["preference"]
@@ -45,10 +45,10 @@ def _alpaca_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
             texts = (row["instruction"], row["output_1"], row["output_2"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, row {number}: not an AlpacaEval annotation ({error!r})") from None
-        found[texts] = score
+        scores[texts] = score
         # one order was asked; the other says the same
-        found[texts[0], texts[2], texts[1]] = None if score is None else 1.0 - score
-    return found
+        scores[texts[0], texts[2], texts[1]] = None if score is None else 1.0 - score
+    return scores
 
 
 def _arena_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
@@ -59,16 +59,16 @@ def _arena_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
         for row in _read(file):
             said = row["messages"][-1]["content"]
             answers[row["model"], row["uid"]] = said["answer"] if isinstance(said, dict) else str(said)
-    found: _Scores = {}
+    scores: _Scores = {}
     for number, row in enumerate(rows):
         try:
             baseline, model = (answers[row[name], row["uid"]] for name in ("baseline", "model"))
             prompt = questions[row["uid"]]
             for game, texts in zip(row["games"], ((baseline, model), (model, baseline)), strict=True):
-                found[prompt, *texts] = _ARENA.get(str((game or {}).get("score")).strip("[]"))
+                scores[prompt, *texts] = _ARENA.get(str((game or {}).get("score")).strip("[]"))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, row {number}: not an Arena-Hard judgment with its answers ({error!r})") from None
-    return found
+    return scores
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -120,7 +120,7 @@ def judge_both_orders(judge: Judge, comparisons: Sequence[Comparison]) -> list[J
         for item, straight in asked
     ]
     verdicts = iter(judge.prefer(duels) if duels else [])
-    found = []
+    judgements = []
     for item in comparisons:
         for straight in (True, False):
             score: float | None = 0.5
@@ -129,24 +129,24 @@ def judge_both_orders(judge: Judge, comparisons: Sequence[Comparison]) -> list[J
                 score = first if first is None or straight else 1.0 - first
             order = f"{item.model if straight else item.baseline}_first"
             winner = winner_of(score, item.model, item.baseline)
-            found.append(
+            judgements.append(
                 Judgement(
                     item.prompt.prompt_id, item.sample, judge.name, item.model, item.baseline, order, winner, score
                 )
             )
-    return found
+    return judgements
 
 
 def judge_implicitly(name: str, prompt_ids: Sequence[str], margins: Sequence[float]) -> list[Judgement]:
     """Reward margins of held-out pairs as judgements: the policy wins if its margin is above 0."""
     seen: dict[str, int] = {}
-    found = []
+    judgements = []
     for prompt_id, margin in zip(prompt_ids, margins, strict=True):
         number = seen[prompt_id] = seen.get(prompt_id, -1) + 1
         score = 0.5 if margin == 0 else float(margin > 0)
         winner = winner_of(score, "policy", "reference")
-        found.append(Judgement(prompt_id, number, name, "policy", "reference", "pair", winner, score))
-    return found
+        judgements.append(Judgement(prompt_id, number, name, "policy", "reference", "pair", winner, score))
+    return judgements
 
 
 def winner_of(score: float | None, model: str, baseline: str) -> str:

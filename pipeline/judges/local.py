@@ -57,8 +57,8 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
         if missing:
             _ask_all(directory, tokenizer, settings, missing, verdicts)
-        found = [verdicts.get(key) for key in keys]
-        return [one.value if one else None for one in found]
+        known = [verdicts.get(key) for key in keys]
+        return [one.value if one else None for one in known]
 
     def cost() -> dict[str, float]:
         known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
@@ -143,13 +143,13 @@ def _fitting(
     new_tokens: int,
 ) -> dict[str, list[int]]:
     limit = position_limit(directory)
-    found = {}
+    fitting = {}
     for key, duel in missing.items():
         turn = [{"role": "user", "content": question(duel, settings.verdict)}]
         text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if limit is None or len(ids) + new_tokens < limit:
-            found[key] = ids
-    if len(found) < len(missing):
-        log.warning("judge %s: %d duels are longer than it reads", settings.shown, len(missing) - len(found))
-    return found
+            fitting[key] = ids
+    if len(fitting) < len(missing):
+        log.warning("judge %s: %d duels are longer than it reads", settings.shown, len(missing) - len(fitting))
+    return fitting

@@ -63,10 +63,10 @@ def _panel(settings: JudgeConfig, context: JudgeContext) -> Judge:
         return [majority(votes) for votes in zip(*(member.prefer(duels) for member in members), strict=True)]
 
     def cost() -> dict[str, float]:
-        found: dict[str, float] = {}
+        total: dict[str, float] = {}
         for member in members:
             for name, value in member.cost().items():
-                found[name] = found.get(name, 0) + value
-        return found
+                total[name] = total.get(name, 0) + value
+        return total
 
     return Judge(settings.shown, prefer, cost=cost)

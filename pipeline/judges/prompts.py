@@ -46,8 +46,8 @@ def question(duel: Duel, verdict: Literal["token", "reasoning"]) -> str:
 
 def parsed(reply: str) -> float | None:
     """The last verdict that a reasoned reply names: 1 for A, 0 for B, 0.5 for a tie, None for no verdict."""
-    found = _VERDICT.findall(reply)
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else None
+    letters = _VERDICT.findall(reply)
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[letters[-1].lower()] if letters else None
 
 
 def weighed(first: float, second: float, min_mass: float) -> float | None:

@@ -42,8 +42,8 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
         if missing:
             _ask_all(settings, model, missing, verdicts)
-        found = [verdicts.get(key) for key in keys]
-        return [one.value if one else None for one in found]
+        known = [verdicts.get(key) for key in keys]
+        return [one.value if one else None for one in known]
 
     def cost() -> dict[str, float]:
         known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]

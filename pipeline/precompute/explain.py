@@ -60,8 +60,8 @@ def explain(config: Config, row: int | None) -> list[str]:
             return [*said, "no directory of the store holds a reference yet: every sequence is a miss"]
         said.append(f"no score of this reference is stored; the nearest is {nearest[0].name[:12]}, which differs in:")
         return [*said, *(f"  {words}" for words in nearest[1])]
-    found = causes(plan, misses, remember([open_run(name) for name in existing_runs()]))
-    for (cause,), rows in found.group_by("cause", maintain_order=True):
+    causes_of_misses = causes(plan, misses, remember([open_run(name) for name in existing_runs()]))
+    for (cause,), rows in causes_of_misses.group_by("cause", maintain_order=True):
         shown = ", ".join(
             f"row {number} {side}" for number, side in rows.select("source_row", "side").head(5).iter_rows()
         )
@@ -71,14 +71,14 @@ def explain(config: Config, row: int | None) -> list[str]:
 
 def nearest_reference(described: Row, places: Iterable[Path]) -> tuple[Path, list[str]] | None:
     """The reference in the stores at `places` that differs least from `described`, and the differences in words."""
-    found = []
+    candidates = []
     for place in places:
         for path in sorted(place.glob("*/reference.json")):
             try:
-                found.append((path.parent, differences(read_reference(path.parent), described)))
+                candidates.append((path.parent, differences(read_reference(path.parent), described)))
             except DataError:
                 continue
-    return min(found, key=lambda item: (len(item[1]), item[0].name), default=None)
+    return min(candidates, key=lambda item: (len(item[1]), item[0].name), default=None)
 
 
 def differences(stored: Row, wanted: Row) -> list[str]:

@@ -97,11 +97,11 @@ class _Scores:
         self._logps = None  # not two of them at a time
         values = np.full(offsets[-1], np.nan, dtype=np.float32)
         self._sums = np.full(len(positions), np.nan)
-        for found, table in self._lookup.rows(positions):
-            at = found - positions[0]
+        for positions_read, table in self._lookup.rows(positions):
+            at = positions_read - positions[0]
             scores = table["logps"].combine_chunks()
             given = np.diff(scores.offsets)
-            self._must_cover(found, lengths[at], given)
+            self._must_cover(positions_read, lengths[at], given)
             logps = scores.flatten()
             values[np.repeat(offsets[at] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
             self._sums[at] = table["logp"]

@@ -127,12 +127,12 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
 def keys_of(reference_id: str, pairs: pa.Table) -> pa.FixedSizeBinaryArray:
     """Keys of the pairs' sequences, chosen then rejected of each pair."""
     columns = [arrays_of(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    found = [
+    keys = [
         score_key(reference_id, prompt, response)
         for prompt, *responses in zip(*columns, strict=True)
         for response in responses
     ]
-    return pa.array(found, pa.binary(32))
+    return pa.array(keys, pa.binary(32))
 
 
 def part_of(plan: Plan, number: int, parts: int) -> Plan:

@@ -38,9 +38,11 @@ class ScoringActor:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         config = ReferenceConfig.model_validate(reference | {"workers": 1, "launcher": "local"})
         opened = open_reference(config)
-        found = opened.identity.reference_id
-        if found != reference_id:
-            raise CheckError(f"a Ray worker finds reference {found[:12]} where {reference_id[:12]} is to be scored")
+        reference_here = opened.identity.reference_id
+        if reference_here != reference_id:
+            raise CheckError(
+                f"a Ray worker finds reference {reference_here[:12]} where {reference_id[:12]} is to be scored"
+            )
         self._started = opened.start(longest)
         self._scorer = self._started.__enter__()
 

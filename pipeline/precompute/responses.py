@@ -64,8 +64,8 @@ class RowScorer:
 
     def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
         items = [_preference(source, number, row) for number, row in part]
-        found = list(self._encoder.chosen(items))
-        requests = [None if isinstance(one, Dropped) else Request(one.prompt_ids, one.responses[0]) for one in found]
+        encoded = list(self._encoder.chosen(items))
+        requests = [None if isinstance(one, Dropped) else Request(one.prompt_ids, one.responses[0]) for one in encoded]
         keys = [
             None if one is None else score_key(self.identity.reference_id, one.prompt_ids, one.response_ids)
             for one in requests
@@ -79,7 +79,7 @@ class RowScorer:
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
             _row(item, self._or_quarantined(item, one, key), scores.get(key))
-            for item, one, key in zip(items, found, keys, strict=True)
+            for item, one, key in zip(items, encoded, keys, strict=True)
         ]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)

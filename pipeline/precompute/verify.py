@@ -83,24 +83,24 @@ def judge(figures: dict[str, float], dtype: str) -> dict[str, Any]:
 def problems(config: Config, path: Path) -> list[str]:
     """What does not fit between a run's pairs and its configuration now, before any number is compared: dtype, template."""
     about = read_about(path)
-    found = []
+    sentences = []
     dtype = numerics_of(config.reference).dtype
     if about.get("dtype") != dtype:
-        found.append(f"the scores were made in {about.get('dtype')}, the run's configuration asks for {dtype}")
+        sentences.append(f"the scores were made in {about.get('dtype')}, the run's configuration asks for {dtype}")
     if config.data.template != "chat":
-        return found
+        return sentences
     reference = load_tokenizer(locate_reference(config.reference).merged, config.reference)
     if chat_template_digest(reference) != about.get("template"):
-        found.append(
+        sentences.append(
             "the reference's chat template was changed since the pairs were made: run 'refscore precompute' again"
         )
     policy = load_tokenizer(locate(config.policy), config.policy)
     if not _same_conversation(reference, policy):
-        found.append(
+        sentences.append(
             "policy.model writes a conversation in other tokens than reference.model, whose chat template made the pairs: "
             "use one chat template for both"
         )
-    return found
+    return sentences
 
 
 def _cause(mean: float, dtype: str, absolute: float) -> str:

@@ -82,14 +82,14 @@ def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgeme
     items = {(item.prompt.prompt_id, item.sample, item.model, item.baseline): item for item in comparisons}
     judged: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for one in judgements:
-        found = items.get((one.prompt_id, one.sample, one.model, one.baseline))
-        if found is None or one.order == "pair":
+        comparison = items.get((one.prompt_id, one.sample, one.model, one.baseline))
+        if comparison is None or one.order == "pair":
             continue
         row = judged[one.judge, one.model, one.baseline].setdefault(
-            _uid(found),
+            _uid(comparison),
             {
-                "uid": _uid(found),
-                "category": found.prompt.topic or "none",
+                "uid": _uid(comparison),
+                "category": comparison.prompt.topic or "none",
                 "judge": one.judge,
                 "model": one.model,
                 "baseline": one.baseline,

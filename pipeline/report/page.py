@@ -75,7 +75,7 @@ def _health(run: Run, metrics: pl.DataFrame, results: Results) -> list[str]:
 
 def environment() -> jinja2.Environment:
     """The templates, escaping whatever they are given and refusing names they are not."""
-    found = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -84,5 +84,5 @@ def environment() -> jinja2.Environment:
         # characters that hide or reorder text are shown, wherever they come from
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    found.globals["marked"] = marked
-    return found
+    templates.globals["marked"] = marked
+    return templates

@@ -50,9 +50,11 @@ def second_opinions(results: Results) -> list[str]:
         return []
     maker = results.pair_judge
     led = outcome(results.judged[leading].rate)
-    found = []
+    sentences = []
     if leading == maker:
-        found.append(f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more.")
+        sentences.append(
+            f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more."
+        )
     for name, rate in results.judged.items():
         if name == leading:
             continue
@@ -68,8 +70,8 @@ def second_opinions(results: Results) -> list[str]:
         )
         what = "held-out pairs" if name == IMPLICIT else f"{rate.prompts} prompts"
         independent = ", which took no part in making the pairs," if maker and name not in (maker, IMPLICIT) else ""
-        found.append(f"{name}{independent} {says}: {rate.rate.mean:.0%} of {what} ({_between(rate.rate)}).")
-    return found
+        sentences.append(f"{name}{independent} {says}: {rate.rate.mean:.0%} of {what} ({_between(rate.rate)}).")
+    return sentences
 
 
 def cautions(results: Results) -> list[str]:
@@ -77,23 +79,25 @@ def cautions(results: Results) -> list[str]:
     leading = leading_judge(results)
     if leading is None:
         return []
-    found = []
+    sentences = []
     rate = results.judged[leading]
     if rate.rate.half_width > _WIDE and rate.detectable:
         needed = f"; {rate.prompts_needed:,} would show 5 points" if rate.prompts_needed else ""
-        found.append(
+        sentences.append(
             f"The interval is wide. {rate.prompts} prompts show a difference of {100 * rate.detectable:.0f} points "
             f"four times in five{needed}."
         )
     for name, seen in results.judged.items():
-        found += _of_judge(name, seen)
+        sentences += _of_judge(name, seen)
     policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
         if policy.cut_off > 0.1:
-            found.append(f"{policy.cut_off:.0%} of the policy's responses were cut off at the longest allowed length.")
+            sentences.append(
+                f"{policy.cut_off:.0%} of the policy's responses were cut off at the longest allowed length."
+            )
         longer = policy.words / max(1e-9, reference.words)
         if not 0.67 < longer < 1.5:
-            found.append(
+            sentences.append(
                 f"The policy's responses are {longer:.2f} times as long as the reference's "
                 f"({policy.words:.0f} against {reference.words:.0f} words). "
                 + (
@@ -102,29 +106,29 @@ def cautions(results: Results) -> list[str]:
                     else "The lengths hardly overlap, so what is due to length cannot be told apart."
                 )
             )
-    return found
+    return sentences
 
 
 def _of_judge(name: str, seen: WinRate) -> list[str]:
-    found = []
+    sentences = []
     if seen.failed:
-        found.append(
+        sentences.append(
             f"{name} failed on {seen.failed} prompts; had all of them been lost or won, its rate would be "
             f"{seen.worst:.0%} or {seen.best:.0%}."
         )
     if seen.comparisons and seen.flips / seen.comparisons > _MANY_FLIPS:
-        found.append(
+        sentences.append(
             f"{name} contradicted itself on {seen.flips} of {seen.comparisons} comparisons when the order changed."
         )
     if seen.first_wins is not None and abs(seen.first_wins - 0.5) > _LEANING:
-        found.append(f"{name} prefers the response that stands first in {seen.first_wins:.0%} of its verdicts.")
+        sentences.append(f"{name} prefers the response that stands first in {seen.first_wins:.0%} of its verdicts.")
     controlled = seen.length_controlled
     if controlled and outcome(controlled) != outcome(seen.rate):
-        found.append(
+        sentences.append(
             f"{name}: at equal length the rate would be {controlled.mean:.0%} ({_between(controlled)}), "
             "so length explains part of the outcome."
         )
-    return found
+    return sentences
 
 
 def _between(interval: Interval) -> str:

@@ -132,10 +132,10 @@ class LocalPlace:
     def examine(self, shard: Path, problem: str) -> bool:
         """See `Place.examine`."""
         try:
-            found = set_aside_if_damaged(shard)
+            damage = set_aside_if_damaged(shard)
         except FileNotFoundError:
             return False
-        if found is None:
+        if damage is None:
             log.debug("%s: %s, but it is sound when read again", shard.name, problem)
             return True
         self._unsound.add(shard.name)

@@ -41,14 +41,14 @@ class RemotePlace:
     def shards(self) -> list[Path]:
         """See `Place.shards`; fetches what the local cache lacks. A copy in the cache that is damaged is fetched again."""
         patience = Patience()
-        found: dict[str, Path] = {}
+        fetched: dict[str, Path] = {}
         while True:
             names = [name for name in self._names() if SHARD.fullmatch(name) and name not in self._unsound]
             try:
                 for name in names:
-                    if name not in found and (local := self._local(name)) is not None:
-                        found[name] = local
-                return [found[name] for name in names if name in found]
+                    if name not in fetched and (local := self._local(name)) is not None:
+                        fetched[name] = local
+                return [fetched[name] for name in names if name in fetched]
             except _NotFetched as failure:
                 # removed since it was listed, by a compaction elsewhere; or listed for ever and not to be had
                 patience.again(f"{self._url}/{failure.name}", str(failure))
@@ -56,10 +56,10 @@ class RemotePlace:
     def examine(self, shard: Path, problem: str) -> bool:
         """See `Place.examine`: of the copy in the cache, which `shards` fetches anew."""
         try:
-            found = check_shard(shard)
+            damage = check_shard(shard)
         except FileNotFoundError:
             return False
-        if found is None:
+        if damage is None:
             log.debug("%s: %s, but it is sound when read again", shard, problem)
             return True
         try:
@@ -67,7 +67,7 @@ class RemotePlace:
                 self._unsound.add(shard.name)  # fetching the same bytes again would not help
         except OSError as error:
             log.debug("%s: the copy cannot be read (%s)", shard, first_line(error))
-        log.warning("%s: %s; the copy is removed", shard, found)
+        log.warning("%s: %s; the copy is removed", shard, damage)
         shard.unlink(missing_ok=True)
         return False
 

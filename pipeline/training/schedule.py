@@ -31,11 +31,11 @@ def pairs_of_step(step: int, pairs: int, train: TrainConfig) -> list[int]:
     last = pairs * math.ceil(train.num_train_epochs) if train.max_steps <= 0 else (step + 1) * size
     if train.max_steps <= 0:
         last = min(last, math.ceil(pairs * train.num_train_epochs))
-    found: list[int] = []
+    rows: list[int] = []
     for at in range(step * size, min((step + 1) * size, last)):
         epoch, offset = divmod(at, pairs)
-        found.append(int(_epoch_order(train.seed, epoch, pairs)[offset]))
-    return found
+        rows.append(int(_epoch_order(train.seed, epoch, pairs)[offset]))
+    return rows
 
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:

@@ -57,13 +57,13 @@ def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConf
     if across_pairs(train) and len(groups) > 1:
         return _step_in_two_passes(forward, pairs, groups, train)
     mean_tokens = _mean_chosen_tokens(pairs, rows)
-    found: list[dict[str, float]] = []
+    sums: list[dict[str, float]] = []
     for group in groups:
         terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
-        found.append(_sums(terms, logps))
-        _must_be_finite(found[-1]["loss"], pairs, rows)
+        sums.append(_sums(terms, logps))
+        _must_be_finite(sums[-1]["loss"], pairs, rows)
         torch.autograd.backward(terms.losses.sum() / len(rows))
-    return _means(found, len(rows))
+    return _means(sums, len(rows))
 
 
 @torch.no_grad()
@@ -109,15 +109,15 @@ def _step_in_two_passes(
         whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
     leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
     terms = preference_loss(whole, train)
-    found = _sums(terms, whole)
-    _must_be_finite(found["loss"], pairs, rows)
+    sums = _sums(terms, whole)
+    _must_be_finite(sums["loss"], pairs, rows)
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
     start = 0
     for group in groups:
         part, stop = pair_logps(forward, pairs, group, train, mean_tokens), start + len(group)
         torch.autograd.backward([part.policy_2B, part.sums_2B], [gradient[:, start:stop] for gradient in gradients])
         start = stop
-    return _means([found], len(rows))
+    return _means([sums], len(rows))
 
 
 def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, float]:

@@ -93,7 +93,7 @@ def generator(
 
         def generate(prompts: Sequence[Sequence[int]], settings: GenerateConfig, on_done: OnDone) -> list[list[Sample]]:
             requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
-            found: list[Sample] = []
+            samples: list[Sample] = []
             # several waves at a time keep the batch full and still show progress
             for start in range(0, len(requests), 4 * _CONCURRENT):
                 wave = requests[start : start + 4 * _CONCURRENT]
@@ -113,9 +113,9 @@ def generator(
                     one = output.outputs[0]
                     ids = list(one.token_ids)
                     text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                    found.append(Sample(text, ids, str(one.finish_reason)))
-                on_done(len(wave), sum(len(sample.ids) for sample in found[start:]))
-            return [found[at : at + settings.samples] for at in range(0, len(found), settings.samples)]
+                    samples.append(Sample(text, ids, str(one.finish_reason)))
+                on_done(len(wave), sum(len(sample.ids) for sample in samples[start:]))
+            return [samples[at : at + settings.samples] for at in range(0, len(samples), settings.samples)]
 
         yield generate
 

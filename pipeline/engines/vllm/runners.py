@@ -46,24 +46,26 @@ def score_with(runner: Runner, sequences: Sequence[Request], *, shared: bool) ->
 
     Raises CheckError if the engine leaves a value out although the cache was not read.
     """
-    found = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
-    runner.read(sequences, found, shared=shared)
+    scores = [np.full(len(item.response_ids), np.nan, np.float32) for item in sequences]
+    runner.read(sequences, scores, shared=shared)
     if shared:
-        copy_shared(sequences, found)
-        left = [at for at, values in enumerate(found) if np.isnan(values).any()]
+        copy_shared(sequences, scores)
+        left = [at for at, values in enumerate(scores) if np.isnan(values).any()]
         if left:
-            log.debug("%d of %d sequences are read again: the cache held more than their prompt", len(left), len(found))
-            again = [np.full_like(found[at], np.nan) for at in left]
+            log.debug(
+                "%d of %d sequences are read again: the cache held more than their prompt", len(left), len(scores)
+            )
+            again = [np.full_like(scores[at], np.nan) for at in left]
             runner.read([sequences[at] for at in left], again, shared=False)
             for at, values in zip(left, again, strict=True):
-                found[at] = values
-    for item, values in zip(sequences, found, strict=True):
+                scores[at] = values
+    for item, values in zip(sequences, scores, strict=True):
         if np.isnan(values).any():
             raise CheckError(
                 f"vLLM computed {int(np.isfinite(values).sum())} of {len(values)} log-probabilities of a response "
                 f"(prompt of {len(item.prompt_ids)} tokens)"
             )
-    return found
+    return scores
 
 
 def runner_of(llm: LLM) -> Runner:
@@ -227,9 +229,9 @@ def _take_flat(item: Request, output: Any, values: np.ndarray) -> None:
 
 def _checked_rows(output: Any, asked: np.ndarray) -> np.ndarray | None:
     # None without a word: the cache covered a row that was asked for, or the request was preempted
-    found = output.prompt_token_id_logprobs
-    if found is None:
+    rows = output.prompt_token_id_logprobs
+    if rows is None:
         return None
-    if found.shape != asked.shape:
-        raise CheckError(f"vLLM returned rows of the shape {found.shape}, {asked.shape} were asked")
-    return computed(np.asarray(found))
+    if rows.shape != asked.shape:
+        raise CheckError(f"vLLM returned rows of the shape {rows.shape}, {asked.shape} were asked")
+    return computed(np.asarray(rows))

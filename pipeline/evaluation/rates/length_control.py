@@ -36,13 +36,13 @@ def length_controlled(scores: Sequence[float], differences: Sequence[float], see
     bent = np.tanh(lengths / lengths.std())
     whole = fit(np.ones((1, len(wins))), bent, wins)[0, 0]
     rng = np.random.default_rng(seed)
-    found: list[float] = []
+    resampled: list[float] = []
     at_once = max(1, _ELEMENTS // len(wins))
-    while len(found) < _RESAMPLES:
-        number = min(at_once, _RESAMPLES - len(found))
+    while len(resampled) < _RESAMPLES:
+        number = min(at_once, _RESAMPLES - len(resampled))
         counts = rng.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=number)
-        found += fit(counts.astype(np.float64), bent, wins)[:, 0].tolist()
-    low, high = np.quantile(_chance(np.array(found)), [0.025, 0.975])
+        resampled += fit(counts.astype(np.float64), bent, wins)[:, 0].tolist()
+    low, high = np.quantile(_chance(np.array(resampled)), [0.025, 0.975])
     return Interval(float(_chance(whole)), float(low), float(high))
 
 
@@ -51,20 +51,20 @@ def fit(weights: np.ndarray, bent: np.ndarray, scores: np.ndarray) -> np.ndarray
 
     Newton's method on the weighted log-likelihood minus a ridge of 1e-3; all rows step together.
     """
-    found = np.zeros((len(weights), 2))
+    coefficients = np.zeros((len(weights), 2))
     for _ in range(_STEPS):
-        chance = _chance(found[:, :1] + found[:, 1:] * bent)
+        chance = _chance(coefficients[:, :1] + coefficients[:, 1:] * bent)
         residual = weights * (scores - chance)
         curve = weights * chance * (1 - chance)
-        slope_0 = residual.sum(1) - _RIDGE * found[:, 0]
-        slope_1 = (residual * bent).sum(1) - _RIDGE * found[:, 1]
+        slope_0 = residual.sum(1) - _RIDGE * coefficients[:, 0]
+        slope_1 = (residual * bent).sum(1) - _RIDGE * coefficients[:, 1]
         a, b, c = curve.sum(1) + _RIDGE, (curve * bent).sum(1), (curve * bent**2).sum(1) + _RIDGE
         step = np.stack([c * slope_0 - b * slope_1, a * slope_1 - b * slope_0], axis=1) / (a * c - b * b)[:, None]
         # near a complete separation a full Newton step overshoots
-        found += np.clip(step, -2, 2)
+        coefficients += np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-8:
             break
-    return found
+    return coefficients
 
 
 def _chance(logit: np.ndarray) -> np.ndarray:

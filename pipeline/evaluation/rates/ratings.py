@@ -45,15 +45,15 @@ def fit(wins: np.ndarray, anchor: int, prior: float = _PRIOR) -> np.ndarray:
     table = wins + prior * met
     games = table + table.T
     free = [at for at in range(len(wins)) if at != anchor]
-    found = np.zeros(len(wins))
+    rating = np.zeros(len(wins))
     for _ in range(_STEPS):
-        chance = 0.5 * (1 + np.tanh((found[:, None] - found[None, :]) / 2))
+        chance = 0.5 * (1 + np.tanh((rating[:, None] - rating[None, :]) / 2))
         slope = (table - games * chance).sum(1)
         curve = games * chance * (1 - chance)
         hessian = np.diag(curve.sum(1)) - curve
         # least squares: a model that met nobody has no curvature and stays where it is
         step = np.linalg.lstsq(hessian[np.ix_(free, free)], slope[free], rcond=None)[0]
-        found[free] += np.clip(step, -2, 2)
+        rating[free] += np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-10:
             break
-    return found
+    return rating

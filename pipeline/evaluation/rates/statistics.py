@@ -50,10 +50,10 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
     mean = float(array.mean())
     if len(array) == 1 or (array == array[0]).all():
         return Interval(mean, mean, mean)
-    found = stats.bootstrap(
+    bootstrap = stats.bootstrap(
         (array,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), batch=1000
     )
-    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return Interval(mean, float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high))
 
 
 def wilson(successes: float, number: int) -> Interval:

@@ -58,13 +58,13 @@ def comparison_scores(judgements: Iterable[Judgement]) -> dict[tuple[str, int], 
     orders: dict[tuple[str, int], list[Judgement]] = defaultdict(list)
     for judgement in judgements:
         orders[judgement.prompt_id, judgement.sample].append(judgement)
-    found = {}
+    by_comparison = {}
     for at, asked in orders.items():
         scores = [one.score for one in asked if one.score is not None]
         flipped = any(score > 0.5 for score in scores) and any(score < 0.5 for score in scores)
         score = None if len(scores) < len(asked) else 0.5 if flipped else float(np.mean(scores))
-        found[at] = ComparisonScore(score, flipped)
-    return found
+        by_comparison[at] = ComparisonScore(score, flipped)
+    return by_comparison
 
 
 def prompt_scores(scores: Mapping[tuple[str, int], ComparisonScore]) -> dict[str, float]:
@@ -120,8 +120,8 @@ def by_topic(judgements: Iterable[Judgement], topics: Mapping[str, str]) -> dict
     for prompt_id, score in prompt_scores(comparison_scores(judgements)).items():
         if prompt_id in topics:
             groups[topics[prompt_id]].append(score)
-    found = {topic: wilson(sum(scores), len(scores)) for topic, scores in groups.items()}
-    return dict(sorted(found.items(), key=lambda item: (-item[1].mean, item[0])))
+    rates = {topic: wilson(sum(scores), len(scores)) for topic, scores in groups.items()}
+    return dict(sorted(rates.items(), key=lambda item: (-item[1].mean, item[0])))
 
 
 def _first_wins(judgements: Iterable[Judgement]) -> float | None:

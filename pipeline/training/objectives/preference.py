@@ -65,14 +65,14 @@ def pair_logps(
     """
     trees = [pairs.trees[row] for row in group]
     if train.use_weighting:
-        found, squares = forward.aligned(trees)
+        branches, squares = forward.aligned(trees)
         weights = [
             wpo_weight(logps[0].detach(), sums[0]) * wpo_weight(logps[1].detach(), sums[1])
-            for logps, sums in zip(found, squares, strict=True)
+            for logps, sums in zip(branches, squares, strict=True)
         ]
     else:
-        found = forward(trees)
-        weights = [torch.ones((), dtype=torch.float64, device=found[0][0].device) for _ in trees]
+        branches = forward(trees)
+        weights = [torch.ones((), dtype=torch.float64, device=branches[0][0].device) for _ in trees]
     device = weights[0].device
     if reference_free(train):
         reference = torch.zeros(2, len(trees), dtype=torch.float64)
@@ -83,9 +83,9 @@ def pair_logps(
         reference = torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in stored], dim=1)
     lengths = [[len(branch) for branch in tree.branches] for tree in trees]
     return PairLogps(
-        torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in found], dim=1),
+        torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in branches], dim=1),
         reference.to(device),
-        torch.stack([weighted_sums(logps, ld_alpha=None) for logps in found], dim=1),
+        torch.stack([weighted_sums(logps, ld_alpha=None) for logps in branches], dim=1),
         torch.tensor(lengths, dtype=torch.float64, device=device).T,
         torch.stack(weights),
         mean_tokens,
