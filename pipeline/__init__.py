@@ -77,7 +77,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    value = globals()[name] = home if _HOMES[name].endswith(f".{name}") else getattr(home, name)
+    # the only module among them
+    value = globals()[name] = home if name == "tables" else getattr(home, name)
     return value
 
 

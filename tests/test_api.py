@@ -22,6 +22,7 @@ def test_every_name_is_there_and_described(name):
     assert name in dir(pipeline)
     if name != "__version__":
         assert inspect.getdoc(value)
+        assert inspect.ismodule(value) == (name == "tables")
 
 
 def test_every_home_is_in_the_list():

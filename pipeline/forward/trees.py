@@ -23,7 +23,7 @@ _WIDTH = {"cuda": 1024, "cpu": 128}
 
 @dataclass(frozen=True)
 class Tree:
-    """Token ids of a prompt and of the responses to it."""
+    """Token ids of a prompt, the trunk, and of the responses to it, the branches; no branch sees another."""
 
     trunk: Sequence[int]
     branches: tuple[Sequence[int], ...]

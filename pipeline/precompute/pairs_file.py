@@ -80,7 +80,8 @@ def write_pairs(
 ) -> None:
     """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json.
 
-    Pairs of `quarantined` keys are dropped as not_finite.
+    `quarantined`: what `score` returned; its pairs are dropped as not_finite. Raises CheckError if a score is not in the
+    store.
     """
     about = about_pairs(plan, config, scored=scored)
     left_out = pairs_left_out(plan.keys, quarantined or {})

@@ -95,7 +95,8 @@ class Plan:
 def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     """Read the data, tokenise, and ask the store; loads no model.
 
-    `reference`: `config.reference`, if it was opened before.
+    `reference`: `config.reference`, if it was opened before. Raises DataError if the data cannot be read or gives no pair,
+    ConfigError if the reference or its tokenizer cannot be used.
     """
     reference = reference or open_reference(config.reference)
     parts: list[pa.FixedSizeBinaryArray] = []

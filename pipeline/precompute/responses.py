@@ -36,7 +36,10 @@ _PART = 8192
 
 
 class RowScorer:
-    """Scores parts of a source; the engine starts with the first sequence that the store lacks, and stops on leaving."""
+    """Scores the rows of files with the columns prompt and response, in nats, through the store; a context manager.
+
+    The engine starts with the first sequence that the store lacks, and stops on leaving the context.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config

@@ -55,9 +55,9 @@ class _Terms(NamedTuple):
 
 
 def preference_loss(x: PairLogps, train: TrainConfig) -> LossTerms:
-    """The configured weighted sum of losses for every pair.
+    """The configured weighted sum of losses for every pair: losses and rewards, float32 [B], rewards detached.
 
-    Rewards are beta * rho; of reference-free losses beta times what they compare: the sum of logps (CPO), or the mean
+    Rewards are beta * rho (nats times beta); of reference-free losses beta times what they compare: the sum of logps (CPO), or the mean
     (SimPO, ORPO).
     """
     rho = (x.policy_2B - x.reference_2B).float()
