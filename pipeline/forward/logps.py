@@ -80,7 +80,8 @@ def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = tor
     """The forward pass of a causal language model over trees: for each tree and branch float32 [len(branch)], in nats.
 
     `layout`: "tree" reads a prompt once for its responses, "separate" once per response. `precision` bfloat16 runs the
-    layers (not the logits) under autocast. Raises ConfigError if the model's output layer does something that is not reproduced here.
+    layers (not the logits) under autocast. Raises ConfigError if the model's output layer does something that is not
+    reproduced here.
     """
     return Forward(hidden_states_of(model, layout, precision), output_layer_of(model), precision)
 

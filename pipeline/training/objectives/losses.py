@@ -57,8 +57,8 @@ class _Terms(NamedTuple):
 def preference_loss(x: PairLogps, train: TrainConfig) -> LossTerms:
     """The configured weighted sum of losses for every pair: losses and rewards, float32 [B], rewards detached.
 
-    Rewards are beta * rho (nats times beta); of reference-free losses beta times what they compare: the sum of logps (CPO), or the mean
-    (SimPO, ORPO).
+    Rewards are beta * rho (nats times beta); of reference-free losses beta times what they compare: the sum of logps
+    (CPO), or the mean (SimPO, ORPO).
     """
     rho = (x.policy_2B - x.reference_2B).float()
     score, mean = _f_divergence(rho, train), (x.sums_2B / x.tokens_2B).float()
