@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.protocol import engine_version
-from pipeline.engines.vllm.engine import (
-    kv_cache_bytes_per_token,
-    prepare_environment,
-    running_engine,
-)
+from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
 from pipeline.judges.judging import Duel, Judge
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CONCURRENT = 64
 _WAVE = 512
 
 
@@ -54,11 +49,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
-        missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
-        if missing:
-            _ask_all(directory, tokenizer, settings, missing, verdicts)
-        known = [verdicts.get(key) for key in keys]
-        return [one.value if one else None for one in known]
+        return verdicts.values(keys, duels, lambda missing: _ask_all(directory, tokenizer, settings, missing, verdicts))
 
     def cost() -> dict[str, float]:
         known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
@@ -101,8 +92,6 @@ def _ask_all(
     if not prompts:
         return
     length = max(map(len, prompts.values())) + new_tokens + 1
-    dtype = judge_dtype(settings)
-    cache = kv_cache_bytes_per_token(text_config(directory), dtype) * length * _CONCURRENT / 2**30
     params = SamplingParams(
         max_tokens=new_tokens,
         temperature=0.0,
@@ -110,15 +99,8 @@ def _ask_all(
         stop_token_ids=stop_ids(directory, tokenizer),
         logprob_token_ids=[token for ids in letters.values() for token in ids] or None,
     )
-    with running_engine(
-        directory,
-        dtype=dtype,
-        kv_cache_gib=max(0.5, 1.1 * cache),
-        max_model_len=length,
-        max_num_batched_tokens=max(4096, length),
-        max_num_seqs=_CONCURRENT,
-        skip_tokenizer_init=True,
-    ) as engine:
+    config = text_config(directory)
+    with sized_engine(directory, config, judge_dtype(settings), length, skip_tokenizer_init=True) as engine:
         keys = list(prompts)
         # wave by wave, so that a kill loses one wave
         for start in range(0, len(keys), _WAVE):

@@ -1,6 +1,6 @@
 """What a model that judges has said so far, in a file, by content: a killed evaluation asks nothing twice.
 
-One line of JSON a verdict, appended when it comes. The key is a digest of all that decides a verdict: the
+One line of JSON per verdict, appended when it comes. The key is a digest of all that decides a verdict: the
 judge's settings, its template, the prompt and both responses in their order. A torn last line is asked again.
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.artifacts.durable import explaining_disk
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ class Verdicts:
     def get(self, key: str) -> Verdict | None:
         """What was said under this key before."""
         return self._known.get(key)
+
+    def values(
+        self, keys: Sequence[str], items: Sequence[Item], ask: Callable[[dict[str, Item]], None]
+    ) -> list[float | None]:
+        """The values of `items` under their `keys`, in order: what was said before is read, the rest is asked once.
+
+        `ask` gets what is missing by key and adds verdicts; an item that it adds none for has the value None.
+        """
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        if missing:
+            ask(missing)
+        known = [self._known.get(key) for key in keys]
+        return [verdict.value if verdict else None for verdict in known]
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Keep a verdict, in memory and in the file."""

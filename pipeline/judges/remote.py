@@ -39,11 +39,7 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         identity = f"{settings.argument} {model} {how} {wording()}"
         keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
-        missing = {key: duel for key, duel in zip(keys, duels, strict=True) if verdicts.get(key) is None}
-        if missing:
-            _ask_all(settings, model, missing, verdicts)
-        known = [verdicts.get(key) for key in keys]
-        return [one.value if one else None for one in known]
+        return verdicts.values(keys, duels, lambda missing: _ask_all(settings, model, missing, verdicts))
 
     def cost() -> dict[str, float]:
         known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]

@@ -8,17 +8,13 @@ the texts under its own chat template.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.engines.protocol import engine_version, installed_version
-from pipeline.engines.vllm.engine import (
-    kv_cache_bytes_per_token,
-    prepare_environment,
-    running_engine,
-)
+from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Judge, Reward, Shown, by_reward
@@ -32,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-_CONCURRENT = 64
 
 
 def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[str, str] | None) -> Judge:
@@ -58,13 +52,13 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
             verdict_key(identity, (item.prompt.text, item.response.text, str(list(item.response.ids) if same else "")))
             for item in items
         ]
-        missing = {key: item for key, item in zip(keys, items, strict=True) if verdicts.get(key) is None}
-        if missing:
+
+        def ask(missing: Mapping[str, Shown]) -> None:
             ids = [_ids(item, tokenizer, same=same) for item in missing.values()]
             for key, value in zip(missing, _rewards(directory, settings, dtype, ids), strict=True):
                 verdicts.add(key, Verdict(value))
-        known = [verdicts.get(key) for key in keys]
-        return [one.value if one else None for one in known]
+
+        return verdicts.values(keys, items, ask)
 
     typed: Reward = reward
     return by_reward(settings.shown, typed)
@@ -82,17 +76,8 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
     prepare_environment()
     from vllm import PoolingParams, TokensPrompt
 
-    longest = max(map(len, ids))
-    cache = kv_cache_bytes_per_token(text_config(directory), dtype) * (longest + 1) * _CONCURRENT / 2**30
-    with running_engine(
-        directory,
-        runner="pooling",
-        dtype=dtype,
-        kv_cache_gib=max(0.5, 1.1 * cache),
-        max_model_len=longest + 1,
-        max_num_batched_tokens=max(4096, longest + 1),
-        max_num_seqs=_CONCURRENT,
-    ) as engine:
+    length = max(map(len, ids)) + 1
+    with sized_engine(directory, text_config(directory), dtype, length, runner="pooling") as engine:
         # without use_activation=False a sigmoid comes back
         outputs = engine.classify(
             [TokensPrompt(prompt_token_ids=list(one)) for one in ids],

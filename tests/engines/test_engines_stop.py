@@ -24,5 +24,5 @@ def test_an_engine_is_stopped_however_its_block_ends(monkeypatch, tmp_path, endi
 def test_nobody_starts_an_engine_without_its_end(module):
     """What is started by hand can be forgotten: these modules know the block alone."""
     names = vars(__import__(f"pipeline.{module}", fromlist=["_"]))
-    assert "running_engine" in names
+    assert "sized_engine" in names
     assert not {"start_engine", "stop_engine"} & names.keys()

@@ -90,7 +90,7 @@ def outcome(where, config, command, settings, monkeypatch):
         (run / name).unlink(missing_ok=True)
     with monkeypatch.context() as patch:
         patch.setattr(
-            pipeline.engines.vllm.generator, "running_engine", lambda *given, **how: running_engine(told, *given, **how)
+            pipeline.engines.vllm.generator, "sized_engine", lambda *given, **how: sized_engine(told, *given, **how)
         )
         patch.setattr(
             stages.iterate, "step", lambda stage, config, name, overrides: told.append((stage, name, overrides))
@@ -117,8 +117,8 @@ def outcome(where, config, command, settings, monkeypatch):
 
 
 @contextmanager
-def running_engine(told, directory, **options):
-    told.append((directory.name, options["dtype"]))
+def sized_engine(told, directory, config, dtype, length, **options):
+    told.append((directory.name, dtype))
     yield SimpleNamespace(
         generate=lambda inputs, params, **_: [sampled(directory, *one) for one in zip(inputs, params, strict=True)]
     )

@@ -113,12 +113,12 @@ def outcome(settings, server, place, monkeypatch, field):
 
 def doubles(patch, told):
     @contextmanager
-    def running_engine(directory, **options):
-        told.append(options["dtype"])
+    def sized_engine(directory, config, dtype, length, **options):
+        told.append(dtype)
         tokenizer = load_tokenizer(directory, SimpleNamespace(trust_remote_code=False))
         yield Letters(tokenizer)
 
-    patch.setattr(pipeline.judges.local, "running_engine", running_engine)
+    patch.setattr(pipeline.judges.local, "sized_engine", sized_engine)
     for name in ("with_vllm", "with_transformers"):
         patch.setattr(
             pipeline.judges.reward_model,

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
+# sequences that are generated or classified at once
+CONCURRENT = 64
+
+
 def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options: Any) -> LLM:
     """VLLM's LLM on `directory`, eager, in this process.
 
@@ -103,6 +107,22 @@ def running_engine(directory: Path, **options: Any) -> Iterator[LLM]:
         yield engine
     finally:
         stop_engine(engine)
+
+
+@contextmanager
+def sized_engine(directory: Path, config: PretrainedConfig, dtype: str, length: int, **options: Any) -> Iterator[LLM]:
+    """A `running_engine` with room for CONCURRENT sequences at once, each of up to `length` tokens, prompt and response."""
+    cache = kv_cache_bytes_per_token(config, dtype) * length * CONCURRENT / 2**30
+    with running_engine(
+        directory,
+        dtype=dtype,
+        kv_cache_gib=max(0.5, 1.1 * cache),
+        max_model_len=length,
+        max_num_batched_tokens=max(4096, length),
+        max_num_seqs=CONCURRENT,
+        **options,
+    ) as engine:
+        yield engine
 
 
 def stop_engine(llm: LLM) -> None:

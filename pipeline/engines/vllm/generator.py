@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import GenerateConfig
-from pipeline.engines.vllm.engine import kv_cache_bytes_per_token, prepare_environment, running_engine
+from pipeline.engines.vllm.engine import CONCURRENT, prepare_environment, sized_engine
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.load import ModelSpec, load_tokenizer
@@ -26,7 +26,6 @@ from pipeline.pairs.stream import prompt_id_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CONCURRENT = 64
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -76,15 +75,12 @@ def generator(
         )
     if settings.dtype == "auto":
         raise ValueError("dtype is not settled")
-    cache = kv_cache_bytes_per_token(config, settings.dtype) * model_len * _CONCURRENT / 2**30
-    with running_engine(
+    with sized_engine(
         directory,
+        config,
+        settings.dtype,
+        model_len,
         trust_remote_code=spec.trust_remote_code,
-        dtype=settings.dtype,
-        kv_cache_gib=max(0.5, 1.1 * cache),
-        max_model_len=model_len,
-        max_num_batched_tokens=max(4096, model_len),
-        max_num_seqs=_CONCURRENT,
         enable_chunked_prefill=False,
         skip_tokenizer_init=True,
         **_lora_options(adapter),
@@ -95,8 +91,8 @@ def generator(
             requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
             samples: list[Sample] = []
             # several waves at a time keep the batch full and still show progress
-            for start in range(0, len(requests), 4 * _CONCURRENT):
-                wave = requests[start : start + 4 * _CONCURRENT]
+            for start in range(0, len(requests), 4 * CONCURRENT):
+                wave = requests[start : start + 4 * CONCURRENT]
                 params = [
                     SamplingParams(
                         max_tokens=settings.max_tokens,
