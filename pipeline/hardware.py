@@ -21,6 +21,8 @@ def device_kind() -> str:
     """`cpu`, or `cuda` if torch sees an NVIDIA GPU."""
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return "cpu"  # without the two seconds that importing torch takes
+    # asked through the driver's library: CUDA that was started here could not be used by a process that is forked
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

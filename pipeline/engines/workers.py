@@ -39,11 +39,15 @@ class Workers:
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
         shares = shares_of(reference)
         one = reference.model_copy(update={"workers": 1})
-        self._workers = [
-            _Worker(number, share, one, directory, numerics, longest) for number, share in enumerate(shares)
-        ]
-        for worker in self._workers:
-            worker.wait_until_ready()
+        self._workers: list[_Worker] = []
+        try:
+            for number, share in enumerate(shares):
+                self._workers.append(_Worker(number, share, one, directory, numerics, longest))
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
@@ -133,9 +137,9 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(theirs, self._share, self._reference, *self._rest), daemon=True
-        )
+        # no daemon: daemons may have no children, and a model that is spread over GPUs has one per GPU. It ends when the
+        # line closes
+        self._process = context.Process(target=serve, args=(theirs, self._share, self._reference, *self._rest))
         self._process.start()
         theirs.close()
 
@@ -184,7 +188,7 @@ def serve(
                 scored = score_table.to_bytes(score_table.score(table, scorer))
                 line.send_bytes(b"{}")
                 line.send_bytes(scored)
-    except EOFError:
-        return
+    except (EOFError, BrokenPipeError):
+        return  # the line was closed, or whoever held its other end is gone
     except RefscoreError as error:
         line.send_bytes(json.dumps({"error": type(error).__name__, "message": str(error)}).encode())

@@ -148,6 +148,8 @@ def prepare_environment(ranks: int = 1) -> None:
         # without it vLLM turns torch down to one thread
         "OMP_NUM_THREADS": str(len(cores) // ranks or 1),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # the processes that share a model: forked ones could not use CUDA if this process has
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, some)) for some in of_rank),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
