@@ -180,7 +180,7 @@ def main(*, check: bool) -> int:
     for page in sorted(PAGES.glob("*.md")):
         text = page.read_text(encoding="utf-8")
         used |= {match[2] for match in _REGION.finditer(text)}
-        new = _REGION.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", text)
+        new = _REGION.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", text)
         if new != text:
             stale.append(page.name)
             if not check:
