@@ -15,6 +15,8 @@ from pipeline.errors import RefscoreError
 
 TEMPORARY = ".tmp-"
 
+CACHE = Path("data/cache")
+
 
 def temporary_beside(path: Path) -> Path:
     """A name in the same directory that no reader looks at."""
@@ -80,3 +82,12 @@ def explaining_disk(path: Path, needed: int | None = None) -> Iterator[None]:
 def file_name(text: str) -> str:
     """`text` with everything but letters, digits, '.', '_' and '-' replaced by '_'."""
     return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in text)
+
+
+def scratch_place() -> str | None:
+    """The directory for working files, data/cache; None, the system's temporary one, if it cannot be written."""
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(CACHE)

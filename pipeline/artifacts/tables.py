@@ -7,7 +7,7 @@ and refuses a file that does not fit, it never infers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ PAIRS = pa.schema(
 # of all tables, raised if a reader of before would misread one; a column that is added needs no new format
 FORMAT = 1
 _FORMAT_KEY = b"refscore_format"
+# rows that are written, and read, together
+_AT_ONCE = 8192
 # marks a column that files of an earlier version lack; it reads as null
 _LATER = {b"later": b"true"}
 DROPPED = pa.schema(
@@ -142,7 +144,7 @@ def write_table(path: Path, table: pa.Table, about: dict[str, Any] | None = None
 def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = None) -> None:
     """Write `table` in this project's encoding, without any protocol around it."""
     with parquet_writer(path, table.schema, about) as writer:
-        writer.write_table(table, row_group_size=8192)
+        writer.write_table(table, row_group_size=_AT_ONCE)
 
 
 def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:
@@ -188,12 +190,7 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     """
     try:
         schema_found = pq.read_schema(path)
-        made_in = int((schema_found.metadata or {}).get(_FORMAT_KEY, b"1"))
-        if made_in > FORMAT:
-            raise DataError(
-                f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or "
-                "make the file again"
-            )
+        _must_be_known(path, schema_found)
         later = [
             field for field in schema if field.name not in schema_found.names and (field.metadata or {}).get(b"later")
         ]
@@ -205,6 +202,23 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
         for field in later if columns is None else [field for field in later if field.name in columns]:
             table = table.append_column(field, pa.nulls(len(table), field.type))
         return table
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: run the stage that writes it first") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}): make it again") from None
+
+
+def read_groups(path: Path, schema: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of `path` part by part, in order, so that memory does not grow with rows; all must be in the file.
+
+    Raises DataError as `read_table` does.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _must_be_known(path, file.schema_arrow)
+            _must_equal(path, file.schema_arrow, schema)
+            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
+                yield pa.Table.from_batches([batch])
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: run the stage that writes it first") from None
     except (pa.ArrowException, OSError) as error:
@@ -231,6 +245,15 @@ def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def _must_be_known(path: Path, found: pa.Schema) -> None:
+    made_in = int((found.metadata or {}).get(_FORMAT_KEY, b"1"))
+    if made_in > FORMAT:
+        raise DataError(
+            f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or "
+            "make the file again"
+        )
 
 
 def _must_equal(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:

@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifacts.durable import scratch_place
 from pipeline.artifacts.tables import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
 from pipeline.pairs.preferences import Dropped
 from pipeline.pairs.stream import Pair, PairStream, must_train, prompt_text
 
-CACHE = Path("data/cache")
 GROUP = 2048
 TEXT = pa.schema([column for column in PAIRS if not column.name.startswith("ref_")])
 
@@ -96,7 +96,7 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
 
     Raises DataError if nothing is left to train on, and what the stream raises.
     """
-    directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=_place())
+    directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=scratch_place())
     pair_table = PairTable(stream.formats, stream.digests, directory)
     prompts, responses = [pair_table.prompt_tokens], [pair_table.response_tokens]
     with (
@@ -171,11 +171,3 @@ def _lengths(table: pa.Table, column: str) -> np.ndarray:
 def _group(path: Path, number: int) -> pa.Table:
     with pq.ParquetFile(path) as file:
         return file.read_row_group(number)
-
-
-def _place() -> str | None:
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None  # the system's temporary directory, if this one cannot be written
-    return str(CACHE)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, overload
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.artifacts.tables import PAIRS, arrays_of, read_table
+from pipeline.artifacts import durable
+from pipeline.artifacts.tables import PAIRS, read_groups
 from pipeline.config.experiment import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
+
+Item = TypeVar("Item")
 
 
 class CountsTokens(Protocol):
@@ -25,43 +30,109 @@ class CountsTokens(Protocol):
         ...
 
 
+class Stored(Sequence[Item]):
+    """Values made from the rows of columns when they are asked for: a memory-mapped table stays on disk."""
+
+    def __init__(self, columns: Sequence[pa.ChunkedArray], make: Callable[..., Item]) -> None:
+        self._columns, self._make = columns, make
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, row: int) -> Item: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Item]: ...
+    def __getitem__(self, row: int | slice) -> Item | list[Item]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        return self._make(*(column[row] for column in self._columns))
+
+
+class StoredTrees(Stored[Tree]):
+    """Trees of stored pairs; `longest` and `ends` are those of all, found while they were read."""
+
+    def __init__(self, columns: Sequence[pa.ChunkedArray], longest: int, ends: set[int]) -> None:
+        super().__init__(columns, _tree)
+        self.longest, self.ends = longest, ends
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN if nothing was scored."""
 
-    pair_ids: list[str]
-    trees: list[Tree]
-    ref_chosen_logps: list[np.ndarray]
-    ref_rejected_logps: list[np.ndarray]
+    pair_ids: Sequence[str]
+    trees: Sequence[Tree]
+    ref_chosen_logps: Sequence[np.ndarray]
+    ref_rejected_logps: Sequence[np.ndarray]
 
     def __len__(self) -> int:
         return len(self.pair_ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of any pair, a prompt with one response."""
+        known = self.trees.longest if isinstance(self.trees, StoredTrees) else None
+        return max((tree.longest for tree in self.trees), default=0) if known is None else known
+
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that end a response of any pair."""
+        if isinstance(self.trees, StoredTrees):
+            return self.trees.ends
+        return {branch[-1] for tree in self.trees for branch in tree.branches}
+
 
 def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
-    """Read one split of pairs.parquet; `scored` asks for the reference's scores.
+    """Read one split of pairs.parquet; `scored` asks for the reference's scores. What is read stays on disk, memory-mapped.
 
     Raises DataError if a row's scores do not fit its tokens or its sums.
     """
-    columns = [
-        name for name in PAIRS.names if name.endswith(("_ids", "_logps", "_logp")) or name in ("pair_id", "split")
-    ]
-    table = read_table(path, PAIRS, columns)
-    table = table.filter(pc.equal(table["split"], split))
-    ids = {side: arrays_of(table, f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
-    pair_ids = table["pair_id"].to_pylist()
+    ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    logps = ["ref_chosen_logps", "ref_rejected_logps"] if scored else []
+    sums = ["ref_chosen_logp", "ref_rejected_logp"] if scored else []
+    kept = ["pair_id", *ids, *logps]
+    longest, ends = 0, set[int]()
+    with tempfile.NamedTemporaryFile(prefix="split-", dir=durable.scratch_place()) as file:
+        schema = pa.schema([PAIRS.field(name) for name in kept])
+        with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, schema) as writer:
+            for part in read_groups(path, PAIRS, ["split", *kept, *sums]):
+                table = part.filter(pc.equal(part["split"], split)).combine_chunks()
+                if not len(table):
+                    continue
+                for side in ("chosen", "rejected") if scored else ():
+                    _must_fit(path, side, table)
+                lengths = [pc.list_value_length(table[name]).to_numpy() for name in ids]
+                longest = max(longest, int((lengths[0] + np.maximum(lengths[1], lengths[2])).max()))
+                for name in ids[1:]:
+                    ends |= set(_last_of_each(table[name].combine_chunks()).tolist())
+                writer.write_table(table.select(kept).cast(schema))
+        # mapped, the file needs no name
+        stored = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    trees = StoredTrees([stored[name] for name in ids], longest, ends)
     if scored:
-        logps = {side: arrays_of(table, f"ref_{side}_logps") for side in ("chosen", "rejected")}
-        for side in ("chosen", "rejected"):
-            sums = table[f"ref_{side}_logp"].to_numpy()
-            _must_fit(path, side, pair_ids, ids[side], logps[side], sums)
+        chosen, rejected = (Stored([stored[name]], _array) for name in logps)
     else:
-        logps = {side: [np.full(len(row), np.nan, np.float32) for row in ids[side]] for side in ("chosen", "rejected")}
-    trees = [
-        Tree(prompt.tolist(), (chosen.tolist(), rejected.tolist()))
-        for prompt, chosen, rejected in zip(ids["prompt"], ids["chosen"], ids["rejected"], strict=True)
-    ]
-    return Pairs(pair_ids, trees, logps["chosen"], logps["rejected"])
+        chosen, rejected = (Stored([stored[name]], _nothing) for name in ids[1:])
+    return Pairs(Stored([stored["pair_id"]], lambda value: str(value.as_py())), trees, chosen, rejected)
+
+
+def _last_of_each(lists: pa.ListArray) -> np.ndarray:
+    lasts: np.ndarray = lists.values.to_numpy()[lists.offsets.to_numpy()[1:] - 1]
+    return np.unique(lasts)
+
+
+def _array(row: pa.ListScalar) -> np.ndarray:
+    values: np.ndarray = row.values.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _nothing(row: pa.ListScalar) -> np.ndarray:
+    return np.full(len(row.values), np.nan, np.float32)
+
+
+def _tree(prompt: pa.ListScalar, *responses: pa.ListScalar) -> Tree:
+    return Tree(_array(prompt).tolist(), tuple(_array(response).tolist() for response in responses))
 
 
 def micro_batches(
@@ -90,11 +161,18 @@ def default_tokens_per_batch() -> int:
     return 1024 if device_kind() == "cpu" else 8192
 
 
-def _must_fit(
-    path: Path, side: str, pair_ids: list[str], ids: list[np.ndarray], logps: list[np.ndarray], sums: np.ndarray
-) -> None:
-    for pair_id, tokens, values, total in zip(pair_ids, ids, logps, sums, strict=True):
-        if len(values) != len(tokens) or not np.isfinite(values).all():
-            raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
-        if not abs(float(values.sum(dtype=np.float64)) - total) <= 1e-6 * (1 + abs(total)):
-            raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")
+def _must_fit(path: Path, side: str, table: pa.Table) -> None:
+    scores = table[f"ref_{side}_logps"].combine_chunks()
+    given = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+    values = scores.flatten().to_numpy().astype(np.float64)
+    rows = np.repeat(np.arange(len(table)), given)
+    broken = given != pc.list_value_length(table[f"{side}_ids"]).to_numpy()
+    broken[rows[~np.isfinite(values)]] = True
+    if broken.any():
+        pair_id = table["pair_id"][int(np.argmax(broken))]
+        raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
+    sums = table[f"ref_{side}_logp"].to_numpy()
+    off = ~(np.abs(np.bincount(rows, values, len(table)) - sums) <= 1e-6 * (1 + np.abs(sums)))
+    if off.any():
+        pair_id = table["pair_id"][int(np.argmax(off))]
+        raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")

@@ -1,12 +1,13 @@
 """What happens at which step: the order of the pairs and the learning rate, as pure functions of the step.
 
-Nothing here has state, so resuming needs the step's number and nothing else, and scoring beforehand cannot disturb the
-order of training.
+Nothing here has state (the last order is kept because it is asked for again), so resuming needs the step's number and nothing
+else, and scoring beforehand cannot disturb the order of training.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,12 +52,6 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
     return train.learning_rate
 
 
-_orders: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=1)
 def _epoch_order(seed: int, epoch: int, pairs: int) -> np.ndarray:
-    key = (seed, epoch, pairs)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = np.random.default_rng([seed, epoch]).permutation(pairs)
-    return _orders[key]
+    return np.random.default_rng([seed, epoch]).permutation(pairs)

@@ -77,8 +77,7 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     _must_fit_positions(base, config, pairs, held_out)
     steps = total_steps(len(pairs), config.train)
     torch.manual_seed(config.train.seed)
-    ends = {branch[-1] for tree in pairs.trees for branch in tree.branches}
-    policy = load_policy(base, config, tokenizer, ends)
+    policy = load_policy(base, config, tokenizer, pairs.ends)
     optimizer = make_optimizer(policy.model, config.train)
     first = 0
     if isinstance(checkpoint, Checkpoint):
@@ -215,7 +214,7 @@ class _Loop:
 
 def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:
     limit = position_limit(base)
-    longest = max((tree.longest for pairs in splits for tree in pairs.trees), default=0)
+    longest = max(pairs.longest for pairs in splits)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"the longest pair has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
