@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store bench-pairs demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -65,6 +65,9 @@ bench-score: .venv/.test ## scoring against TRL's precompute and a plain loop, e
 
 bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 	@.venv/bin/python -m tests.benchmarks.memory
+
+bench-pairs: .venv/.test ## a training's pairs, up to a million: time to open, memory per pair
+	@.venv/bin/python -m tests.benchmarks.pairs
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages

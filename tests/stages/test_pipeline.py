@@ -101,7 +101,7 @@ def test_the_saved_model_loads_and_is_not_the_reference(run, tiny_model):
         == AutoTokenizer.from_pretrained(tiny_model).chat_template
     )
     card = (run / "model" / "README.md").read_text()
-    assert "eval_rewards/accuracies" in card
+    assert "eval\\_rewards/accuracies" in card
     assert "More information needed" not in card
 
 
