@@ -1,6 +1,7 @@
 """A step is the mean over its pairs however it is split; the stored reference stands for a live one; bad rows are refused."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pyarrow as pa
@@ -256,8 +257,10 @@ def test_losses_that_look_beyond_a_pair_see_the_whole_step(pairs, reference, set
 def test_moving_the_stored_reference_moves_the_loss(pairs, reference):
     forward, train = forward_of(reference, "tree"), TrainConfig(beta=0.5)
     before = train_step(forward, pairs, range(4), train)["loss"]
-    pairs.ref_chosen_logps[2] = pairs.ref_chosen_logps[2] - 0.5
-    assert abs(train_step(forward, pairs, range(4), train)["loss"] - before) > 1e-3
+    logps = list(pairs.ref_chosen_logps)
+    logps[2] = logps[2] - 0.5
+    moved = dataclasses.replace(pairs, ref_chosen_logps=logps)
+    assert abs(train_step(forward, moved, range(4), train)["loss"] - before) > 1e-3
 
 
 def test_rewards_of_pairs_are_in_their_order(pairs, reference):
