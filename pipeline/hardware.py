@@ -100,8 +100,8 @@ def _of_this_machine() -> dict[str, str]:
 
 def _instructions() -> str:
     """The instruction sets that matrix products choose their code by."""
-    known = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16"} & _processor_flags()
-    return " ".join(sorted(known)) or platform.machine()
+    instructions = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16"} & _processor_flags()
+    return " ".join(sorted(instructions)) or platform.machine()
 
 
 def _processor_flags() -> set[str]:

@@ -18,16 +18,16 @@ from stages import console
 
 def main(runs: list[Run], page: Path | None) -> None:
     """Print the settings in which `runs` differ and what they reached; write the page (default: data/runs/compare.html)."""
-    for one in runs:
-        if not one.config.is_file():
-            raise ConfigError(f"run {one.name!r} does not exist; there are: {', '.join(existing_runs()) or 'none'}")
-    head = ["", *(one.name for one in runs)]
+    for run in runs:
+        if not run.config.is_file():
+            raise ConfigError(f"run {run.name!r} does not exist; there are: {', '.join(existing_runs()) or 'none'}")
+    head = ["", *(run.name for run in runs)]
     settings, figures, paired = differing_settings(runs), reached(runs), differences(runs)
     if not settings and not figures:
         console.say("the runs have the same settings and no figures yet: run 'refscore eval' for each")
         return
     console.table("", head, settings + figures)
-    compared = [_row(one) for one in paired]
+    compared = [_row(difference) for difference in paired]
     if compared:
         console.table("Prompt by prompt", _HEAD, compared)
 
@@ -46,7 +46,7 @@ def main(runs: list[Run], page: Path | None) -> None:
             compared=compared,
             frontier=frontier(points, gain) if len(points) >= 2 else None,
             verdicts=[
-                (one.name, (read_results(one.eval) or Results(verdict="not evaluated yet")).verdict) for one in runs
+                (run.name, (read_results(run.eval) or Results(verdict="not evaluated yet")).verdict) for run in runs
             ],
         )
     )
@@ -59,14 +59,14 @@ def main(runs: list[Run], page: Path | None) -> None:
 _HEAD = ["judge", "first", "second", "prompts", "first minus second", "95 % interval", "p, corrected"]
 
 
-def _row(one: Difference) -> list[str]:
-    difference = one.paired.difference
+def _row(difference: Difference) -> list[str]:
+    mean = difference.paired.difference
     return [
-        one.judge,
-        one.first,
-        one.second,
-        str(one.paired.prompts),
-        f"{difference.mean:+.3f}",
-        f"{difference.low:+.3f} to {difference.high:+.3f}",
-        f"{one.p:.2g}",
+        difference.judge,
+        difference.first,
+        difference.second,
+        str(difference.paired.prompts),
+        f"{mean.mean:+.3f}",
+        f"{mean.low:+.3f} to {mean.high:+.3f}",
+        f"{difference.p:.2g}",
     ]

@@ -40,14 +40,14 @@ def fail(text: str) -> None:
 
 
 def report_bug(error: Exception) -> None:
-    """An error that nobody foresaw: one line, and the traceback in a file. To be called where it was caught."""
+    """An error that nobody foresaw: one line, and the traceback in a file. To be called while it is handled."""
     path = Path("data/cache/last-error.txt")
     try:
         durable.write_text(path, traceback.format_exc())
-        where = f"details are in {path}; please report them"
+        advice = f"details are in {path}; please report them"
     except (RefscoreError, OSError):
-        where = "run again with REFSCORE_DEBUG=1 for details"
-    fail(f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'} - a bug in refscore: {where}")
+        advice = "run again with REFSCORE_DEBUG=1 for details"
+    fail(f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'} - a bug in refscore: {advice}")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -51,8 +51,8 @@ def main() -> None:
     ):
         samples = generate(prompts, SETTINGS, ticker.advance_tokens)
     judge = open_rule(JUDGE.removeprefix("rule:"), JUDGE)
-    made, _ = make_pairs(judge, requests, samples, MARGIN, accept=lambda best: ends_well(best.text))
-    rows_by_prompt = {one.request.prompt.prompt_id: pair_row(one, {"judge": JUDGE}) for one in made}
+    pairs, _ = make_pairs(judge, requests, samples, MARGIN, accept=lambda best: ends_well(best.text))
+    rows_by_prompt = {pair.request.prompt.prompt_id: pair_row(pair, {"judge": JUDGE}) for pair in pairs}
 
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     seen: dict[str, int] = defaultdict(int)
@@ -67,12 +67,12 @@ def main() -> None:
             # one rule made them all, and the README beside the files names it
             rows[split].append({name: value for name, value in row.items() if name != "provenance"})
 
-    for split, pairs in rows.items():
+    for split, of_split in rows.items():
         path = DEMO / f"{split}.jsonl"
-        durable.write_text(path, "".join(json.dumps(row) + "\n" for row in pairs))
-        beyond = sum(row["differs_beyond_length"] for row in pairs)
-        topics = len({row["topic"] for row in pairs})
-        console.say(f"{path}: {len(pairs)} pairs, {topics} topics, {beyond} differ in more than length")
+        durable.write_text(path, "".join(json.dumps(row) + "\n" for row in of_split))
+        beyond = sum(row["differs_beyond_length"] for row in of_split)
+        topics = len({row["topic"] for row in of_split})
+        console.say(f"{path}: {len(of_split)} pairs, {topics} topics, {beyond} differ in more than length")
 
 
 if __name__ == "__main__":

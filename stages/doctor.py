@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.engines.protocol import engine_version, installed_version
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.hardware import device_kind, memory_gib, processors
-from pipeline.models.made import EMBEDDED, MODELS
+from pipeline.models.directories import EMBEDDED, MODELS
 from stages import console
 
 
@@ -31,14 +31,15 @@ def main() -> None:
     """Print every finding. Raises CheckError if something a stage needs is missing."""
     findings = [check() for check in CHECKS]
     rows = [
-        ["missing" if one.fix and one.needed else "note" if one.fix else "ok", one.what, one.seen] for one in findings
+        ["missing" if finding.fix and finding.needed else "note" if finding.fix else "ok", finding.what, finding.seen]
+        for finding in findings
     ]
     for mark, what, seen in rows:
         console.say(f"{mark:8} {what:18} {seen}")
-    fixes = [one for one in findings if one.fix]
-    for one in fixes:
-        console.say(f"\n{one.what}: {one.fix}")
-    missing = [one.what for one in fixes if one.needed]
+    fixes = [finding for finding in findings if finding.fix]
+    for finding in fixes:
+        console.say(f"\n{finding.what}: {finding.fix}")
+    missing = [finding.what for finding in fixes if finding.needed]
     if missing:
         raise CheckError(f"{len(missing)} missing: {', '.join(missing)}; the fixes stand above")
 

@@ -21,7 +21,7 @@ from stages.steps import step
 
 def main(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
     """Every round: precompute, train, pairs; then one evaluation of all."""
-    begun = time.monotonic()
+    started = time.monotonic()
     runs = [open_run(f"{name}-r{number}") for number in range(1, rounds + 1)]
     settings = list(overrides)
     for number, this in enumerate(runs):
@@ -32,12 +32,12 @@ def main(config: Config, path: Path, name: str, overrides: list[str], rounds: in
         if number < rounds - 1:
             step("pairs", path, this.name, settings)
     # every round against the reference of the first, whatever the last one trained against
-    models = {f"round{number}": f"run:{one.name}" for number, one in enumerate(runs[:-1], start=1)}
+    models = {f"round{number}": f"run:{earlier.name}" for number, earlier in enumerate(runs[:-1], start=1)}
     first = json.dumps(config.generate.baseline or _first_reference(config))
     step(
         "eval", path, runs[-1].name, [*settings, f"generate.models={json.dumps(models)}", f"generate.baseline={first}"]
     )
-    console.say(f"\nrounds    {', '.join(one.name for one in runs)} in {duration(time.monotonic() - begun)}")
+    console.say(f"\nrounds    {', '.join(run.name for run in runs)} in {duration(time.monotonic() - started)}")
     console.say(f"report    {runs[-1].report}: policy is round {rounds}")
 
 

@@ -18,7 +18,7 @@ def main(data: Path, out: Path, config: Config) -> None:
     """Score every row of `data` and write SCORED's columns to `out`, in order."""
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: a file ending in .parquet is written")
-    begun = time.monotonic()
+    started = time.monotonic()
     rows, nats, tokens = 0, 0.0, 0
     with RowScorer(config) as scorer, durable.replacing(out) as temporary:
         about = {"reference_id": scorer.identity.reference_id, "dtype": scorer.identity.numerics.dtype}
@@ -35,4 +35,4 @@ def main(data: Path, out: Path, config: Config) -> None:
             f"{scorer.not_finite} sequences have no finite score under this reference: their rows in {out} say not_finite and hold "
             "no score; all other rows are whole"
         )
-    console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - begun)})")
+    console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - started)})")

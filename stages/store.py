@@ -21,26 +21,26 @@ def ls(store: str) -> None:
     """A row for each reference."""
     used, last = uses_of_references()
     rows = []
-    held = holdings(store)
-    for one in held:
-        registrations = {each.name for each in registered(one.directory) if each.in_use()}
-        names = {*used.get(one.directory.name, []), *registrations}
+    references = holdings(store)
+    for contents in references:
+        registrations = {registration.name for registration in registered(contents.directory) if registration.in_use()}
+        names = {*used.get(contents.directory.name, []), *registrations}
         rows.append(
             [
-                one.directory.name[:12],
-                one.numerics,
-                f"{one.sequences:,}",
-                f"{one.tokens:,}",
-                str(one.shards),
-                f"{one.bytes:,}",
-                last.get(one.directory.name, "")[:10] or "never",
+                contents.directory.name[:12],
+                contents.numerics,
+                f"{contents.sequences:,}",
+                f"{contents.tokens:,}",
+                str(contents.shards),
+                f"{contents.bytes:,}",
+                last.get(contents.directory.name, "")[:10] or "never",
                 ", ".join(sorted(names)) or "none",
             ]
         )
     console.table(
         str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows
     )
-    for problem in (problem for one in held for problem in one.problems):
+    for problem in (problem for contents in references for problem in contents.problems):
         console.say(problem)
 
 

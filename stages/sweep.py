@@ -25,8 +25,8 @@ def main(path: Path, name: str, overrides: list[str]) -> list[Run]:
     for _, settings in points:
         load_config(path, settings)  # every point must be sound before the first is trained
     runs = [open_run(f"{name}-{suffix}") for suffix, _ in points]
-    for one, (_, settings) in zip(runs, points, strict=True):
+    for run, (_, settings) in zip(runs, points, strict=True):
         for stage in ("precompute", "train", "eval"):
-            step(stage, path, one.name, settings)
+            step(stage, path, run.name, settings)
     console.say("")
     return runs

@@ -76,9 +76,9 @@ def _score(reference: ReferenceConfig, sample: Sample) -> tuple[list[Any], float
     console.say(f"scoring {sample.pairs} pairs with {reference.engine} {numerics_of(reference).dtype} ...")
     longest = max(map(len, sample.requests))
     with start_scorer(reference, locate_reference(reference).merged, numerics_of(reference), longest) as scorer:
-        begun = time.monotonic()
+        started = time.monotonic()
         scores = scorer.score(sample.requests)
-        return scores, sum(map(len, sample.requests)) / (time.monotonic() - begun)
+        return scores, sum(map(len, sample.requests)) / (time.monotonic() - started)
 
 
 def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[str, float]]) -> None:
@@ -88,9 +88,9 @@ def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[st
         [
             [
                 name,
-                *(f"{one[key]:.2g}" for key in _SHOWN),
-                f"{one['tokens_per_second']:.0f}" if name != "stored" else "",
+                *(f"{values[key]:.2g}" for key in _SHOWN),
+                f"{values['tokens_per_second']:.0f}" if name != "stored" else "",
             ]
-            for name, one in {"stored": figures, **measured}.items()
+            for name, values in {"stored": figures, **measured}.items()
         ],
     )

@@ -56,16 +56,16 @@ def files_sha256(paths: list[Path], on_bytes: Callable[[int], None] = lambda _: 
     """Like `file_sha256` for many files, read in parallel; `on_bytes` hears of every block that was read."""
     remembered = _remembered()
     stamps = {path: file_stamp(path) for path in paths}
-    known = {path: remembered[stamp] for path, stamp in stamps.items() if stamp is not None and stamp in remembered}
-    missing = [path for path in paths if path not in known]
+    digests = {path: remembered[stamp] for path, stamp in stamps.items() if stamp is not None and stamp in remembered}
+    missing = [path for path in paths if path not in digests]
     if missing:
         with ThreadPoolExecutor() as pool:
             fresh = dict(zip(missing, pool.map(lambda path: _sha256(path, on_bytes), missing), strict=True))
-        known |= fresh
+        digests |= fresh
         _remember(
             {stamp: fresh[path] for path in missing if (stamp := unchanged_stamp(path, stamps[path])) is not None}
         )
-    return known
+    return digests
 
 
 def file_stamp(path: Path) -> str | None:

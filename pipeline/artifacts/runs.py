@@ -167,17 +167,20 @@ def read_saved_config(run: Run) -> dict[str, Any]:
 def record(run: Run, config: Config, stage: str, **facts: Any) -> None:
     """Save the resolved configuration, and what `stage` did into provenance.json beside what other stages wrote."""
     durable.write_text(run.config, dump_config(config))
-    known = read_json(run.provenance)
-    stages = {**known.get("stages", {}), stage: {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}}
+    provenance = read_json(run.provenance)
+    stages = {
+        **provenance.get("stages", {}),
+        stage: {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts},
+    }
     durable.write_json(
         run.provenance,
         {
             "refscore": __version__,
-            "reference_id": facts.get("reference_id", known.get("reference_id")),
+            "reference_id": facts.get("reference_id", provenance.get("reference_id")),
             "git_commit": git_commit(),
             "versions": versions(),
             "hardware": describe(),
-            "digests": {**known.get("digests", {}), **facts.get("digests", {})},
+            "digests": {**provenance.get("digests", {}), **facts.get("digests", {})},
             "stages": stages,
         },
     )
@@ -220,6 +223,6 @@ def git_commit() -> str | None:
         return None
 
 
-def _git(where: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(where), *arguments], capture_output=True, text=True, check=True)
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -247,8 +247,8 @@ def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _must_be_known(path: Path, found: pa.Schema) -> None:
-    made_in = int((found.metadata or {}).get(_FORMAT_KEY, b"1"))
+def _must_be_known(path: Path, schema: pa.Schema) -> None:
+    made_in = int((schema.metadata or {}).get(_FORMAT_KEY, b"1"))
     if made_in > FORMAT:
         raise DataError(
             f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or "
@@ -256,13 +256,13 @@ def _must_be_known(path: Path, found: pa.Schema) -> None:
         )
 
 
-def _must_equal(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+def _must_equal(path: Path, schema: pa.Schema, declared: pa.Schema) -> None:
     problems = [
-        f"{field.name}: expected {field.type}, found {found.field(field.name).type if field.name in found.names else 'none'}"
-        for field in wanted
-        if field.name not in found.names or found.field(field.name).type != field.type
+        f"{field.name}: expected {field.type}, found {schema.field(field.name).type if field.name in schema.names else 'none'}"
+        for field in declared
+        if field.name not in schema.names or schema.field(field.name).type != field.type
     ]
-    problems += [f"{name}: not a column of this table" for name in found.names if name not in wanted.names]
+    problems += [f"{name}: not a column of this table" for name in schema.names if name not in declared.names]
     if problems:
         raise DataError(f"{path} has another schema ({'; '.join(problems)}): make it again with this version")
 

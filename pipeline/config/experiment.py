@@ -263,11 +263,11 @@ class Config(_Section):
         problems += [
             f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1
         ]
-        wanted = self.generate.pair_judge
+        judge_name = self.generate.pair_judge
         if (
-            wanted is not None
-            and (wanted == IMPLICIT or wanted not in shown)
-            and (problem := pair_judge_problem(wanted))
+            judge_name is not None
+            and (judge_name == IMPLICIT or judge_name not in shown)
+            and (problem := pair_judge_problem(judge_name))
         ):
             problems.append(f"generate.pair_judge: {problem}")
         problems += [

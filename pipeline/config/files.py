@@ -119,16 +119,16 @@ def _apply(content: dict[str, Any], override: str) -> str | None:
 
 
 def _explain(item: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    field = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, _known_names(), n=1, cutoff=0.5)
-        return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else "")
+        near = difflib.get_close_matches(field, _known_names(), n=1, cutoff=0.5)
+        return f"unknown key {field!r}" + (f", did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
-        return f"{where!r} is missing"
+        return f"{field!r} is missing"
     message = item["msg"].removeprefix("Value error, ")
-    if not where or isinstance(item["input"], dict):  # what is wrong with a section as a whole says its values
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message}, got {item['input']!r}"
+    if not field or isinstance(item["input"], dict):  # what is wrong with a section as a whole says its values
+        return f"{field}: {message}" if field else message
+    return f"{field}: {message}, got {item['input']!r}"
 
 
 def _known_names() -> list[str]:

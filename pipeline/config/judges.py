@@ -103,11 +103,11 @@ def split_members(argument: str) -> list[str]:
     if not (inner.startswith("[") and inner.endswith("]")):
         return []
     parts, depth, since = [], 0, 1
-    for at, sign in enumerate(inner[:-1]):
+    for position, sign in enumerate(inner[:-1]):
         depth += (sign in "[({") - (sign in "])}")
         if sign == "," and depth == 1:
-            parts.append(inner[since:at])
-            since = at + 1
+            parts.append(inner[since:position])
+            since = position + 1
     return [part.strip() for part in [*parts, inner[since:-1]] if part.strip()]
 
 

@@ -30,8 +30,8 @@ def rule_problem(text: str) -> str | None:
         return f"judge 'rule:{text}' is unknown; the rules are: {known}"
     rule = RULES[name]
     if bool(rule.argument) != bool(equals and argument):
-        wanted = f"needs an argument: rule:{name}=<{rule.argument}>" if rule.argument else "takes no argument"
-        return f"judge 'rule:{text}' {wanted}"
+        expectation = f"needs an argument: rule:{name}=<{rule.argument}>" if rule.argument else "takes no argument"
+        return f"judge 'rule:{text}' {expectation}"
     try:
         rule.check(argument)
     except ValueError as error:

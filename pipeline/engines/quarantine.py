@@ -38,14 +38,14 @@ def score_each(scorer: Scores, sequences: Sequence[Request]) -> list[np.ndarray]
     Raises CheckError if no sequence of many has a finite score.
     """
     scores = scorer.score(sequences)
-    doubtful = [at for at, logps in enumerate(scores) if why_quarantined(logps)]
+    doubtful = [number for number, logps in enumerate(scores) if why_quarantined(logps)]
     if len(doubtful) == len(scores) > _TOO_MANY:
         raise CheckError(
             f"none of {len(scores)} sequences has a finite score: the weights are damaged, or the numbers overflow in this "
             "dtype. Try reference.dtype=float32, or bfloat16 instead of float16"
         )
-    for at in doubtful if len(scores) > 1 else []:
-        scores[at] = scorer.score([sequences[at]])[0]
+    for number in doubtful if len(scores) > 1 else []:
+        scores[number] = scorer.score([sequences[number]])[0]
     return scores
 
 

@@ -27,8 +27,8 @@ def table_of(requests: Sequence[Request]) -> pa.Table:
     """The table of these sequences."""
     return pa.table(
         {
-            "prompt_ids": pa.array([list(one.prompt_ids) for one in requests], _IDS),
-            "response_ids": pa.array([list(one.response_ids) for one in requests], _IDS),
+            "prompt_ids": pa.array([list(request.prompt_ids) for request in requests], _IDS),
+            "response_ids": pa.array([list(request.response_ids) for request in requests], _IDS),
         }
     )
 

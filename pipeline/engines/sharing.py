@@ -19,11 +19,11 @@ from pipeline.engines.protocol import Request
 class Branch:
     """A sequence in a trie of siblings.
 
-    `at` is its place in the list of sequences, `parent` that of the sibling it leaves (None: the first of its prompt) and
+    `position` is its place in the list of sequences, `parent` that of the sibling it leaves (None: the first of its prompt) and
     `depth` how many response tokens it shares with that parent.
     """
 
-    at: int
+    position: int
     parent: int | None
     depth: int
 
@@ -31,8 +31,8 @@ class Branch:
 def siblings(sequences: Sequence[Request]) -> list[list[int]]:
     """Places of the sequences with the same prompt, prompts in order of first occurrence."""
     groups: dict[bytes, list[int]] = {}
-    for at, item in enumerate(sequences):
-        groups.setdefault(np.asarray(item.prompt_ids, dtype=np.int32).tobytes(), []).append(at)
+    for position, item in enumerate(sequences):
+        groups.setdefault(np.asarray(item.prompt_ids, dtype=np.int32).tobytes(), []).append(position)
     return list(groups.values())
 
 
@@ -47,36 +47,36 @@ def branches_of(sequences: Sequence[Request], group: Sequence[int], most_childre
     """The trie of one group of siblings, parents before children.
 
     A branch leaves the earliest sibling with which it shares most, so the token after what they share is one that this
-    parent computes by itself; longer ones come first, so that there is such a token. Where `most_children` leave the same
+    parent computes by itself; longer ones come first, so that there is such a token. If `most_children` leave the same
     token already, a branch has no parent.
     """
     branches: list[Branch] = []
     children: dict[tuple[int, int], int] = {}
-    for at in sorted(group, key=lambda at: -len(sequences[at].response_ids)):
-        response = sequences[at].response_ids
-        shared = [shared_tokens(response, sequences[other.at].response_ids) for other in branches]
+    for position in sorted(group, key=lambda position: -len(sequences[position].response_ids)):
+        response = sequences[position].response_ids
+        shared = [shared_tokens(response, sequences[other.position].response_ids) for other in branches]
         if not shared:
-            branches.append(Branch(at, None, 0))
+            branches.append(Branch(position, None, 0))
             continue
         nearest = int(np.argmax(shared))
-        parent, depth = branches[nearest].at, shared[nearest]
+        parent, depth = branches[nearest].position, shared[nearest]
         whole = depth == len(response)
         if not whole and children.get((parent, depth), 0) >= most_children:
-            branches.append(Branch(at, None, 0))
+            branches.append(Branch(position, None, 0))
             continue
         if not whole:
             children[parent, depth] = children.get((parent, depth), 0) + 1
-        branches.append(Branch(at, parent, depth))
+        branches.append(Branch(position, parent, depth))
     return branches
 
 
-def copy_shared(sequences: Sequence[Request], found: list[np.ndarray]) -> None:
-    """Fill NaNs of `found` in place from siblings with the same ids up to and including that token."""
+def copy_shared(sequences: Sequence[Request], scores: list[np.ndarray]) -> None:
+    """Fill NaNs of `scores` in place from siblings with the same ids up to and including that token."""
     for group in siblings(sequences):
-        for at in group:
-            if not np.isnan(found[at]).any():
+        for position in group:
+            if not np.isnan(scores[position]).any():
                 continue
             for other in group:
-                same = shared_tokens(sequences[at].response_ids, sequences[other].response_ids)
-                own = found[at][:same]
-                found[at][:same] = np.where(np.isnan(own), found[other][:same], own)
+                same = shared_tokens(sequences[position].response_ids, sequences[other].response_ids)
+                own = scores[position][:same]
+                scores[position][:same] = np.where(np.isnan(own), scores[other][:same], own)

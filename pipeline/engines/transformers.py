@@ -40,8 +40,8 @@ class TransformersScorer:
         for batch in batches(sequences, self.batched_tokens, self._forward.hidden.tokens):
             trees = [tree_of(sequences, part) for part in batch]
             for tree, branches in zip(batch, self._forward(trees), strict=True):
-                for at, logps in zip(tree, branches, strict=True):
-                    scores[at] = computed(logps.float().cpu().numpy())
+                for position, logps in zip(tree, branches, strict=True):
+                    scores[position] = computed(logps.float().cpu().numpy())
         return scores
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ def batches(
     sizes = [tokens([tree]) for tree in trees]
     groups: list[list[int]] = []
     for number in sorted(range(len(trees)), key=lambda number: -sizes[number]):
-        if not groups or tokens([trees[each] for each in (*groups[-1], number)]) > budget:
+        if not groups or tokens([trees[position] for position in (*groups[-1], number)]) > budget:
             groups.append([])
         groups[-1].append(number)
     return [[cut[number] for number in group] for group in groups]
@@ -69,7 +69,7 @@ def batches(
 
 def tree_of(sequences: Sequence[Request], part: Sequence[int]) -> Tree:
     """The tree of sequences with one prompt, by their places."""
-    return Tree(sequences[part[0]].prompt_ids, tuple(sequences[at].response_ids for at in part))
+    return Tree(sequences[part[0]].prompt_ids, tuple(sequences[position].response_ids for position in part))
 
 
 def _cut(
@@ -77,9 +77,9 @@ def _cut(
 ) -> Iterator[list[int]]:
     """The group in pieces whose trees fit the budget."""
     part: list[int] = []
-    for at in group:
-        if part and tokens([tree_of(sequences, [*part, at])]) > budget:
+    for position in group:
+        if part and tokens([tree_of(sequences, [*part, position])]) > budget:
             yield part
             part = []
-        part.append(at)
+        part.append(position)
     yield part

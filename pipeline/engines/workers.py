@@ -38,11 +38,11 @@ class Workers:
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:
         shares = shares_of(reference)
-        one = reference.model_copy(update={"workers": 1})
+        single = reference.model_copy(update={"workers": 1})
         self._workers: list[_Worker] = []
         try:
             for number, share in enumerate(shares):
-                self._workers.append(_Worker(number, share, one, directory, numerics, longest))
+                self._workers.append(_Worker(number, share, single, directory, numerics, longest))
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:
@@ -54,10 +54,10 @@ class Workers:
         parts = parts_of(sequences, len(self._workers))
         scores: dict[int, np.ndarray] = {}
         with ThreadPoolExecutor(len(self._workers)) as pool:
-            tables = [score_table.table_of([sequences[at] for at in part]) for part in parts]
+            tables = [score_table.table_of([sequences[position] for position in part]) for part in parts]
             for part, table in zip(parts, pool.map(_Worker.score, self._workers, tables), strict=True):
                 scores |= dict(zip(part, score_table.logps_in(table), strict=True))
-        return [scores[at] for at in range(len(sequences))]
+        return [scores[position] for position in range(len(sequences))]
 
     def close(self) -> None:
         """See `Scorer.close`."""
@@ -72,25 +72,25 @@ def shares_of(reference: ReferenceConfig) -> list[str]:
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         units = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-        each, kind = reference.tensor_parallel_size, "GPUs"
+        per_worker, kind = reference.tensor_parallel_size, "GPUs"
     else:
         units = list(map(str, processors()))
-        each, kind = len(units) // reference.workers, "processors"
-    if each < 1 or len(units) < reference.workers * each:
+        per_worker, kind = len(units) // reference.workers, "processors"
+    if per_worker < 1 or len(units) < reference.workers * per_worker:
         raise ConfigError(f"reference.workers is {reference.workers}, this machine has {len(units)} {kind} for them")
-    return [",".join(units[at * each : (at + 1) * each]) for at in range(reference.workers)]
+    return [",".join(units[worker * per_worker : (worker + 1) * per_worker]) for worker in range(reference.workers)]
 
 
-def parts_of(sequences: Sequence[Request], number: int) -> list[list[int]]:
-    """Places of the sequences in `number` parts of about as many tokens; siblings are in one part."""
-    parts: list[list[int]] = [[] for _ in range(number)]
-    filled = [0] * number
+def parts_of(sequences: Sequence[Request], count: int) -> list[list[int]]:
+    """Places of the sequences in `count` parts of about as many tokens; siblings are in one part."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
     groups = siblings(sequences)
-    tokens = [sum(len(sequences[at]) for at in group) for group in groups]
-    for at in sorted(range(len(groups)), key=lambda at: -tokens[at]):
+    tokens = [sum(len(sequences[position]) for position in group) for group in groups]
+    for number in sorted(range(len(groups)), key=lambda number: -tokens[number]):
         least = int(np.argmin(filled))
-        parts[least] += groups[at]
-        filled[least] += tokens[at]
+        parts[least] += groups[number]
+        filled[least] += tokens[number]
     return parts
 
 

@@ -57,11 +57,11 @@ def policy_of(config: Config, run: Run) -> Candidate:
 
 def must_share_vocabulary(models: Sequence[Candidate], vocabulary: str | None) -> None:
     """Raise ConfigError if a model reads other token ids than the prompts were made with (a digest, if known)."""
-    for one in models:
-        if vocabulary and vocabulary_digest(load_tokenizer(one.base, one.spec)) != vocabulary:
+    for candidate in models:
+        if vocabulary and vocabulary_digest(load_tokenizer(candidate.base, candidate.spec)) != vocabulary:
             raise ConfigError(
-                f"model {one.name!r} ({one.described}) has another vocabulary than the prompts' token ids: only models that "
-                "share it can be sampled and compared here"
+                f"model {candidate.name!r} ({candidate.described}) has another vocabulary than the prompts' token ids: only "
+                "models that share it can be sampled and compared here"
             )
 
 

@@ -35,10 +35,10 @@ class Difference:
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of a table: a field that the runs do not share, and its value in each."""
-    settings = {one.name: _flat(read_saved_config(one)) for one in runs}
+    settings = {run.name: _flat(read_saved_config(run)) for run in runs}
     names = sorted({name for values in settings.values() for name in values})
     return [
-        [name, *(str(settings[one.name].get(name, "-")) for one in runs)]
+        [name, *(str(settings[run.name].get(name, "-")) for run in runs)]
         for name in names
         if len({str(values.get(name)) for values in settings.values()}) > 1
     ]
@@ -46,9 +46,9 @@ def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
 
 def reached(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of a table: a figure, and its value in each run."""
-    figures = {one.name: _figures(read_results(one.eval) or Results()) for one in runs}
+    figures = {run.name: _figures(read_results(run.eval) or Results()) for run in runs}
     names = dict.fromkeys(name for values in figures.values() for name in values)
-    return [[name, *(figures[one.name].get(name, "-") for one in runs)] for name in names]
+    return [[name, *(figures[run.name].get(name, "-") for run in runs)] for name in names]
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
@@ -56,28 +56,28 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
     Runs whose reference wrote other responses are not compared: their win rates are against different opponents.
     """
-    scores = {one.name: _scores(one) for one in runs}
-    opponents = {one.name: read_about(one.samples).get("keys", {}).get("reference") for one in runs}
+    scores = {run.name: _scores(run) for run in runs}
+    opponents = {run.name: read_about(run.samples).get("keys", {}).get("reference") for run in runs}
     results: list[tuple[str, str, str, Paired]] = []
-    for first, second in combinations([one.name for one in runs], 2):
+    for first, second in combinations([run.name for run in runs], 2):
         for judge in scores[first].keys() & scores[second].keys():
             same = judge == IMPLICIT or opponents[first] == opponents[second]
             result = paired(scores[second][judge], scores[first][judge]) if same else None
             if result is not None:
                 results.append((judge, second, first, result))
-    results.sort(key=lambda one: one[:3])
+    results.sort(key=lambda result: result[:3])
     corrected = holm([result.sign_test_p for *_, result in results])
-    return [Difference(*one, p) for one, p in zip(results, corrected, strict=True)]
+    return [Difference(*result, p) for result, p in zip(results, corrected, strict=True)]
 
 
 def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
     """Every run's policy and the reference between KL and gain, and the judge that gives the gain."""
-    results = {one.name: read_results(one.eval) or Results() for one in runs}
-    judges = [gain_of(found) for found in results.values()]
+    results = {run.name: read_results(run.eval) or Results() for run in runs}
+    judges = [gain_of(result) for result in results.values()]
     judge = judges[0] if judges and len(set(judges)) == 1 else None
     if judge is None:
         return [], None
-    points = [point_of(found, judge, name) for name, found in results.items()]
+    points = [point_of(result, judge, name) for name, result in results.items()]
     points.append(point_of(results[runs[0].name], judge, "reference", "reference"))
     return [point for point in points if point is not None], judge
 
@@ -89,7 +89,7 @@ def _scores(run: Run) -> dict[str, dict[str, float]]:
     for row in read_table(run.judgements, JUDGEMENTS).to_pylist():
         if (row["model"], row["baseline"]) == ("policy", "reference"):
             by_judge[row["judge"]].append(Judgement(**row))
-    return {judge: prompt_scores(comparison_scores(found)) for judge, found in by_judge.items()}
+    return {judge: prompt_scores(comparison_scores(judgements)) for judge, judgements in by_judge.items()}
 
 
 def _figures(results: Results) -> dict[str, str]:
@@ -109,8 +109,8 @@ def _figures(results: Results) -> dict[str, str]:
     return figures
 
 
-def _interval(one: Interval, digits: int = 3) -> str:
-    return f"{one.mean:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+def _interval(interval: Interval, digits: int = 3) -> str:
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

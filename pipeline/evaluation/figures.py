@@ -165,7 +165,7 @@ def cost_figures(kl: pa.Table | None, rewards: dict[str, list[float | None]]) ->
                 if row["model"] == model and value is not None:
                     by_prompt[row["prompt_id"]].append(value)
             if by_prompt:
-                reward[judge] = bootstrap_mean([float(np.mean(given)) for given in by_prompt.values()])
+                reward[judge] = bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()])
         measured = Cost() if model == "reference" else divergence(kl.filter(pc.equal(kl["model"], model)))
         costs[model] = replace(measured, reward=reward)
     return costs
@@ -178,9 +178,13 @@ def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
     rule:complete_and_concise, which tells apart what judges call equal.
     """
     scores: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for one in judgements:
-        if (one.model, one.baseline) == ("policy", "reference") and one.order != "pair" and one.score is not None:
-            scores[one.prompt_id, one.sample].append(one.score - 0.5)
+    for judgement in judgements:
+        if (
+            (judgement.model, judgement.baseline) == ("policy", "reference")
+            and judgement.order != "pair"
+            and judgement.score is not None
+        ):
+            scores[judgement.prompt_id, judgement.sample].append(judgement.score - 0.5)
     rows = []
     for item in comparisons:
         if (item.model, item.baseline) != ("policy", "reference"):

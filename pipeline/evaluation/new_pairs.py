@@ -37,7 +37,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Made:
+class NewPair:
     """A new pair: which of the prompt's samples, and what the judge gave all of them."""
 
     request: TrainingPrompt
@@ -52,7 +52,7 @@ def make_pairs(
     samples: Sequence[Sequence[Sample]],
     margin: float,
     accept: Callable[[Sample], bool] = lambda _: True,
-) -> tuple[list[Made], dict[str, int]]:
+) -> tuple[list[NewPair], dict[str, int]]:
     """Pairs of the prompts whose best and worst response are `margin` or more apart, and how often each reason had none.
 
     The best must have ended by itself, as the tokenised pair will say it did, and please `accept`; the worst must say
@@ -61,12 +61,12 @@ def make_pairs(
     scores = score_samples(judge, requests, samples)
     pairs = []
     reasons = {"near_tie": 0, "best_is_cut_off": 0, "best_is_refused": 0, "worst_is_empty": 0, "judge_failed": 0}
-    for request, written, given in zip(requests, samples, scores, strict=True):
-        known = [score for score in given if score is not None]
-        if len(known) < len(given):
+    for request, written, verdicts in zip(requests, samples, scores, strict=True):
+        judged = [score for score in verdicts if score is not None]
+        if len(judged) < len(verdicts):
             reasons["judge_failed"] += 1
             continue
-        choice = best_and_worst(known, margin)
+        choice = best_and_worst(judged, margin)
         if choice is None:
             reasons["near_tie"] += 1
         elif written[choice.chosen].finish_reason != "stop":
@@ -76,7 +76,7 @@ def make_pairs(
         elif not written[choice.rejected].text:
             reasons["worst_is_empty"] += 1
         else:
-            pairs.append(Made(request, written, known, choice))
+            pairs.append(NewPair(request, written, judged, choice))
     return pairs, {reason: count for reason, count in reasons.items() if count}
 
 
@@ -87,8 +87,8 @@ def best_and_worst(scores: Sequence[float], margin: float) -> Choice | None:
     """
     if len(scores) < 2:
         return None
-    chosen = max(range(len(scores)), key=lambda at: (scores[at], -at))
-    rejected = min(range(len(scores)), key=lambda at: (scores[at], at))
+    chosen = max(range(len(scores)), key=lambda index: (scores[index], -index))
+    rejected = min(range(len(scores)), key=lambda index: (scores[index], index))
     distance = scores[chosen] - scores[rejected]
     return Choice(chosen, rejected, distance) if distance >= margin else None
 
@@ -98,53 +98,55 @@ def score_samples(
 ) -> list[list[float | None]]:
     """One score for each sample of each prompt; None if the judge failed."""
     shown = [
-        [Shown(request.prompt, Response(one.text, one.finish_reason, tuple(one.ids))) for one in written]
+        [Shown(request.prompt, Response(sample.text, sample.finish_reason, tuple(sample.ids))) for sample in written]
         for request, written in zip(requests, samples, strict=True)
     ]
     if judge.reward is not None:
-        flat = iter(judge.reward([one for written in shown for one in written]))
+        flat = iter(judge.reward([response for written in shown for response in written]))
         return [[next(flat) for _ in written] for written in shown]
     meetings = [
-        (at, first, second)
-        for at, written in enumerate(shown)
+        (prompt, first, second)
+        for prompt, written in enumerate(shown)
         for first, second in permutations(range(len(written)), 2)
     ]
-    duels = [Duel(shown[at][a].prompt, shown[at][a].response, shown[at][b].response) for at, a, b in meetings]
+    duels = [
+        Duel(shown[prompt][a].prompt, shown[prompt][a].response, shown[prompt][b].response) for prompt, a, b in meetings
+    ]
     points: list[list[list[float | None]]] = [[[] for _ in written] for written in shown]
-    for (at, first, second), verdict in zip(meetings, judge.prefer(duels), strict=True):
-        points[at][first].append(verdict)
-        points[at][second].append(None if verdict is None else 1.0 - verdict)
-    return [[_mean(one) for one in written] for written in points]
+    for (prompt, first, second), verdict in zip(meetings, judge.prefer(duels), strict=True):
+        points[prompt][first].append(verdict)
+        points[prompt][second].append(None if verdict is None else 1.0 - verdict)
+    return [[_mean(verdicts) for verdicts in written] for written in points]
 
 
-def pair_row(made: Made, provenance: dict[str, Any]) -> dict[str, Any]:
+def pair_row(pair: NewPair, provenance: dict[str, Any]) -> dict[str, Any]:
     """A line of preference data: prompt (a string, or messages if it is a conversation), sides, margin, provenance."""
-    chosen, rejected = made.samples[made.choice.chosen], made.samples[made.choice.rejected]
-    messages = made.request.messages
+    chosen, rejected = pair.samples[pair.choice.chosen], pair.samples[pair.choice.rejected]
+    messages = pair.request.messages
     single = len(messages) == 1 and messages[0]["role"] == "user"
     prompt: Any = messages[0]["content"] if single else messages
-    sides: dict[str, Any] = {"chosen": chosen.text, "rejected": rejected.text}
+    responses: dict[str, Any] = {"chosen": chosen.text, "rejected": rejected.text}
     if not single:
-        sides = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+        responses = {name: [{"role": "assistant", "content": text}] for name, text in responses.items()}
     return {
-        **({"topic": made.request.prompt.topic} if made.request.prompt.topic else {}),
+        **({"topic": pair.request.prompt.topic} if pair.request.prompt.topic else {}),
         "prompt": prompt,
-        **sides,
-        "margin": round(made.choice.margin, 3),
-        "differs_beyond_length": beyond_length(made.request.prompt.text, chosen, rejected),
+        **responses,
+        "margin": round(pair.choice.margin, 3),
+        "differs_beyond_length": beyond_length(pair.request.prompt.text, chosen, rejected),
         "provenance": provenance
         | {
-            "chosen_score": round(made.scores[made.choice.chosen], 4),
-            "rejected_score": round(made.scores[made.choice.rejected], 4),
-            "chosen_sample": made.choice.chosen,
-            "rejected_sample": made.choice.rejected,
+            "chosen_score": round(pair.scores[pair.choice.chosen], 4),
+            "rejected_score": round(pair.scores[pair.choice.rejected], 4),
+            "chosen_sample": pair.choice.chosen,
+            "rejected_sample": pair.choice.rejected,
         },
     }
 
 
 def beyond_length(prompt: str, chosen: Sample, rejected: Sample) -> bool:
     """Whether `chosen` is better in more than length: less repetition, more to the point, or of about equal length."""
-    better, worse = (marks(prompt, one.text, one.finish_reason) for one in (chosen, rejected))
+    better, worse = (marks(prompt, sample.text, sample.finish_reason) for sample in (chosen, rejected))
     lengths = sorted((len(words_of(chosen.text)), len(words_of(rejected.text))))
     return (
         better.distinct - worse.distinct >= 0.1
@@ -154,5 +156,5 @@ def beyond_length(prompt: str, chosen: Sample, rejected: Sample) -> bool:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known and len(known) == len(values) else None
+    judged = [value for value in values if value is not None]
+    return float(np.mean(judged)) if judged and len(judged) == len(values) else None

@@ -52,8 +52,8 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     )
 
     samples = _sampled(run, policy, prompts, settings, listener)
-    made, left_out = make_pairs(judge, prompts, samples, config.generate.pair_margin)
-    if not made:
+    new_pairs, left_out = make_pairs(judge, prompts, samples, config.generate.pair_margin)
+    if not new_pairs:
         why = ", ".join(f"{count} x {reason}" for reason, count in left_out.items())
         raise CheckError(f"no prompt gave a pair ({why}): lower generate.pair_margin or raise generate.pair_samples")
 
@@ -65,20 +65,20 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
         "temperature": settings.temperature,
         "seed": settings.seed,
     }
-    durable.write_text(run.new_pairs, "".join(json.dumps(pair_row(one, provenance)) + "\n" for one in made))
+    durable.write_text(run.new_pairs, "".join(json.dumps(pair_row(pair, provenance)) + "\n" for pair in new_pairs))
     held_out = [_held_out_row(pair) for pair in pairs.pairs if pair.split == "eval"]
     durable.write_text(run.held_out, "".join(json.dumps(row) + "\n" for row in held_out))
-    record(run, config, "pairs", pairs=len(made), left_out=left_out, judge=judge.name)
-    return NewPairs(len(made), left_out)
+    record(run, config, "pairs", pairs=len(new_pairs), left_out=left_out, judge=judge.name)
+    return NewPairs(len(new_pairs), left_out)
 
 
 def pair_judge(config: Config) -> JudgeConfig:
     """The judge that makes new pairs. Raises ConfigError if no judge of texts is configured."""
     of_texts = [judge for judge in config.judge if judge.kind != IMPLICIT]
-    wanted = config.generate.pair_judge
-    judge = next((judge for judge in of_texts if wanted in (None, judge.shown)), None)
-    if judge is None and wanted is not None:
-        return JudgeConfig(name=wanted)
+    judge_name = config.generate.pair_judge
+    judge = next((judge for judge in of_texts if judge_name in (None, judge.shown)), None)
+    if judge is None and judge_name is not None:
+        return JudgeConfig(name=judge_name)
     if judge is None:
         raise ConfigError("no judge of texts is configured, so nothing can say which response is better: set judge")
     return judge

@@ -47,15 +47,15 @@ def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: Ge
 def stored_samples(key: str, model: str, file: str, schema: pa.Schema) -> pa.Table | None:
     """Rows made before under the same key by any run, from its `file`, under the name `model` here."""
     for path in sorted(RUNS.glob(f"*/{file}")):
-        for name, known in read_about(path).get("keys", {}).items():
-            if known == key:
+        for name, stored_key in read_about(path).get("keys", {}).items():
+            if stored_key == key:
                 table = read_table(path, schema)
                 rows = table.filter(pc.equal(table["model"], name))
                 return rows.set_column(rows.schema.get_field_index("model"), "model", pa.array([model] * len(rows)))
     return None
 
 
-def sample_rows(model: str, prompts: Sequence[Prompt], found: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
+def sample_rows(model: str, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
     """Rows of samples.parquet for one model's responses to `prompts`."""
     return [
         {
@@ -69,8 +69,8 @@ def sample_rows(model: str, prompts: Sequence[Prompt], found: Sequence[Sequence[
             "finish_reason": sample.finish_reason,
             "tokens": len(sample.ids),
         }
-        for prompt, samples in zip(prompts, found, strict=True)
-        for number, sample in enumerate(samples)
+        for prompt, of_prompt in zip(prompts, samples, strict=True)
+        for number, sample in enumerate(of_prompt)
     ]
 
 
@@ -92,13 +92,13 @@ def response_of(row: dict[str, Any]) -> Response:
 
 def comparisons_of(samples: pa.Table, prompts: Sequence[Prompt], models: Sequence[str]) -> list[Comparison]:
     """Every two models' samples of the same prompt and number, the model that `models` lists later as the baseline."""
-    sides: dict[tuple[str, int], dict[str, Response]] = defaultdict(dict)
+    responses: dict[tuple[str, int], dict[str, Response]] = defaultdict(dict)
     for row in samples.to_pylist():
-        sides[row["prompt_id"], row["sample"]][row["model"]] = response_of(row)
+        responses[row["prompt_id"], row["sample"]][row["model"]] = response_of(row)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     return [
         Comparison(by_id[prompt_id], number, model, baseline, both[model], both[baseline])
         for model, baseline in combinations(models, 2)
-        for (prompt_id, number), both in sides.items()
+        for (prompt_id, number), both in responses.items()
         if model in both and baseline in both
     ]

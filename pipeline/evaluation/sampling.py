@@ -48,8 +48,8 @@ def make_samples(
     for model in models:
         wanted = [] if model.name in tables else [settings]
         wanted += [kl_settings] if model.name in without_kl and kl_settings not in wanted else []
-        for dtype in sorted({each.dtype for each in wanted}):
-            same_engine = [each for each in wanted if each.dtype == dtype]
+        for dtype in sorted({setting.dtype for setting in wanted}):
+            same_engine = [setting for setting in wanted if setting.dtype == dtype]
             for made_under, table in _generate(model, prompts, same_engine, listener):
                 if made_under == settings:
                     tables[model.name] = table
@@ -107,14 +107,14 @@ def _generate(
 ) -> Iterator[tuple[GenerateConfig, pa.Table]]:
     """The model's samples under each of `settings`, which share a dtype, from one start of the engine."""
     longest = max(len(prompt.ids) for prompt in prompts)
-    responses = len(prompts) * sum(each.samples for each in settings)
+    responses = len(prompts) * sum(setting.samples for setting in settings)
     with (
         generator(model.base, model.spec, longest, settings[0], model.adapter) as generate,
         listener.progress(f"{model.name} generates", responses) as ticker,
     ):
-        for each in settings:
-            samples = generate([prompt.ids for prompt in prompts], each, ticker.advance_tokens)
-            yield each, sample_table(sample_rows(model.name, prompts, samples))
+        for setting in settings:
+            samples = generate([prompt.ids for prompt in prompts], setting, ticker.advance_tokens)
+            yield setting, sample_table(sample_rows(model.name, prompts, samples))
 
 
 def _write(run: Run, tables: dict[str, pa.Table], keys: dict[str, str]) -> None:

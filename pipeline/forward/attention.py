@@ -131,8 +131,8 @@ def attend(
     if query.device.type == "cpu" and softcap is None and _in_bfloat16(query):
         biases = [pack.bias(number, sliding_window, _rounded(rows)) for number, rows in enumerate(pack.trees)]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        sides = query.bfloat16(), key.bfloat16(), value.bfloat16()
-        return cpu_attention.attend(sides, pack.trees, biases, scaling), None
+        operands = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        return cpu_attention.attend(operands, pack.trees, biases, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (side.repeat_interleave(groups, dim=1) for side in (key, value))
@@ -162,7 +162,7 @@ def _in_bfloat16(query: torch.Tensor) -> bool:
 
 
 def _of_tree(
-    sides: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...],
     pack: Pack,
     number: int,
     window: int | None,
@@ -172,7 +172,7 @@ def _of_tree(
     """Attention within tree `number` of a pack [1, H, t, D], computed at a rounded length."""
     rows = pack.trees[number]
     length, size = rows.stop - rows.start, _rounded(rows)
-    query, key, value = (torch.nn.functional.pad(side[:, :, rows], (0, 0, 0, size - length)) for side in sides)
+    query, key, value = (torch.nn.functional.pad(side[:, :, rows], (0, 0, 0, size - length)) for side in operands)
     return _sdpa(query, key, value, pack.dense_mask(number, window, size), scaling, softcap)[:, :, :length]
 
 

@@ -21,7 +21,7 @@ _BLOCK = 128
 
 
 def attend(
-    sides: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     trees: Sequence[slice],
     biases: Sequence[torch.Tensor],
     scaling: float,
@@ -31,7 +31,7 @@ def attend(
     `biases` are float32 [t, t], -inf where a tree's query (row) does not see a key; t may be rounded up, with rows that
     see anything.
     """
-    attended: torch.Tensor = _Attention.apply(*sides, trees, biases, scaling)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    attended: torch.Tensor = _Attention.apply(*operands, trees, biases, scaling)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return attended
 
 
@@ -116,9 +116,9 @@ def _blocks(bias_tt: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + _BLOCK, len(bias_tt)))
 
 
-def _by_head(found: torch.Tensor, block: slice) -> torch.Tensor:
+def _by_head(tensor: torch.Tensor, block: slice) -> torch.Tensor:
     """The inverse of `_rows`: [K, G * b, any] to [K, G, b, any]."""
-    return found.view(len(found), -1, block.stop - block.start, found.shape[2])
+    return tensor.view(len(tensor), -1, block.stop - block.start, tensor.shape[2])
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def recomputation() -> tuple[AbstractContextManager[object], AbstractContextMana
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002  # torch's name
     """What torch's function of this name gives, by oneDNN if all is float32 on a CPU: [..., H] to [..., V]."""
-    sides = [input, weight] if bias is None else [input, weight, bias]
-    ours = all(side.device.type == "cpu" and side.dtype == torch.float32 for side in sides)
+    operands = [input, weight] if bias is None else [input, weight, bias]
+    ours = all(side.device.type == "cpu" and side.dtype == torch.float32 for side in operands)
     if not ours or torch.is_autocast_enabled("cpu") or not _ONEDNN:
         return torch.nn.functional.linear(input, weight, bias)
     product: torch.Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]  # torch leaves apply untyped

@@ -72,7 +72,7 @@ class Forward:
         )
         lengths = [len(branch) for branch in branches]
         flat = [torch.split(values, lengths) if len(values) else [] for values in (logps_N, squares_N)]
-        logps, sums = ([[each[place] for place in tree] for tree in places] if each else [] for each in flat)
+        logps, sums = ([[values[place] for place in tree] for tree in places] if values else [] for values in flat)
         return logps, sums
 
 

@@ -57,12 +57,12 @@ class Route:
         """Tokens that the model reads for `trees`, filling of batches included."""
         apart = separated(trees)
         if self.kind == "padded":
-            return len(apart) * max((len(each) for each in apart), default=0)
+            return len(apart) * max((len(tree) for tree in apart), default=0)
         if self.kind == "alone":
-            return sum(each.longest for each in apart)
+            return sum(tree.longest for tree in apart)
         laid = trees if tree else apart
-        packed = sum(len(each) for each in laid if self._fits(each))
-        return packed + sum(each.longest for each in separated([each for each in laid if not self._fits(each)]))
+        packed = sum(len(tree) for tree in laid if self._fits(tree))
+        return packed + sum(tree.longest for tree in separated([tree for tree in laid if not self._fits(tree)]))
 
     def _fits(self, tree: Tree) -> bool:
         return self.limit is None or tree.longest <= self.limit
@@ -71,12 +71,12 @@ class Route:
         if all(map(self._fits, trees)):
             return read_packed(model, trees)
         parts: dict[int, torch.Tensor] = {}
-        short = [number for number, each in enumerate(trees) if self._fits(each)]
+        short = [number for number, tree in enumerate(trees) if self._fits(tree)]
         if short:
             rows = [sum(map(len, trees[number].branches)) for number in short]
             states = read_packed(model, [trees[number] for number in short])
             parts |= dict(zip(short, torch.split(states, rows), strict=True))
-        parts |= {number: read_alone(model, [each]) for number, each in enumerate(trees) if not self._fits(each)}
+        parts |= {number: read_alone(model, [tree]) for number, tree in enumerate(trees) if not self._fits(tree)}
         return torch.cat([parts[number] for number in range(len(trees))])
 
 
@@ -193,7 +193,7 @@ def _why_not(
     twin: PreTrainedModel, modes: list[tuple[torch.dtype, torch.dtype]], read: Read, trees: list[Tree]
 ) -> str | None:
     """Why `read` does not give what each sequence gives alone; None if it does, forward and backward, in every mode."""
-    what = "the mask of a tree" if read is read_packed else "padding at the end"
+    mechanism = "the mask of a tree" if read is read_packed else "padding at the end"
     twin.set_attn_implementation("eager")
     exact = _states_and_gradients(twin, read_alone, trees, modes[0])
     try:
@@ -203,15 +203,15 @@ def _why_not(
             plain = _states_and_gradients(twin, read_alone, trees, mode)
             ours = _states_and_gradients(twin, read, trees, mode)
             if not _agree(ours, plain, exact, exactly=mode == modes[0]):
-                return f"does not follow {what}"
+                return f"does not follow {mechanism}"
             noise = 1e-5 if mode == modes[0] else _rows(plain[0], exact[0]).mean().item()
             if read is read_packed and not _independent(twin, trees, mode, noise):
-                return f"does not follow {what}: a branch depends on another"
+                return f"does not follow {mechanism}: a branch depends on another"
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         # whatever a layer raises that was not made for this; the reason is logged, and the results are the same
-        return f"takes no {what.removeprefix('the ')} ({first_line(error)})"
+        return f"takes no {mechanism.removeprefix('the ')} ({first_line(error)})"
     finally:
         twin.to(torch.float32)
     return None
@@ -228,7 +228,9 @@ def _agree(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torc
     # experts are chosen by digits that bfloat16 lacks: single rows may go anywhere, all of them may not
     noise = [_rows(plain[0], exact[0]).mean(), _whole(plain[1:], exact[1:])]
     differences = [_rows(ours[0], exact[0]).mean(), _whole(ours[1:], exact[1:])]
-    return all((one <= _BFLOAT16 * other + 0.01).item() for one, other in zip(differences, noise, strict=True))
+    return all(
+        (difference <= _BFLOAT16 * other + 0.01).item() for difference, other in zip(differences, noise, strict=True)
+    )
 
 
 def _rows(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -237,7 +239,7 @@ def _rows(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
-    flat = [torch.cat([each.flatten() for each in side]) for side in (mine, theirs)]
+    flat = [torch.cat([tensor.flatten() for tensor in side]) for side in (mine, theirs)]
     relative: torch.Tensor = (flat[0] - flat[1]).norm() / (flat[1].norm() + 1e-6)
     return relative
 

@@ -44,18 +44,18 @@ def merge(trees: Sequence[Tree]) -> tuple[list[Tree], list[list[int]]]:
     """
     branches: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
     for tree in trees:
-        known = branches.setdefault(tuple(tree.trunk), {})
+        seen = branches.setdefault(tuple(tree.trunk), {})
         for branch in tree.branches:
-            known.setdefault(tuple(branch), len(known))
+            seen.setdefault(tuple(branch), len(seen))
     starts, count = {}, 0
-    for trunk, known in branches.items():
+    for trunk, seen in branches.items():
         starts[trunk] = count
-        count += len(known)
+        count += len(seen)
     places = []
     for tree in trees:
         trunk = tuple(tree.trunk)
         places.append([starts[trunk] + branches[trunk][tuple(branch)] for branch in tree.branches])
-    return [Tree(trunk, tuple(known)) for trunk, known in branches.items()], places
+    return [Tree(trunk, tuple(seen)) for trunk, seen in branches.items()], places
 
 
 def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tensor, Pack, torch.Tensor]:
@@ -69,9 +69,9 @@ def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tenso
         first, end = start, start + len(tree.trunk)
         ids[first:end], branch_of[first:end], positions[first:end] = tree.trunk, 0, np.arange(end - first)
         start = end
-        for which, branch in enumerate(tree.branches, start=1):
+        for branch_number, branch in enumerate(tree.branches, start=1):
             inner = len(branch) - 1
-            ids[start : start + inner], branch_of[start : start + inner] = branch[:-1], which
+            ids[start : start + inner], branch_of[start : start + inner] = branch[:-1], branch_number
             positions[start : start + inner] = np.arange(end - first, end - first + inner)
             # the trunk's last position predicts the first token of every branch
             rows.append(np.concatenate([[end - 1], np.arange(start, start + inner)]))

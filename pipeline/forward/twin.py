@@ -151,7 +151,7 @@ def _layers_of_each_kind(settings: dict[str, Any], layers: int) -> list[int]:
     seen: dict[str, int] = {}
     chosen = []
     for number in range(layers):
-        kind = repr([each[number] for each in lists])
+        kind = repr([layers[number] for layers in lists])
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= 2:
             chosen.append(number)

@@ -96,18 +96,18 @@ def by_reward(name: str, reward: Reward, tie: float = 0.0) -> Judge:
 
     Every response is asked about once, however many duels it stands in.
     """
-    known: dict[Shown, float | None] = {}
+    rewards: dict[Shown, float | None] = {}
 
     def remembered(items: Sequence[Shown]) -> list[float | None]:
-        new = list(dict.fromkeys(item for item in items if item not in known))
+        new = list(dict.fromkeys(item for item in items if item not in rewards))
         if new:
-            known.update(zip(new, reward(new), strict=True))
-        return [known[item] for item in items]
+            rewards.update(zip(new, reward(new), strict=True))
+        return [rewards[item] for item in items]
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
-        sides = [Shown(duel.prompt, side) for duel in duels for side in (duel.first, duel.second)]
-        rewards = remembered(sides)
-        return [_better(a, b, tie) for a, b in zip(rewards[::2], rewards[1::2], strict=True)]
+        responses = [Shown(duel.prompt, side) for duel in duels for side in (duel.first, duel.second)]
+        values = remembered(responses)
+        return [_better(a, b, tie) for a, b in zip(values[::2], values[1::2], strict=True)]
 
     return Judge(name, prefer, remembered)
 

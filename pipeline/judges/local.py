@@ -52,11 +52,11 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         return verdicts.values(keys, duels, lambda missing: _ask_all(directory, tokenizer, settings, missing, verdicts))
 
     def cost() -> dict[str, float]:
-        known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
+        answered = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
         return {
-            "requests": len(known),
-            "tokens_in": sum(one.tokens_in for one in known),
-            "tokens_out": sum(one.tokens_out for one in known),
+            "requests": len(answered),
+            "tokens_in": sum(reply.tokens_in for reply in answered),
+            "tokens_out": sum(reply.tokens_out for reply in answered),
         }
 
     return Judge(settings.shown, prefer, cost=cost)
@@ -64,15 +64,19 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Every single token that says just A, or just B. Raises ConfigError if the vocabulary has none."""
-    found: dict[str, list[int]] = {letter: [] for letter in LETTERS}
+    tokens_of_letter: dict[str, list[int]] = {letter: [] for letter in LETTERS}
     for letter in LETTERS:
         for text in (letter, f" {letter}", letter.lower(), f" {letter.lower()}"):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) == 1 and letter_of(str(tokenizer.decode(ids))) == letter and ids[0] not in found[letter]:
-                found[letter].append(int(ids[0]))
-    if not all(found.values()):
+            if (
+                len(ids) == 1
+                and letter_of(str(tokenizer.decode(ids))) == letter
+                and ids[0] not in tokens_of_letter[letter]
+            ):
+                tokens_of_letter[letter].append(int(ids[0]))
+    if not all(tokens_of_letter.values()):
         raise ConfigError("the judge's vocabulary has no single token for A and B: use verdict: reasoning")
-    return found
+    return tokens_of_letter
 
 
 def _ask_all(
@@ -111,7 +115,7 @@ def _ask_all(
                 text = str(tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
                 value = parsed(text)
                 if one_token:
-                    seen = {token: math.exp(one.logprob) for token, one in reply.logprobs[0].items()}
+                    seen = {token: math.exp(entry.logprob) for token, entry in reply.logprobs[0].items()}
                     first, second = (sum(seen.get(token, 0.0) for token in letters[letter]) for letter in LETTERS)
                     value = weighed(first, second, settings.min_mass)
                 verdicts.add(key, Verdict(value, text, len(prompts[key]), len(reply.token_ids)))

@@ -64,7 +64,7 @@ def ends_well(response: str) -> bool:
 def repetition(response: str) -> float:
     """Share of the response's 4-grams of words that occurred before in it; 0 for short responses."""
     words = words_of(response)
-    grams = [tuple(words[at : at + _GRAM]) for at in range(len(words) - _GRAM + 1)]
+    grams = [tuple(words[start : start + _GRAM]) for start in range(len(words) - _GRAM + 1)]
     if not grams:
         return 0.0
     return sum(count - 1 for count in Counter(grams).values()) / len(grams)
@@ -72,11 +72,11 @@ def repetition(response: str) -> float:
 
 def relevance(prompt: str, response: str) -> float:
     """How many of the prompt's content words the response takes up; half of them is enough for 1."""
-    wanted = {stem(word) for word in words_of(prompt)} - {stem(word) for word in _STOP_WORDS}
-    if not wanted:
+    stems_asked = {stem(word) for word in words_of(prompt)} - {stem(word) for word in _STOP_WORDS}
+    if not stems_asked:
         return 1.0
-    given = {stem(word) for word in words_of(response)}
-    return min(1.0, 2.0 * len(wanted & given) / len(wanted))
+    stems_answered = {stem(word) for word in words_of(response)}
+    return min(1.0, 2.0 * len(stems_asked & stems_answered) / len(stems_asked))
 
 
 def concision(response: str) -> float:

@@ -68,8 +68,8 @@ class Verdicts:
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         if missing:
             ask(missing)
-        known = [self._known.get(key) for key in keys]
-        return [verdict.value if verdict else None for verdict in known]
+        verdicts = [self._known.get(key) for key in keys]
+        return [verdict.value if verdict else None for verdict in verdicts]
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Keep a verdict, in memory and in the file."""

@@ -42,10 +42,12 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         return verdicts.values(keys, duels, lambda missing: _ask_all(settings, model, missing, verdicts))
 
     def cost() -> dict[str, float]:
-        known = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
-        tokens_in, tokens_out = (sum(getattr(one, name) for one in known) for name in ("tokens_in", "tokens_out"))
+        answered = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
+        tokens_in, tokens_out = (
+            sum(getattr(reply, name) for reply in answered) for name in ("tokens_in", "tokens_out")
+        )
         price = (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
-        return {"requests": len(known), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
+        return {"requests": len(answered), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
 
     return Judge(settings.shown, prefer, cost=cost)
 
@@ -106,9 +108,9 @@ def _from_logprobs(logprobs: Any, text: str, settings: JudgeConfig) -> float | N
         letter = letter_of(text)
         return None if letter is None else float(letter == "A")
     mass = {"A": 0.0, "B": 0.0}
-    for one in logprobs.content[0].top_logprobs:
-        if letter := letter_of(one.token):
-            mass[letter] += math.exp(one.logprob)
+    for entry in logprobs.content[0].top_logprobs:
+        if letter := letter_of(entry.token):
+            mass[letter] += math.exp(entry.logprob)
     return weighed(mass["A"], mass["B"], settings.min_mass)
 
 

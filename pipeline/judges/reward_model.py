@@ -80,11 +80,11 @@ def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list
     with sized_engine(directory, text_config(directory), dtype, length, runner="pooling") as engine:
         # without use_activation=False a sigmoid comes back
         outputs = engine.classify(
-            [TokensPrompt(prompt_token_ids=list(one)) for one in ids],
+            [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in ids],
             pooling_params=PoolingParams(use_activation=False),
             use_tqdm=False,
         )
-    return [float(one.outputs.probs[0]) for one in outputs]
+    return [float(output.outputs.probs[0]) for output in outputs]
 
 
 def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list[float]:
@@ -99,15 +99,15 @@ def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]])
     model.config.get_text_config().pad_token_id = None
     model.to(device_kind()).eval()
     with torch.no_grad():
-        return [float(model(torch.tensor([list(one)], device=device_kind())).logits[0, 0]) for one in ids]
+        return [float(model(torch.tensor([list(sequence)], device=device_kind())).logits[0, 0]) for sequence in ids]
 
 
 def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float | None]:
     limit = position_limit(directory)
-    fits = [limit is None or len(one) < limit for one in ids]
+    fits = [limit is None or len(sequence) < limit for sequence in ids]
     if not all(fits):
         log.warning("judge %s: %d responses are longer than it reads", settings.shown, fits.count(False))
-    asked = [one for one, fit in zip(ids, fits, strict=True) if fit]
+    asked = [sequence for sequence, fit in zip(ids, fits, strict=True) if fit]
     computed = iter(_computed(directory, settings, dtype, asked) if asked else [])
     return [next(computed) if fit else None for fit in fits]
 

@@ -45,8 +45,8 @@ def _max_words(argument: str) -> Mark:
 
 
 def _contains(argument: str) -> Mark:
-    wanted = argument.casefold()
-    return lambda _, response: float(wanted in response.text.casefold())
+    text = argument.casefold()
+    return lambda _, response: float(text in response.text.casefold())
 
 
 def _regex(argument: str) -> Mark:

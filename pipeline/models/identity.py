@@ -121,15 +121,15 @@ def behaviour_digest(directory: Path) -> str:
     """sha256 (hex) of all that decides what a model says: tensors, configuration, tokenizer, chat template, code."""
     patterns = (*TOKENIZER_FILES, "generation_config.json")
     files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-    beside = {file.name: digest for file, digest in files_sha256(files).items()}
-    said = [tensor_digests(directory), read_config(directory), beside, code_digests(directory)]
+    tokenizer_files = {file.name: digest for file, digest in files_sha256(files).items()}
+    said = [tensor_digests(directory), read_config(directory), tokenizer_files, code_digests(directory)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def architecture(directory: Path) -> dict[str, Any]:
     """What config.json, and files of quantisation beside it, say that may move a logit."""
-    beside = {name: read_json(directory / name) for name in _QUANTISATION if (directory / name).is_file()}
-    return {**_without_inert(read_config(directory)), **beside}
+    quantisation = {name: read_json(directory / name) for name in _QUANTISATION if (directory / name).is_file()}
+    return {**_without_inert(read_config(directory)), **quantisation}
 
 
 def _without_inert(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from pipeline.artifacts import durable
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.models.configuration import read_json
+from pipeline.models.directories import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
 from pipeline.models.identity import TOKENIZER_FILES, adapter_digests, behaviour_digest
 from pipeline.models.load import ModelSpec, load_causal_lm
-from pipeline.models.made import EMBEDDED, MODELS, embedded_model, must_be_as_made, publish
 from pipeline.models.weights import loaded_files, unloaded_files
 
 VIEWS = Path("data/cache/views")
@@ -51,7 +51,7 @@ def locate(spec: ModelSpec) -> Path:
     else:
         raise ConfigError(
             f"model {name!r}: no such directory, and not of a Hub id's form owner/name; "
-            f"the embedded models are {', '.join(f'embedded:{known}' for known in EMBEDDED)}"
+            f"the embedded models are {', '.join(f'embedded:{embedded}' for embedded in EMBEDDED)}"
         )
     if not (directory / "config.json").is_file():
         raise ConfigError(
@@ -170,9 +170,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
+        at_revision = f" at revision {revision}" if revision else ""
         raise ConfigError(
-            f"model {name!r}{at} is not in the local Hub cache and cannot be fetched ({first_line(error)}). "
+            f"model {name!r}{at_revision} is not in the local Hub cache and cannot be fetched ({first_line(error)}). "
             "Without a network give a local directory instead; with one, check the name, the revision, your rights "
             "(HF_TOKEN) and HF_HUB_OFFLINE"
         ) from None

@@ -95,9 +95,9 @@ def _copies_of_embeddings(digests: dict[str, str]) -> set[str]:
 
 def _digests_of_file(file: Path, on_bytes: Callable[[int], None]) -> dict[str, str]:
     stamp = file_stamp(file)
-    known = _recall(stamp)
-    if known is not None:
-        return known
+    remembered = _recall(stamp)
+    if remembered is not None:
+        return remembered
     with file.open("rb") as content:
         size = file.stat().st_size
         header, start = _header(file, content, size)

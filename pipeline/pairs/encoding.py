@@ -71,13 +71,13 @@ class Encoder:
         stream = iter(items)
         while chunk := list(islice(stream, _CHUNK)):
             texts = [None if isinstance(item, Dropped) else self._texts(item, sides, self._tokenizer) for item in chunk]
-            flat = [text for one in texts if isinstance(one, list) for text in one]
+            flat = [text for of_row in texts if isinstance(of_row, list) for text in of_row]
             ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
-            for item, one in zip(chunk, texts, strict=True):
+            for item, of_row in zip(chunk, texts, strict=True):
                 if isinstance(item, Dropped):
                     yield item
-                elif isinstance(one, Dropped):
-                    yield one
+                elif isinstance(of_row, Dropped):
+                    yield of_row
                 else:
                     yield self._cut(item, next(ids), {side: next(ids) for side in sides})
 
@@ -149,8 +149,8 @@ def _plain_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrained
 
 
 def _where_it_differs(name: str, prompt: list[int], full: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
-    return f"{name}: token {at} of {len(prompt)} differs once a response follows"
+    position = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+    return f"{name}: token {position} of {len(prompt)} differs once a response follows"
 
 
 def _ended(response: list[int], end: int) -> list[int]:

@@ -80,8 +80,8 @@ def _decode(path: Path, line: bytes, number: int) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except json.JSONDecodeError as error:
-        at = number + error.lineno - 1
-        raise DataError(f"{path}, line {at}, column {error.colno}: not valid JSON ({error.msg})") from None
+        line_number = number + error.lineno - 1
+        raise DataError(f"{path}, line {line_number}, column {error.colno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}, byte {error.start + 1}: not valid UTF-8") from None
     except RecursionError:
@@ -99,9 +99,9 @@ def _json(path: Path) -> Iterator[Row]:
         yield _must_be_object(row, f"{path}, row {number}")
 
 
-def _must_be_object(row: Any, where: str) -> Row:
+def _must_be_object(row: Any, place: str) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
+        raise DataError(f"{place}: a row must be a JSON object, got {type(row).__name__}")
     return row
 
 

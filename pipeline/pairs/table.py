@@ -56,7 +56,7 @@ class PairTable:
     @property
     def dropped(self) -> int:
         """Rows that became no pair."""
-        return sum(one.count for one in self.drops.values())
+        return sum(drop.count for drop in self.drops.values())
 
     def lengths(self, positions: np.ndarray) -> np.ndarray:
         """Tokens of the sequences at `positions`, prompt included."""
@@ -105,8 +105,8 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
     ):
         for kept, left_out in _chunks(stream):
             dropped.write_table(_dropped(left_out))
-            for one in left_out:
-                pair_table.drops.setdefault(one.reason, DropCount(0, one)).count += 1
+            for row in left_out:
+                pair_table.drops.setdefault(row.reason, DropCount(0, row)).count += 1
             if not kept:
                 continue
             table = _table(kept)
@@ -115,11 +115,13 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
             for pair in kept:
                 pair_table.splits[pair.split] = pair_table.splits.get(pair.split, 0) + 1
             prompts.append(_lengths(table, "prompt_ids"))
-            sides = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
-            responses.append(np.stack(sides, axis=1).ravel())
+            response_lengths = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
+            responses.append(np.stack(response_lengths, axis=1).ravel())
     pair_table.prompt_tokens, pair_table.response_tokens = np.concatenate(prompts), np.concatenate(responses)
     pair_table.drops = dict(sorted(pair_table.drops.items(), key=lambda item: -item[1].count))
-    must_train(pair_table.splits.get("train", 0), data, {reason: one.count for reason, one in pair_table.drops.items()})
+    must_train(
+        pair_table.splits.get("train", 0), data, {reason: drop.count for reason, drop in pair_table.drops.items()}
+    )
     return pair_table
 
 

@@ -27,7 +27,7 @@ def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: f
         "mean_absolute_difference": float(np.abs(every).mean()),
         "max_absolute_difference": float(np.abs(every).max()),
         "max_sequence_difference": float(np.abs(sums).max()),
-        "correlation_with_length": _correlation(sums, np.array([len(one) for one in differences])),
+        "correlation_with_length": _correlation(sums, np.array([len(values) for values in differences])),
         "margin_noise_nats": noise,
         "margin_noise_reward": beta * noise,
     }

@@ -45,11 +45,11 @@ def explain(config: Config, row: int | None) -> list[str]:
     places = [Path(place) for place in config.reference.store if not is_url(place)]
     reference = plan.identity.reference_id
     source_rows = plan.pairs.source_rows()
-    positions = [at for at in range(len(plan.keys)) if row is None or source_rows[at // 2] == row]
+    positions = [position for position in range(len(plan.keys)) if row is None or source_rows[position // 2] == row]
     if not positions:
         raise DataError(f"no pair comes from row {row}: 'refscore validate' says what was dropped and why")
     absent = set(plan.keys.take(pa.array(plan.missing)).to_pylist())
-    misses = [at for at in positions if plan.keys[at].as_py() in absent]
+    misses = [position for position in positions if plan.keys[position].as_py() in absent]
     said = [f"reference {reference[:12]}: {len(positions) - len(misses)} hits, {len(misses)} misses"]
     if not misses:
         return said
@@ -81,11 +81,11 @@ def nearest_reference(described: Row, places: Iterable[Path]) -> tuple[Path, lis
     return min(candidates, key=lambda item: (len(item[1]), item[0].name), default=None)
 
 
-def differences(stored: Row, wanted: Row) -> list[str]:
-    """Every field in which two described references differ, in words: stored value -> wanted value."""
+def differences(stored: Row, requested: Row) -> list[str]:
+    """Every field in which two described references differ, in words: stored value -> requested value."""
     words = []
-    for section in sorted(stored.keys() | wanted.keys()):
-        before, after = stored.get(section, {}), wanted.get(section, {})
+    for section in sorted(stored.keys() | requested.keys()):
+        before, after = stored.get(section, {}), requested.get(section, {})
         if not isinstance(before, dict) or not isinstance(after, dict):
             if before != after:
                 words.append(f"{_WORDS.get(section, section)} {before!r} -> {after!r}")
@@ -128,8 +128,8 @@ def explain_miss(plan: Plan, position: int, memory: Memory) -> str:
     if not candidates and place in memory.dropped:
         before = memory.dropped[place]
         return f"run {before['run']} dropped the row as {before['reason']} ({before['detail']})"
-    known = memory.by_prompt.get(now["prompt"])
-    candidates = candidates or ([known] if known else [])
+    near = memory.by_prompt.get(now["prompt"])
+    candidates = candidates or ([near] if near else [])
     if not candidates:
         return "no run holds a row with this prompt: it is new"
     # the candidate that differs in least

@@ -78,10 +78,10 @@ class _Scores:
             return_freed_memory()
         columns: dict[str, pa.Array] = {}
         for side, name in enumerate(("chosen", "rejected")):
-            at = np.arange(2 * (first - self._first) + side, 2 * (end - self._first), 2)
+            places = np.arange(2 * (first - self._first) + side, 2 * (end - self._first), 2)
             columns |= {
-                f"ref_{name}_logps": self._logps.take(pa.array(at)),
-                f"ref_{name}_logp": pa.array(self._sums[at]),
+                f"ref_{name}_logps": self._logps.take(pa.array(places)),
+                f"ref_{name}_logp": pa.array(self._sums[places]),
             }
         return columns
 
@@ -98,24 +98,24 @@ class _Scores:
         values = np.full(offsets[-1], np.nan, dtype=np.float32)
         self._sums = np.full(len(positions), np.nan)
         for positions_read, table in self._lookup.rows(positions):
-            at = positions_read - positions[0]
+            places = positions_read - positions[0]
             scores = table["logps"].combine_chunks()
             given = np.diff(scores.offsets)
-            self._must_cover(positions_read, lengths[at], given)
+            self._must_cover(positions_read, lengths[places], given)
             logps = scores.flatten()
-            values[np.repeat(offsets[at] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
-            self._sums[at] = table["logp"]
+            values[np.repeat(offsets[places] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
+            self._sums[places] = table["logp"]
         absent = positions[np.isnan(self._sums)]
         self._must_be_there(absent[~np.isin(absent // 2, list(self._left_out))])
         kind = PAIRS.field("ref_chosen_logps").type
         self._logps = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
 
-    def _must_cover(self, positions: np.ndarray, wanted: np.ndarray, given: np.ndarray) -> None:
-        if not np.array_equal(wanted, given):
-            at = int(np.argmax(wanted != given))
-            side = ("chosen", "rejected")[positions[at] % 2]
-            pair_id = self._plan.row(positions[at] // 2)["pair_id"]
-            raise CheckError(f"{side} of pair {pair_id} has {wanted[at]} tokens but {given[at]} scores")
+    def _must_cover(self, positions: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> None:
+        if not np.array_equal(lengths, scored):
+            place = int(np.argmax(lengths != scored))
+            side = ("chosen", "rejected")[positions[place] % 2]
+            pair_id = self._plan.row(positions[place] // 2)["pair_id"]
+            raise CheckError(f"{side} of pair {pair_id} has {lengths[place]} tokens but {scored[place]} scores")
 
     def _must_be_there(self, absent: np.ndarray) -> None:
         if len(absent):

@@ -28,7 +28,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
         )
     if directory is not None:
         plan.store.register(directory)
-    begun = time.monotonic()
+    started = time.monotonic()
     done = tokens = 0
     reference = plan.reference.config
     try:
@@ -47,7 +47,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
                 return cluster.score_missing(plan, on_shard)
             listener.say(f"starting {reference.engine} ...")
             with plan.reference.start(plan.longest_missing) as scorer:
-                listener.say(f"engine ready after {duration(time.monotonic() - begun)}")
+                listener.say(f"engine ready after {duration(time.monotonic() - started)}")
                 ticker.started = time.monotonic()
                 return score_missing(plan, scorer, on_shard)
     except KeyboardInterrupt:

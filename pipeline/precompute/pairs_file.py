@@ -104,8 +104,8 @@ def write_pairs(
 
 def write_unscored(config: Config, run: Run, listener: Listener = SILENT, *, plan_only: bool = False) -> None:
     """Write the pairs of an experiment that compares with no reference: without scores, and without an engine."""
-    what = "the reward model" if config.train.objective == "reward" else " + ".join(config.train.loss_type)
-    listener.say(f"nothing to score: {what} compares nothing with the reference; no engine is started")
+    reader = "the reward model" if config.train.objective == "reward" else " + ".join(config.train.loss_type)
+    listener.say(f"nothing to score: {reader} compares nothing with the reference; no engine is started")
     plan = make_plan(without_reference(config))
     for line in plan.lines(scored=False):
         listener.say(line)

@@ -68,21 +68,24 @@ class RowScorer:
     def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
         items = [_preference(source, number, row) for number, row in part]
         encoded = list(self._encoder.chosen(items))
-        requests = [None if isinstance(one, Dropped) else Request(one.prompt_ids, one.responses[0]) for one in encoded]
-        keys = [
-            None if one is None else score_key(self.identity.reference_id, one.prompt_ids, one.response_ids)
-            for one in requests
+        requests = [
+            None if isinstance(encoding, Dropped) else Request(encoding.prompt_ids, encoding.responses[0])
+            for encoding in encoded
         ]
-        wanted = pa.array([key for key in keys if key is not None], pa.binary(32))
-        lookup = self._store.lookup(wanted)
+        keys = [
+            None if request is None else score_key(self.identity.reference_id, request.prompt_ids, request.response_ids)
+            for request in requests
+        ]
+        wanted_keys = pa.array([key for key in keys if key is not None], pa.binary(32))
+        lookup = self._store.lookup(wanted_keys)
         self.hits += len(lookup.held)
-        if missing := wanted.take(pa.array(lookup.missing)).to_pylist():
+        if missing := wanted_keys.take(pa.array(lookup.missing)).to_pylist():
             self._score(dict(zip(keys, requests, strict=True)), missing)
-            lookup = self._store.lookup(wanted)
+            lookup = self._store.lookup(wanted_keys)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
-            _row(item, self._or_quarantined(item, one, key), scores.get(key))
-            for item, one, key in zip(items, encoded, keys, strict=True)
+            _row(item, self._or_quarantined(item, encoding, key), scores.get(key))
+            for item, encoding, key in zip(items, encoded, keys, strict=True)
         ]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)

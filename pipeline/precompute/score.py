@@ -29,9 +29,9 @@ def score_missing(plan: Plan, scorer: Scorer, on_shard: Callable[[int, int], Non
     Returns the keys of sequences whose scores are not finite, and why: they are not published. Raises CheckError for
     scores that cannot be true, or when the weights change meanwhile.
     """
-    asked, tokens = plan.reference.config.tokens_per_shard, default_tokens_per_shard()
+    requested, tokens = plan.reference.config.tokens_per_shard, default_tokens_per_shard()
     # the first default shard is small: numbers to look at, and proof that all is well, after seconds
-    shards = shards_of(plan, asked) if asked else shards_of(plan, tokens, tokens // 8)
+    shards = shards_of(plan, requested) if requested else shards_of(plan, tokens, tokens // 8)
     quarantined: dict[bytes, str] = {}
     for shard in shards:
         requests = [request for _, request in shard]
@@ -113,10 +113,10 @@ def _windows(plan: Plan) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
         low, high = np.searchsorted(plan.missing, [2 * first, 2 * (first + len(table))])
         if low == high:
             continue
-        prompts, *sides = (arrays_of(table, name) for name in table.column_names)
+        prompts, *responses = (arrays_of(table, name) for name in table.column_names)
         for position in plan.missing[low:high].tolist():
             row = position // 2 - first
-            window[position] = prompts[row], sides[position % 2][row]
+            window[position] = prompts[row], responses[position % 2][row]
         if len(window) >= _WINDOW:
             yield window
             window = {}

@@ -81,24 +81,24 @@ def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgeme
     ]
     items = {(item.prompt.prompt_id, item.sample, item.model, item.baseline): item for item in comparisons}
     judged: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for one in judgements:
-        comparison = items.get((one.prompt_id, one.sample, one.model, one.baseline))
-        if comparison is None or one.order == "pair":
+    for judgement in judgements:
+        comparison = items.get((judgement.prompt_id, judgement.sample, judgement.model, judgement.baseline))
+        if comparison is None or judgement.order == "pair":
             continue
-        row = judged[one.judge, one.model, one.baseline].setdefault(
+        row = judged[judgement.judge, judgement.model, judgement.baseline].setdefault(
             _uid(comparison),
             {
                 "uid": _uid(comparison),
                 "category": comparison.prompt.topic or "none",
-                "judge": one.judge,
-                "model": one.model,
-                "baseline": one.baseline,
+                "judge": judgement.judge,
+                "model": judgement.model,
+                "baseline": judgement.baseline,
                 "games": [None, None],
             },
         )
-        baseline_is_a = one.order == f"{one.baseline}_first"
+        baseline_is_a = judgement.order == f"{judgement.baseline}_first"
         row["games"][0 if baseline_is_a else 1] = {
-            "score": _label(one.score, model_is_a=not baseline_is_a),
+            "score": _label(judgement.score, model_is_a=not baseline_is_a),
             "judgment": {"answer": ""},
         }
     for (judge, model, baseline), rows in judged.items():
@@ -121,10 +121,13 @@ def _label(score: float | None, *, model_is_a: bool) -> str | None:
 
 def _by_judge(judgements: Iterable[Judgement]) -> dict[tuple[str, str, str], dict[tuple[str, int], float | None]]:
     by_judge: dict[tuple[str, str, str], list[Judgement]] = defaultdict(list)
-    for one in judgements:
-        if one.order != "pair":
-            by_judge[one.judge, one.model, one.baseline].append(one)
-    return {key: {at: found.score for at, found in comparison_scores(rows).items()} for key, rows in by_judge.items()}
+    for judgement in judgements:
+        if judgement.order != "pair":
+            by_judge[judgement.judge, judgement.model, judgement.baseline].append(judgement)
+    return {
+        key: {comparison: score.score for comparison, score in comparison_scores(rows).items()}
+        for key, rows in by_judge.items()
+    }
 
 
 def _uid(item: Comparison) -> str:

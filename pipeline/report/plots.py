@@ -53,7 +53,7 @@ def win_rates(rates: Sequence[tuple[str, Interval]]) -> Markup:
 def frontier(points: Sequence[Point], gain: str) -> Markup:
     """What training got against what it cost, a point per model, whiskers both ways; the reference costs nothing."""
     figure, axes = _axes(height=3.4)
-    for number, point in enumerate(sorted(points, key=lambda one: one.cost[0])):
+    for number, point in enumerate(sorted(points, key=lambda point: point.cost[0])):
         colour = _BLUE if point.highlighted else _ORANGE
         (x, left, right), (y, low, high) = point.cost, point.gain
         axes.plot([left, right], [y, y], color=colour, linewidth=1.2, alpha=0.7)

@@ -74,7 +74,11 @@ def _others(results: Results) -> Section:
     return Section(
         "Other models",
         ["judge", "model", "against", *_RATE],
-        [[one.judge, one.model, one.baseline, *_rate(one.rate)] for one in results.others if one.rate],
+        [
+            [comparison.judge, comparison.model, comparison.baseline, *_rate(comparison.rate)]
+            for comparison in results.others
+            if comparison.rate
+        ],
     )
 
 
@@ -83,7 +87,10 @@ def _ratings(results: Results) -> list[Section]:
         Section(
             f"Bradley-Terry ratings by {judge}",
             ["model", "log-odds over the reference", "95 % interval"],
-            [[name, f"{one.mean:+.2f}", f"{one.low:+.2f} to {one.high:+.2f}"] for name, one in rated.items()],
+            [
+                [name, f"{rating.mean:+.2f}", f"{rating.low:+.2f} to {rating.high:+.2f}"]
+                for name, rating in rated.items()
+            ],
             "A difference of 1 means odds of 2.7 to 1. The reference stands at 0.",
         )
         for judge, rated in results.ratings.items()
@@ -131,8 +138,8 @@ def _cost_row(cost: Cost, judges: list[str]) -> list[str | Cell]:
     kl = ["0", "-", "-", "-"]
     if cost.kl is not None:
         kl = [f"{cost.kl.mean:.2f}", _between(cost.kl, 2), f"{cost.per_token:.4f}", str(cost.responses)]
-    given = [cost.reward.get(judge) for judge in judges]
-    return [*kl, *("-" if one is None else f"{one.mean:.3f} ({_between(one)})" for one in given)]
+    rewards = [cost.reward.get(judge) for judge in judges]
+    return [*kl, *("-" if interval is None else f"{interval.mean:.3f} ({_between(interval)})" for interval in rewards)]
 
 
 def _responses(results: Results) -> Section:
@@ -180,5 +187,5 @@ def _rate(rate: WinRate) -> list[str]:
     ]
 
 
-def _between(one: Interval, digits: int = 3) -> str:
-    return f"{one.low:.{digits}f} to {one.high:.{digits}f}"
+def _between(interval: Interval, digits: int = 3) -> str:
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"

@@ -18,7 +18,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u20
 
 def visible(text: str) -> str:
     """`text` with characters that hide, reorder or end text shown as their code points."""
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found.group()):04X}]", text)
+    return _UNSEEN.sub(lambda match: f"[U+{ord(match.group()):04X}]", text)
 
 
 def marked(first: str, second: str) -> tuple[Markup, Markup]:
@@ -26,7 +26,7 @@ def marked(first: str, second: str) -> tuple[Markup, Markup]:
     left, right = (_PIECES.findall(visible(text)) for text in (first, second))
     if max(len(left), len(right)) > _LONGEST:
         return escape(visible(first)), escape(visible(second))
-    matcher = SequenceMatcher(None, [one.strip() for one in left], [one.strip() for one in right], autojunk=False)
+    matcher = SequenceMatcher(None, [word.strip() for word in left], [word.strip() for word in right], autojunk=False)
     if matcher.ratio() < _COMMON:
         return escape(visible(first)), escape(visible(second))
     sides: tuple[list[Markup], list[Markup]] = ([], [])

@@ -58,19 +58,19 @@ def second_opinions(results: Results) -> list[str]:
     for name, rate in results.judged.items():
         if name == leading:
             continue
-        told = outcome(rate.rate)
+        who_won = outcome(rate.rate)
         says = (
             "agrees"
-            if told == led
+            if who_won == led
             else "shows no difference"
-            if told == "even"
+            if who_won == "even"
             else "sees a difference where none was shown"
             if led == "even"
             else "disagrees"
         )
-        what = "held-out pairs" if name == IMPLICIT else f"{rate.prompts} prompts"
+        counted = "held-out pairs" if name == IMPLICIT else f"{rate.prompts} prompts"
         independent = ", which took no part in making the pairs," if maker and name not in (maker, IMPLICIT) else ""
-        sentences.append(f"{name}{independent} {says}: {rate.rate.mean:.0%} of {what} ({_between(rate.rate)}).")
+        sentences.append(f"{name}{independent} {says}: {rate.rate.mean:.0%} of {counted} ({_between(rate.rate)}).")
     return sentences
 
 

@@ -50,8 +50,8 @@ def look(store: Path, used: set[str]) -> Tidying:
     leftovers = [path for path in store.glob(f"*/{durable.TEMPORARY}*") if _age([path]) > DAY]
     return Tidying(
         leftovers=sorted(leftovers),
-        unreferenced=[each for each in references if each.name not in used and not _in_use(each)],
-        small={each: groups for each in references if (groups := _groups(each))},
+        unreferenced=[directory for directory in references if directory.name not in used and not _in_use(directory)],
+        small={directory: groups for directory in references if (groups := _groups(directory))},
     )
 
 
@@ -75,7 +75,9 @@ def compact(directory: Path, group: list[Path]) -> int:
         return 0  # a shard turned out damaged while it was read
     name = ""
     if len(merged):
-        circumstances = {repr(each): each for content in contents for each in content.circumstances}
+        circumstances = {
+            repr(circumstance): circumstance for content in contents for circumstance in content.circumstances
+        }
         published = min(content.published for content in contents)
         name = store.publish_table(merged, [circumstances[key] for key in sorted(circumstances)], published)
     durable.reached("compact: published")
@@ -113,7 +115,7 @@ def _is_sound(shard: Path) -> bool:
 
 
 def _in_use(reference: Path) -> bool:
-    if any(each.in_use() for each in registered(reference)):
+    if any(registration.in_use() for registration in registered(reference)):
         return True
     return _age([reference, *reference.iterdir()]) < DAY
 

@@ -126,21 +126,21 @@ class Lookup:
         self._order.append((published, shard.name))
         self._note(len(self._shards) - 1, words)
 
-    def _note(self, shard: int, held: np.ndarray) -> None:
-        """Note which of the keys are among the shard's, whose words are `held`, unless they were published before."""
+    def _note(self, shard: int, keys: np.ndarray) -> None:
+        """Note which of the keys are among the shard's, whose words are `keys`, unless they were published before."""
         later = np.array([order > self._order[shard] for order in self._order])
         # from the last row to the first, so that the first of two with one key stays
-        rows = np.arange(len(held))[::-1]
-        at = np.searchsorted(self._heads, held[rows, 0])
+        rows = np.arange(len(keys))[::-1]
+        at = np.searchsorted(self._heads, keys[rows, 0])
         while len(rows):
             inside = at < len(self._heads)
             rows, at = rows[inside], at[inside]
-            alike = self._heads[at] == held[rows, 0]
+            alike = self._heads[at] == keys[rows, 0]
             rows, at = rows[alike], at[alike]
-            equal = (self._words[self._firsts[at]] == held[rows]).all(axis=1)
-            known = self._shard[at[equal]]
-            ours = at[equal][(known < 0) | (known == shard) | later[known]]
-            mine = rows[equal][(known < 0) | (known == shard) | later[known]]
+            equal = (self._words[self._firsts[at]] == keys[rows]).all(axis=1)
+            earlier_shards = self._shard[at[equal]]
+            ours = at[equal][(earlier_shards < 0) | (earlier_shards == shard) | later[earlier_shards]]
+            mine = rows[equal][(earlier_shards < 0) | (earlier_shards == shard) | later[earlier_shards]]
             self._shard[ours], self._row[ours] = shard, mine
             # keys with the same first word stand behind one another
             rows, at = rows[~equal], at[~equal] + 1

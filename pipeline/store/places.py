@@ -261,14 +261,14 @@ def _same_bytes(final: Path, file: Path) -> bool:
 
 def _copy(file: Path, final: Path) -> None:
     """A copy of `file` under the final name, in one step, whatever stood there."""
-    beside = durable.temporary_beside(final)
+    temporary = durable.temporary_beside(final)
     try:
-        shutil.copyfile(file, beside)
-        durable.flush(beside)
-        beside.replace(final)
+        shutil.copyfile(file, temporary)
+        durable.flush(temporary)
+        temporary.replace(final)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _nearest_existing(path: Path) -> Path:
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -81,7 +81,7 @@ class Store:
         about = {
             "reference_id": self.reference.reference_id,
             "published": time.time_ns() if published is None else published,
-            "circumstances": [dict(each) for each in circumstances],
+            "circumstances": [dict(circumstance) for circumstance in circumstances],
         }
         for _ in range(_TRIES):
             try:

@@ -148,7 +148,7 @@ def micro_batches(
     longest_first = sorted(by_prompt.values(), key=lambda same: (-max(len(pairs.trees[row]) for row in same), same))
     group: list[int] = []
     for row in (row for same in longest_first for row in same):
-        if group and (len(group) == size or forward.tokens([pairs.trees[each] for each in (*group, row)]) > budget):
+        if group and (len(group) == size or forward.tokens([pairs.trees[member] for member in (*group, row)]) > budget):
             yield group
             group = []
         group.append(row)
@@ -163,10 +163,10 @@ def default_tokens_per_batch() -> int:
 
 def _must_fit(path: Path, side: str, table: pa.Table) -> None:
     scores = table[f"ref_{side}_logps"].combine_chunks()
-    given = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+    score_lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
     values = scores.flatten().to_numpy().astype(np.float64)
-    rows = np.repeat(np.arange(len(table)), given)
-    broken = given != pc.list_value_length(table[f"{side}_ids"]).to_numpy()
+    rows = np.repeat(np.arange(len(table)), score_lengths)
+    broken = score_lengths != pc.list_value_length(table[f"{side}_ids"]).to_numpy()
     broken[rows[~np.isfinite(values)]] = True
     if broken.any():
         pair_id = table["pair_id"][int(np.argmax(broken))]

@@ -42,8 +42,8 @@ def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpo
         return None
     finished = read_json(run.provenance).get("stages", {}).get("train", {}).get("training")
     results = [run.model / "config.json", run.adapter / "adapter_config.json"]
-    wanted = results[1:] if config.policy.lora and not config.policy.lora.merge else results[:1]
-    if finished == training and all(path.is_file() for path in wanted):
+    needed = results[1:] if config.policy.lora and not config.policy.lora.merge else results[:1]
+    if finished == training and all(path.is_file() for path in needed):
         return "done"
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint is None and finished is None:

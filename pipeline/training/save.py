@@ -52,18 +52,18 @@ def save_policy(
         _replace(
             run.model,
             lambda to: _save_whole(policy.model, base, to, card, tokenizer),
-            lambda at: check(
-                "model", run.model, lambda: objective.load_again(at, config, policy.model), trained, rough=coarse
+            lambda directory: check(
+                "model", run.model, lambda: objective.load_again(directory, config, policy.model), trained, rough=coarse
             ),
         )
         return differences
     _replace(
         run.adapter,
         lambda to: _save_adapter(policy.adapted, to, card),
-        lambda at: check(
+        lambda directory: check(
             "adapter",
             run.adapter,
-            lambda: _with_adapter(policy.model, base, config, at).get_base_model(),
+            lambda: _with_adapter(policy.model, base, config, directory).get_base_model(),
             trained,
             rough=coarse,
         ),
@@ -80,10 +80,10 @@ def save_policy(
     _replace(
         run.model,
         lambda to: _save_whole(merged, base, to, card, tokenizer),
-        lambda at: check(
+        lambda directory: check(
             "model",
             run.model,
-            lambda: objective.load_again(at, config, policy.model),
+            lambda: objective.load_again(directory, config, policy.model),
             trained,
             rough=coarse and not config.policy.load_in_4bit,
         ),

@@ -33,8 +33,8 @@ def pairs_of_step(step: int, pairs: int, train: TrainConfig) -> list[int]:
     if train.max_steps <= 0:
         last = min(last, math.ceil(pairs * train.num_train_epochs))
     rows: list[int] = []
-    for at in range(step * size, min((step + 1) * size, last)):
-        epoch, offset = divmod(at, pairs)
+    for place in range(step * size, min((step + 1) * size, last)):
+        epoch, offset = divmod(place, pairs)
         rows.append(int(_epoch_order(train.seed, epoch, pairs)[offset]))
     return rows
 

@@ -135,8 +135,8 @@ def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, float]:
     return {name: float(value.detach().sum()) for name, value in values.items()}
 
 
-def _means(found: list[dict[str, float]], pairs: int) -> dict[str, float]:
-    return {name: sum(part[name] for part in found) / pairs for name in found[0]}
+def _means(metrics: list[dict[str, float]], pairs: int) -> dict[str, float]:
+    return {name: sum(part[name] for part in metrics) / pairs for name in metrics[0]}
 
 
 def _must_be_finite(loss: float, pairs: Pairs, rows: Sequence[int]) -> None:

@@ -68,8 +68,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     training = training_digest(config, about, base)
     checkpoint = decide(run, config, training, restart=restart)
     if checkpoint == "done":
-        made = run.model if run.model.is_dir() else run.adapter
-        listener.say(f"nothing to train: {made} is the result of this very configuration (--restart trains again)")
+        trained = run.model if run.model.is_dir() else run.adapter
+        listener.say(f"nothing to train: {trained} is the result of this very configuration (--restart trains again)")
         return None
 
     scored = not reference_free(config.train)
@@ -88,8 +88,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         # what a training that was killed before its first checkpoint left behind
         shutil.rmtree(run.tensorboard, ignore_errors=True)
     metrics = Metrics(run.metrics, run.tensorboard, resumed_at=first or None)
-    each = f"{config.train.gradient_accumulation_steps} x {config.train.per_device_train_batch_size} pairs"
-    listener.say(f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {each}")
+    pairs_per_step = f"{config.train.gradient_accumulation_steps} x {config.train.per_device_train_batch_size} pairs"
+    listener.say(f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step}")
     if policy.adapted is not None:
         learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
         listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")

@@ -82,8 +82,8 @@ def speed_up_float32_output_layer(model: torch.nn.Module) -> None:
 
     copies: dict[int, torch.nn.Module] = {}
 
-    def in_float32(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        layer, hidden, *rest = given
+    def in_float32(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        layer, hidden, *rest = inputs
         if not isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
             return None
         if id(layer) not in copies:

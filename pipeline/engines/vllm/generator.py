@@ -106,12 +106,12 @@ def generator(
                 ]
                 inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, _ in wave]
                 for output in engine.generate(inputs, params, use_tqdm=False, lora_request=lora):
-                    one = output.outputs[0]
-                    ids = list(one.token_ids)
+                    completion = output.outputs[0]
+                    ids = list(completion.token_ids)
                     text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                    samples.append(Sample(text, ids, str(one.finish_reason)))
+                    samples.append(Sample(text, ids, str(completion.finish_reason)))
                 on_done(len(wave), sum(len(sample.ids) for sample in samples[start:]))
-            return [samples[at : at + settings.samples] for at in range(0, len(samples), settings.samples)]
+            return [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
 
         yield generate
 

@@ -36,8 +36,8 @@ _COLUMNS = 20
 class Runner(Protocol):
     """How one of vLLM's model runners is asked for response rows."""
 
-    def read(self, sequences: Sequence[Request], found: list[np.ndarray], *, shared: bool) -> None:
-        """Write what was computed into `found` (NaN elsewhere); with `shared` the prefix cache is read."""
+    def read(self, sequences: Sequence[Request], scores: list[np.ndarray], *, shared: bool) -> None:
+        """Write what was computed into `scores` (NaN elsewhere); with `shared` the prefix cache is read."""
         ...
 
 
@@ -50,15 +50,15 @@ def score_with(runner: Runner, sequences: Sequence[Request], *, shared: bool) ->
     runner.read(sequences, scores, shared=shared)
     if shared:
         copy_shared(sequences, scores)
-        left = [at for at, values in enumerate(scores) if np.isnan(values).any()]
+        left = [position for position, values in enumerate(scores) if np.isnan(values).any()]
         if left:
             log.debug(
                 "%d of %d sequences are read again: the cache held more than their prompt", len(left), len(scores)
             )
-            again = [np.full_like(scores[at], np.nan) for at in left]
-            runner.read([sequences[at] for at in left], again, shared=False)
-            for at, values in zip(left, again, strict=True):
-                scores[at] = values
+            again = [np.full_like(scores[position], np.nan) for position in left]
+            runner.read([sequences[position] for position in left], again, shared=False)
+            for position, values in zip(left, again, strict=True):
+                scores[position] = values
     for item, values in zip(sequences, scores, strict=True):
         if np.isnan(values).any():
             raise CheckError(
@@ -92,7 +92,7 @@ class FlatRunner:
     def __str__(self) -> str:
         return "V1 runner, flat log-probabilities"
 
-    def read(self, sequences: Sequence[Request], found: list[np.ndarray], *, shared: bool) -> None:
+    def read(self, sequences: Sequence[Request], scores: list[np.ndarray], *, shared: bool) -> None:
         """See `Runner.read`."""
         prompts: list[list[int]] = []
         asked: list[int | None] = []
@@ -103,13 +103,13 @@ class FlatRunner:
             if shared and trunk:
                 prompts.append(prompt[:trunk])
                 asked.append(None)
-            for at in group:
-                prompts.append([*prompt, *sequences[at].response_ids])
-                asked.append(at)
-        params = [_params(prompt_logprobs=None if at is None else 0, shared=shared) for at in asked]
-        for which, output in zip(asked, _generate(self._llm, prompts, params), strict=True):
-            if which is not None:
-                _take_flat(sequences[which], output, found[which])
+            for position in group:
+                prompts.append([*prompt, *sequences[position].response_ids])
+                asked.append(position)
+        params = [_params(prompt_logprobs=None if position is None else 0, shared=shared) for position in asked]
+        for read, output in zip(asked, _generate(self._llm, prompts, params), strict=True):
+            if read is not None:
+                _take_flat(sequences[read], output, scores[read])
 
 
 class RowsRunner:
@@ -125,42 +125,44 @@ class RowsRunner:
     def __str__(self) -> str:
         return "V2 runner, response rows only"
 
-    def read(self, sequences: Sequence[Request], found: list[np.ndarray], *, shared: bool) -> None:
+    def read(self, sequences: Sequence[Request], scores: list[np.ndarray], *, shared: bool) -> None:
         """See `Runner.read`."""
         if shared:
             tries = [branches_of(sequences, group, _COLUMNS - 1) for group in siblings(sequences)]
         else:
-            tries = [[Branch(at, None, 0)] for at in range(len(sequences))]
+            tries = [[Branch(position, None, 0)] for position in range(len(sequences))]
         branches = [branch for trie in tries for branch in trie]
         leaving: dict[tuple[int, int], list[int]] = {}
         for branch in branches:
-            if branch.parent is not None and branch.depth < len(sequences[branch.at].response_ids):
-                leaving.setdefault((branch.parent, branch.depth), []).append(branch.at)
-        asked = {branch.at: _rows_asked(branch, sequences, leaving) for branch in branches}
-        sent = [branch for branch in branches if len(asked[branch.at])]
-        prompts = [[*sequences[one.at].prompt_ids, *sequences[one.at].response_ids] for one in sent]
+            if branch.parent is not None and branch.depth < len(sequences[branch.position].response_ids):
+                leaving.setdefault((branch.parent, branch.depth), []).append(branch.position)
+        asked = {branch.position: _rows_asked(branch, sequences, leaving) for branch in branches}
+        sent = [branch for branch in branches if len(asked[branch.position])]
+        prompts = [
+            [*sequences[branch.position].prompt_ids, *sequences[branch.position].response_ids] for branch in sent
+        ]
         params = [
             _params(
-                prompt_logprob_token_ids=asked[one.at],
-                prompt_logprob_start=len(sequences[one.at].prompt_ids) - 1 + _first(one),
+                prompt_logprob_token_ids=asked[branch.position],
+                prompt_logprob_start=len(sequences[branch.position].prompt_ids) - 1 + _first(branch),
                 shared=shared,
             )
-            for one in sent
+            for branch in sent
         ]
         rows = {
-            one.at: _checked_rows(output, asked[one.at])
-            for one, output in zip(sent, _generate(self._llm, prompts, params), strict=True)
+            branch.position: _checked_rows(output, asked[branch.position])
+            for branch, output in zip(sent, _generate(self._llm, prompts, params), strict=True)
         }
-        first = {branch.at: _first(branch) for branch in branches}
+        first = {branch.position: _first(branch) for branch in branches}
         for branch in branches:
-            values = found[branch.at]
-            if (own := rows.get(branch.at)) is not None:
-                values[first[branch.at] :] = own[:, 0]
+            values = scores[branch.position]
+            if (own := rows.get(branch.position)) is not None:
+                values[first[branch.position] :] = own[:, 0]
             if branch.parent is not None:
-                values[: branch.depth] = found[branch.parent][: branch.depth]
+                values[: branch.depth] = scores[branch.parent][: branch.depth]
                 theirs = rows.get(branch.parent)
                 if theirs is not None and branch.depth < len(values):
-                    column = 1 + leaving[branch.parent, branch.depth].index(branch.at)
+                    column = 1 + leaving[branch.parent, branch.depth].index(branch.position)
                     values[branch.depth] = theirs[branch.depth - first[branch.parent], column]
 
 
@@ -172,12 +174,12 @@ def _first(branch: Branch) -> int:
 def _rows_asked(branch: Branch, sequences: Sequence[Request], leaving: dict[tuple[int, int], list[int]]) -> np.ndarray:
     """Ids to score, [rows, columns]: column 0 the branch's own, then those of the branches that leave it there."""
     first = _first(branch)
-    own = np.asarray(sequences[branch.at].response_ids[first:], dtype=np.int32)
-    others = {row: leaving.get((branch.at, first + row), []) for row in range(len(own))}
+    own = np.asarray(sequences[branch.position].response_ids[first:], dtype=np.int32)
+    others = {row: leaving.get((branch.position, first + row), []) for row in range(len(own))}
     ids = np.full((len(own), 1 + max(map(len, others.values()), default=0)), -1, dtype=np.int32)
     ids[:, 0] = own
     for row, children in others.items():
-        ids[row, 1 : 1 + len(children)] = [sequences[at].response_ids[first + row] for at in children]
+        ids[row, 1 : 1 + len(children)] = [sequences[child].response_ids[first + row] for child in children]
     return ids
 
 

@@ -23,18 +23,18 @@ Scores = Mapping[str, Mapping[tuple[str, str], float]]
 def ratings(scores: Scores, anchor: str, seed: int = 0) -> dict[str, Interval]:
     """Rating of every model relative to `anchor`, highest first; the bootstrap resamples prompts."""
     models = sorted({name for met in scores.values() for two in met for name in two})
-    index = {name: at for at, name in enumerate(models)}
+    index = {name: index for index, name in enumerate(models)}
     tables = np.zeros((len(scores), len(models), len(models)))
     for row, met in zip(tables, scores.values(), strict=True):
         for (first, second), score in met.items():
             row[index[first], index[second]] += score
             row[index[second], index[first]] += 1 - score
-    at = index[anchor]
-    whole = fit(tables.sum(0), at)
+    anchor_index = index[anchor]
+    whole = fit(tables.sum(0), anchor_index)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(tables), np.full(len(tables), 1 / len(tables)), size=_RESAMPLES)
     resampled = np.einsum("rp,pab->rab", counts, tables)
-    low, high = np.quantile([fit(table, at) for table in resampled], [0.025, 0.975], axis=0)
+    low, high = np.quantile([fit(table, anchor_index) for table in resampled], [0.025, 0.975], axis=0)
     order = sorted(range(len(models)), key=lambda number: (-whole[number], models[number]))
     return {models[n]: Interval(float(whole[n]), float(low[n]), float(high[n])) for n in order}
 
@@ -44,7 +44,7 @@ def fit(wins: np.ndarray, anchor: int, prior: float = _PRIOR) -> np.ndarray:
     met = (wins + wins.T) > 0
     table = wins + prior * met
     games = table + table.T
-    free = [at for at in range(len(wins)) if at != anchor]
+    free = [model for model in range(len(wins)) if model != anchor]
     rating = np.zeros(len(wins))
     for _ in range(_STEPS):
         chance = 0.5 * (1 + np.tanh((rating[:, None] - rating[None, :]) / 2))

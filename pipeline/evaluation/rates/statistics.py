@@ -103,9 +103,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty(len(p_values))
     floor = 0.0
-    for rank, at in enumerate(order):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[at]))
-        corrected[at] = floor
+    for rank, hypothesis in enumerate(order):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[hypothesis]))
+        corrected[hypothesis] = floor
     return [float(value) for value in corrected]
 
 

@@ -59,20 +59,20 @@ def comparison_scores(judgements: Iterable[Judgement]) -> dict[tuple[str, int], 
     for judgement in judgements:
         orders[judgement.prompt_id, judgement.sample].append(judgement)
     by_comparison = {}
-    for at, asked in orders.items():
-        scores = [one.score for one in asked if one.score is not None]
+    for comparison, asked in orders.items():
+        scores = [judgement.score for judgement in asked if judgement.score is not None]
         flipped = any(score > 0.5 for score in scores) and any(score < 0.5 for score in scores)
         score = None if len(scores) < len(asked) else 0.5 if flipped else float(np.mean(scores))
-        by_comparison[at] = ComparisonScore(score, flipped)
+        by_comparison[comparison] = ComparisonScore(score, flipped)
     return by_comparison
 
 
 def prompt_scores(scores: Mapping[tuple[str, int], ComparisonScore]) -> dict[str, float]:
     """The mean over a prompt's comparisons that did not fail, for prompts that have one."""
     by_prompt: dict[str, list[float]] = defaultdict(list)
-    for (prompt_id, _), one in scores.items():
-        if one.score is not None:
-            by_prompt[prompt_id].append(one.score)
+    for (prompt_id, _), comparison in scores.items():
+        if comparison.score is not None:
+            by_prompt[prompt_id].append(comparison.score)
     return {prompt_id: float(np.mean(values)) for prompt_id, values in by_prompt.items()}
 
 
@@ -105,7 +105,7 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
         worst=sum(means) / total,
         best=(sum(means) + failed) / total,
         comparisons=len(scores),
-        flips=sum(one.flipped for one in scores.values()),
+        flips=sum(comparison.flipped for comparison in scores.values()),
         first_wins=_first_wins(judged),
         sign_test_p=sign_test(wins, losses),
         detectable=detectable(means),
@@ -127,8 +127,8 @@ def by_topic(judgements: Iterable[Judgement], topics: Mapping[str, str]) -> dict
 def _first_wins(judgements: Iterable[Judgement]) -> float | None:
     """How often the response that was shown first won, over decided verdicts in both orders."""
     won = [
-        one.winner == one.order.removesuffix("_first")
-        for one in judgements
-        if one.order != "pair" and one.score is not None and one.score != 0.5
+        judgement.winner == judgement.order.removesuffix("_first")
+        for judgement in judgements
+        if judgement.order != "pair" and judgement.score is not None and judgement.score != 0.5
     ]
     return float(np.mean(won)) if won else None

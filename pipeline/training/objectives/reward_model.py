@@ -145,8 +145,8 @@ def load_reward_model(
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int:
     """A token that ends no response, to fill batches with. ConfigError if there is none among the special tokens."""
-    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
-    for token in (*known, *tokenizer.all_special_ids, *sorted(getattr(tokenizer, "added_tokens_decoder", {}))):
+    special_tokens = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    for token in (*special_tokens, *tokenizer.all_special_ids, *sorted(getattr(tokenizer, "added_tokens_decoder", {}))):
         if token is not None and token not in ends:
             return int(token)
     raise ConfigError(

@@ -52,11 +52,11 @@ def embedded_model(name: str) -> Path:
 def must_be_as_made(directory: Path) -> None:
     """Raise DataError if a made directory lacks a file or one changed since."""
     try:
-        made = json.loads((directory / RECORD).read_text(encoding="utf-8"))["files"]
-        digests = files_sha256([directory / name for name in made])
+        recorded = json.loads((directory / RECORD).read_text(encoding="utf-8"))["files"]
+        digests = files_sha256([directory / name for name in recorded])
     except (OSError, ValueError, KeyError):
         raise DataError(f"{directory} is not complete: remove it, it is made again") from None
-    changed = [path.name for path, digest in digests.items() if digest != made[path.name]]
+    changed = [path.name for path, digest in digests.items() if digest != recorded[path.name]]
     if changed:
         raise DataError(
             f"{directory}: {', '.join(changed)} changed since it was made: remove the directory, it is made again"
