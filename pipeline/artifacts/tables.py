@@ -217,8 +217,10 @@ def read_groups(path: Path, schema: pa.Schema, columns: list[str]) -> Iterator[p
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _must_be_known(path, file.schema_arrow)
             _must_equal(path, file.schema_arrow, schema)
-            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
-                yield pa.Table.from_batches([batch])
+            # asked for all row groups at once, pyarrow keeps the bytes of those it has read
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns, row_groups=[group]):
+                    yield pa.Table.from_batches([batch])
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: run the stage that writes it first") from None
     except (pa.ArrowException, OSError) as error:

@@ -111,7 +111,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            # asked for all row groups at once, pyarrow keeps the bytes of those it has read
+            batches = (batch for group in range(file.num_row_groups) for batch in file.iter_batches(1024, [group]))
+            for batch in batches:
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None

@@ -17,9 +17,12 @@ from pipeline.artifacts.tables import PAIRS, read_groups
 from pipeline.config.experiment import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
-from pipeline.hardware import device_kind
+from pipeline.hardware import device_kind, return_freed_memory
 
 Item = TypeVar("Item")
+
+# Arrow keeps what it has freed: a million pairs would leave a GiB behind
+_GROUPS_TO_RETURN_MEMORY = 8
 
 
 class CountsTokens(Protocol):
@@ -96,8 +99,11 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
     with tempfile.NamedTemporaryFile(prefix="split-", dir=durable.scratch_place()) as file:
         schema = pa.schema([PAIRS.field(name) for name in kept])
         with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, schema) as writer:
-            for part in read_groups(path, PAIRS, ["split", *kept, *sums]):
-                table = part.filter(pc.equal(part["split"], split)).combine_chunks()
+            for number, part in enumerate(read_groups(path, PAIRS, ["split", *kept, *sums])):
+                if number % _GROUPS_TO_RETURN_MEMORY == 0:
+                    return_freed_memory()
+                here = pc.equal(part["split"], split)
+                table = (part if pc.all(here).as_py() else part.filter(here)).combine_chunks()
                 if not len(table):
                     continue
                 for side in ("chosen", "rejected") if scored else ():
@@ -109,6 +115,7 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
                 writer.write_table(table.select(kept).cast(schema))
         # mapped, the file needs no name
         stored = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    return_freed_memory()
     trees = StoredTrees([stored[name] for name in ids], longest, ends)
     if scored:
         chosen, rejected = (Stored([stored[name]], _array) for name in logps)
@@ -163,16 +170,16 @@ def default_tokens_per_batch() -> int:
 
 def _must_fit(path: Path, side: str, table: pa.Table) -> None:
     scores = table[f"ref_{side}_logps"].combine_chunks()
-    score_lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
-    values = scores.flatten().to_numpy().astype(np.float64)
-    rows = np.repeat(np.arange(len(table)), score_lengths)
-    broken = score_lengths != pc.list_value_length(table[f"{side}_ids"]).to_numpy()
-    broken[rows[~np.isfinite(values)]] = True
+    lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+    values, ends = scores.flatten().to_numpy(), np.cumsum(lengths)
+    broken = (lengths == 0) | (lengths != pc.list_value_length(table[f"{side}_ids"]).to_numpy())
+    if not (finite := np.isfinite(values)).all():
+        broken[np.searchsorted(ends, np.flatnonzero(~finite), side="right")] = True
     if broken.any():
         pair_id = table["pair_id"][int(np.argmax(broken))]
         raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
     sums = table[f"ref_{side}_logp"].to_numpy()
-    off = ~(np.abs(np.bincount(rows, values, len(table)) - sums) <= 1e-6 * (1 + np.abs(sums)))
+    off = ~(np.abs(np.add.reduceat(values, ends - lengths, dtype=np.float64) - sums) <= 1e-6 * (1 + np.abs(sums)))
     if off.any():
         pair_id = table["pair_id"][int(np.argmax(off))]
         raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")
