@@ -3,8 +3,8 @@
 A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the
 trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which restart where the trunk
 ends. On CPU each tree has a dense mask of its own, in bfloat16 by `pipeline.forward.cpu_attention`, in float32 by torch's
-scaled_dot_product_attention; on a GPU the pack is one call of FlexAttention with a block mask. Logit soft-caps (Gemma 2)
-are computed in the open.
+scaled_dot_product_attention, with soft-caps (Gemma 2) computed in the open. On a GPU the pack is one call of transformers'
+own FlexAttention with a block mask (`pipeline.forward.block_mask`): grouped heads, soft-caps and attention sinks are its part.
 
 Shapes: H heads, T tokens of the pack, t tokens of a tree, D size of a head.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.forward import cpu_attention
+from pipeline.forward.block_mask import block_mask_of, rectangles
 
 NAME = "refscore_tree"
 
@@ -29,14 +30,15 @@ _LENGTH = 32
 @dataclass(frozen=True)
 class Pack:
     """Where each token of a pack stands. Integer tensors [T]: `tree_T` its tree, `branch_T` its branch (0 = trunk, -1 =
-    filling), `positions_T` its position in its own sequence; `trees` are the slices of the trees.
+    filling), `positions_T` its position in its own sequence; `trees` are the slices of the trees, `branches` those of each
+    tree's branches.
     """
 
     tree_T: torch.Tensor
     branch_T: torch.Tensor
     positions_T: torch.Tensor
     trees: Sequence[slice]
-    branching: Sequence[bool]
+    branches: Sequence[Sequence[slice]]
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     def may_see(self, window: int | None) -> Callable[..., torch.Tensor]:
@@ -70,7 +72,7 @@ class Pack:
 
     def _seen(self, number: int, window: int | None, size: int) -> torch.Tensor | None:
         rows = torch.arange(self.trees[number].start, self.trees[number].stop, device=self.tree_T.device)
-        if not self.branching[number] and (window is None or window >= len(rows)):
+        if len(self.branches[number]) < 2 and (window is None or window >= len(rows)):
             return None
         mask = self.may_see(window)(0, 0, rows[:, None], rows[None, :])
         mask = torch.nn.functional.pad(mask, (0, size - len(rows), 0, size - len(rows)))
@@ -80,16 +82,18 @@ class Pack:
     def block_mask(self, window: int | None) -> Any:
         """FlexAttention's block mask of the whole pack."""
         if window not in self._masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            length = len(self.tree_T)
-            self._masks[window] = create_block_mask(
-                self.may_see(window), None, None, length, length, device=str(self.tree_T.device)
-            )
+            total = len(self.tree_T)
+            parts = rectangles(self.trees, self.branches, total)
+            self._masks[window] = block_mask_of(parts, total, window, self.may_see(window), self.tree_T.device)
         return self._masks[window]
 
 
-def carrier(pack: Pack) -> torch.Tensor:
+def uses_flex(device: torch.device) -> bool:
+    """Whether attention over packs is FlexAttention on this device."""
+    return device.type == "cuda"
+
+
+def as_attention_mask(pack: Pack) -> torch.Tensor:
     """What goes through a model as `attention_mask`: models hand a tensor of four dimensions on as it is."""
     # an attention that takes it for a mask gets NaN, never a wrong number
     tensor = torch.full((1, 1, 1, 1), float("nan"), device=pack.tree_T.device)
@@ -101,7 +105,9 @@ def register() -> str:
     """Make the attention known to transformers; returns the name to set on a model."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attend)
+    # compiled layers call it as it is: it reads what a pack shows, and FlexAttention is compiled by itself
+    outside: Any = torch.compiler.disable
+    AttentionInterface.register(NAME, outside(attend, recursive=False))
     return NAME
 
 
@@ -119,15 +125,20 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention output [1, T, H, D] of `query`, `key`, `value` [1, H, T, D] (fewer key heads if they are shared).
 
-    Raises NotImplementedError for terms that some architectures add (attention sinks, position biases, dropout).
+    Raises NotImplementedError for terms that some architectures add: position biases and dropout, on CPU attention sinks too.
     """
-    if any(others.get(name) is not None for name in ("s_aux", "position_bias")) or others.get("dropout"):
+    flex = uses_flex(query.device)
+    refused = ("position_bias",) if flex else ("s_aux", "position_bias")
+    if any(others.get(name) is not None for name in refused) or others.get("dropout"):
         raise NotImplementedError(f"{type(module).__name__} adds terms to its attention")
     pack: Pack | None = getattr(attention_mask, "refscore_pack", None)
     if pack is None:
         if attention_mask is not None:
             raise NotImplementedError(f"{type(module).__name__} makes an attention mask of its own")
         pack = _one_sequence(query.shape[2], query.device)
+    if flex:
+        mask, sinks = pack.block_mask(sliding_window), others.get("s_aux")
+        return _by_flex(module, (query, key, value), mask, scaling, softcap, sinks), None
     if query.device.type == "cpu" and softcap is None and _in_bfloat16(query):
         biases = [pack.bias(number, sliding_window, _rounded(rows)) for number, rows in enumerate(pack.trees)]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -136,23 +147,51 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (side.repeat_interleave(groups, dim=1) for side in (key, value))
-    if query.is_cuda:
-        attended = _flex_attention()(
-            query, key, value, score_mod=_capped(softcap), block_mask=pack.block_mask(sliding_window), scale=scaling
-        )
-    else:
-        attended = torch.cat(
-            [
-                *(
-                    _of_tree((query, key, value), pack, number, sliding_window, scaling, softcap)
-                    for number in range(len(pack.trees))
-                ),
-                # what fills the pack up looks at nothing
-                query.new_zeros((*query.shape[:2], query.shape[2] - pack.trees[-1].stop, value.shape[-1])),
-            ],
-            dim=2,
-        )
+    attended = torch.cat(
+        [
+            *(
+                _of_tree((query, key, value), pack, number, sliding_window, scaling, softcap)
+                for number in range(len(pack.trees))
+            ),
+            # what fills the pack up looks at nothing
+            query.new_zeros((*query.shape[:2], query.shape[2] - pack.trees[-1].stop, value.shape[-1])),
+        ],
+        dim=2,
+    )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _by_flex(
+    module: torch.nn.Module,
+    operands: tuple[torch.Tensor, ...],
+    mask: Any,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention [1, T, H, D] by transformers' FlexAttention, compiled, in the arithmetic that training uses.
+
+    A kernel that cannot be compiled is an error: without it the [T, T] scores would be written to memory.
+    """
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    _allow_few_kernels()
+    device = operands[0].device.type
+    if torch.is_autocast_enabled(device):
+        # rotary embeddings widen queries and keys; no kernel takes them beside narrow values
+        operands = tuple(side.to(torch.get_autocast_dtype(device)) for side in operands)
+    attended: torch.Tensor = flex_attention_forward(
+        module, *operands, mask, scaling=scaling, softcap=softcap, s_aux=sinks
+    )[0]
+    return attended
+
+
+@cache
+def _allow_few_kernels() -> None:
+    config = torch._dynamo.config  # noqa: SLF001  # documented there
+    # widths of packs are few (`pipeline.forward.trees`), and each may be compiled; beyond them the unfused one would be run
+    config.recompile_limit = max(config.recompile_limit, 64)
+    config.fail_on_recompile_limit_hit = True
 
 
 def _in_bfloat16(query: torch.Tensor) -> bool:
@@ -202,24 +241,4 @@ def _sdpa(
 
 def _one_sequence(length: int, device: torch.device) -> Pack:
     zeros = torch.zeros(length, dtype=torch.int64, device=device)
-    return Pack(zeros, zeros, torch.arange(length, device=device), [slice(0, length)], [False])
-
-
-def _capped(softcap: float | None) -> Callable[..., torch.Tensor] | None:
-    if softcap is None:
-        return None
-
-    def score_mod(score: torch.Tensor, *_: Any) -> torch.Tensor:
-        return torch.tanh(score / softcap) * softcap
-
-    return score_mod
-
-
-@cache
-def _flex_attention() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # every width of a pack is compiled once; forward.py rounds widths, so that they are few
-    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001  # documented there
-    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=False)
-    return compiled
+    return Pack(zeros, zeros, torch.arange(length, device=device), [slice(0, length)], [[]])

@@ -25,6 +25,7 @@ from pipeline.forward.cpu_products import FastProducts
 from pipeline.forward.output_layer import OutputLayer, output_layer_of
 from pipeline.forward.routes import route_of
 from pipeline.forward.trees import Tree, merge
+from pipeline.hardware import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,11 +66,10 @@ class Forward:
         """Logps, and beside each the logarithm of the sum of all tokens' squared probabilities there (no gradient)."""
         merged, places = merge(trees)
         branches = [branch for tree in merged for branch in tree.branches]
-        targets_N = torch.from_numpy(np.concatenate([np.asarray(branch, dtype=np.int64) for branch in branches]))
+        targets = np.concatenate([np.asarray(branch, dtype=np.int64) for branch in branches])
         hidden_NH = self.hidden.of(merged)
-        logps_N, squares_N = self.layer.logps(
-            hidden_NH, targets_N.to(hidden_NH.device), self.precision, squares=squares
-        )
+        targets_N = to_device(targets, hidden_NH.device)
+        logps_N, squares_N = self.layer.logps(hidden_NH, targets_N, self.precision, squares=squares)
         lengths = [len(branch) for branch in branches]
         flat = [torch.split(values, lengths) if len(values) else [] for values in (logps_N, squares_N)]
         logps, sums = ([[values[place] for place in tree] for tree in places] if values else [] for values in flat)
@@ -103,6 +103,8 @@ def hidden_states_of(model: PreTrainedModel, layout: str, precision: torch.dtype
             "alone": "every sequence alone",
         }
         log.warning("layout: %s, as %s", ways[route.kind], route.why)
+        if device.type != "cpu" and route.kind != "packed":
+            log.warning("layout: prompts are read once per response, without FlexAttention: slower, and more memory")
 
     def hidden_of(trees: Sequence[Tree]) -> torch.Tensor:
         with arithmetic():

@@ -1,8 +1,9 @@
 """How a model may read trees: packed in one sequence, one by one in a padded batch, or each alone.
 
 Which of them gives what each sequence gives alone is tried on a small twin of the architecture (`pipeline.forward.twin`), forward
-and backward, beyond its windows and limits, with sequences of very different length beside one another. What cannot be tried is
-read alone.
+and backward, beyond its windows and limits, with sequences of very different length beside one another: in float32 on a CPU,
+which is exact, then on the device and in the arithmetic that the model runs in, so with the kernels that training uses. What
+cannot be tried is read alone.
 
 Shapes: T tokens of a pack, B sequences, N scored tokens, H hidden size.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.forward import attention
 from pipeline.forward.trees import Tree, pack_trees, separated
 from pipeline.forward.twin import NoTwin, stretched_from, twin_of
+from pipeline.hardware import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,17 @@ _FLOAT32 = 1e-3
 _BFLOAT16 = 2.0
 # trunks and branches beyond every window and limit of a twin, beside some far below
 _LONG, _SHORT = ((11, (40, 5)), (2, (3,)), (9, (12, 3))), ((3, (6, 2)), (1, (4,)), (5, (5, 3)))
+
+
+class Mode(NamedTuple):
+    """Where and how the twin runs: a device, the dtype of its weights, and whether under autocast to bfloat16."""
+
+    device: torch.device
+    weights: torch.dtype
+    autocast: bool
+
+
+_EXACT = Mode(torch.device("cpu"), torch.float32, autocast=False)
 
 # from trees to the hidden states [N, H] that predict their branches' tokens, in order
 Read = Callable[["PreTrainedModel", Sequence[Tree]], torch.Tensor]
@@ -96,7 +109,7 @@ def _route_of(model: PreTrainedModel, precision: torch.dtype) -> Route:
         return Route("alone", f"{name}: {reason}")
     modes = _modes(model, precision)
     try:
-        _states_and_gradients(twin, read_alone, _trees(_SHORT), modes[0])
+        _states_and_gradients(twin, read_alone, _trees(_SHORT), _EXACT)
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001  # sizes that do not fit one another show when they meet
@@ -132,7 +145,7 @@ def read_packed(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
     ids, pack, rows_N = pack_trees(trees, next(model.parameters()).device)
     output = layers_of(model)(
         input_ids=ids[None],
-        attention_mask=attention.carrier(pack),
+        attention_mask=attention.as_attention_mask(pack),
         position_ids=pack.positions_T[None],
         use_cache=False,
     )
@@ -151,10 +164,8 @@ def read_padded(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
         (branch,) = tree.branches
         ids[number, : len(tree)] = [*tree.trunk, *branch[:-1]]
         rows.append(number * width + np.arange(len(tree.trunk) - 1, len(tree)))
-    hidden_BTH: torch.Tensor = layers_of(model)(
-        input_ids=torch.from_numpy(ids).to(device), use_cache=False
-    ).last_hidden_state
-    return hidden_BTH.flatten(0, 1)[torch.from_numpy(np.concatenate(rows)).to(device)]
+    hidden_BTH: torch.Tensor = layers_of(model)(input_ids=to_device(ids, device), use_cache=False).last_hidden_state
+    return hidden_BTH.flatten(0, 1)[to_device(np.concatenate(rows), device)]
 
 
 def read_alone(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
@@ -163,7 +174,7 @@ def read_alone(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
     states = []
     for tree in separated(trees):
         (branch,) = tree.branches
-        ids = torch.tensor([[*tree.trunk, *branch]], device=device)
+        ids = to_device(np.array([[*tree.trunk, *branch]], dtype=np.int64), device)
         hidden_1TH: torch.Tensor = layers_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         states.append(hidden_1TH[0, len(tree.trunk) - 1 : -1])
     return torch.cat(states)
@@ -172,12 +183,11 @@ def read_alone(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
 # --- trying them on a twin
 
 
-def _modes(model: PreTrainedModel, precision: torch.dtype) -> list[tuple[torch.dtype, torch.dtype]]:
-    """The dtypes of weights and of arithmetic in which the twin is compared; float32 first, which is exact."""
+def _modes(model: PreTrainedModel, precision: torch.dtype) -> list[Mode]:
+    """In which modes the twin is compared: the exact one first, then the model's own if it is another."""
     weights = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    used = (weights, precision if weights == torch.float32 else weights)
-    exact = (torch.float32, torch.float32)
-    return [exact] if used == exact else [exact, used]
+    used = Mode(next(model.parameters()).device, weights, precision == torch.bfloat16)
+    return [_EXACT] if used == _EXACT else [_EXACT, used]
 
 
 def _trees(sizes: Sequence[tuple[int, tuple[int, ...]]]) -> list[Tree]:
@@ -189,31 +199,30 @@ def _trees(sizes: Sequence[tuple[int, tuple[int, ...]]]) -> list[Tree]:
     return [Tree(ids(trunk), tuple(map(ids, branches))) for trunk, branches in sizes]
 
 
-def _why_not(
-    twin: PreTrainedModel, modes: list[tuple[torch.dtype, torch.dtype]], read: Read, trees: list[Tree]
-) -> str | None:
+def _why_not(twin: PreTrainedModel, modes: list[Mode], read: Read, trees: list[Tree]) -> str | None:
     """Why `read` does not give what each sequence gives alone; None if it does, forward and backward, in every mode."""
     mechanism = "the mask of a tree" if read is read_packed else "padding at the end"
     twin.set_attn_implementation("eager")
-    exact = _states_and_gradients(twin, read_alone, trees, modes[0])
+    exact = _states_and_gradients(twin, read_alone, trees, _EXACT)
     try:
         for mode in modes:
-            twin.to(mode[0])
+            twin.to(device=mode.device, dtype=mode.weights)
             twin.set_attn_implementation("eager")
             plain = _states_and_gradients(twin, read_alone, trees, mode)
             ours = _states_and_gradients(twin, read, trees, mode)
-            if not _agree(ours, plain, exact, exactly=mode == modes[0]):
+            if not _agree(ours, plain, exact, exactly=mode == _EXACT):
                 return f"does not follow {mechanism}"
-            noise = 1e-5 if mode == modes[0] else _rows(plain[0], exact[0]).mean().item()
+            noise = 1e-5 if mode == _EXACT else _rows(plain[0], exact[0]).mean().item()
             if read is read_packed and not _independent(twin, trees, mode, noise):
                 return f"does not follow {mechanism}: a branch depends on another"
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         # whatever a layer raises that was not made for this; the reason is logged, and the results are the same
-        return f"takes no {mechanism.removeprefix('the ')} ({first_line(error)})"
+        on = "" if mode.device.type == "cpu" else f" on {mode.device.type}"
+        return f"takes no {mechanism.removeprefix('the ')}{on} ({first_line(error)})"
     finally:
-        twin.to(torch.float32)
+        twin.to(device=_EXACT.device, dtype=_EXACT.weights)
     return None
 
 
@@ -244,39 +253,35 @@ def _whole(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor
     return relative
 
 
-def _states_and_gradients(
-    twin: PreTrainedModel, read: Read, trees: list[Tree], mode: tuple[torch.dtype, torch.dtype]
-) -> list[torch.Tensor]:
-    """float32: hidden states [N, H], then the gradient of a fixed function of them by every parameter that takes part."""
+def _states_and_gradients(twin: PreTrainedModel, read: Read, trees: list[Tree], mode: Mode) -> list[torch.Tensor]:
+    """float32, on CPU: hidden states [N, H], then the gradient of a fixed function of them by every parameter that takes part."""
     twin.zero_grad()
     with torch.enable_grad():
-        with _arithmetic(twin, mode):
+        with _arithmetic(mode):
             hidden_NH = read(twin, trees)
         draw = torch.Generator().manual_seed(1)
         weights_NH = torch.randn(hidden_NH.shape, generator=draw).to(hidden_NH.device)
         torch.autograd.backward((hidden_NH.float() * weights_NH).sum())
     gradients = [
-        torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad.float()
+        torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad.float().cpu()
         for parameter in layers_of(twin).parameters()
     ]
-    return [hidden_NH.detach().float(), *gradients]
+    return [hidden_NH.detach().float().cpu(), *gradients]
 
 
 @torch.no_grad()
-def _independent(twin: PreTrainedModel, trees: list[Tree], mode: tuple[torch.dtype, torch.dtype], noise: float) -> bool:
+def _independent(twin: PreTrainedModel, trees: list[Tree], mode: Mode, noise: float) -> bool:
     """Whether no branch depends on another: other tokens in the first one change no other by more than the order of sums.
 
     Experts get the tokens of a whole pack at once, so that digits may change; nothing else does.
     """
     first, *others = trees
     changed = Tree(first.trunk, ([*reversed(first.branches[0])], *first.branches[1:]))
-    with _arithmetic(twin, mode):
+    with _arithmetic(mode):
         before, after = read_packed(twin, trees), read_packed(twin, [changed, *others])
     same = slice(len(first.branches[0]), None)
     return _rows(after[same].float(), before[same].float()).mean().item() <= noise
 
 
-def _arithmetic(twin: PreTrainedModel, mode: tuple[torch.dtype, torch.dtype]) -> AbstractContextManager[object]:
-    if mode == (torch.float32, torch.bfloat16):
-        return torch.autocast(next(twin.parameters()).device.type, torch.bfloat16)
-    return nullcontext()
+def _arithmetic(mode: Mode) -> AbstractContextManager[object]:
+    return torch.autocast(mode.device.type, torch.bfloat16) if mode.autocast else nullcontext()

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from pipeline.forward.attention import Pack
+from pipeline.hardware import to_device
 
-# Widths of packs are multiples of this, so that they are few: on a GPU every width is compiled once, on CPU blocks of memory
-# fit again that an earlier pack has freed.
-_WIDTH = {"cuda": 1024, "cpu": 128}
+# Widths of packs are multiples of this, so that they are few: on CPU blocks of memory fit again that an earlier pack has freed
+_WIDTH = {"cuda": 128, "cpu": 128}
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,42 @@ def merge(trees: Sequence[Tree]) -> tuple[list[Tree], list[list[int]]]:
 
 def pack_trees(trees: Sequence[Tree], device: torch.device) -> tuple[torch.Tensor, Pack, torch.Tensor]:
     """Token ids [T], the pack, and the positions [N] whose hidden states predict the branches' tokens."""
-    total, multiple = sum(map(len, trees)), _WIDTH.get(device.type, 1)
-    width = -(-total // multiple) * multiple
+    total = sum(map(len, trees))
+    width = width_of(total, device)
     ids, positions, number_of = (np.zeros(width, dtype=np.int64) for _ in range(3))
     branch_of = np.full(width, -1, dtype=np.int64)
     rows, slices, start = [], [], 0
+    places: list[list[slice]] = []
     for number, tree in enumerate(trees):
         first, end = start, start + len(tree.trunk)
         ids[first:end], branch_of[first:end], positions[first:end] = tree.trunk, 0, np.arange(end - first)
         start = end
+        places.append([])
         for branch_number, branch in enumerate(tree.branches, start=1):
             inner = len(branch) - 1
             ids[start : start + inner], branch_of[start : start + inner] = branch[:-1], branch_number
             positions[start : start + inner] = np.arange(end - first, end - first + inner)
             # the trunk's last position predicts the first token of every branch
             rows.append(np.concatenate([[end - 1], np.arange(start, start + inner)]))
+            places[-1].append(slice(start, start + inner))
             start += inner
         number_of[first:start] = number
         slices.append(slice(first, start))
     # padding at the end sees padding only, and is in no tree's slice
     number_of[total:] = len(trees)
-    tree_T, branch_T, positions_T = (
-        torch.from_numpy(values).to(device) for values in (number_of, branch_of, positions)
-    )
-    pack = Pack(tree_T, branch_T, positions_T, slices, [len(tree.branches) > 1 for tree in trees])
-    return torch.from_numpy(ids).to(device), pack, torch.from_numpy(np.concatenate(rows)).to(device)
+    tree_T, branch_T, positions_T = (to_device(values, device) for values in (number_of, branch_of, positions))
+    pack = Pack(tree_T, branch_T, positions_T, slices, places)
+    return to_device(ids, device), pack, to_device(np.concatenate(rows), device)
+
+
+def width_of(total: int, device: torch.device) -> int:
+    """Tokens that a pack of `total` tokens is filled up to: few widths, as a GPU compiles a kernel for each, and from 1,280
+    tokens on at most a tenth of filling.
+    """
+    step = _WIDTH.get(device.type, 1)
+    if device.type == "cuda":
+        step = max(step, 2 ** (total.bit_length() - 5))
+    return -(-total // step) * step
 
 
 def separated(trees: Sequence[Tree]) -> list[Tree]:

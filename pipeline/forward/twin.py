@@ -40,7 +40,7 @@ class NoTwin(Exception):
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A twin of `model` on its device, float32, with transformers' eager attention, in evaluation mode.
+    """A twin of `model` on CPU, float32, with transformers' eager attention, in evaluation mode.
 
     Leaves the caller's random state as it was. Raises NoTwin.
     """
@@ -52,10 +52,9 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
         raise NoTwin("it is more than a language model")
     for name in ("quantization_config", "dtype", "torch_dtype", "_name_or_path"):
         settings.pop(name, None)
-    device = next(model.parameters()).device
     try:
-        with _own_random_state(device):
-            twin: PreTrainedModel = type(model)(type(model.config).from_dict(settings)).to(device).eval()
+        with _own_random_state(), torch.device("cpu"):
+            twin: PreTrainedModel = type(model)(type(model.config).from_dict(settings)).eval()
             twin.set_attn_implementation("eager")
             _fill(twin)
     except Exception as error:  # noqa: BLE001  # an architecture may refuse sizes that it never saw in any way it likes
@@ -151,7 +150,7 @@ def _layers_of_each_kind(settings: dict[str, Any], layers: int) -> list[int]:
     seen: dict[str, int] = {}
     chosen = []
     for number in range(layers):
-        kind = repr([layers[number] for layers in lists])
+        kind = repr([of_layers[number] for of_layers in lists])
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= 2:
             chosen.append(number)
@@ -168,8 +167,8 @@ def _fill(twin: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def _own_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from pipeline.errors import ConfigError
-from pipeline.forward.attention import Pack, attend, carrier
+from pipeline.forward.attention import Pack, as_attention_mask, attend
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree, merge, pack_trees
 
@@ -212,7 +212,7 @@ def test_the_block_mask_of_a_gpu_hides_what_the_dense_masks_hide(window):
     padded = Pack(
         *(torch.nn.functional.pad(side, (0, 5), value=value) for side, value in
           ((pack.tree_T, 3), (pack.branch_T, -1), (pack.positions_T, 0))),
-        pack.trees, pack.branching,
+        pack.trees, pack.branches,
     )  # fmt: skip
     every = torch.arange(len(padded.tree_T))
     seen = padded.may_see(window)(0, 0, every[:, None], every[None, :])
@@ -236,7 +236,7 @@ def test_flex_attention_gives_what_the_dense_masks_give():
     _, pack, _ = pack_trees(TREES, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, len(pack.tree_T), 16, generator=generator) for _ in range(3))
-    ours = attend(torch.nn.Identity(), query, key, value, carrier(pack), sliding_window=4)[0].transpose(1, 2)
+    ours = attend(torch.nn.Identity(), query, key, value, as_attention_mask(pack), sliding_window=4)[0].transpose(1, 2)
     theirs = flex_attention(query, key, value, block_mask=pack.block_mask(4))
     real = pack.branch_T >= 0
     torch.testing.assert_close(ours[:, :, real], theirs[:, :, real], atol=1e-5, rtol=0)

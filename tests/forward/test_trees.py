@@ -53,15 +53,14 @@ def test_a_pack_by_hand(monkeypatch, width):
     assert pack.branch_T.tolist() == [0, 0, 0, 1, 1, 2, 0, 2] + [-1] * filling
     assert pack.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 0, 1] + [0] * filling
     assert pack.trees == [slice(0, 6), slice(6, 8)]
-    assert pack.branching == [True, True]
+    assert pack.branches == [[slice(3, 5), slice(5, 6)], [slice(7, 7), slice(7, 8)]]
     # what predicts 21 22 23, 31 32, 51, 61 62
     assert rows.tolist() == [2, 3, 4, 2, 5, 6, 6, 7]
     assert {tensor.dtype for tensor in (ids, rows, pack.tree_T, pack.branch_T, pack.positions_T)} == {torch.int64}
-    assert pack_trees([Tree([1], ([2, 3],))], CPU)[1].branching == [False]
+    assert pack_trees([Tree([1], ([2, 3],))], CPU)[1].branches == [[slice(1, 2)]]
 
 
 def test_widths_are_few():
-    assert trees._WIDTH == {"cuda": 1024, "cpu": 128}
     assert len(pack_trees([Tree([1] * 128, ([2],))], CPU)[0]) == 128
     assert len(pack_trees([Tree([1] * 128, ([2, 3],))], CPU)[0]) == 256
     # a device without compiled kernels wants no filling
