@@ -167,15 +167,23 @@ class TrainConfig(_Section):
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up linearly")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    per_device_train_batch_size: int = Field(4, ge=1, description="pairs in one forward pass, at most")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="pairs in one forward pass of evaluation, at most")
+    per_device_train_batch_size: int = Field(
+        4,
+        ge=1,
+        description="times gradient_accumulation_steps: pairs of one optimizer step; tokens_per_batch cuts it up",
+    )
+    per_device_eval_batch_size: int | None = Field(
+        None, ge=1, description="pairs in one forward pass of evaluation, at most; default: as tokens_per_batch allows"
+    )
     tokens_per_batch: int | None = Field(
         None,
         ge=1,
-        description="tokens in one forward pass, at most (a longer pair runs alone): bounds the memory of activations; "
+        description="tokens in one forward pass, as many as fit (a longer pair runs alone): bounds the memory of activations; "
         "default 1024 on CPU, 8192 on a GPU",
     )
-    gradient_accumulation_steps: int = Field(2, ge=1, description="forward passes in one optimizer step")
+    gradient_accumulation_steps: int = Field(
+        2, ge=1, description="times per_device_train_batch_size: pairs of one optimizer step"
+    )
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as the epochs give")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")

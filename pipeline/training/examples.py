@@ -143,10 +143,10 @@ def _tree(prompt: pa.ListScalar, *responses: pa.ListScalar) -> Tree:
 
 
 def micro_batches(
-    forward: CountsTokens, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int
+    forward: CountsTokens, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int | None = None
 ) -> Iterable[list[int]]:
-    """Rows of each forward pass: at most `size` pairs, and `train.tokens_per_batch` tokens of those that `forward` reads for
-    them; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.
+    """Rows of each forward pass: at most `train.tokens_per_batch` tokens of those that `forward` reads for them, and `size`
+    pairs if it is given; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.
     """
     budget = train.tokens_per_batch or default_tokens_per_batch()
     by_prompt: dict[tuple[int, ...], list[int]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,16 +51,30 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
 
 
-def update(model: PreTrainedModel, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
-    """Clip, step with learning rate `rate`, forget the gradients; returns the norm before clipping.
+def update(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    max_norm: float,
+    means: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Clip, step with learning rate `rate`, forget the gradients.
 
-    Where the norm is not finite nothing is changed: the caller stops.
+    Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If one
+    of them is not finite nothing is changed: the caller stops.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = float(torch.nn.utils.clip_grad_norm_(learning, max_norm))
-    if math.isfinite(norm):
+    norm = torch.nn.utils.clip_grad_norm_(learning, max_norm)
+    values = numbers({**(means or {}), "grad_norm": norm})
+    if all(map(math.isfinite, values.values())):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return values
+
+
+def numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars of one device as Python's numbers, in one transfer."""
+    stacked = torch.stack([tensor.detach().double() for tensor in tensors.values()])
+    return dict(zip(tensors, stacked.tolist(), strict=True))

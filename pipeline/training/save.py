@@ -21,6 +21,7 @@ from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.reward_model import align_padding
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.training.save_check import CHECKED, must_agree, outputs_of
+from pipeline.training.schedule import pairs_per_step
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _settings(config: Config) -> dict[str, object]:
         "optimizer": train.optimizer,
         "learning rate": train.learning_rate,
         "schedule": f"{train.lr_scheduler_type}, warm-up {train.warmup_ratio:g} of the steps",
-        "pairs per step": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        "pairs per step": pairs_per_step(train),
         "epochs": train.num_train_epochs if train.max_steps <= 0 else f"{train.max_steps} steps",
         "gradient norm clipped at": train.max_grad_norm,
         "precision": str(precision_of(train)).removeprefix("torch."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,10 @@ from pipeline.training.examples import Pairs, micro_batches
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.preference import joined, pair_logps
+from pipeline.training.optimizers import numbers
+
+# what a step must not have, as its message calls it
+_MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient norm"}
 
 
 class NotFinite(CheckError):
@@ -45,25 +49,38 @@ def _no_gradient_lost() -> Iterator[None]:
             ) from None
 
 
-@_no_gradient_lost()
 def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
-    """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS.
+    """`accumulate`, its means as numbers. Raises NotFinite, and CheckError as it does."""
+    values = numbers(accumulate(forward, pairs, rows, train))
+    must_be_finite(values, pairs, rows)
+    return values
+
+
+@_no_gradient_lost()
+def accumulate(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, torch.Tensor]:
+    """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS, scalars on the device.
 
     The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
-    sort pairs see the whole step too: then every forward pass but a single one runs twice. Raises NotFinite, and CheckError
-    if an operation of the model has no gradient.
+    sort pairs see the whole step too: then every forward pass but a single one runs twice. Nothing here waits for the device.
+    Raises CheckError if an operation of the model has no gradient.
     """
-    groups = list(micro_batches(forward, pairs, rows, train, train.per_device_train_batch_size))
+    groups = list(micro_batches(forward, pairs, rows, train))
     if across_pairs(train) and len(groups) > 1:
         return _step_in_two_passes(forward, pairs, groups, train)
     mean_tokens = _mean_chosen_tokens(pairs, rows)
-    sums: list[dict[str, float]] = []
+    sums: list[dict[str, torch.Tensor]] = []
     for group in groups:
         terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
         sums.append(_sums(terms, logps))
-        _must_be_finite(sums[-1]["loss"], pairs, rows)
         torch.autograd.backward(terms.losses.sum() / len(rows))
     return _means(sums, len(rows))
+
+
+def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int]) -> None:
+    """Raise NotFinite, with the pairs of `rows`, if the loss or the gradient's norm of their step is not finite."""
+    for name, value in values.items():
+        if name in _MUST_BE_FINITE and not math.isfinite(value):
+            raise NotFinite(_MUST_BE_FINITE[name], value, [pairs.pair_ids[row] for row in rows])
 
 
 @torch.no_grad()
@@ -73,12 +90,10 @@ def evaluate(forward: Any, pairs: Pairs, train: TrainConfig) -> dict[str, float]
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size))
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     if not across_pairs(train):
-        return _means(
-            [_sums(*objective_of(train).terms(forward, pairs, group, train, mean_tokens)) for group in groups],
-            len(pairs),
-        )
+        terms = (objective_of(train).terms(forward, pairs, group, train, mean_tokens) for group in groups)
+        return numbers(_means([_sums(*of_group) for of_group in terms], len(pairs)))
     whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
-    return _means([_sums(preference_loss(whole, train), whole)], len(pairs))
+    return numbers(_means([_sums(preference_loss(whole, train), whole)], len(pairs)))
 
 
 @torch.no_grad()
@@ -100,7 +115,7 @@ def _mean_chosen_tokens(pairs: Pairs, rows: Sequence[int]) -> float:
 
 def _step_in_two_passes(
     forward: Forward, pairs: Pairs, groups: list[list[int]], train: TrainConfig
-) -> dict[str, float]:
+) -> dict[str, torch.Tensor]:
     """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
     rows = [row for group in groups for row in group]
     # forked, so that dropout of adapters falls alike in both passes
@@ -110,7 +125,6 @@ def _step_in_two_passes(
     leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
     terms = preference_loss(whole, train)
     sums = _sums(terms, whole)
-    _must_be_finite(sums["loss"], pairs, rows)
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
     start = 0
     for group in groups:
@@ -120,7 +134,7 @@ def _step_in_two_passes(
     return _means([sums], len(rows))
 
 
-def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, float]:
+def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, torch.Tensor]:
     """Sums over the pairs, under the names of TRAIN_METRICS; a reward model has no logps."""
     margins = terms.chosen_rewards - terms.rejected_rewards
     values = {
@@ -132,13 +146,8 @@ def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, float]:
     }
     if logps is not None:
         values |= {"logps/chosen": logps.sums_2B[0], "logps/rejected": logps.sums_2B[1]}
-    return {name: float(value.detach().sum()) for name, value in values.items()}
+    return {name: value.detach().sum().double() for name, value in values.items()}
 
 
-def _means(metrics: list[dict[str, float]], pairs: int) -> dict[str, float]:
-    return {name: sum(part[name] for part in metrics) / pairs for name in metrics[0]}
-
-
-def _must_be_finite(loss: float, pairs: Pairs, rows: Sequence[int]) -> None:
-    if not math.isfinite(loss):
-        raise NotFinite("loss", loss, [pairs.pair_ids[row] for row in rows])
+def _means(metrics: list[dict[str, torch.Tensor]], pairs: int) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([part[name] for part in metrics]).sum() / pairs for name in metrics[0]}

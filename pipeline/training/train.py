@@ -5,7 +5,6 @@ Training reads pairs.parquet and the policy; it never opens the reference model.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -34,8 +33,8 @@ from pipeline.training.optimizers import make_optimizer, update
 from pipeline.training.policies import Policy, load_policy
 from pipeline.training.resume import decide, trained_fields, training_digest
 from pipeline.training.save import model_card, save_policy
-from pipeline.training.schedule import learning_rate, pairs_of_step, total_steps
-from pipeline.training.step import NotFinite, evaluate, train_step
+from pipeline.training.schedule import learning_rate, pairs_of_step, pairs_per_step, total_steps
+from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
 
 # taking memory from the system again costs the step that follows a sixth of its time
 _STEPS_TO_RETURN_MEMORY = 8
@@ -88,8 +87,9 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         # what a training that was killed before its first checkpoint left behind
         shutil.rmtree(run.tensorboard, ignore_errors=True)
     metrics = Metrics(run.metrics, run.tensorboard, resumed_at=first or None)
-    pairs_per_step = f"{config.train.gradient_accumulation_steps} x {config.train.per_device_train_batch_size} pairs"
-    listener.say(f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step}")
+    listener.say(
+        f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step(config.train)} pairs"
+    )
     if policy.adapted is not None:
         learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
         listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
@@ -178,11 +178,9 @@ class _Loop:
         """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
         train = self.config.train
         try:
-            values = train_step(self.policy.forward, self.pairs, rows, train)
-            values["grad_norm"] = update(self.policy.model, self.optimizer, rate, train.max_grad_norm)
-            if not math.isfinite(values["grad_norm"]):
-                pair_ids = [self.pairs.pair_ids[row] for row in rows]
-                raise NotFinite("gradient norm", values["grad_norm"], pair_ids)
+            means = accumulate(self.policy.forward, self.pairs, rows, train)
+            values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means)
+            must_be_finite(values, self.pairs, rows)
         except NotFinite as stop:
             self.metrics.close()
             path = self.directories.directory / "not_finite.json"

@@ -54,7 +54,7 @@ def test_a_kind_of_weights_that_is_absent_makes_no_group():
 
 def test_the_first_step_of_adamw_is_the_rate_and_the_decay():
     model = Small().with_gradients(0.001, -0.001)
-    norm = update(model, make_optimizer(model, train()), 0.02, 1.0)
+    norm = update(model, make_optimizer(model, train()), 0.02, 1.0)["grad_norm"]
     assert norm == pytest.approx(0.001 * 9**0.5)
     # the rate that is given, not the one of before; a matrix is decayed by rate times weight_decay too
     assert torch.allclose(model.matrix, torch.tensor(0.5 - 0.02 * 0.5 * 0.5 - 0.02), atol=1e-6)
@@ -68,7 +68,7 @@ def test_gradients_are_clipped_together_and_the_norm_is_that_of_before():
     """With plain descent, whose step is the gradient."""
     for max_norm, factor in ((1.0, 1 / 3), (5.0, 1.0)):
         model = Small().with_gradients(1.0, 1.0)
-        norm = update(model, torch.optim.SGD([model.matrix, model.bias], lr=9.0), 0.1, max_norm)
+        norm = update(model, torch.optim.SGD([model.matrix, model.bias], lr=9.0), 0.1, max_norm)["grad_norm"]
         assert norm == pytest.approx(3.0)
         for weights in (model.matrix, model.bias):
             assert torch.allclose(weights, torch.tensor(0.5 - 0.1 * factor), atol=1e-5)
@@ -78,12 +78,19 @@ def test_gradients_are_clipped_together_and_the_norm_is_that_of_before():
 def test_a_gradient_that_is_no_number_changes_nothing(gradient):
     model = Small().with_gradients(gradient, 1.0)
     optimizer = make_optimizer(model, train())
-    norm = update(model, optimizer, 0.02, 1.0)
-    assert not math.isfinite(norm)
+    assert not math.isfinite(update(model, optimizer, 0.02, 1.0)["grad_norm"])
     assert torch.equal(model.bias, torch.full((3,), 0.5))
     assert not optimizer.state
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert model.matrix.grad is None
+
+
+def test_a_loss_that_is_no_number_changes_nothing_though_its_gradient_is_one():
+    model = Small().with_gradients(1.0, 1.0)
+    optimizer = make_optimizer(model, train())
+    values = update(model, optimizer, 0.02, 1.0, {"loss": torch.tensor(float("nan"))})
+    assert list(values) == ["loss", "grad_norm"]
+    assert not optimizer.state
 
 
 def test_adafactor_is_set_as_the_trainer_of_transformers_sets_it():

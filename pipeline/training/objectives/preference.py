@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pipeline.config.experiment import Config, TrainConfig
 from pipeline.config.losses import reference_free
 from pipeline.forward.logps import Forward, forward_of
+from pipeline.hardware import to_device
 from pipeline.models.load import load_causal_lm
 from pipeline.training.examples import Pairs
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
@@ -81,12 +83,12 @@ def pair_logps(
             [torch.tensor(side[row]) for side in (pairs.ref_chosen_logps, pairs.ref_rejected_logps)] for row in group
         ]
         reference = torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in stored], dim=1)
-    lengths = [[len(branch) for branch in tree.branches] for tree in trees]
+    lengths = np.array([[len(branch) for branch in tree.branches] for tree in trees], dtype=np.float64)
     return PairLogps(
         torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in branches], dim=1),
-        reference.to(device),
+        to_device(reference.numpy(), device),
         torch.stack([weighted_sums(logps, ld_alpha=None) for logps in branches], dim=1),
-        torch.tensor(lengths, dtype=torch.float64, device=device).T,
+        to_device(lengths, device).T,
         torch.stack(weights),
         mean_tokens,
     )

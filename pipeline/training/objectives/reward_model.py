@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pipeline.config.experiment import Config, PolicyConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.logps import Hidden, hidden_states_of
 from pipeline.forward.trees import Tree, merge
+from pipeline.hardware import to_device
 from pipeline.training.examples import Pairs
 from pipeline.training.objectives.losses import LossTerms, bradley_terry_loss
 
@@ -42,7 +44,7 @@ class Rewards:
         longer = _with_one_more(merged)
         hidden_NH = self.hidden.of(longer)
         ends = list(itertools.accumulate(len(branch) for tree in longer for branch in tree.branches))
-        last = hidden_NH[torch.tensor(ends, device=hidden_NH.device) - 1]
+        last = hidden_NH[to_device(np.array(ends) - 1, hidden_NH.device)]
         with torch.autocast(last.device.type, enabled=False):
             scores = self.head(last.float())[:, 0]
         return [[scores[place] for place in tree] for tree in places]
