@@ -10,11 +10,7 @@ import resource
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from typing import Any
 
 # what engines of this process have said of themselves
 _NOTED: dict[str, str] = {}
@@ -74,14 +70,6 @@ def return_freed_memory() -> None:
     pa.default_memory_pool().release_unused()
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor on `device`. A GPU takes it while it computes something else: nothing waits for the copy."""
-    import torch
-
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def note_circumstances(**noted: str) -> None:

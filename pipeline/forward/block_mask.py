@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.hardware import to_device
+from pipeline.forward.transfer import to_device
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

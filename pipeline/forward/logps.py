@@ -24,8 +24,8 @@ import torch
 from pipeline.forward.cpu_products import FastProducts
 from pipeline.forward.output_layer import OutputLayer, output_layer_of
 from pipeline.forward.routes import route_of
+from pipeline.forward.transfer import to_device
 from pipeline.forward.trees import Tree, merge
-from pipeline.hardware import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

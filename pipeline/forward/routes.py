@@ -20,9 +20,9 @@ import torch
 
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward import attention
+from pipeline.forward.transfer import to_device
 from pipeline.forward.trees import Tree, pack_trees, separated
 from pipeline.forward.twin import NoTwin, stretched_from, twin_of
-from pipeline.hardware import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.forward.attention import Pack
-from pipeline.hardware import to_device
+from pipeline.forward.transfer import to_device
 
 # Widths of packs are multiples of this, so that they are few: on CPU blocks of memory fit again that an earlier pack has freed
 _WIDTH = {"cuda": 128, "cpu": 128}

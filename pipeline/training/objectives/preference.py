@@ -12,7 +12,7 @@ import torch
 from pipeline.config.experiment import Config, TrainConfig
 from pipeline.config.losses import reference_free
 from pipeline.forward.logps import Forward, forward_of
-from pipeline.hardware import to_device
+from pipeline.forward.transfer import to_device
 from pipeline.models.load import load_causal_lm
 from pipeline.training.examples import Pairs
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight

@@ -21,8 +21,8 @@ import torch
 from pipeline.config.experiment import Config, PolicyConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.logps import Hidden, hidden_states_of
+from pipeline.forward.transfer import to_device
 from pipeline.forward.trees import Tree, merge
-from pipeline.hardware import to_device
 from pipeline.training.examples import Pairs
 from pipeline.training.objectives.losses import LossTerms, bradley_terry_loss
 
