@@ -1,8 +1,10 @@
 """From hidden states to the log-probabilities of given tokens, without a [tokens, vocabulary] tensor.
 
-Logits exist in chunks of LOGITS_BYTES, in float32. The backward pass computes each chunk's logits again and turns them
-into gradients at once; there the matrix products may run in bfloat16, as the layers below do under autocast, because a
-gradient needs no more digits than the layers give it. Soft-capping (Gemma) and logit scales (Cohere, Granite) included.
+Logits exist in chunks of LOGITS_BYTES (GPU_LOGITS_BYTES), in float32. The backward pass computes each chunk's logits again and
+turns them into gradients at once. Products: on a CPU forward in float32, backward in the arithmetic of the layers below, because a
+gradient needs no more digits than they give it; on a GPU that computes in bfloat16, both from bfloat16 operands with float32
+sums and results, so that no float32 copy of the weights is made and tensor cores do the work. Soft-capping (Gemma) and logit
+scales (Cohere, Granite) included.
 
 Shapes: N scored tokens, n tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_BYTES = 32 * 2**20
+# large enough for a GPU's multiplications; the backward pass holds two and a half times as much
+GPU_LOGITS_BYTES = 512 * 2**20
 # oneDNN keeps half a megabyte of compiled code for every number of rows it has seen, up to a thousand of them
 _ROWS = 64
 # rows of the weight's gradient that one product makes: less stands beside the gradient itself
@@ -91,11 +95,11 @@ class _Logps(torch.autograd.Function):
         squares: bool,  # noqa: FBT001  # autograd functions take no keywords
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.layer, ctx.coarse = layer, coarse
-        weight, bias = weight_VH.float(), None if bias_V is None else bias_V.float()
-        hidden, targets = _filled_up(weight, hidden_NH, targets_N)
+        multiply = _products(hidden_NH, weight_VH, bias_V, coarse, exact=True)
+        hidden, targets = _filled_up(weight_VH, hidden_NH, targets_N)
         logps, sums = (torch.empty(size, device=hidden.device) for size in (len(targets), len(targets) * squares))
-        for rows in _chunks(len(targets), weight):
-            logps_nV = layer.finish(cpu_products.linear(hidden[rows].float(), weight, bias)).log_softmax(1)
+        for rows in _chunks(len(targets), weight_VH):
+            logps_nV = layer.finish(multiply(hidden[rows])).log_softmax(1)
             logps[rows] = logps_nV.gather(1, targets[rows, None])[:, 0]
             if squares:
                 sums[rows] = logps_nV.mul_(2).logsumexp(1)
@@ -110,27 +114,27 @@ class _Logps(torch.autograd.Function):
         hidden_NH, weight_VH, bias_V, targets_N, logps_N = ctx.saved_tensors
         tokens, layer, coarse = len(targets_N), ctx.layer, ctx.coarse
         hidden_NH, targets_N, logps_N, gradient_N = _filled_up(weight_VH, hidden_NH, targets_N, logps_N, gradient_N)
-        weight, bias = weight_VH.to(coarse), None if bias_V is None else bias_V.to(coarse)
+        multiply = _products(hidden_NH, weight_VH, bias_V, coarse, exact=False)
         hidden_gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.empty_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for rows in _chunks(len(targets_N), weight_VH):
-            hidden, gradient = hidden_NH[rows].to(coarse), gradient_N[rows, None]
-            logits = layer.finish(cpu_products.linear(hidden, weight, bias))
+            hidden, gradient = hidden_NH[rows].to(multiply.dtype), gradient_N[rows, None]
+            logits = layer.finish(multiply(hidden))
             # d logp / d logits = onehot(target) - softmax(logits); 1 - p of the target from its exact logp, as p may round to 1
             change = logits.softmax(1).neg_()
             change.scatter_(1, targets_N[rows, None], -logps_N[rows, None].expm1().to(change.dtype))
-            change = layer.through_finish(change, logits).to(coarse)
+            change = layer.through_finish(change, logits).to(multiply.dtype)
             # scale by the incoming gradient on the [n, H] side: it is constant per row, and [n, H] is smaller than [n, V]
             if bias_gradient is not None:
                 bias_gradient += (change * gradient).sum(0)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = cpu_products.linear(change, weight.T) * gradient
+                hidden_gradient[rows] = multiply.pair(change, multiply.weight) * gradient
             if weight_gradient is not None:
-                hidden = (hidden * gradient).to(coarse)
-                for start in range(0, len(weight), _VOCABULARY_BLOCK):
+                hidden = (hidden * gradient).to(multiply.dtype)
+                for start in range(0, len(weight_VH), _VOCABULARY_BLOCK):
                     block = slice(start, start + _VOCABULARY_BLOCK)
-                    product = cpu_products.linear(change[:, block].T, hidden.T)
+                    product = multiply.pair(change[:, block].T, hidden)
                     if rows.start:
                         weight_gradient[block] += product
                     else:
@@ -146,8 +150,52 @@ class _Logps(torch.autograd.Function):
         )
 
 
+class _Products(NamedTuple):
+    """Products with the output layer's weights, of operands in `dtype`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    narrow: bool
+
+    def __call__(self, hidden_nH: torch.Tensor) -> torch.Tensor:
+        """The product h W^T + b [n, V]."""
+        hidden_nH = hidden_nH.to(self.dtype)
+        if not self.narrow:
+            return cpu_products.linear(hidden_nH, self.weight, self.bias)
+        product = in_float32(hidden_nH, self.weight.T)
+        return product if self.bias is None else product + self.bias
+
+    def pair(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """The product of two matrices."""
+        return in_float32(left, right) if self.narrow else cpu_products.linear(left, right.T)
+
+
+def _products(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, coarse: torch.dtype, *, exact: bool
+) -> _Products:
+    """What multiplies in the forward pass (`exact`) and in the backward pass, which may be coarser."""
+    narrow = multiplies_narrow(hidden_NH.device) and torch.bfloat16 in (coarse, weight_VH.dtype)
+    dtype = torch.bfloat16 if narrow else torch.float32 if exact else coarse
+    bias_dtype = torch.float32 if narrow else dtype
+    return _Products(weight_VH.to(dtype), None if bias_V is None else bias_V.to(bias_dtype), dtype, narrow)
+
+
+def multiplies_narrow(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices into float32 ones."""
+    return device.type == "cuda"
+
+
+def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of two bfloat16 matrices, summed in float32 and not rounded again."""
+    if left.device.type == "cpu":  # has no such product; the same one in float32, where products of bfloat16 are exact
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def _chunk_size(weight_VH: torch.Tensor) -> int:
-    return max(1, LOGITS_BYTES // (4 * len(weight_VH)))
+    most = LOGITS_BYTES if weight_VH.device.type == "cpu" else GPU_LOGITS_BYTES
+    return max(1, most // (4 * len(weight_VH)))
 
 
 def _chunks(tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
@@ -157,7 +205,9 @@ def _chunks(tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
 
 
 def _filled_up(weight_VH: torch.Tensor, *sides: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors of N rows with zeros behind them, so that the last chunk has one of few sizes."""
+    """Tensors of N rows, on a CPU with zeros behind them, so that the last chunk has one of few sizes."""
+    if weight_VH.device.type != "cpu":
+        return list(sides)
     last = len(sides[0]) % _chunk_size(weight_VH)
     more = min(-last % _ROWS, _chunk_size(weight_VH) - last)
     return [torch.nn.functional.pad(side, (0, 0) * (side.ndim - 1) + (0, more)) for side in sides]

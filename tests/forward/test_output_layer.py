@@ -121,6 +121,38 @@ def test_values_and_gradients_in_pieces_are_those_of_the_whole(factor, cap, bias
     assert layer.logps(hidden, targets, torch.float32)[1].shape == (0,)
 
 
+@pytest.mark.parametrize(("factor", "cap"), [(1.0, None), (0.3, 2.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_in_pieces")
+def test_narrow_operands_give_wide_results_as_on_a_gpu(factor, cap, dtype, monkeypatch):
+    """The operands are rounded, and nothing else: forward and backward."""
+    monkeypatch.setattr(output_layer, "multiplies_narrow", lambda _: True)
+    seen, product = [], output_layer.in_float32
+    monkeypatch.setattr(output_layer, "in_float32", lambda a, b: seen.append((a.dtype, b.dtype)) or product(a, b))
+    hidden, weight, bias, targets = made(dtype)
+    rounded = [side.detach().bfloat16().requires_grad_() for side in (hidden, weight)]
+    logps, squares = plain(*rounded, bias, targets, factor, cap)[1:]
+    found, sums = OutputLayer(weight, bias, factor, cap).logps(hidden, targets, torch.bfloat16, squares=True)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    torch.testing.assert_close(found, logps, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(sums, squares, atol=1e-6, rtol=1e-6)
+    slopes = torch.linspace(-1, 2, 10)
+    mine = torch.autograd.grad(found, [hidden, weight, bias], slopes)
+    theirs = torch.autograd.grad(logps, [*rounded, bias], slopes)
+    for ours, other in zip(mine, theirs, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.float(), other.float(), atol=2e-2, rtol=2e-2)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_a_gpu_in_float32_rounds_nothing(monkeypatch):
+    monkeypatch.setattr(output_layer, "multiplies_narrow", lambda _: True)
+    monkeypatch.setattr(output_layer, "in_float32", lambda *_: pytest.fail("rounded"))
+    hidden, weight, bias, targets = made()
+    found, _ = OutputLayer(weight, bias, 1.0, None).logps(hidden, targets, torch.float32)
+    torch.testing.assert_close(found, plain(hidden, weight, bias, targets, 1.0, None)[1])
+
+
 @pytest.mark.usefixtures("_in_pieces")
 def test_a_gradient_of_many_chunks_is_summed_in_float32():
     """In bfloat16 the sum would stop growing: 256 + 1 is 256."""
