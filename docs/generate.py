@@ -20,10 +20,11 @@ from pydantic_core import PydanticUndefined
 
 import pipeline
 from pipeline.artifacts import tables
-from pipeline.config.experiment import Config, LoraConfig
+from pipeline.config.experiment import Config
 from pipeline.config.judges import JudgeConfig
 from pipeline.config.losses import LOSS_FACTS
 from pipeline.config.rules import RULES
+from pipeline.config.training import LoraConfig
 from pipeline.training.objectives.losses import LOSSES
 
 PAGES = Path(__file__).parent

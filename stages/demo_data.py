@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import durable
-from pipeline.config.experiment import GenerateConfig, PolicyConfig
+from pipeline.config.experiment import GenerateConfig
+from pipeline.config.training import PolicyConfig
 from pipeline.engines.vllm.generator import generator
 from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row
 from pipeline.judges.judging import Prompt

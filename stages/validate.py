@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-from pipeline.config.experiment import Config, DataConfig, PolicyConfig
+from pipeline.config.experiment import Config, DataConfig
 from pipeline.config.files import load_overrides
+from pipeline.config.training import PolicyConfig
 from pipeline.errors import DataError
 from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import locate

@@ -38,16 +38,19 @@ def test_memory_freed_between_blocks_that_live_on_goes_back_to_the_system():
 def test_auto_precision_is_what_the_machine_multiplies_in(monkeypatch, flags, device, expected):
     import torch
 
-    from pipeline.config.experiment import TrainConfig
+    from pipeline.config.experiment import Config
     from pipeline.training.policies import precision_of
+
+    def config_of(train):
+        return Config.model_validate({"data": {"path": "rows.jsonl"}, "train": train})
 
     monkeypatch.setattr(hardware, "device_kind", lambda: device)
     monkeypatch.setattr(hardware.Path, "read_text", lambda *_, **__: f"processor\t: 0\n{flags}\n")
     hardware.multiplies_bfloat16.cache_clear()
     try:
         assert hardware.multiplies_bfloat16() == expected
-        assert precision_of(TrainConfig()) == (torch.bfloat16 if expected else torch.float32)
+        assert precision_of(config_of({})) == (torch.bfloat16 if expected else torch.float32)
         for name in ("float32", "bfloat16"):
-            assert precision_of(TrainConfig(precision=name)) == getattr(torch, name)
+            assert precision_of(config_of({"precision": name})) == getattr(torch, name)
     finally:
         hardware.multiplies_bfloat16.cache_clear()

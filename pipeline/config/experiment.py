@@ -7,36 +7,20 @@ writes it.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.judges import IMPLICIT, JudgeConfig, pair_judge_problem
-from pipeline.config.losses import LossType, loss_problems
+from pipeline.config.training import PolicyConfig, Section, TrainConfig, as_list
 
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str | dict) else value
-
-
-LossTypes = Annotated[list[LossType], BeforeValidator(_as_list), Field(min_length=1)]
-OneOrMore = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-Judges = Annotated[list[JudgeConfig], BeforeValidator(_as_list), Field(min_length=1)]
+OneOrMore = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
+Judges = Annotated[list[JudgeConfig], BeforeValidator(as_list), Field(min_length=1)]
 # what tables say where a model's name could stand
 TAKEN = ("policy", "reference", "tie", "failed", "pair")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-def _changed(section: BaseModel) -> set[str]:
-    """Fields that differ from their defaults."""
-    fields = type(section).model_fields
-    return {name for name in fields if getattr(section, name) != fields[name].get_default(call_default_factory=True)}
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Preference data, how it becomes token ids, and the split."""
 
     path: OneOrMore = Field(description="files (JSONL, JSON, Parquet), folders or Hub data set ids; one or a list")
@@ -57,7 +41,7 @@ class DataConfig(_Section):
     max_rows: int | None = Field(None, ge=1, description="read at most this many rows of each source")
 
 
-class ReferenceConfig(_Section):
+class ReferenceConfig(Section):
     """The frozen model, how it is scored, and where its scores are kept."""
 
     model: str = Field("embedded:smollm2-135m-instruct", description="local directory, Hub id or embedded:<name>")
@@ -95,120 +79,7 @@ class ReferenceConfig(_Section):
     kv_cache_gib: float | None = Field(None, gt=0, description="vLLM's key-value cache on CPU; default: what is needed")
 
 
-class LoraConfig(_Section):
-    """Low-rank adapters instead of all weights (PEFT)."""
-
-    r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale: the update is multiplied by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter, while training")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="names of layers, or all-linear: every linear layer but the output layer"
-    )
-    merge: bool = Field(True, description="also write model/ with the adapter merged into the base")
-
-
-class PolicyConfig(_Section):
-    """The model that is trained."""
-
-    model: str = Field("embedded:smollm2-135m-instruct", description="local directory, Hub id or embedded:<name>")
-    revision: str | None = Field(None, description="Hub revision")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; needs a full revision")
-    lora: LoraConfig | None = Field(
-        None, description="train low-rank adapters: {r, alpha, dropout, target_modules, merge}"
-    )
-    load_in_4bit: bool = Field(False, description="QLoRA: the base in 4 bits (NF4, bitsandbytes); needs lora")
-
-    @model_validator(mode="after")
-    def _four_bits_need_adapters(self) -> PolicyConfig:
-        if self.load_in_4bit and self.lora is None:
-            raise ValueError("policy.load_in_4bit needs policy.lora: weights of 4 bits cannot be trained themselves")
-        return self
-
-
-class TrainConfig(_Section):
-    """Optimisation; names are TRL's if TRL has one."""
-
-    objective: Literal["preference", "reward"] = Field(
-        "preference",
-        description="preference: train the policy; reward: train a Bradley-Terry reward model on the pairs",
-    )
-    beta: float = Field(0.1, gt=0, description="temperature of the implicit reward")
-    loss_type: LossTypes = Field(
-        ["sigmoid"],
-        description=f"one or a list of {', '.join(get_args(LossType))}; formulas in pipeline/training/objectives/losses.py",
-    )
-    loss_weights: list[float] | None = Field(None, description="weights of the losses of the list; default: 1 each")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of labels taken to be flipped (cDPO, robust, EXO and others)"
-    )
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
-        "reverse_kl", description="what keeps the policy near the reference (f-DPO)"
-    )
-    f_alpha_divergence_coef: float = Field(0.5, description="alpha of alpha_divergence")
-    ld_alpha: float | None = Field(
-        None, ge=0, le=1, description="LD-DPO: weight of the tokens beyond the shorter response of a pair; null = 1"
-    )
-    use_weighting: bool = Field(False, description="WPO: weigh pairs by how much they look like the policy's own")
-    discopop_tau: float = Field(0.05, gt=0, description="temperature of DiscoPOP's mixture")
-    simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin")
-    cpo_alpha: float = Field(1.0, ge=0, description="weight of CPO's cross-entropy")
-    layout: Literal["tree", "separate"] = Field(
-        "tree", description="tree: the prompt is read once for both responses; separate: two sequences"
-    )
-    precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
-        description="autocast over float32 weights; auto: bfloat16 if the GPU or processor has instructions for it, else float32",
-    )
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
-        "adamw", description="adamw_8bit (bitsandbytes) and adafactor keep a quarter of AdamW's state and less"
-    )
-    learning_rate: float = Field(1e-6, gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up linearly")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    per_device_train_batch_size: int = Field(
-        4,
-        ge=1,
-        description="times gradient_accumulation_steps: pairs of one optimizer step; tokens_per_batch cuts it up",
-    )
-    per_device_eval_batch_size: int | None = Field(
-        None, ge=1, description="pairs in one forward pass of evaluation, at most; default: as tokens_per_batch allows"
-    )
-    tokens_per_batch: int | None = Field(
-        None,
-        ge=1,
-        description="tokens in one forward pass, as many as fit (a longer pair runs alone): bounds the memory of activations; "
-        "default 1024 on CPU, 8192 on a GPU",
-    )
-    gradient_accumulation_steps: int = Field(
-        2, ge=1, description="times per_device_train_batch_size: pairs of one optimizer step"
-    )
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
-    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as the epochs give")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    seed: int = Field(0, ge=0, description="order of the pairs, dropout")
-    logging_steps: int = Field(1, ge=1)
-    eval_steps: int = Field(50, ge=0, description="evaluate every so many steps; 0 = only before and after")
-    save_steps: int = Field(50, ge=0, description="checkpoint every so many steps; 0 = only at the end")
-    save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
-
-    @field_validator("loss_weights")
-    @classmethod
-    def _some_weight(cls, weights: list[float] | None) -> list[float] | None:
-        if weights is not None and (min(weights) < 0 or not any(weights)):
-            raise ValueError("weights must not be negative, nor all be 0")
-        return weights
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> TrainConfig:
-        problems = loss_problems(self, _changed(self))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-class GenerateConfig(_Section):
+class GenerateConfig(Section):
     """Sampling: held-out prompts for stage three, training prompts for new pairs."""
 
     max_tokens: int = Field(256, ge=1, description="longest response, in tokens")
@@ -243,7 +114,7 @@ class GenerateConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """Everything one experiment is made of."""
 
     data: DataConfig
@@ -263,6 +134,12 @@ class Config(_Section):
             for name, section in (("reference", self.reference), ("policy", self.policy))
             if section.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", section.revision or "")
         ]
+        if self.policy.dtype == "bfloat16" and self.train.optimizer == "adafactor":
+            problems.append("policy.dtype=bfloat16 needs an optimizer that rounds by chance: adamw or adamw_8bit")
+        if self.policy.dtype == "bfloat16" and self.train.objective == "reward":
+            problems.append("policy.dtype=bfloat16 is for the preference objective: a reward model learns in float32")
+        if self.policy.dtype == "bfloat16" and self.train.precision == "float32":
+            problems.append("policy.dtype=bfloat16 computes in bfloat16: train.precision=float32 does not fit it")
         if self.reference.tensor_parallel_size > 1 and self.reference.engine != "vllm":
             problems.append("reference.tensor_parallel_size spreads vLLM's model: it needs reference.engine=vllm")
         if self.reference.kv_cache_gib is not None and self.reference.engine != "vllm":

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.config.experiment import Config, LoraConfig
+from pipeline.config.experiment import Config
+from pipeline.config.training import LoraConfig
 from pipeline.errors import ConfigError
 
 PRESETS = Path(__file__).parent.parent / "presets"

@@ -37,7 +37,7 @@ def judge_pairs(name: str, pairs_path: Path, model_directory: Path, config: Conf
     """The implicit judge: reward margins of the saved policy on the held-out pairs, and their means."""
     pairs = load_pairs(pairs_path, "eval", scored=not reference_free(config.train))
     model = load_causal_lm(model_directory, config.policy, torch.float32).to(device_kind()).eval()
-    precision = precision_of(config.train)
+    precision = precision_of(config)
     chosen, rejected = pair_rewards(forward_of(model, config.train.layout, precision), pairs, config.train)
     margins = chosen - rejected
     ids = [prompt_id_of(list(tree.trunk)) for tree in pairs.trees]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.tables import PAIRS, read_groups
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory

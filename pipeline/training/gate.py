@@ -67,7 +67,7 @@ def check_gate(
     if not isinstance(policy.forward, Forward):
         return  # a reward model compares nothing with the reference, as was said above
     policy.model.eval()
-    precise = precision_of(config.train) == torch.float32 and about.get("dtype") == "float32"
+    precise = precision_of(config) == torch.float32 and about.get("dtype") == "float32"
     rows = list(range(min(GATE_PAIRS, len(pairs))))
     numerics = "float32" if precise else "bfloat16"
     figures = measure_gate(policy.forward, pairs, rows, numerics, config.train.beta)

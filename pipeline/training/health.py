@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 
 # before this share of the steps is done nothing is said
 _EARLY = 0.25

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
     """The configured optimizer over the weights that learn; norms and biases are not decayed.
 
     adamw: Loshchilov and Hutter 2017 (1711.05101). adamw_8bit: the same with block-wise 8-bit moments, Dettmers et al. 2021
-    (2110.02861). adafactor: Shazeer and Stern 2018 (1804.04235), factored second moments, no first, steps clipped at a root mean
-    square of 1 and not scaled by the weights' size. The first step of each changes a weight by about the learning rate (root
-    mean square). ConfigError if the package of adamw_8bit is missing.
+    (2110.02861). adafactor: Shazeer and Stern 2018 (1804.04235), factored second moments, no
+    first, steps clipped at a root mean square of 1 and not scaled by the weights' size. The first step of each changes a weight
+    by about the learning rate (root mean square). ConfigError if a package that is needed is missing.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, others = ([p for p in parameters if (p.ndim >= 2) == decays] for decays in (True, False))
@@ -51,25 +51,58 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
 
 
+def step_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.nn.Parameter) -> None:
+    """The optimizer's step for one weight of `group`; its state stays where the optimizer keeps it.
+
+    Weights of 16 bits are stepped in float32 and rounded up or down by chance, in proportion to what is nearer: an update below
+    half of their last digit would otherwise be lost every time.
+    """
+    narrow, groups = parameter.dtype == torch.bfloat16, optimizer.param_groups
+    if narrow:
+        gradient = parameter.grad
+        parameter.grad, parameter.data = None, parameter.data.float()
+        parameter.grad = None if gradient is None else gradient.float()
+    optimizer.param_groups = [{**group, "params": [parameter]}]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+        if narrow:
+            parameter.grad = None
+            parameter.data = rounded_by_chance(parameter.data)
+
+
+def rounded_by_chance(values: torch.Tensor) -> torch.Tensor:
+    """float32 as bfloat16, so that the mean over chance is the value (stochastic rounding)."""
+    # the 16 bits that bfloat16 lacks, plus a number drawn among as many, carry over as often as they are large
+    bits = values.view(torch.int32) + torch.randint_like(values, 0, 2**16, dtype=torch.int32)
+    return bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+
+
 def update(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     rate: float,
-    max_norm: float,
+    max_norm: float | None,
     means: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Clip, step with learning rate `rate`, forget the gradients.
+    """Clip to `max_norm` (None: not at all), step with learning rate `rate`, forget the gradients.
 
     Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If one
     of them is not finite nothing is changed: the caller stops.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(learning, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(learning, math.inf if max_norm is None else max_norm)
     values = numbers({**(means or {}), "grad_norm": norm})
     if all(map(math.isfinite, values.values())):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        if any(parameter.dtype == torch.bfloat16 for parameter in learning):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    step_one(optimizer, group, parameter)
+        else:
+            optimizer.step()
     optimizer.zero_grad()
     return values
 

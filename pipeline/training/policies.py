@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.experiment import Config, LoraConfig, TrainConfig
+from pipeline.config.experiment import Config
+from pipeline.config.training import LoraConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.cpu_products import recomputation
 from pipeline.forward.logps import Forward
 from pipeline.hardware import device_kind, multiplies_bfloat16
+from pipeline.training.lean import compile_layers
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.reward_model import Rewards
 
@@ -40,11 +42,14 @@ class Policy:
     forward: Forward | Rewards
 
 
-def precision_of(train: TrainConfig) -> torch.dtype:
-    """What `train.precision` means on this machine: torch.float32, or torch.bfloat16 under autocast."""
-    if train.precision == "auto":
+def precision_of(config: Config) -> torch.dtype:
+    """What `train.precision` means on this machine: torch.float32, or torch.bfloat16 under autocast, in which weights of 16 bits
+    are always trained.
+    """
+    precision = config.train.precision
+    if precision == "auto" and config.policy.dtype == "float32":
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    return torch.bfloat16 if train.precision == "bfloat16" else torch.float32
+    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Policy:
@@ -53,7 +58,9 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     Raises ConfigError if the architecture, or this machine, cannot do what is asked.
     """
     policy, train = config.policy, config.train
-    precision = precision_of(train)
+    precision = precision_of(config)
+    # TF32 has a third of float32's digits; whatever a library set, float32 is float32 here
+    torch.set_float32_matmul_precision("highest")
     if precision == torch.bfloat16 and not multiplies_bfloat16():
         log.warning(
             "this processor has no instructions for bfloat16: train.precision=float32 is many times as fast here"
@@ -68,12 +75,20 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     model = model.to(device_kind())
     without_dropout(model)
     adapted = _adapted(model, policy.lora, objective.adapter_task) if policy.lora else None
-    if train.gradient_checkpointing:
+    if on_a_gpu(train.gradient_checkpointing):
         contexts = {"context_fn": recomputation} if device_kind() == "cpu" else {}
         model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         if adapted is not None:
             model.enable_input_require_grads()
-    return Policy(model, adapted, objective.forward_of(model, train.layout, precision))
+    forward = objective.forward_of(model, train.layout, precision)
+    if on_a_gpu(train.torch_compile) and compile_layers(model) == 0:
+        log.warning("train.torch_compile: the layers of %s are not found, so none is compiled", type(model).__name__)
+    return Policy(model, adapted, forward)
+
+
+def on_a_gpu(setting: bool | str) -> bool:  # noqa: FBT001  # a field's value
+    """What a field says that may be "auto": on a GPU alone."""
+    return device_kind() == "cuda" if setting == "auto" else bool(setting)
 
 
 def without_dropout(model: PreTrainedModel) -> None:

@@ -71,5 +71,5 @@ def trained_fields(config: Config) -> dict[str, Any]:
 
 def _train_fields(config: Config) -> dict[str, Any]:
     # auto is another training on another machine
-    precision = str(precision_of(config.train)).removeprefix("torch.")
+    precision = str(precision_of(config)).removeprefix("torch.")
     return config.train.model_dump(mode="json", exclude=_UNTRAINED) | {"precision": precision}

@@ -16,6 +16,8 @@ from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.forward.trees import Tree
+from pipeline.hardware import device_kind
+from pipeline.models.configuration import read_config
 from pipeline.models.locate import copy_tokenizer
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.reward_model import align_padding
@@ -40,7 +42,8 @@ def save_policy(
     lora, objective = config.policy.lora, objective_of(config.train)
     trees = trees[:CHECKED]
     trained = outputs_of(policy.model, trees, objective)
-    coarse = policy.model.dtype != torch.float32 or config.policy.load_in_4bit
+    saved_dtype = _saved_dtype(config, base)
+    coarse = torch.bfloat16 in (policy.model.dtype, saved_dtype) or config.policy.load_in_4bit
     differences: dict[str, float] = {}
 
     def check(
@@ -52,7 +55,7 @@ def save_policy(
     if lora is None:
         _replace(
             run.model,
-            lambda to: _save_whole(policy.model, base, to, card, tokenizer),
+            lambda to: _save_whole(policy.model, base, to, card, tokenizer, saved_dtype),
             lambda directory: check(
                 "model", run.model, lambda: objective.load_again(directory, config, policy.model), trained, rough=coarse
             ),
@@ -80,7 +83,7 @@ def save_policy(
     merged = adapted.merge_and_unload()
     _replace(
         run.model,
-        lambda to: _save_whole(merged, base, to, card, tokenizer),
+        lambda to: _save_whole(merged, base, to, card, tokenizer, saved_dtype),
         lambda directory: check(
             "model",
             run.model,
@@ -92,8 +95,24 @@ def save_policy(
     return differences
 
 
-def _save_whole(model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any) -> None:
-    model.save_pretrained(directory)
+def _saved_dtype(config: Config, base: Path) -> torch.dtype:
+    """What `policy.save_dtype` means on this machine."""
+    setting = config.policy.save_dtype
+    if setting == "float32" or (setting == "auto" and device_kind() == "cpu"):
+        return getattr(torch, config.policy.dtype)  # type: ignore[no-any-return]  # a dtype by its name
+    saved = read_config(base)
+    named = str(saved.get("dtype") or saved.get("torch_dtype") or "float32").removeprefix("torch.")
+    return torch.bfloat16 if named == "bfloat16" else torch.float32
+
+
+def _save_whole(
+    model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any, dtype: torch.dtype
+) -> None:
+    trained = model.config.dtype
+    model.config.dtype = dtype
+    rounded = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()} if model.dtype != dtype else None
+    model.save_pretrained(directory, state_dict=rounded)
+    model.config.dtype = trained
     copy_tokenizer(base, directory)
     if getattr(model.config, "num_labels", None) == 1:
         align_padding(directory, tokenizer, model.config.pad_token_id)
@@ -184,6 +203,6 @@ def _settings(config: Config) -> dict[str, object]:
         "pairs per step": pairs_per_step(train),
         "epochs": train.num_train_epochs if train.max_steps <= 0 else f"{train.max_steps} steps",
         "gradient norm clipped at": train.max_grad_norm,
-        "precision": str(precision_of(train)).removeprefix("torch."),
+        "precision": str(precision_of(config)).removeprefix("torch."),
         "seed": train.seed,
     }

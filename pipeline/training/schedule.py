@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 
 
 def total_steps(pairs: int, train: TrainConfig) -> int:
@@ -24,6 +24,12 @@ def total_steps(pairs: int, train: TrainConfig) -> int:
 def pairs_per_step(train: TrainConfig) -> int:
     """Pairs whose mean loss makes one optimizer step."""
     return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+
+def is_due(done: int, every: int | None, default: int = 0) -> bool:
+    """Whether something that happens every so many steps (0: never, None: `default`) happens after `done` of them."""
+    every = default if every is None else every
+    return every > 0 and done % every == 0
 
 
 def pairs_of_step(step: int, pairs: int, train: TrainConfig) -> list[int]:

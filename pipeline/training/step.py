@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.experiment import TrainConfig
 from pipeline.config.losses import across_pairs
+from pipeline.config.training import TrainConfig
 from pipeline.errors import CheckError, first_line
 from pipeline.forward.logps import Forward
 from pipeline.training.examples import Pairs, micro_batches

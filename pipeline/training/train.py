@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import TRAIN_METRICS, read_about
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
+from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.models.configuration import position_limit
@@ -26,18 +28,21 @@ from pipeline.precompute.pairs_file import ensure_pairs
 from pipeline.progress import SILENT, Listener
 from pipeline.training import health
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from pipeline.training.examples import Pairs, load_pairs
+from pipeline.training.examples import Pairs, default_tokens_per_batch, load_pairs
 from pipeline.training.gate import check_gate
+from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.metrics import Metrics
-from pipeline.training.optimizers import make_optimizer, update
+from pipeline.training.optimizers import make_optimizer, numbers, update
 from pipeline.training.policies import Policy, load_policy
 from pipeline.training.resume import decide, trained_fields, training_digest
 from pipeline.training.save import model_card, save_policy
-from pipeline.training.schedule import learning_rate, pairs_of_step, pairs_per_step, total_steps
+from pipeline.training.schedule import is_due, learning_rate, pairs_of_step, pairs_per_step, total_steps
 from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
 
 # taking memory from the system again costs the step that follows a sixth of its time
 _STEPS_TO_RETURN_MEMORY = 8
+# by default checkpoints are so many steps apart, and so many times as long as writing the last one took
+_SAVE_STEPS, _TIMES_ITS_WRITING = 50, 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     torch.manual_seed(config.train.seed)
     policy = load_policy(base, config, tokenizer, pairs.ends)
     optimizer = make_optimizer(policy.model, config.train)
+    if config.train.optimizer_in_backward:
+        _must_be_single_passes(policy, pairs, config.train, steps)
     first = 0
     if isinstance(checkpoint, Checkpoint):
         load_checkpoint(checkpoint, policy.model, optimizer)
@@ -97,7 +104,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         durable.write_json(run.directory / "training.json", {"config": trained_fields(config)})
         check_gate(config, run, about, base, policy, pairs, listener)
 
-    loop = _Loop(config, run, training, policy, optimizer, pairs, held_out, metrics, steps, listener)
+    in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
+    loop = _Loop(config, run, training, policy, optimizer, in_backward, pairs, held_out, metrics, steps, listener)
     loop.run(first)
     metrics.close()
 
@@ -129,6 +137,7 @@ class _Loop:
     training: str
     policy: Policy
     optimizer: torch.optim.Optimizer
+    in_backward: StepInBackward | None
     pairs: Pairs
     held_out: Pairs
     metrics: Metrics
@@ -145,6 +154,7 @@ class _Loop:
         with self.listener.progress("training", self.steps - first) as ticker:
             pending: list[dict[str, float]] = []
             tokens, since = 0, time.monotonic()
+            saved, writing = since, 0.0
             for step in range(first, self.steps):
                 rows = pairs_of_step(step, len(self.pairs), train)
                 rate = learning_rate(step, self.steps, train)
@@ -164,22 +174,32 @@ class _Loop:
                     self.metrics.add(done, values)
                     pending, tokens, since = [], 0, time.monotonic()
                 ticker.advance(1, _line(values))
-                if done == self.steps or (train.eval_steps and done % train.eval_steps == 0):
+                if done == self.steps or is_due(done, train.eval_steps):
                     self._evaluate(done)
                     self._say_findings(kinds_said)
                     since = time.monotonic()
-                if done == self.steps or (train.save_steps and done % train.save_steps == 0):
+                rested = train.save_steps is not None or time.monotonic() - saved >= _TIMES_ITS_WRITING * writing
+                if done == self.steps or (rested and is_due(done, train.save_steps, _SAVE_STEPS)):
+                    started = time.monotonic()
                     self.metrics.flush()
                     checkpoints, kept = self.directories.checkpoints, train.save_total_limit
                     save_checkpoint(checkpoints, done, self.training, self.policy.model, self.optimizer, kept)
-                    since = time.monotonic()
+                    since = saved = time.monotonic()
+                    writing = since - started
 
     def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
         """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
         train = self.config.train
         try:
-            means = accumulate(self.policy.forward, self.pairs, rows, train)
-            values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means)
+            if self.in_backward is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+            with offloaded_activations(self.policy.model) if train.activation_offloading else nullcontext():
+                means = accumulate(self.policy.forward, self.pairs, rows, train)
+            if self.in_backward is None:
+                values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means)
+            else:
+                values = numbers({**means, "grad_norm": self.in_backward.grad_norm()})
             must_be_finite(values, self.pairs, rows)
         except NotFinite as stop:
             self.metrics.close()
@@ -208,6 +228,21 @@ class _Loop:
             if finding.kind not in kinds_said:
                 kinds_said.add(finding.kind)
                 self.listener.say(f"health    {finding.sentence}")
+
+
+def _must_be_single_passes(policy: Policy, pairs: Pairs, train: TrainConfig, steps: int) -> None:
+    """Raise ConfigError if a step needs more than one forward pass: the gradients of the first would have to be kept."""
+    budget = train.tokens_per_batch or default_tokens_per_batch()
+    needed = max(
+        policy.forward.tokens([pairs.trees[row] for row in pairs_of_step(step, len(pairs), train)])
+        for step in range(steps)
+    )
+    if needed > budget:
+        raise ConfigError(
+            f"train.optimizer_in_backward keeps no gradients, so a step must be one forward pass: the largest has {needed} "
+            f"tokens, train.tokens_per_batch is {budget}. Set train.tokens_per_batch={needed}, or fewer pairs per step "
+            "(train.per_device_train_batch_size, train.gradient_accumulation_steps)"
+        )
 
 
 def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:

@@ -56,7 +56,7 @@ def main() -> None:
 
 def embedded() -> str:
     """The directory of the embedded model."""
-    from pipeline.config.experiment import PolicyConfig
+    from pipeline.config.training import PolicyConfig
     from pipeline.models.locate import locate
 
     os.chdir(ROOT)

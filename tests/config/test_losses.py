@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.config.experiment import TrainConfig
 from pipeline.config.files import load_overrides
 from pipeline.config.losses import LOSS_FACTS, LossType
+from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.training.objectives.losses import LOSSES
 

@@ -1,16 +1,24 @@
 """No silent no-op: changing any field of `train` and `policy` changes a metric, an artifact or what is computed."""
 
 import hashlib
+import shutil
+from functools import partial
+from importlib import import_module
 
 import huggingface_hub.constants
 import polars as pl
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import pipeline.forward.routes
-from pipeline.config.experiment import Config, LoraConfig, PolicyConfig, TrainConfig
+from pipeline.config.experiment import Config
+from pipeline.config.training import LoraConfig, PolicyConfig, TrainConfig
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, SECOND, make_hub
 
+# stands for a base that was saved in bfloat16
+ROUNDED = "rounded"
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning
 CHANGES = {
     "train.objective": ("reward", {}),
@@ -40,6 +48,9 @@ CHANGES = {
     "train.num_train_epochs": (1.5, {"train.max_steps": -1}),
     "train.max_steps": (2, {}),
     "train.gradient_checkpointing": (True, {}),
+    "train.activation_offloading": (True, {}),
+    "train.optimizer_in_backward": (True, {"train.max_grad_norm": "null"}),
+    "train.torch_compile": (True, {}),
     "train.seed": (7, {}),
     "train.logging_steps": (2, {}),
     "train.eval_steps": (2, {}),
@@ -49,6 +60,8 @@ CHANGES = {
     "policy.revision": (SECOND, {"policy.model": "tests/tiny"}),
     "policy.trust_remote_code": (True, {"policy.model": "tests/tiny", "policy.revision": CODED}),
     "policy.lora": ({"r": 2}, {}),
+    "policy.dtype": ("bfloat16", {"train.precision": "bfloat16"}),
+    "policy.save_dtype": ("base", {"policy.model": ROUNDED}),
     "policy.load_in_4bit": (True, {"policy.lora": {"r": 2}}),
     "policy.lora.r": (4, {"policy.lora": {"r": 2}}),
     "policy.lora.alpha": (8.0, {"policy.lora": {"r": 2}}),
@@ -83,6 +96,9 @@ def ground(tmp_path_factory, tiny_model):
     refscore_here(where, "precompute", "--config", config, "--run", "scored")
     other = make_tiny_model(where / "other", seed=1)
     make_hub(where / "hub", tiny_model, other)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    shutil.copytree(tiny_model, where / ROUNDED)
+    model.save_pretrained(where / ROUNDED)
     return where, config, other, {}
 
 
@@ -91,6 +107,7 @@ def test_changing_it_changes_something(ground, field, monkeypatch):
     where, config, other, known = ground
     value, beside = CHANGES[field]
     value = str(other) if field == "policy.model" else value
+    beside = {name: str(where / ROUNDED) if setting == ROUNDED else setting for name, setting in beside.items()}
     name = repr(beside)
     if name not in known:
         known[name] = outcome(where, config, f"base{len(known)}", beside, monkeypatch)
@@ -98,8 +115,8 @@ def test_changing_it_changes_something(ground, field, monkeypatch):
 
 
 def outcome(where, config, run, settings, monkeypatch):
-    """Metrics without times, artifacts, weights, and how many tokens each forward pass read."""
-    passes = []
+    """Metrics without times, artifacts, weights, how many tokens each forward pass read, and what ways of saving memory ran."""
+    passes, ways = [], []
     packed = pipeline.forward.routes.read_packed
     layers = []
     with monkeypatch.context() as patch:
@@ -108,6 +125,15 @@ def outcome(where, config, run, settings, monkeypatch):
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(where / "hub"))
         mlp = LlamaMLP.forward
         patch.setattr(LlamaMLP, "forward", lambda *each: layers.append(1) or mlp(*each))
+        for module, way in (
+            ("train", "offloaded_activations"),
+            ("train", "StepInBackward"),
+            ("policies", "compile_layers"),
+        ):
+            original = getattr(import_module(f"pipeline.training.{module}"), way)
+            # compiling takes long, and that it changes no number is tested beside it
+            stub = partial(counted, ways, way, (lambda _: 1) if way == "compile_layers" else original)
+            patch.setattr(f"pipeline.training.{module}.{way}", stub)
         patch.setattr(
             pipeline.forward.routes,
             "read_packed",
@@ -129,4 +155,9 @@ def outcome(where, config, run, settings, monkeypatch):
         for name in ("model/model.safetensors", "adapter/adapter_model.safetensors")
         if (directory / name).is_file()
     ]
-    return metrics.write_csv(), files, weights, passes, len(layers)
+    return metrics.write_csv(), files, weights, passes, len(layers), sorted(set(ways))
+
+
+def counted(ways, way, function, *arguments):
+    ways.append(way)
+    return function(*arguments)

@@ -19,7 +19,7 @@ ROWS = 10
 @pytest.fixture
 def model(tmp_path):
     """A model that gives NaN from the token that begins `Zyx` on."""
-    from pipeline.config.experiment import PolicyConfig
+    from pipeline.config.training import PolicyConfig
     from pipeline.models.load import load_tokenizer
 
     directory = make_tiny_model(tmp_path / "model", tie_word_embeddings=False)

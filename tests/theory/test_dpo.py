@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, logsigmoid
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.training.objectives.losses import PairLogps, bradley_terry_loss, preference_loss
 
 # every response of one to three tokens out of three

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.training.health import findings, length_words
 
 TRAIN = TrainConfig()

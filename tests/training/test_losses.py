@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.training.objectives.losses import (
     LOSSES,
     PairLogps,

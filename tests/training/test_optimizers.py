@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.training.optimizers import make_optimizer, update
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.training.schedule import learning_rate, pairs_of_step, total_steps
 
 

@@ -10,7 +10,7 @@ import torch
 
 import pipeline.training.step
 from pipeline.artifacts.tables import PAIRS, write_table
-from pipeline.config.experiment import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import Route
@@ -50,7 +50,7 @@ def write_pairs(path, rows, logps):
 
 @pytest.fixture(scope="module")
 def reference(tiny_model):
-    from pipeline.config.experiment import PolicyConfig
+    from pipeline.config.training import PolicyConfig
 
     return load_causal_lm(tiny_model, PolicyConfig(model=str(tiny_model)), torch.float32).eval()
 

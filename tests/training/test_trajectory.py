@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pipeline.config.experiment import PolicyConfig, TrainConfig
+from pipeline.config.training import PolicyConfig, TrainConfig
 from pipeline.forward.logps import forward_of
 from pipeline.models.load import load_causal_lm, load_tokenizer
 from pipeline.training.examples import load_pairs

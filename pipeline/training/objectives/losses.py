@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from pipeline.config.experiment import TrainConfig
 from pipeline.config.losses import LOSS_FACTS, reference_free
+from pipeline.config.training import TrainConfig
 
 
 class PairLogps(NamedTuple):

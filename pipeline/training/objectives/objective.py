@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from pipeline.config.experiment import Config, TrainConfig
+from pipeline.config.experiment import Config
+from pipeline.config.training import TrainConfig
 from pipeline.training.examples import Pairs
 from pipeline.training.objectives.losses import LossTerms, PairLogps
 from pipeline.training.objectives.preference import Preference

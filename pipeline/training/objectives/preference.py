@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.config.experiment import Config, TrainConfig
+from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
+from pipeline.config.training import TrainConfig
 from pipeline.forward.logps import Forward, forward_of
 from pipeline.forward.transfer import to_device
 from pipeline.models.load import load_causal_lm
@@ -39,8 +40,9 @@ class Preference:
     ) -> PreTrainedModel:
         """See `Objective.load`."""
         # frozen weights need no more digits than they were saved with
-        saved = config.policy.lora and precision == torch.bfloat16
-        return load_causal_lm(base, config.policy, "auto" if saved else torch.float32, **options)
+        frozen = config.policy.lora and precision == torch.bfloat16
+        learning = getattr(torch, config.policy.dtype)
+        return load_causal_lm(base, config.policy, "auto" if frozen else learning, **options)
 
     def load_again(self, directory: Path, config: Config, like: PreTrainedModel, **options: Any) -> PreTrainedModel:  # noqa: ARG002
         """See `Objective.load_again`."""

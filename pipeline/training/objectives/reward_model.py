@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.config.experiment import Config, PolicyConfig, TrainConfig
+from pipeline.config.experiment import Config
+from pipeline.config.training import PolicyConfig, TrainConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.logps import Hidden, hidden_states_of
 from pipeline.forward.transfer import to_device

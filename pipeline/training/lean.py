@@ -1,0 +1,87 @@
+"""Training in less memory: layers that are compiled, activations in the machine's memory, no gradient kept.
+
+The optimizer's step inside the backward pass (LOMO, Lv et al. 2023, 2306.09782, with a stateful optimizer as torchtune has it)
+updates a weight as soon as its gradient is whole and forgets the gradient at once, so that only one is alive at a time. Then a
+step is one forward pass, nothing is clipped, and a loss that is not finite is noticed after the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.forward.routes import layers_of
+from pipeline.training.optimizers import step_one
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# smaller tensors stay on the device: moving them costs more than it gains
+_OFFLOADED_BYTES = 2**20
+
+
+def compile_layers(model: PreTrainedModel) -> int:
+    """Compile every layer of the model by itself, as one after another is what a checkpointed pass runs; returns how many.
+
+    Attention over packs is left out of what is compiled (`pipeline.forward.attention`).
+    """
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    lists = (part for part in layers_of(model).modules() if isinstance(part, torch.nn.ModuleList))
+    layers = next((part for part in lists if len(part) == number), torch.nn.ModuleList())
+    for layer in layers:
+        layer.compile()
+    return len(layers)
+
+
+@contextmanager
+def offloaded_activations(model: torch.nn.Module) -> Iterator[None]:
+    """While it is entered, what a forward pass keeps for its backward pass waits in the machine's memory, but weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+        small = tensor.numel() * tensor.element_size() < _OFFLOADED_BYTES
+        if small or tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        # in the order of the device's work: neither side waits for the other
+        kept.copy_(tensor, non_blocking=True)
+        return tensor.device, kept
+
+    def unpack(packed: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, kept = packed
+        return kept.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class StepInBackward:
+    """Makes every weight's update when its gradient is whole. The rates of the optimizer's groups must stand before.
+
+    `grad_norm` is the norm of all gradients since it was last asked for, on the device.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer, self._squares = optimizer, list[torch.Tensor]()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._hook(group))
+
+    def grad_norm(self) -> torch.Tensor:
+        """The norm of the gradients of the backward pass that is over, a scalar; they are forgotten."""
+        squares, self._squares = self._squares, []
+        return torch.stack(squares).sum().sqrt()
+
+    def _hook(self, group: dict[str, Any]) -> Callable[[torch.nn.Parameter], None]:
+        def update(parameter: torch.nn.Parameter) -> None:
+            gradient: Any = parameter.grad
+            self._squares.append(gradient.float().square().sum())
+            step_one(self._optimizer, group, parameter)
+            parameter.grad = None
+
+        return update
