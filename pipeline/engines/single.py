@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import ENGINES, Engine, Request
+from pipeline.engines.protocol import ENGINES, Engine, Request, must_run_here
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.identity import Numerics
 
@@ -21,6 +21,7 @@ _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "no
 
 def start_single(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> SmallerOnce:
     """Load the model at `directory` into the configured engine; `longest` is the longest sequence in tokens."""
+    must_run_here(numerics)
 
     def start(reference: ReferenceConfig) -> Engine:
         module, name = ENGINES[reference.engine].scorer
@@ -55,7 +56,8 @@ class SmallerOnce:
         if not self._may_retry:
             raise RefscoreError(
                 f"the engine ran out of memory ({said}) with {self._engine.batched_tokens} tokens in a forward pass too: "
-                f"set reference.max_batched_tokens={tokens} or less, or reference.kv_cache_gib lower, or data.max_length"
+                f"set reference.max_batched_tokens={tokens} or less, which lowers the cache of keys and values too, or "
+                "reference.kv_cache_gib, or data.max_length"
             )
         self._may_retry = False
         log.warning(

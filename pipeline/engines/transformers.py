@@ -16,9 +16,9 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import siblings
+from pipeline.forward.compiled import compile_layers
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
-from pipeline.hardware import device_kind
 from pipeline.models.load import load_causal_lm
 from pipeline.store.identity import Numerics
 
@@ -29,9 +29,12 @@ class TransformersScorer:
     """`Scorer` on transformers; see `pipeline.engines.protocol.Scorer`."""
 
     def __init__(self, reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> None:  # noqa: ARG002  # as engines are made
-        model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(device_kind()).eval()
+        torch.set_float32_matmul_precision("highest")
+        model = load_causal_lm(directory, reference, getattr(torch, numerics.dtype)).to(numerics.device).eval()
         self._forward = forward_of(model, "tree" if reference.share_prompts else "separate")
-        self.batched_tokens = reference.max_batched_tokens or _TOKENS_PER_BATCH[device_kind()]
+        if numerics.device == "cuda":
+            compile_layers(model)
+        self.batched_tokens = reference.max_batched_tokens or _TOKENS_PER_BATCH[numerics.device]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:

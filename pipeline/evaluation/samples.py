@@ -41,7 +41,9 @@ def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: Ge
     engine = engine_version("vllm") or "none"
     ids = ",".join(prompt.prompt_id for prompt in prompts)
     made_by = {"weights": candidate.digest, "engine": engine, "device": device_kind()}
-    return digest(made_by, settings.model_dump(mode="json", include=_DECIDING), ids)
+    # left out if there are none: samples from before they could be given keep their key
+    engine_args = {"engine_args": settings.engine_args} if settings.engine_args else {}
+    return digest(made_by | engine_args, settings.model_dump(mode="json", include=_DECIDING), ids)
 
 
 def stored_samples(key: str, model: str, file: str, schema: pa.Schema) -> pa.Table | None:

@@ -19,7 +19,7 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines import score_table
 from pipeline.engines.reference import open_reference
 from pipeline.errors import CheckError, ConfigError
-from pipeline.hardware import device_kind, processors
+from pipeline.hardware import processors
 from pipeline.precompute.plan import Plan
 from pipeline.precompute.score import default_tokens_per_shard, publish_scores, shards_of
 
@@ -71,10 +71,10 @@ def score_missing(plan: Plan, on_shard: Callable[[int, int], None]) -> dict[byte
     # shards are batches: neither split nor merged on the way
     context.target_min_block_size = 0
     try:
-        source = _write_shards(plan, reference.tokens_per_shard or default_tokens_per_shard())
+        source = _write_shards(plan, reference.tokens_per_shard or default_tokens_per_shard(plan))
         with pq.ParquetFile(source) as file:
             blocks = [ray.put(file.read_row_group(number)) for number in range(file.num_row_groups)]
-        gpu = device_kind() == "cuda"
+        gpu = plan.reference.numerics.device == "cuda"
         threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // reference.workers)
         scored = ray.data.from_arrow_refs(blocks).map_batches(
             ScoringActor,

@@ -14,7 +14,7 @@ from pipeline.artifacts.tables import arrays_of
 from pipeline.engines.protocol import Request, Scorer
 from pipeline.engines.quarantine import score_each, why_quarantined
 from pipeline.errors import CheckError
-from pipeline.hardware import circumstances, device_kind, return_freed_memory
+from pipeline.hardware import circumstances, return_freed_memory
 from pipeline.precompute.plan import Plan
 from pipeline.store.shard import logps_problem
 from pipeline.store.store import Scored
@@ -29,7 +29,7 @@ def score_missing(plan: Plan, scorer: Scorer, on_shard: Callable[[int, int], Non
     Returns the keys of sequences whose scores are not finite, and why: they are not published. Raises CheckError for
     scores that cannot be true, or when the weights change meanwhile.
     """
-    requested, tokens = plan.reference.config.tokens_per_shard, default_tokens_per_shard()
+    requested, tokens = plan.reference.config.tokens_per_shard, default_tokens_per_shard(plan)
     # the first default shard is small: numbers to look at, and proof that all is well, after seconds
     shards = shards_of(plan, requested) if requested else shards_of(plan, tokens, tokens // 8)
     quarantined: dict[bytes, str] = {}
@@ -101,9 +101,9 @@ def shards_of(plan: Plan, tokens: int, first: int | None = None) -> Iterator[lis
             yield shard
 
 
-def default_tokens_per_shard() -> int:
+def default_tokens_per_shard(plan: Plan) -> int:
     """About half a minute of scoring, so that a kill loses little."""
-    return 2**14 if device_kind() == "cpu" else 2**20
+    return 2**14 if plan.reference.numerics.device == "cpu" else 2**20
 
 
 def _windows(plan: Plan) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:

@@ -31,6 +31,16 @@ class Numerics:
     dtype: str
     logits_dtype: str
     quantization: str = "none"
+    # named if they differ from what the fields above say: products of attention, and arguments of the engine as JSON
+    attention: str = ""
+    engine_args: str = ""
+
+    def described(self) -> dict[str, str]:
+        """The fields, but for those that name nothing: what was scored before they existed keeps its identity."""
+        return {name: value for name, value in vars(self).items() if value or name not in _NAMED_IF_OTHER}
+
+
+_NAMED_IF_OTHER = ("attention", "engine_args")
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class ReferenceIdentity:
 
     def described(self) -> dict[str, Any]:
         """The content of reference.json."""
-        return {**self.model.described(), "numerics": dict(vars(self.numerics))}
+        return {**self.model.described(), "numerics": self.numerics.described()}
 
     @classmethod
     def from_described(cls, content: dict[str, Any]) -> ReferenceIdentity:

@@ -1,4 +1,4 @@
-"""Training in less memory: layers that are compiled, activations in the machine's memory, no gradient kept.
+"""Training in less memory: activations in the machine's memory, no gradient kept.
 
 The optimizer's step inside the backward pass (LOMO, Lv et al. 2023, 2306.09782, with a stateful optimizer as torchtune has it)
 updates a weight as soon as its gradient is whole and forgets the gradient at once, so that only one is alive at a time. Then a
@@ -9,31 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from pipeline.forward.routes import layers_of
 from pipeline.training.optimizers import step_one
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # smaller tensors stay on the device: moving them costs more than it gains
 _OFFLOADED_BYTES = 2**20
-
-
-def compile_layers(model: PreTrainedModel) -> int:
-    """Compile every layer of the model by itself, as one after another is what a checkpointed pass runs; returns how many.
-
-    Attention over packs is left out of what is compiled (`pipeline.forward.attention`).
-    """
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    lists = (part for part in layers_of(model).modules() if isinstance(part, torch.nn.ModuleList))
-    layers = next((part for part in lists if len(part) == number), torch.nn.ModuleList())
-    for layer in layers:
-        layer.compile()
-    return len(layers)
 
 
 @contextmanager

@@ -16,10 +16,10 @@ import torch
 from pipeline.config.experiment import Config
 from pipeline.config.training import LoraConfig
 from pipeline.errors import ConfigError, first_line
+from pipeline.forward.compiled import compile_layers
 from pipeline.forward.cpu_products import recomputation
 from pipeline.forward.logps import Forward
 from pipeline.hardware import device_kind, multiplies_bfloat16
-from pipeline.training.lean import compile_layers
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.reward_model import Rewards
 

@@ -27,6 +27,7 @@ EVAL = {
     "generate.seed": (9, {}),
     "generate.max_prompts": (2, {}),
     "generate.dtype": ("bfloat16", {}),
+    "generate.engine_args": ("{max_num_seqs: 3}", {}),
     "generate.baseline": ("other", {}),
     "generate.models": ("{x: other}", {}),
     "generate.kl_samples": (2, {}),
@@ -118,7 +119,7 @@ def outcome(where, config, command, settings, monkeypatch):
 
 @contextmanager
 def sized_engine(told, directory, config, dtype, length, **options):
-    told.append((directory.name, dtype))
+    told.append((directory.name, dtype, options.get("max_num_seqs")))
     yield SimpleNamespace(
         generate=lambda inputs, params, **_: [sampled(directory, *one) for one in zip(inputs, params, strict=True)]
     )

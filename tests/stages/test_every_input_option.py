@@ -51,6 +51,8 @@ CHANGES = {
     "reference.tokens_per_shard": (100, {}),
     "reference.max_batched_tokens": (64, ON_VLLM),
     "reference.kv_cache_gib": (2.5, ON_VLLM),
+    "reference.engine_args": ("{max_num_seqs: 7}", ON_VLLM),
+    "reference.device": ("cuda", {}),
 }
 
 
@@ -95,7 +97,7 @@ def test_changing_it_changes_something(ground, field, monkeypatch):
     assert changed != known[name]
     # neither is an error, unless the error is what changes
     assert known[name][0] == 0 or field == "data.columns"
-    assert changed[0] == 0 or field == "reference.launcher"
+    assert changed[0] == 0 or field in ("reference.launcher", "reference.device")
 
 
 def test_without_a_change_nothing_changes(ground, monkeypatch):
@@ -113,6 +115,9 @@ def test_without_a_change_nothing_changes(ground, monkeypatch):
         ({"reference.revision": "old"}, "has no revisions"),
         ({"reference.kv_cache_gib": 2.5}, "needs reference.engine=vllm"),
         ({"reference.tensor_parallel_size": 2}, "needs reference.engine=vllm"),
+        ({"reference.engine_args": "{max_num_seqs: 7}"}, "need reference.engine=vllm"),
+        ({**ON_VLLM, "reference.engine_args": "{dtype: float16}"}, "dtype is set by the field dtype"),
+        ({"reference.device": "cuda"}, "reference.device is cuda and no GPU is here"),
         ({"reference.model": "tests/tiny", "reference.trust_remote_code": "true"}, "as a full 40-digit commit"),
     ],
 )
@@ -166,6 +171,9 @@ def doubles(patch, where, told):
         engine = Flat()
         engine.llm_engine.vllm_config.cache_config.enable_prefix_caching = options["enable_prefix_caching"]
         engine.llm_engine.vllm_config.attention_config = SimpleNamespace(backend=None)
+        engine.llm_engine.vllm_config.model_config = SimpleNamespace(
+            dtype=getattr(torch, options["dtype"]), head_dtype=torch.float32
+        )
         told.append((options, engine))
         return engine
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.forward.compiled import compile_layers
 from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.training.examples import micro_batches
-from pipeline.training.lean import StepInBackward, compile_layers, offloaded_activations
+from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import make_optimizer, numbers, rounded_by_chance, update
 from pipeline.training.step import accumulate, evaluate
 from pipeline.training.train import _must_be_single_passes

@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-# sequences that are generated or classified at once
-CONCURRENT = 64
+# sequences that are generated or classified at once; a GPU decodes as fast for hundreds as for one
+_CONCURRENT = {"cpu": 64, "cuda": 256}
 
 
-def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options: Any) -> LLM:
-    """VLLM's LLM on `directory`, eager, in this process.
+def concurrent() -> int:
+    """Sequences that an engine works on at once, if memory suffices."""
+    return _CONCURRENT[device_kind()]
+
+
+def start_engine(directory: Path, *, kv_cache_gib: float | None, dtype: str, **options: Any) -> LLM:
+    """VLLM's LLM on `directory`, in this process. `kv_cache_gib` None: on a GPU what vLLM finds free.
 
     Raises ConfigError if the model cannot be loaded by vLLM, or spread over as many processors.
     """
@@ -40,13 +45,15 @@ def start_engine(directory: Path, *, kv_cache_gib: float, dtype: str, **options:
     gc.enable()
     if device_kind() == "cpu":
         _inspect_models_here()
-        # the CPU backend's default takes most of the machine's memory; on a GPU vLLM measures what is free
+        # nothing is captured or compiled on a CPU
+        options["enforce_eager"] = True
+    if kv_cache_gib is not None:
+        # by default vLLM takes most of a machine's memory, or all that a GPU has left: then fewer tokens would free nothing
         options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     try:
         return LLM(
             model=str(only_loaded(directory)),
             dtype=dtype,
-            enforce_eager=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
@@ -111,17 +118,16 @@ def running_engine(directory: Path, **options: Any) -> Iterator[LLM]:
 
 @contextmanager
 def sized_engine(directory: Path, config: PretrainedConfig, dtype: str, length: int, **options: Any) -> Iterator[LLM]:
-    """A `running_engine` with room for CONCURRENT sequences at once, each of up to `length` tokens, prompt and response."""
-    cache = kv_cache_bytes_per_token(config, dtype) * length * CONCURRENT / 2**30
-    with running_engine(
-        directory,
-        dtype=dtype,
-        kv_cache_gib=max(0.5, 1.1 * cache),
-        max_model_len=length,
-        max_num_batched_tokens=max(4096, length),
-        max_num_seqs=CONCURRENT,
-        **options,
-    ) as engine:
+    """A `running_engine` with room for `concurrent()` sequences at once, each of up to `length` tokens, prompt and response."""
+    cache = kv_cache_bytes_per_token(config, dtype) * length * concurrent() / 2**30
+    settings: dict[str, Any] = {
+        "max_model_len": length,
+        "max_num_batched_tokens": max(4096, length),
+        "max_num_seqs": concurrent(),
+    }
+    # on a GPU the cache is what is free, and holds back sequences that it has no room for
+    kv_cache_gib = max(0.5, 1.1 * cache) if device_kind() == "cpu" else None
+    with running_engine(directory, dtype=dtype, kv_cache_gib=kv_cache_gib, **{**settings, **options}) as engine:
         yield engine
 
 
@@ -173,7 +179,7 @@ def kv_cache_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * (4 if dtype == "float32" else 2))
 
 
-def kv_cache_gib(config: PretrainedConfig, dtype: str, tokens: int) -> float:
-    """GiB of keys and values for `tokens` tokens; at least one, at most half of the memory."""
-    needed = kv_cache_bytes_per_token(config, dtype) * tokens / 2**30
-    return min(max(1.0, needed), memory_gib() / 2)
+def kv_cache_gib(config: PretrainedConfig, dtype: str, tokens: int, ranks: int = 1) -> float:
+    """GiB of keys and values for `tokens` tokens on each of `ranks` devices; at least one, on a CPU at most half of the memory."""
+    needed = kv_cache_bytes_per_token(config, dtype) * tokens / 2**30 / ranks
+    return min(max(1.0, needed), memory_gib() / 2) if device_kind() == "cpu" else max(1.0, needed)

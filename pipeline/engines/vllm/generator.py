@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import GenerateConfig
-from pipeline.engines.vllm.engine import CONCURRENT, prepare_environment, sized_engine
+from pipeline.engines.vllm.engine import concurrent, prepare_environment, sized_engine
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.load import ModelSpec, load_tokenizer
@@ -83,16 +83,17 @@ def generator(
         trust_remote_code=spec.trust_remote_code,
         enable_chunked_prefill=False,
         skip_tokenizer_init=True,
-        **_lora_options(adapter),
+        **{**_lora_options(adapter), **settings.engine_args},
     ) as engine:
         lora = _lora_request(adapter)
 
         def generate(prompts: Sequence[Sequence[int]], settings: GenerateConfig, on_done: OnDone) -> list[list[Sample]]:
             requests = [(prompt, number) for prompt in prompts for number in range(settings.samples)]
             samples: list[Sample] = []
-            # several waves at a time keep the batch full and still show progress
-            for start in range(0, len(requests), 4 * CONCURRENT):
-                wave = requests[start : start + 4 * CONCURRENT]
+            # several times what runs at once keeps the batch full and still shows progress
+            size = 4 * int(settings.engine_args.get("max_num_seqs", concurrent()))
+            for start in range(0, len(requests), size):
+                wave = requests[start : start + size]
                 params = [
                     SamplingParams(
                         max_tokens=settings.max_tokens,

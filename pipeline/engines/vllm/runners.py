@@ -12,6 +12,7 @@ Row i of a sequence predicts its token i + 1: row len(prompt) - 1 predicts the f
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,6 +77,14 @@ def runner_of(llm: LLM) -> Runner:
     if hasattr(SamplingParams, "prompt_logprob_token_ids") and getattr(config, "use_v2_model_runner", False):
         return RowsRunner(llm)
     return FlatRunner(llm, config.cache_config.block_size)
+
+
+def response_rows_are_likely() -> bool:
+    """Whether an engine that is started here will probably run the V2 runner; `runner_of` knows once it has been started."""
+    from vllm import SamplingParams
+
+    asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    return device_kind() != "cpu" and hasattr(SamplingParams, "prompt_logprob_token_ids") and asked != "0"
 
 
 class FlatRunner:

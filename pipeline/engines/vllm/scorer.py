@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.vllm.engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
-from pipeline.engines.vllm.runners import runner_of, score_with
-from pipeline.errors import ConfigError
+from pipeline.engines.vllm.runners import RowsRunner, response_rows_are_likely, runner_of, score_with
+from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, note_circumstances
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.store.identity import Numerics
@@ -42,30 +42,43 @@ class VllmScorer:
         if model_len - 1 == limit:
             # the sampled token is never read, so no position lies beyond the limit
             os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-        self.batched_tokens = batched = reference.max_batched_tokens or _batched_tokens(
-            int(config.vocab_size), model_len
-        )
-        options: dict[str, Any] = {"block_size": _CPU_BLOCK} if device_kind() == "cpu" else {}
-        self._llm = start_engine(
-            directory,
-            trust_remote_code=reference.trust_remote_code,
-            dtype=numerics.dtype,
-            kv_cache_gib=reference.kv_cache_gib or kv_cache_gib(config, numerics.dtype, 4 * max(model_len, batched)),
-            max_model_len=model_len,
-            max_num_batched_tokens=batched,
-            enable_prefix_caching=reference.share_prompts,
-            skip_tokenizer_init=True,
-            tensor_parallel_size=reference.tensor_parallel_size,
-            hf_overrides={"head_dtype": "float32"} if numerics.dtype != "float32" else {},
-            **options,
-        )
+        vocabulary = int(config.vocab_size)
+
+        def start(batched: int) -> None:
+            self.batched_tokens = batched
+            options: dict[str, Any] = {"block_size": _CPU_BLOCK} if device_kind() == "cpu" else {}
+            tokens = 4 * max(model_len, batched)
+            self._llm = start_engine(
+                directory,
+                trust_remote_code=reference.trust_remote_code,
+                dtype=numerics.dtype,
+                kv_cache_gib=reference.kv_cache_gib
+                or kv_cache_gib(config, numerics.dtype, tokens, reference.tensor_parallel_size),
+                max_model_len=model_len,
+                max_num_batched_tokens=batched,
+                enable_prefix_caching=reference.share_prompts,
+                skip_tokenizer_init=True,
+                tensor_parallel_size=reference.tensor_parallel_size,
+                hf_overrides={"head_dtype": "float32"} if numerics.dtype != "float32" else {},
+                **{"enforce_eager": True, **options, **reference.engine_args},
+            )
+
+        guessed = response_rows_are_likely()
+        start(reference.max_batched_tokens or batched_tokens(vocabulary, model_len, response_rows=guessed))
         try:
             self._set_up(reference, numerics)
+            fewer = batched_tokens(vocabulary, model_len, response_rows=isinstance(self._runner, RowsRunner))
+            if reference.max_batched_tokens is None and fewer < self.batched_tokens:
+                log.info("vLLM: started again with %d tokens in a forward pass, as it runs its V1 runner", fewer)
+                self.close()
+                start(fewer)
+                self._set_up(reference, numerics)
         except BaseException:
             self.close()
             raise
 
     def _set_up(self, reference: ReferenceConfig, numerics: Numerics) -> None:
+        _must_compute_as_named(self._llm, numerics)
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and reference.tensor_parallel_size == 1
         if device_kind() == "cpu" and numerics.dtype != "float32" and in_process:
             self._llm.apply_model(speed_up_float32_output_layer)
@@ -94,10 +107,26 @@ class VllmScorer:
         stop_engine(self._llm)
 
 
-def _batched_tokens(vocabulary: int, model_len: int) -> int:
-    """Tokens in one forward pass: as many as make the multiplications efficient, as long as the logits of one fit."""
+def batched_tokens(vocabulary: int, model_len: int, *, response_rows: bool) -> int:
+    """Tokens in one forward pass: as many as make the multiplications efficient, if the logits of one fit.
+
+    `response_rows`: the V2 runner holds the logits of 1,024 rows at most, whatever a sequence's length; the V1 runner those
+    of a whole sequence.
+    """
     rows = max(256, _LOGITS_BYTES // (8 * vocabulary))
     if device_kind() == "cpu":
         return min(8192, rows)
-    # the V1 runner holds the logits of one sequence at a time, the V2 runner those of 1024 rows
-    return 16384 if model_len <= rows else min(8192, rows)
+    return 16384 if response_rows or model_len <= rows else min(8192, rows)
+
+
+def _must_compute_as_named(llm: Any, numerics: Numerics) -> None:
+    """Raise CheckError if the engine's own dtypes are not those that the scores would be stored under."""
+    model = llm.llm_engine.vllm_config.model_config
+    found = {"dtype": model.dtype, "logits_dtype": model.head_dtype}
+    for name, dtype in found.items():
+        effective, named = str(dtype).removeprefix("torch."), getattr(numerics, name)
+        if effective != named:
+            raise CheckError(
+                f"vLLM computes with {name} {effective}, and its scores would be stored as {named}: nothing is scored. Remove "
+                "what sets it from reference.engine_args or from the model's config.json, or set reference.engine=transformers"
+            )
