@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-train bench-store bench-pairs demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -56,6 +56,9 @@ mutants: .venv/.test ## small changes of the code that makes numbers: which does
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
 	@.venv/bin/python -m tests.benchmarks.store
+
+bench-memory-train: .venv/.test ## peak memory of a training step, ours and TRL's, simulated for models of 1B and 8B
+	@.venv/bin/python -m tests.benchmarks.memory_train
 
 bench-train: .venv/.test ## our trainer against TRL's: time of a step, peak memory
 	@.venv/bin/python -m tests.benchmarks.training

@@ -53,6 +53,22 @@ def precompute(
 
 
 @app.command()
+def plan(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share the scoring.")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU: predict for it.")] = None,
+    scoring_speed: Annotated[float | None, typer.Option(help="Tokens per second of stage 1 on one device.")] = None,
+    training_speed: Annotated[float | None, typer.Option(help="Tokens per second of stage 2.")] = None,
+) -> None:
+    """What an experiment will take: memory, steps, tokens, time, and what to set if it does not fit."""
+    from pipeline.config.files import load_config
+    from stages import plan as stage
+
+    stage.main(load_config(config, set_ or []), devices, gpu_memory, scoring_speed, training_speed)
+
+
+@app.command()
 def train(
     config: ConfigOption = DEMO,
     run: RunOption = None,
@@ -244,7 +260,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: run a command, turn every failure into a message and an exit code."""
-    _quiet_libraries()
+    console.quiet_libraries()
     console.show_warnings()
     try:
         app(prog_name="refscore")
@@ -273,17 +289,6 @@ def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[C
     from pipeline.config.files import load_config
 
     return load_config(config, overrides or []), open_run(run if run is not None else config.stem)
-
-
-def _quiet_libraries() -> None:
-    # read when the libraries are imported
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("MPLCONFIGDIR", str(Path("data/cache/matplotlib").absolute()))
 
 
 if __name__ == "__main__":

@@ -114,3 +114,15 @@ def progress(title: str, total: int) -> Iterator[Ticker]:
     )
     with Progress(*columns, console=out) as bar:
         yield Ticker(title, total, bar)
+
+
+def quiet_libraries() -> None:
+    """Set what libraries read from the environment when they are imported."""
+    # read when the libraries are imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("MPLCONFIGDIR", str(Path("data/cache/matplotlib").absolute()))

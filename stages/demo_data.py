@@ -21,7 +21,7 @@ from pipeline.judges.marks import ends_well
 from pipeline.judges.rules import open_rule
 from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import locate
-from pipeline.pairs.stream import prompt_id_of
+from pipeline.pairs.splits import prompt_id_of
 from stages import console
 
 DEMO = Path("data/demo")

@@ -12,7 +12,7 @@ from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import locate
 from pipeline.pairs.preferences import Dropped, Preference, open_source
 from pipeline.pairs.rows import must_read_all
-from pipeline.pairs.stream import build_pairs, count_reasons
+from pipeline.pairs.splits import build_pairs, count_reasons
 from stages import console
 
 _SHOWN = 20

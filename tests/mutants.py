@@ -29,7 +29,7 @@ COVERING = {
     "evaluation/rates/winrates": ["judges/test_judging.py", "report/test_exchange.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
     "engines/vllm/runners": ["engines/test_vllm_runners.py"],
-    "pairs/stream": ["pairs/test_stream.py"],
+    "pairs/splits": ["pairs/test_stream.py"],
     "pairs/encoding": ["pairs/test_encoding.py"],
     "forward/output_layer": ["forward/test_output_layer.py"],
     "evaluation/kl": ["evaluation/test_kl.py"],

@@ -1,1 +1,1 @@
-"""The files of a run: their tables, how they are written whole, their digests, the run's directory."""
+"""Files: the tables of a run, writing any file whole or leaving nothing behind, digests, the directory of a run."""

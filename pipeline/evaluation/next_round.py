@@ -21,7 +21,7 @@ from pipeline.evaluation.samples import generation_key, sample_rows, sample_tabl
 from pipeline.judges.judging import Prompt
 from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.models.load import chat_template_digest, vocabulary_digest
-from pipeline.pairs.stream import Pair, PairSet, build_pairs, prompt_id_of, prompt_text
+from pipeline.pairs.splits import Pair, PairSet, build_pairs, prompt_id_of, prompt_text
 from pipeline.progress import SILENT, Listener
 
 

@@ -20,7 +20,7 @@ from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.candidates import Candidate
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Comparison, Prompt, Response, Shown
-from pipeline.pairs.stream import prompt_id_of
+from pipeline.pairs.splits import prompt_id_of
 
 # fields of `generate` that decide a sample
 _DECIDING = {"max_tokens", "temperature", "top_p", "samples", "seed", "dtype"}

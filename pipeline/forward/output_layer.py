@@ -34,12 +34,21 @@ _VOCABULARY_BLOCK = 8192
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """logits = cap * tanh(factor * (h W^T + b) / cap), or factor * (h W^T + b) without a cap."""
+    """logits = cap * tanh(factor * (h W^T + b) / cap), or factor * (h W^T + b) without a cap.
+
+    `computes_as`: the kind of device whose ways of multiplying are taken, in simulations; None: that of the tensors.
+    """
 
     weight_VH: torch.nn.Parameter
     bias_V: torch.nn.Parameter | None
     factor: float
     cap: float | None
+    computes_as: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of device that it computes as, "cpu" or "cuda"."""
+        return self.computes_as or self.weight_VH.device.type
 
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """float32 logits [n, V]."""
@@ -95,10 +104,10 @@ class _Logps(torch.autograd.Function):
         squares: bool,  # noqa: FBT001  # autograd functions take no keywords
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.layer, ctx.coarse = layer, coarse
-        multiply = _products(hidden_NH, weight_VH, bias_V, coarse, exact=True)
-        hidden, targets = _filled_up(weight_VH, hidden_NH, targets_N)
+        multiply, size = _products(layer, weight_VH, bias_V, coarse, exact=True), _chunk_size(layer)
+        hidden, targets = _filled_up(layer, hidden_NH, targets_N)
         logps, sums = (torch.empty(size, device=hidden.device) for size in (len(targets), len(targets) * squares))
-        for rows in _chunks(len(targets), weight_VH):
+        for rows in _chunks(len(targets), size):
             logps_nV = layer.finish(multiply(hidden[rows])).log_softmax(1)
             logps[rows] = logps_nV.gather(1, targets[rows, None])[:, 0]
             if squares:
@@ -113,12 +122,12 @@ class _Logps(torch.autograd.Function):
         gradient_N, _ = gradients
         hidden_NH, weight_VH, bias_V, targets_N, logps_N = ctx.saved_tensors
         tokens, layer, coarse = len(targets_N), ctx.layer, ctx.coarse
-        hidden_NH, targets_N, logps_N, gradient_N = _filled_up(weight_VH, hidden_NH, targets_N, logps_N, gradient_N)
-        multiply = _products(hidden_NH, weight_VH, bias_V, coarse, exact=False)
+        hidden_NH, targets_N, logps_N, gradient_N = _filled_up(layer, hidden_NH, targets_N, logps_N, gradient_N)
+        multiply, size = _products(layer, weight_VH, bias_V, coarse, exact=False), _chunk_size(layer)
         hidden_gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.empty_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for rows in _chunks(len(targets_N), weight_VH):
+        for rows in _chunks(len(targets_N), size):
             hidden, gradient = hidden_NH[rows].to(multiply.dtype), gradient_N[rows, None]
             logits = layer.finish(multiply(hidden))
             # d logp / d logits = onehot(target) - softmax(logits); 1 - p of the target from its exact logp, as p may round to 1
@@ -157,59 +166,60 @@ class _Products(NamedTuple):
     bias: torch.Tensor | None
     dtype: torch.dtype
     narrow: bool
+    kind: str
 
     def __call__(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """The product h W^T + b [n, V]."""
         hidden_nH = hidden_nH.to(self.dtype)
         if not self.narrow:
             return cpu_products.linear(hidden_nH, self.weight, self.bias)
-        product = in_float32(hidden_nH, self.weight.T)
+        product = in_float32(hidden_nH, self.weight.T, self.kind)
         return product if self.bias is None else product + self.bias
 
     def pair(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """The product of two matrices."""
-        return in_float32(left, right) if self.narrow else cpu_products.linear(left, right.T)
+        return in_float32(left, right, self.kind) if self.narrow else cpu_products.linear(left, right.T)
 
 
 def _products(
-    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, coarse: torch.dtype, *, exact: bool
+    layer: OutputLayer, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, coarse: torch.dtype, *, exact: bool
 ) -> _Products:
     """What multiplies in the forward pass (`exact`) and in the backward pass, which may be coarser."""
-    narrow = multiplies_narrow(hidden_NH.device) and torch.bfloat16 in (coarse, weight_VH.dtype)
+    narrow = multiplies_narrow(layer.kind) and torch.bfloat16 in (coarse, weight_VH.dtype)
     dtype = torch.bfloat16 if narrow else torch.float32 if exact else coarse
-    bias_dtype = torch.float32 if narrow else dtype
-    return _Products(weight_VH.to(dtype), None if bias_V is None else bias_V.to(bias_dtype), dtype, narrow)
+    bias = None if bias_V is None else bias_V.to(torch.float32 if narrow else dtype)
+    return _Products(weight_VH.to(dtype), bias, dtype, narrow, layer.kind)
 
 
-def multiplies_narrow(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices into float32 ones."""
-    return device.type == "cuda"
+def multiplies_narrow(kind: str) -> bool:
+    """Whether a kind of device multiplies bfloat16 matrices into float32 ones."""
+    return kind == "cuda"
 
 
-def in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def in_float32(left: torch.Tensor, right: torch.Tensor, kind: str) -> torch.Tensor:
     """The product of two bfloat16 matrices, summed in float32 and not rounded again."""
-    if left.device.type == "cpu":  # has no such product; the same one in float32, where products of bfloat16 are exact
+    if kind == "cpu":  # has no such product; the same one in float32, where products of bfloat16 are exact
         return left.float() @ right.float()
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def _chunk_size(weight_VH: torch.Tensor) -> int:
-    most = LOGITS_BYTES if weight_VH.device.type == "cpu" else GPU_LOGITS_BYTES
-    return max(1, most // (4 * len(weight_VH)))
+def _chunk_size(layer: OutputLayer) -> int:
+    most = LOGITS_BYTES if layer.kind == "cpu" else GPU_LOGITS_BYTES
+    return max(1, most // (4 * len(layer.weight_VH)))
 
 
-def _chunks(tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
-    size = _chunk_size(weight_VH)
+def _chunks(tokens: int, size: int) -> Iterator[slice]:
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
-def _filled_up(weight_VH: torch.Tensor, *sides: torch.Tensor) -> list[torch.Tensor]:
+def _filled_up(layer: OutputLayer, *sides: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of N rows, on a CPU with zeros behind them, so that the last chunk has one of few sizes."""
-    if weight_VH.device.type != "cpu":
+    if layer.kind != "cpu":
         return list(sides)
-    last = len(sides[0]) % _chunk_size(weight_VH)
-    more = min(-last % _ROWS, _chunk_size(weight_VH) - last)
+    size = _chunk_size(layer)
+    last = len(sides[0]) % size
+    more = min(-last % _ROWS, size - last)
     return [torch.nn.functional.pad(side, (0, 0) * (side.ndim - 1) + (0, more)) for side in sides]
 
 

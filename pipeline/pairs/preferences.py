@@ -1,7 +1,7 @@
 """Preference data as people have it, turned into one kind of record.
 
 Nothing is skipped silently: a row is either a `Preference` or a `Dropped` with its reason. It knows no tokenizer: lengths
-and boundaries are `pipeline.pairs.stream`' concern.
+and boundaries are `pipeline.pairs.splits`' concern.
 """
 
 from __future__ import annotations

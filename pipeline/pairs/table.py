@@ -21,7 +21,7 @@ from pipeline.artifacts.durable import scratch_place
 from pipeline.artifacts.tables import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
 from pipeline.pairs.preferences import Dropped
-from pipeline.pairs.stream import Pair, PairStream, must_train, prompt_text
+from pipeline.pairs.splits import Pair, PairStream, must_train, prompt_text
 
 GROUP = 2048
 TEXT = pa.schema([column for column in PAIRS if not column.name.startswith("ref_")])

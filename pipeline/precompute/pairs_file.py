@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.identity import identify_model
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.models.locate import at_hand
-from pipeline.pairs.stream import source_digests
+from pipeline.pairs.splits import source_digests
 from pipeline.precompute.join import dropped_with, write_joined
 from pipeline.precompute.plan import Plan, make_plan
 from pipeline.progress import SILENT, Listener

@@ -20,7 +20,7 @@ from pipeline.engines.reference import OpenedReference, open_reference
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, vocabulary_digest
-from pipeline.pairs.stream import PairStream
+from pipeline.pairs.splits import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store

@@ -27,7 +27,7 @@ from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.formats import RowProblem, one_response
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.rows import Row, open_rows
-from pipeline.pairs.stream import prompt_text
+from pipeline.pairs.splits import prompt_text
 from pipeline.precompute.score import check_scores
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store

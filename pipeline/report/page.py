@@ -21,7 +21,7 @@ from pipeline.report.plots import curves, frontier, win_rates
 from pipeline.report.sections import sections
 from pipeline.report.side_by_side import marked, visible
 from pipeline.report.words import leading_judge, notes
-from pipeline.training.health import length_words
+from pipeline.training.checks.health import length_words
 
 # more than anybody reads; all are in samples.parquet
 _SHOWN = 60

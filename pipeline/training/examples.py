@@ -148,7 +148,7 @@ def micro_batches(
     """Rows of each forward pass: at most `train.tokens_per_batch` tokens of those that `forward` reads for them, and `size`
     pairs if it is given; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.
     """
-    budget = train.tokens_per_batch or default_tokens_per_batch()
+    budget = tokens_in_a_pass(train, device_kind())
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         by_prompt.setdefault(tuple(pairs.trees[row].trunk), []).append(row)
@@ -163,9 +163,9 @@ def micro_batches(
         yield group
 
 
-def default_tokens_per_batch() -> int:
-    """Enough to keep the processor busy, little enough for its memory."""
-    return 1024 if device_kind() == "cpu" else 8192
+def tokens_in_a_pass(train: TrainConfig, kind: str) -> int:
+    """`train.tokens_per_batch`, or what keeps a device of `kind` busy and fits its memory."""
+    return train.tokens_per_batch or {"cpu": 1024, "cuda": 8192}[kind]
 
 
 def _must_fit(path: Path, side: str, table: pa.Table) -> None:

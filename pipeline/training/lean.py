@@ -16,7 +16,7 @@ import torch
 from pipeline.training.optimizers import step_one
 
 # smaller tensors stay on the device: moving them costs more than it gains
-_OFFLOADED_BYTES = 2**20
+OFFLOADED_BYTES = 2**20
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def offloaded_activations(model: torch.nn.Module) -> Iterator[None]:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
-        small = tensor.numel() * tensor.element_size() < _OFFLOADED_BYTES
+        small = tensor.numel() * tensor.element_size() < OFFLOADED_BYTES
         if small or tensor.untyped_storage().data_ptr() in weights:
             return tensor
         kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

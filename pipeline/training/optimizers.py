@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# weights that are rounded at once
+_AT_ONCE = 2**24
+
+
 def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the weights that learn; norms and biases are not decayed.
 
@@ -57,8 +61,8 @@ def step_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter:
     Weights of 16 bits are stepped in float32 and rounded up or down by chance, in proportion to what is nearer: an update below
     half of their last digit would otherwise be lost every time.
     """
-    narrow, groups = parameter.dtype == torch.bfloat16, optimizer.param_groups
-    if narrow:
+    narrow, groups = parameter.data if parameter.dtype == torch.bfloat16 else None, optimizer.param_groups
+    if narrow is not None:
         gradient = parameter.grad
         parameter.grad, parameter.data = None, parameter.data.float()
         parameter.grad = None if gradient is None else gradient.float()
@@ -67,16 +71,21 @@ def step_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter:
         optimizer.step()
     finally:
         optimizer.param_groups = groups
-        if narrow:
+        if narrow is not None:
             parameter.grad = None
-            parameter.data = rounded_by_chance(parameter.data)
+            parameter.data = round_by_chance(parameter.data, narrow)
 
 
-def rounded_by_chance(values: torch.Tensor) -> torch.Tensor:
-    """float32 as bfloat16, so that the mean over chance is the value (stochastic rounding)."""
-    # the 16 bits that bfloat16 lacks, plus a number drawn among as many, carry over as often as they are large
-    bits = values.view(torch.int32) + torch.randint_like(values, 0, 2**16, dtype=torch.int32)
-    return bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+def round_by_chance(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """Write float32 `values` to `rounded`, of bfloat16, so that the mean over chance is the value (stochastic rounding)."""
+    # in parts: of embeddings, whole copies would take several GiB
+    for part, whole in zip(
+        *(torch.split(side.view(-1), _AT_ONCE) for side in (rounded, values.contiguous())), strict=True
+    ):
+        # the 16 bits that bfloat16 lacks, plus a number drawn among as many, carry over as often as they are large
+        bits = whole.view(torch.int32) + torch.randint_like(whole, 0, 2**16, dtype=torch.int32)
+        part.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
+    return rounded
 
 
 def update(
@@ -91,20 +100,30 @@ def update(
     Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If one
     of them is not finite nothing is changed: the caller stops.
     """
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(learning, math.inf if max_norm is None else max_norm)
+    norm = clip(model, max_norm)
     values = numbers({**(means or {}), "grad_norm": norm})
     if all(map(math.isfinite, values.values())):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if any(parameter.dtype == torch.bfloat16 for parameter in learning):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    step_one(optimizer, group, parameter)
-        else:
-            optimizer.step()
+        step_all(optimizer)
     optimizer.zero_grad()
     return values
+
+
+def clip(model: torch.nn.Module, max_norm: float | None) -> torch.Tensor:
+    """Scale the gradients to a norm of `max_norm` if it is larger (None: never); returns what it was, a scalar."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.nn.utils.clip_grad_norm_(learning, math.inf if max_norm is None else max_norm)
+
+
+def step_all(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step; one weight after another if some have 16 bits, so that few are wide at a time."""
+    weights = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if all(parameter.dtype != torch.bfloat16 for _, parameter in weights):
+        optimizer.step()
+        return
+    for group, parameter in weights:
+        step_one(optimizer, group, parameter)
 
 
 def numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:

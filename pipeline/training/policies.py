@@ -74,7 +74,7 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
         without_packing(model)
     model = model.to(device_kind())
     without_dropout(model)
-    adapted = _adapted(model, policy.lora, objective.adapter_task) if policy.lora else None
+    adapted = adapted_model(model, policy.lora, objective.adapter_task) if policy.lora else None
     if on_a_gpu(train.gradient_checkpointing):
         contexts = {"context_fn": recomputation} if device_kind() == "cpu" else {}
         model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
@@ -131,7 +131,8 @@ def without_packing(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _adapted(model: PreTrainedModel, lora: LoraConfig, task: str) -> Any:
+def adapted_model(model: PreTrainedModel, lora: LoraConfig, task: str) -> Any:
+    """PEFT's view of `model` with adapters, which alone learn; `task` is PEFT's name. ConfigError if they do not fit the model."""
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -19,10 +19,10 @@ from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from pipeline.models.configuration import read_config
 from pipeline.models.locate import copy_tokenizer
+from pipeline.training.checks.export import CHECKED, must_agree, outputs_of
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.reward_model import align_padding
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
-from pipeline.training.save_check import CHECKED, must_agree, outputs_of
 from pipeline.training.schedule import pairs_per_step
 from pipeline.version import __version__
 

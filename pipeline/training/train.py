@@ -20,16 +20,16 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.hardware import peak_memory_gib, return_freed_memory
+from pipeline.hardware import device_kind, peak_memory_gib, return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.load import load_tokenizer, vocabulary_digest
 from pipeline.models.locate import locate
 from pipeline.precompute.pairs_file import ensure_pairs
 from pipeline.progress import SILENT, Listener
-from pipeline.training import health
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from pipeline.training.examples import Pairs, default_tokens_per_batch, load_pairs
-from pipeline.training.gate import check_gate
+from pipeline.training.checks import health
+from pipeline.training.checks.gate import check_gate
+from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.metrics import Metrics
 from pipeline.training.optimizers import make_optimizer, numbers, update
@@ -232,7 +232,7 @@ class _Loop:
 
 def _must_be_single_passes(policy: Policy, pairs: Pairs, train: TrainConfig, steps: int) -> None:
     """Raise ConfigError if a step needs more than one forward pass: the gradients of the first would have to be kept."""
-    budget = train.tokens_per_batch or default_tokens_per_batch()
+    budget = tokens_in_a_pass(train, device_kind())
     needed = max(
         policy.forward.tokens([pairs.trees[row] for row in pairs_of_step(step, len(pairs), train)])
         for step in range(steps)

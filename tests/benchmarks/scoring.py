@@ -241,7 +241,7 @@ BY_NAME = {"peak": peak, "trl": trl, "loop": loop, "vllm": ours, "transformers":
 def pairs_of(options: argparse.Namespace) -> list:
     from pipeline.config.experiment import DataConfig, ReferenceConfig
     from pipeline.models.load import load_tokenizer
-    from pipeline.pairs.stream import build_pairs
+    from pipeline.pairs.splits import build_pairs
 
     path = str(DATA[options.data[0]])
     tokenizer = load_tokenizer(options.model, ReferenceConfig(model=str(options.model)))

@@ -128,7 +128,9 @@ def test_narrow_operands_give_wide_results_as_on_a_gpu(factor, cap, dtype, monke
     """The operands are rounded, and nothing else: forward and backward."""
     monkeypatch.setattr(output_layer, "multiplies_narrow", lambda _: True)
     seen, product = [], output_layer.in_float32
-    monkeypatch.setattr(output_layer, "in_float32", lambda a, b: seen.append((a.dtype, b.dtype)) or product(a, b))
+    monkeypatch.setattr(
+        output_layer, "in_float32", lambda a, b, kind: seen.append((a.dtype, b.dtype)) or product(a, b, kind)
+    )
     hidden, weight, bias, targets = made(dtype)
     rounded = [side.detach().bfloat16().requires_grad_() for side in (hidden, weight)]
     logps, squares = plain(*rounded, bias, targets, factor, cap)[1:]

@@ -1,7 +1,7 @@
 """One row of preference data, and the pairs that rows become."""
 
 from pipeline.config.experiment import DataConfig
-from pipeline.pairs.stream import build_pairs
+from pipeline.pairs.splits import build_pairs
 from tests.conftest import write_rows
 
 

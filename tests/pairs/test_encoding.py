@@ -6,7 +6,7 @@ from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.pairs.encoding import Encoded, Encoder, end_of_turn_id
 from pipeline.pairs.preferences import Dropped, Preference
-from pipeline.pairs.stream import build_pairs, count_reasons
+from pipeline.pairs.splits import build_pairs, count_reasons
 from tests.conftest import make_tiny_tokenizer, write_rows
 from tests.pairs.pair_rows import build, row
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"engines"},
     {"precompute", "judges"},
     {"training"},
-    {"evaluation"},
+    {"evaluation", "planning"},
     {"report"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

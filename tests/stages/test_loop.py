@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.artifacts.grid import grid
 from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES, read_table
-from pipeline.pairs.stream import prompt_id_of
+from pipeline.pairs.splits import prompt_id_of
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 
 pytestmark = pytest.mark.engine

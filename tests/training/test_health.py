@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.config.training import TrainConfig
-from pipeline.training.health import findings, length_words
+from pipeline.training.checks.health import findings, length_words
 
 TRAIN = TrainConfig()
 

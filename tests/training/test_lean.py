@@ -8,12 +8,16 @@ from pipeline.forward.compiled import compile_layers
 from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.training.examples import micro_batches
 from pipeline.training.lean import StepInBackward, offloaded_activations
-from pipeline.training.optimizers import make_optimizer, numbers, rounded_by_chance, update
+from pipeline.training.optimizers import make_optimizer, numbers, round_by_chance, update
 from pipeline.training.step import accumulate, evaluate
 from pipeline.training.train import _must_be_single_passes
 from tests.training.test_policies import config_of, pairs, policy_of, steps  # noqa: F401  # the fixture
 
 BFLOAT16 = ("policy.dtype=bfloat16", "train.precision=bfloat16")
+
+
+def rounded_by_chance(values):
+    return round_by_chance(values, torch.empty_like(values, dtype=torch.bfloat16))
 
 
 def test_rounding_by_chance_has_the_value_as_its_mean_and_no_others_than_its_neighbours():
@@ -128,7 +132,7 @@ def test_what_16_bits_do_not_fit(tiny_model, setting, said):
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_offloaded_activations_change_no_bit_and_no_weight_is_moved(tiny_model, pairs, checkpointing, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("pipeline.training.lean._OFFLOADED_BYTES", 1)
+    monkeypatch.setattr("pipeline.training.lean.OFFLOADED_BYTES", 1)
     config = config_of(tiny_model, f"train.gradient_checkpointing={checkpointing}")
     policy = policy_of(tiny_model, config)
     policy.model.train()

@@ -16,8 +16,8 @@ from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import Route
 from pipeline.forward.trees import Tree
 from pipeline.models.load import load_causal_lm
+from pipeline.training.checks.gate import measure_gate
 from pipeline.training.examples import Pairs, load_pairs, micro_batches
-from pipeline.training.gate import measure_gate
 from pipeline.training.optimizers import make_optimizer
 from pipeline.training.step import NotFinite, evaluate, pair_rewards, train_step
 

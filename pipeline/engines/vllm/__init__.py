@@ -1,1 +1,1 @@
-"""The vLLM engine: starting it at the right size, scoring with it, sampling from it."""
+"""The vLLM engine: starting it at the right size, what its runners and its prefix cache answer, scoring, sampling."""

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.load import ModelSpec, load_tokenizer
 from pipeline.pairs.encoding import end_of_turn_id
-from pipeline.pairs.stream import prompt_id_of
+from pipeline.pairs.splits import prompt_id_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""From preferences to pairs of token ids (`pipeline.pairs.encoding`): no pair twice, and on which side of the split.
+"""From preferences to pairs of token ids: no pair twice, and which split each is in.
 
 The split is by prompt: a prompt is never on both sides, and adding rows moves no other row.
 """

@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import DataError
 from pipeline.pairs.preferences import Dropped
-from pipeline.pairs.stream import PairStream, count_reasons, prompt_id_of, prompt_text, source_digests
+from pipeline.pairs.splits import PairStream, count_reasons, prompt_id_of, prompt_text, source_digests
 from tests.conftest import make_tiny_tokenizer, preference_rows, write_rows
 from tests.pairs.pair_rows import build, row
 

@@ -1,0 +1,1 @@
+"""What an experiment will take before it is spent: memory of training and of scoring, steps, tokens, time."""

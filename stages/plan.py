@@ -1,0 +1,57 @@
+"""`refscore plan`: what will it take? Memory, steps, tokens and time, before any of them is spent."""
+
+from __future__ import annotations
+
+from pipeline.config.experiment import Config
+from pipeline.planning.outlook import BESIDE_GIB, outlook, smaller
+from pipeline.precompute.plan import make_plan
+from pipeline.progress import duration
+from stages import console
+
+_HEAD = ["GiB on one device", "weights", "gradients", "optimizer", "activations", "temporary", "beside", "together"]
+
+
+def main(
+    config: Config, devices: int, gpu_memory: float | None, scoring_speed: float | None, speed: float | None
+) -> None:
+    """Print what the experiment takes; `gpu_memory` GiB asks for a GPU and says what to set if it is too small.
+
+    `devices` share the scoring; `scoring_speed` and `speed` are tokens per second and device of stages one and two.
+    """
+    plan = make_plan(config)
+    for line in plan.lines():
+        console.say(line)
+    console.say("simulating a step ...")
+    seen = outlook(config, plan, "cuda" if gpu_memory else None)
+    held = seen.training
+    sizes = [held.weights, held.gradients, held.optimizer, held.activations, held.temporary]
+    row = [*(f"{size / 2**30:.2f}" for size in sizes), f"{BESIDE_GIB[seen.kind]:.2f}", f"{seen.training_gib:.2f}"]
+    console.table(f"Training on {seen.kind}, simulated", _HEAD, [["one step", *row]])
+    console.say(
+        f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {seen.tokens_per_pass:,} in a forward pass "
+        f"(longest pair {seen.longest:,})" + _time(seen.training_tokens, speed)
+    )
+    if seen.scoring is not None:
+        parts = vars(seen.scoring)
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        console.say(
+            f"scoring   {seen.scoring_gib:.2f} GiB on each device ({listed}), {seen.scoring_tokens:,} tokens"
+            + _time(seen.scoring_tokens / devices, scoring_speed)
+        )
+    if gpu_memory is None:
+        return
+    if seen.training_gib <= gpu_memory:
+        console.say(f"fits      training takes {seen.training_gib:.1f} of {gpu_memory:g} GiB")
+        return
+    console.say(f"too large training takes {seen.training_gib:.1f} of {gpu_memory:g} GiB")
+    needed = seen.training_gib
+    for settings, needed in smaller(config, seen, gpu_memory):
+        console.say(f"          {needed:.1f} GiB with {settings}")
+    if needed > gpu_memory:
+        console.say(
+            "          adapters take less: policy.lora={r: 16}; so do fewer train.tokens_per_batch or data.max_length"
+        )
+
+
+def _time(tokens: float, speed: float | None) -> str:
+    return f", {duration(tokens / speed)} at {speed:g} tokens/s" if speed else ""

@@ -1,0 +1,225 @@
+"""`make bench-memory-train`: what a training step holds at its peak, ours and TRL's, simulated; and the simulation against memory.
+
+Simulated: torch's FakeTensorMode and MemTracker on tensors without numbers (`pipeline.planning.training`), so without the
+fragmentation of an allocator and without CUDA's context. `T` tokens are read in one forward pass, half of them response tokens.
+TRL reads the same number of tokens as two sequences, which leaves out that it reads a prompt twice. "fp32" are float32 weights
+under bfloat16 autocast with AdamW; "lean" is what each has: TRL bfloat16 weights, 8-bit AdamW, a loss that makes no whole
+logits, gradient checkpointing and offloading; ours the same and the optimizer's step inside the backward pass. TRL's reference
+has its policy's dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.experiment import Config
+from pipeline.planning.training import Held, held_by, simulate_step, step_of, without_numbers_of
+
+GIB = 2**30
+LLAMA_1B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048,
+    "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "tie_word_embeddings": True, "max_position_embeddings": 131072, "dtype": "bfloat16",
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": LLAMA_1B,
+    "Llama-3.1-8B": LLAMA_1B | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False,
+    },
+    "Qwen3-8B": LLAMA_1B | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096,
+        "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+LEAN = {"policy.dtype": "bfloat16", "train.optimizer": "adamw_8bit", "train.activation_offloading": True,
+        "train.max_grad_norm": None, "train.optimizer_in_backward": True}  # fmt: skip
+LORA = {"policy.lora": {"r": 16}, "train.activation_offloading": True}
+MODES = {"fp32": {}, "lean": LEAN, "LoRA": LORA}
+
+
+def config_of(settings: dict[str, Any]) -> Config:
+    """The configuration of a training on a GPU."""
+    content: dict[str, dict[str, Any]] = {
+        "data": {"path": "pairs.jsonl"},
+        "policy": {},
+        "train": {"precision": "bfloat16"},
+    }
+    for name, value in settings.items():
+        section, field = name.split(".")
+        content[section][field] = value
+    return Config.model_validate(content)
+
+
+def simulate_trl(config: Config, base: Path, tokens: int, *, live: bool, lean: bool) -> Held:
+    """TRL's step (`DPOTrainer._compute_loss` of 1.13): two sequences, the logits of all their tokens, a reference beside it."""
+    from trl.trainer.utils import selective_log_softmax
+
+    settings = {"train.optimizer_in_backward": False, "train.max_grad_norm": 1.0}
+    theirs = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={name.split(".")[1]: value for name, value in settings.items()})
+        }
+    )
+    with torch._subclasses.FakeTensorMode():
+        parts = without_numbers_of(theirs, base, "cuda")
+        reference = without_numbers_of(theirs, base, "cuda")[0].eval() if live and theirs.policy.lora is None else None
+        if reference is not None:
+            for parameter in reference.parameters():
+                parameter.requires_grad_(False)
+
+        def logps(model: Any) -> torch.Tensor:
+            ids = torch.zeros(2, tokens // 2, dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(
+                    input_ids=ids, attention_mask=torch.zeros(2, 1, 1, 1), position_ids=ids, use_cache=False
+                ).logits
+            return selective_log_softmax(logits[:, :-1], ids[:, 1:])
+
+        def forward_and_backward() -> None:
+            if lean:  # Liger's fused loss, as ours: logits in chunks, of response tokens alone
+                if reference is not None:
+                    with torch.no_grad():
+                        step_of(theirs, reference, parts[1], tokens, tokens // 2, "cuda", backward=False)
+                step_of(theirs, parts[0], parts[1], tokens, tokens // 2, "cuda")
+                return
+            values = logps(parts[0])
+            if reference is not None:
+                with torch.no_grad():
+                    logps(reference)
+            torch.autograd.backward(values.sum())
+
+        with held_by(parts[0], parts[2]) as peak:
+            forward_and_backward()
+            torch.nn.utils.clip_grad_norm_(parts[0].parameters(), 1.0)
+            parts[2].step()
+            parts[2].zero_grad()
+    return peak[0]
+
+
+def one(arguments: argparse.Namespace) -> Held:
+    """A cell of the table, in this process."""
+    with tempfile.TemporaryDirectory() as where:
+        base = Path(where)
+        (base / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+        config = config_of(MODES[arguments.mode])
+        if arguments.who == "ours":
+            return simulate_step(config, base, arguments.tokens, arguments.tokens // 2, "cuda")
+        return simulate_trl(
+            config, base, arguments.tokens, live=arguments.who == "trl-live", lean=arguments.mode != "fp32"
+        )
+
+
+def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float]:
+    """Measured and simulated GiB of a step of the embedded model on this processor, over what the process held before."""
+    import numpy as np
+
+    from pipeline.config.experiment import PolicyConfig
+    from pipeline.forward.trees import Tree
+    from pipeline.hardware import return_freed_memory
+    from pipeline.models.load import load_tokenizer
+    from pipeline.models.locate import locate
+    from pipeline.training.examples import Pairs
+    from pipeline.training.lean import StepInBackward
+    from pipeline.training.optimizers import make_optimizer, update
+    from pipeline.training.policies import load_policy
+    from pipeline.training.step import accumulate
+
+    base = locate(PolicyConfig())
+    config = config_of({"train.tokens_per_batch": tokens, **settings})
+    simulated = simulate_step(config, base, tokens, tokens // 2, "cpu").total / GIB
+    tokenizer = load_tokenizer(base, config.policy)
+    draw = np.random.default_rng(0)
+    sizes = (tokens // 2, tokens // 4, tokens // 4)
+    trees = [Tree(ids[0], (ids[1], ids[2])) for ids in ([draw.integers(5, 49000, size).tolist() for size in sizes],)]
+    scores = [-np.ones(sizes[1], np.float32)]
+    pairs = Pairs(["p"], trees, scores, scores)
+    gc.collect()
+    return_freed_memory()
+    before = resident("VmRSS")
+    policy = load_policy(base, config, tokenizer, pairs.ends)
+    policy.model.train()
+    optimizer = make_optimizer(policy.model, config.train)
+    inside = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
+    for step in range(3):
+        if step == 1:
+            gc.collect()
+            return_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")
+        means = accumulate(policy.forward, pairs, [0], config.train)
+        if inside is None:
+            update(policy.model, optimizer, 1e-6, config.train.max_grad_norm, means)
+        else:
+            inside.grad_norm()
+    return resident("VmHWM") - before, simulated
+
+
+def resident(field: str) -> float:
+    """GiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
+
+
+VALIDATED: dict[str, dict[str, Any]] = {
+    "float32": {"train.precision": "float32"},
+    "float32, gradient checkpointing": {"train.precision": "float32", "train.gradient_checkpointing": True},
+    "bfloat16 autocast": {},
+    "LoRA, float32": {"train.precision": "float32", "policy.lora": {"r": 16}},
+    "lean": {name: value for name, value in LEAN.items() if name != "train.activation_offloading"},
+}
+
+
+def fresh(*arguments: str) -> str:
+    """Output of this file in a fresh process."""
+    command = [sys.executable, "-m", "tests.benchmarks.memory_train", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--only", choices=("simulate", "validate"))
+    parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        kind, *rest = options.one
+        if kind == "validate":
+            print(json.dumps(validate(int(rest[1]), VALIDATED[rest[0]])))
+        else:
+            cell = argparse.Namespace(shape=rest[0], mode=rest[1], who=rest[2], tokens=int(rest[3]))
+            print(json.dumps(one(cell).total / GIB))
+        return
+    if options.only != "simulate":
+        print(
+            "| SmolLM2-135M on this processor, 1,024 tokens | measured GiB | simulated GiB | simulated / measured |\n|---|--:|--:|--:|"
+        )
+        for name in VALIDATED:
+            measured, simulated = json.loads(fresh("--one", "validate", name, "1024"))
+            print(f"| {name} | {measured:.2f} | {simulated:.2f} | {simulated / measured:.2f} |", flush=True)
+    if options.only != "validate":
+        print("\n| simulated GiB | T | ours | TRL, precomputed | TRL, live | ours / live |\n|---|--:|--:|--:|--:|--:|")
+        for shape in options.shapes:
+            for mode in MODES:
+                for tokens in options.tokens:
+                    cells = [
+                        float(fresh("--one", "cell", shape, mode, who, str(tokens)))
+                        for who in ("ours", "trl", "trl-live")
+                    ]
+                    row = " | ".join(f"{cell:.1f}" for cell in cells)
+                    print(f"| {shape}, {mode} | {tokens} | {row} | {cells[0] / cells[2]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
