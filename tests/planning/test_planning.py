@@ -1,0 +1,105 @@
+"""What is predicted against what stands in memory, and what a setting must change of it."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.experiment import ReferenceConfig
+from pipeline.errors import ConfigError
+from pipeline.forward.trees import Tree
+from pipeline.planning.scoring import scoring_memory
+from pipeline.planning.training import held_by, simulate_step
+from pipeline.training.examples import Pairs
+from pipeline.training.optimizers import make_optimizer, update
+from pipeline.training.step import accumulate
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+from tests.training.test_policies import config_of, policy_of
+
+TOKENS = 512
+LEAN = ("policy.dtype=bfloat16", "train.precision=bfloat16", "train.optimizer=adamw_8bit")
+
+
+def short_pairs():
+    """Four trees of 128 tokens: a mask of a CPU's attention is that of a tree, and not simulated."""
+    trees = []
+    for number in range(4):
+        sides = [[(token * (number + 3)) % 90 + 5 for token in range(length)] for length in (62, 34, 34)]
+        trees.append(Tree(sides[0], (sides[1], [*sides[2][:-1], 7])))
+    scores = [-np.ones(34, np.float32)] * 4
+    return Pairs([f"p{number}" for number in range(4)], trees, scores, scores)
+
+
+@pytest.mark.parametrize("settings", [("train.precision=float32",), ("train.precision=bfloat16",)])
+def test_a_simulated_step_holds_what_a_real_one_holds(tiny_model, settings):
+    config = config_of(tiny_model, "train.tokens_per_batch=2000", *settings)
+    policy, pairs = policy_of(tiny_model, config), short_pairs()
+    policy.model.train()
+    assert policy.forward.tokens(pairs.trees) == TOKENS
+    optimizer = make_optimizer(policy.model, config.train)
+    update(policy.model, optimizer, 1e-6, 1.0, accumulate(policy.forward, pairs, range(4), config.train))
+    with held_by(policy.model, optimizer) as peak:
+        update(policy.model, optimizer, 1e-6, 1.0, accumulate(policy.forward, pairs, range(4), config.train))
+    simulated = simulate_step(config, tiny_model, TOKENS, 272, "cpu")
+    assert simulated.weights == peak[0].weights
+    assert simulated.optimizer == pytest.approx(peak[0].optimizer, rel=0.01)
+    assert simulated.total == pytest.approx(peak[0].total, rel=0.15)
+
+
+def simulated(model, *settings, kind="cuda", tokens=4096):
+    return simulate_step(config_of(model, *settings), model, tokens, tokens // 2, kind)
+
+
+def test_what_takes_less_is_predicted_to_take_less(tiny_model):
+    plain = simulated(tiny_model, "train.precision=bfloat16", "train.gradient_checkpointing=false")
+    checkpointed = simulated(tiny_model, "train.precision=bfloat16")
+    assert checkpointed.total < 0.8 * plain.total
+    offloaded = simulated(
+        tiny_model, "train.precision=bfloat16", "train.gradient_checkpointing=false", "train.activation_offloading=true"
+    )
+    assert offloaded.total < 0.8 * plain.total
+    half = simulated(tiny_model, *LEAN, tokens=64)
+    whole = simulated(tiny_model, "train.precision=bfloat16", tokens=64)
+    assert half.weights == pytest.approx(whole.weights / 2, rel=0.1)
+    assert half.optimizer < 0.5 * whole.optimizer
+    adapters = simulated(tiny_model, "train.precision=bfloat16", "policy.lora={r: 2}", tokens=64)
+    assert adapters.optimizer < 0.3 * whole.optimizer
+
+
+def test_what_is_not_simulated_is_refused(tiny_model):
+    for settings in (("policy.lora={r: 2}", "policy.load_in_4bit=true"), ("train.objective=reward",)):
+        with pytest.raises(ConfigError, match="memory is predicted for"):
+            simulated(tiny_model, *settings)
+
+
+def test_scoring_by_hand(tiny_model):
+    reference = ReferenceConfig(model=str(tiny_model), max_batched_tokens=100)
+    found = scoring_memory(reference, tiny_model, "bfloat16", 50, "cuda")
+    model = policy_of(tiny_model, config_of(tiny_model)).model
+    assert found.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert found.logits == 2 * 1024 * model.config.vocab_size * 4
+    assert found.cache == 2**30
+    halved = scoring_memory(
+        reference.model_copy(update={"tensor_parallel_size": 2}), tiny_model, "bfloat16", 50, "cuda"
+    )
+    assert halved.weights == found.weights // 2
+    given = scoring_memory(reference.model_copy(update={"kv_cache_gib": 3.0}), tiny_model, "bfloat16", 50, "cuda")
+    assert given.cache == 3 * 2**30
+
+
+def test_the_command_says_what_it_takes_and_what_to_set(tmp_path, tiny_model, monkeypatch):
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "preferences.jsonl", preference_rows(8)))
+    said = refscore_here(tmp_path, "plan", "--config", config, "--training-speed", 100)
+    assert re.search(
+        r"training  4 steps, about [\d,]+ tokens, [\d,]+ in a forward pass .*, \d+ s at 100 tokens/s", said
+    )
+    assert "scoring " in said
+    assert not (tmp_path / "data/runs").exists()
+    said = refscore_here(tmp_path, "plan", "--config", config, "--gpu-memory", 80)
+    assert re.search(r"fits      training takes 0\.\d of 80 GiB", said)
+    said = refscore_here(tmp_path, "plan", "--config", config, "--gpu-memory", 0.1, "--set", "train.precision=bfloat16")
+    assert "too large training takes" in said
+    assert "GiB with train.gradient_checkpointing=true train.activation_offloading=true policy.dtype=bfloat16" in said
+    assert "adapters take less: policy.lora={r: 16}" in said
+    assert torch.get_default_device().type == "cpu"
