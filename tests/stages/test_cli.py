@@ -12,6 +12,7 @@ from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore
 COMMANDS = [
     (),
     ("precompute",),
+    ("plan",),
     ("train",),
     ("eval",),
     ("show",),
