@@ -88,7 +88,7 @@ PATCHED = """
 import os, signal, sys
 from pipeline.training import train
 from stages.cli import main
-inner = train.train_step
+inner = train.accumulate
 count = 0
 def counting(*args):
     global count
@@ -96,7 +96,7 @@ def counting(*args):
     if count == {step} + 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*args)
-train.train_step = counting
+train.accumulate = counting
 main()
 """
 
