@@ -57,9 +57,11 @@ def plan(
     config: ConfigOption = DEMO,
     set_: SetOption = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that share the scoring.")] = 1,
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU: predict for it.")] = None,
-    scoring_speed: Annotated[float | None, typer.Option(help="Tokens per second of stage 1 on one device.")] = None,
-    training_speed: Annotated[float | None, typer.Option(help="Tokens per second of stage 2.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU: predict for it.")] = None,
+    scoring_speed: Annotated[
+        float | None, typer.Option(min=1, help="Tokens per second of stage 1 on one device.")
+    ] = None,
+    training_speed: Annotated[float | None, typer.Option(min=1, help="Tokens per second of stage 2.")] = None,
 ) -> None:
     """What an experiment will take: memory, steps, tokens, time, and what to set if it does not fit."""
     from pipeline.config.files import load_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.experiment import Config
-from pipeline.planning.outlook import BESIDE_GIB, outlook, smaller
+from pipeline.planning.outlook import BESIDE_GIB, Outlook, on_a_gpu, outlook, smaller
 from pipeline.precompute.plan import make_plan
 from pipeline.progress import duration
 from stages import console
@@ -18,38 +18,50 @@ def main(
 
     `devices` share the scoring; `scoring_speed` and `speed` are tokens per second and device of stages one and two.
     """
+    if gpu_memory is not None:
+        config = on_a_gpu(config)
     plan = make_plan(config)
     for line in plan.lines():
         console.say(line)
     console.say("simulating a step ...")
-    seen = outlook(config, plan, "cuda" if gpu_memory else None)
+    seen = outlook(config, plan, "cuda" if gpu_memory is not None else None)
+    _show_training(seen, speed)
+    if seen.scoring is not None:
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(seen.scoring).items())
+        tokens = seen.scoring_tokens // devices
+        console.say(
+            f"scoring   {seen.scoring_gib:.2f} GiB on each device ({listed}), {tokens:,} tokens on each of {devices}"
+            + _time(tokens, scoring_speed)
+        )
+    if gpu_memory is not None and seen.training is not None:
+        _show_fit(config, seen, gpu_memory)
+
+
+def _show_training(seen: Outlook, speed: float | None) -> None:
     held = seen.training
-    sizes = [held.weights, held.gradients, held.optimizer, held.activations, held.temporary]
-    row = [*(f"{size / 2**30:.2f}" for size in sizes), f"{BESIDE_GIB[seen.kind]:.2f}", f"{seen.training_gib:.2f}"]
-    console.table(f"Training on {seen.kind}, simulated", _HEAD, [["one step", *row]])
+    if held is None:
+        console.say(f"training  {seen.unpredicted}")
+    else:
+        sizes = [held.weights, held.gradients, held.optimizer, held.activations, held.temporary]
+        row = [*(f"{size / 2**30:.2f}" for size in sizes), f"{BESIDE_GIB[seen.kind]:.2f}", f"{seen.training_gib:.2f}"]
+        console.table(f"Training on {seen.kind}, simulated", _HEAD, [["one step", *row]])
     console.say(
         f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {seen.tokens_per_pass:,} in a forward pass "
         f"(longest pair {seen.longest:,})" + _time(seen.training_tokens, speed)
     )
-    if seen.scoring is not None:
-        parts = vars(seen.scoring)
-        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-        console.say(
-            f"scoring   {seen.scoring_gib:.2f} GiB on each device ({listed}), {seen.scoring_tokens:,} tokens"
-            + _time(seen.scoring_tokens / devices, scoring_speed)
-        )
-    if gpu_memory is None:
-        return
-    if seen.training_gib <= gpu_memory:
-        console.say(f"fits      training takes {seen.training_gib:.1f} of {gpu_memory:g} GiB")
-        return
-    console.say(f"too large training takes {seen.training_gib:.1f} of {gpu_memory:g} GiB")
+
+
+def _show_fit(config: Config, seen: Outlook, gpu_memory: float) -> None:
     needed = seen.training_gib
+    fits = needed <= gpu_memory
+    console.say(f"{'fits' if fits else 'too large':9} training takes {needed:.1f} of {gpu_memory:g} GiB")
+    if fits:
+        return
     for settings, needed in smaller(config, seen, gpu_memory):
         console.say(f"          {needed:.1f} GiB with {settings}")
     if needed > gpu_memory:
         console.say(
-            "          adapters take less: policy.lora={r: 16}; so do fewer train.tokens_per_batch or data.max_length"
+            "          less still: policy.lora={r: 16}, fewer train.tokens_per_batch, a shorter data.max_length"
         )
 
 

@@ -56,7 +56,8 @@ class PolicyConfig(Section):
         description="of the weights that learn; bfloat16: a third of the memory, updates are rounded up or down by chance",
     )
     save_dtype: Literal["auto", "float32", "base"] = Field(
-        "auto", description="of model/: float32, or what the base was saved in; auto: float32 on CPU, on a GPU base"
+        "auto",
+        description="of model/: float32, or what the base was saved in; auto: on a GPU base, on a CPU as `dtype`",
     )
 
     @model_validator(mode="after")

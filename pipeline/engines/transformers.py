@@ -22,7 +22,7 @@ from pipeline.forward.trees import Tree
 from pipeline.models.load import load_causal_lm
 from pipeline.store.identity import Numerics
 
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 class TransformersScorer:
@@ -34,7 +34,7 @@ class TransformersScorer:
         self._forward = forward_of(model, "tree" if reference.share_prompts else "separate")
         if numerics.device == "cuda":
             compile_layers(model)
-        self.batched_tokens = reference.max_batched_tokens or _TOKENS_PER_BATCH[numerics.device]
+        self.batched_tokens = reference.max_batched_tokens or TOKENS_PER_BATCH[numerics.device]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:

@@ -67,7 +67,7 @@ class Workers:
 
 def shares_of(reference: ReferenceConfig) -> list[str]:
     """What each worker may use: GPU or processor numbers, comma-separated. ConfigError if there are too few."""
-    if device_kind() == "cuda":
+    if (device_kind() if reference.device == "auto" else reference.device) == "cuda":
         import torch
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

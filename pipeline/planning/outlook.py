@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.experiment import Config
+from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.models.locate import locate
 from pipeline.planning.scoring import Scoring, scoring_memory
@@ -23,22 +25,26 @@ BESIDE_GIB = {"cpu": 1.0, "cuda": 0.8}
 
 @dataclass(frozen=True)
 class Outlook:
-    """Predicted for a device of `kind`: memory of training and of scoring, tokens and steps."""
+    """Predicted for a device of `kind`: memory of training and of scoring, tokens and steps.
+
+    `training` None: not predicted, for the reason `unpredicted`; `scoring` None: nothing is left to score.
+    """
 
     kind: str
-    training: Held
+    training: Held | None
+    unpredicted: str
     scoring: Scoring | None
     tokens_per_pass: int
     steps: int
     training_tokens: int
     scoring_tokens: int
     longest: int
-    responses: float
+    scored_share: float
 
     @property
     def training_gib(self) -> float:
-        """Peak of the training process's device."""
-        return self.training.total / 2**30 + BESIDE_GIB[self.kind]
+        """Peak of the training process's device; NaN if it is not predicted."""
+        return self.training.total / 2**30 + BESIDE_GIB[self.kind] if self.training else math.nan
 
     @property
     def scoring_gib(self) -> float:
@@ -46,8 +52,18 @@ class Outlook:
         return (self.scoring.total / 2**30 if self.scoring else 0.0) + BESIDE_GIB[self.kind]
 
 
+def on_a_gpu(config: Config) -> Config:
+    """What `config` means on a machine with a GPU: what it leaves open there is decided as there, not as on this machine."""
+    train, reference = config.train, config.reference
+    if train.precision == "auto":
+        train = train.model_copy(update={"precision": "bfloat16"})
+    if reference.device == "auto":
+        reference = reference.model_copy(update={"device": "cuda"})
+    return config.model_copy(update={"train": train, "reference": reference})
+
+
 def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
-    """Predict what `config` takes on a device of `kind` (None: this machine's). Raises ConfigError for what is not predicted."""
+    """Predict what `config` takes on a device of `kind` (None: this machine's)."""
     kind = kind or device_kind()
     prompts = plan.pairs.prompt_tokens.astype(np.int64)
     responses = plan.pairs.response_tokens.astype(np.int64).reshape(-1, 2)
@@ -64,16 +80,22 @@ def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
         scoring = scoring_memory(
             config.reference, plan.reference.paths.merged, numerics.dtype, plan.longest_missing, numerics.device
         )
+    training, unpredicted = None, ""
+    try:
+        training = simulate_step(config, base, tokens, int(tokens * share), kind)
+    except ConfigError as reason:
+        unpredicted = str(reason)
     return Outlook(
         kind=kind,
-        training=simulate_step(config, base, tokens, int(tokens * share), kind),
+        training=training,
+        unpredicted=unpredicted,
         scoring=scoring,
         tokens_per_pass=tokens,
         steps=steps,
         training_tokens=int(trees.mean() * size * steps),
         scoring_tokens=plan.missing_tokens,
         longest=int(trees.max()),
-        responses=share,
+        scored_share=share,
     )
 
 
@@ -101,7 +123,7 @@ def smaller(config: Config, seen: Outlook, gib: float) -> Iterator[tuple[str, fl
         for section, fields in change.items():
             content[section] |= fields
         settings.append(text)
-        scored = int(seen.tokens_per_pass * seen.responses)
+        scored = int(seen.tokens_per_pass * seen.scored_share)
         held = simulate_step(Config.model_validate(content), base, seen.tokens_per_pass, scored, seen.kind)
         needed = held.total / 2**30 + BESIDE_GIB[seen.kind]
         yield " ".join(settings), needed

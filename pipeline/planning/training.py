@@ -7,6 +7,8 @@ allocator, CUDA's own context and kernels (about half a GiB), and what a step do
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config.experiment import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.forward.output_layer import OutputLayer
 from pipeline.forward.routes import layers_of
 from pipeline.training.lean import OFFLOADED_BYTES, StepInBackward
@@ -50,7 +52,9 @@ def held_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> 
     """Track what stands in memory while it is entered; the list then has one entry, the peak."""
     tracker, peak = _tracker(), list[Held]()
     tracker.track_external(*(part for part in (model, optimizer) if part is not None))
-    with tracker:
+    with tracker, warnings.catch_warnings():
+        # a gradient that the step inside the backward pass has forgotten is none
+        warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
         yield peak
     snapshots = tracker.get_tracker_snapshot("peak").values()
     found = {str(getattr(name, "value", name)): size for snapshot in snapshots for name, size in snapshot.items()}
@@ -75,17 +79,25 @@ def simulate_step(config: Config, base: Path, tokens: int, scored: int, kind: st
         raise ConfigError("memory is predicted for the preference objective and bases of 16 or 32 bits alone")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        model, layer, optimizer = without_numbers_of(config, base, kind)
-        inside = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
-        with held_by(model, optimizer) as peak:
-            step_of(config, model, layer, tokens, scored, kind)
-            if inside is None:
-                clip(model, config.train.max_grad_norm)
-                step_all(optimizer)
-                optimizer.zero_grad()
-            else:
-                inside.grad_norm()
+    # it logs tracebacks of what is said in one line below
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode():
+            model, layer, optimizer = without_numbers_of(config, base, kind)
+            inside = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
+            with held_by(model, optimizer) as peak:
+                step_of(config, model, layer, tokens, scored, kind)
+                if inside is None:
+                    clip(model, config.train.max_grad_norm)
+                    step_all(optimizer)
+                    optimizer.zero_grad()
+                else:
+                    inside.grad_norm()
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, AssertionError) as error:
+        # layers that look at numbers (experts), or have no attention that can be replaced
+        raise ConfigError(
+            f"memory is not predicted for {config.policy.model!r}: its layers do not run without numbers ({first_line(error)})"
+        ) from None
     return peak[0]
 
 
@@ -227,11 +239,12 @@ def _attend(
 @contextmanager
 def _forgotten(model: torch.nn.Module) -> Iterator[None]:
     """As `offloaded_activations`, but what is kept takes no memory here, as another memory keeps it."""
-    weights = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+    # numbers of storages: the objects that stand for them in Python are made anew at every call
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # noqa: SLF001  # has no public name
 
     def pack(tensor: torch.Tensor) -> Any:
         small = tensor.numel() * tensor.element_size() < OFFLOADED_BYTES
-        if small or id(tensor.untyped_storage()) in weights or isinstance(tensor, torch.nn.Parameter):
+        if small or tensor.untyped_storage()._cdata in weights:  # noqa: SLF001
             return tensor
         return tensor.shape, tensor.dtype
 

@@ -68,6 +68,8 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     options: dict[str, Any] = {}
     if policy.load_in_4bit:
         options["quantization_config"] = four_bits(precision)
+    if train.activation_offloading and device_kind() == "cpu":
+        log.warning("train.activation_offloading saves nothing here: without a GPU there is no second memory")
     objective = objective_of(train)
     model = objective.load(base, config, tokenizer, ends, precision, **options)
     if policy.load_in_4bit:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# dtypes that a base may have been saved in; of any other (8 bits) model/ is float32
+_SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def save_policy(
     policy: Policy, base: Path, config: Config, run: Run, card: str, tokenizer: Any, trees: Sequence[Tree]
 ) -> dict[str, float]:
@@ -43,7 +47,7 @@ def save_policy(
     trees = trees[:CHECKED]
     trained = outputs_of(policy.model, trees, objective)
     saved_dtype = _saved_dtype(config, base)
-    coarse = torch.bfloat16 in (policy.model.dtype, saved_dtype) or config.policy.load_in_4bit
+    coarse = {policy.model.dtype, saved_dtype} != {torch.float32} or config.policy.load_in_4bit
     differences: dict[str, float] = {}
 
     def check(
@@ -97,22 +101,25 @@ def save_policy(
 
 def _saved_dtype(config: Config, base: Path) -> torch.dtype:
     """What `policy.save_dtype` means on this machine."""
-    setting = config.policy.save_dtype
-    if setting == "float32" or (setting == "auto" and device_kind() == "cpu"):
-        return getattr(torch, config.policy.dtype)  # type: ignore[no-any-return]  # a dtype by its name
-    saved = read_config(base)
-    named = str(saved.get("dtype") or saved.get("torch_dtype") or "float32").removeprefix("torch.")
-    return torch.bfloat16 if named == "bfloat16" else torch.float32
+    setting, saved = config.policy.save_dtype, read_config(base)
+    name = "float32"
+    if setting == "auto" and device_kind() == "cpu":
+        name = config.policy.dtype
+    elif setting != "float32":
+        name = str(saved.get("dtype") or saved.get("torch_dtype") or name).removeprefix("torch.")
+    return _SAVED.get(name, torch.float32)
 
 
 def _save_whole(
     model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any, dtype: torch.dtype
 ) -> None:
     trained = model.config.dtype
-    model.config.dtype = dtype
     rounded = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()} if model.dtype != dtype else None
-    model.save_pretrained(directory, state_dict=rounded)
-    model.config.dtype = trained
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(directory, state_dict=rounded)
+    finally:
+        model.config.dtype = trained
     copy_tokenizer(base, directory)
     if getattr(model.config, "num_labels", None) == 1:
         align_padding(directory, tokenizer, model.config.pad_token_id)

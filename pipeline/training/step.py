@@ -28,11 +28,14 @@ _MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient norm"}
 class NotFinite(CheckError):
     """A loss or a gradient that is not finite, with the pairs of its step."""
 
-    def __init__(self, what: str, value: float, pair_ids: list[str]) -> None:
-        super().__init__(
-            f"the {what} is {value}: training stops before it spoils the weights. Lower train.learning_rate or "
-            f"train.max_grad_norm; the pairs of the step are {', '.join(pair_ids)}"
+    def __init__(self, what: str, value: float, pair_ids: list[str], *, taken: bool) -> None:
+        outcome = (
+            "the step was taken inside the backward pass, so the weights in memory are spoiled and not saved. The same command "
+            "goes on after the last checkpoint. Lower train.learning_rate, or set train.optimizer_in_backward=false"
+            if taken
+            else "training stops before it spoils the weights. Lower train.learning_rate or train.max_grad_norm"
         )
+        super().__init__(f"the {what} is {value}: {outcome}; the pairs of the step are {', '.join(pair_ids)}")
         self.pair_ids = pair_ids
 
 
@@ -52,7 +55,7 @@ def _no_gradient_lost() -> Iterator[None]:
 def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
     """`accumulate`, its means as numbers. Raises NotFinite, and CheckError as it does."""
     values = numbers(accumulate(forward, pairs, rows, train))
-    must_be_finite(values, pairs, rows)
+    must_be_finite(values, pairs, rows, train)
     return values
 
 
@@ -76,11 +79,12 @@ def accumulate(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConf
     return _means(sums, len(rows))
 
 
-def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int]) -> None:
+def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> None:
     """Raise NotFinite, with the pairs of `rows`, if the loss or the gradient's norm of their step is not finite."""
     for name, value in values.items():
         if name in _MUST_BE_FINITE and not math.isfinite(value):
-            raise NotFinite(_MUST_BE_FINITE[name], value, [pairs.pair_ids[row] for row in rows])
+            pair_ids = [pairs.pair_ids[row] for row in rows]
+            raise NotFinite(_MUST_BE_FINITE[name], value, pair_ids, taken=train.optimizer_in_backward)
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ class _Loop:
                 values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means)
             else:
                 values = numbers({**means, "grad_norm": self.in_backward.grad_norm()})
-            must_be_finite(values, self.pairs, rows)
+            must_be_finite(values, self.pairs, rows, train)
         except NotFinite as stop:
             self.metrics.close()
             path = self.directories.directory / "not_finite.json"

@@ -1,5 +1,7 @@
 """Training in less memory: each way by what it must not change, or by how little it may."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, sav
 from pipeline.training.examples import micro_batches
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import make_optimizer, numbers, round_by_chance, update
-from pipeline.training.step import accumulate, evaluate
+from pipeline.training.save import _saved_dtype
+from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
 from pipeline.training.train import _must_be_single_passes
-from tests.training.test_policies import config_of, pairs, policy_of, steps  # noqa: F401  # the fixture
+from tests.training.policy import config_of, policy_of, steps
 
 BFLOAT16 = ("policy.dtype=bfloat16", "train.precision=bfloat16")
 
@@ -48,7 +51,7 @@ def test_updates_below_the_last_digit_are_not_lost(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_weights_of_16_bits_learn_as_those_of_32_and_resume_bit_for_bit(tmp_path, tiny_model, pairs, optimizer):  # noqa: F811
+def test_weights_of_16_bits_learn_as_those_of_32_and_resume_bit_for_bit(tmp_path, tiny_model, pairs, optimizer):
     losses = {}
     for settings in ((), BFLOAT16):
         config = config_of(tiny_model, f"train.optimizer={optimizer}", *settings)
@@ -70,7 +73,7 @@ def test_weights_of_16_bits_learn_as_those_of_32_and_resume_bit_for_bit(tmp_path
 
 
 @pytest.mark.parametrize("settings", [(), BFLOAT16, ("train.gradient_checkpointing=true",)])
-def test_a_step_inside_the_backward_pass_is_the_step_after_it(tiny_model, pairs, settings):  # noqa: F811
+def test_a_step_inside_the_backward_pass_is_the_step_after_it(tiny_model, pairs, settings):
     found = []
     for within in (False, True):
         config = config_of(
@@ -101,7 +104,7 @@ def test_a_step_inside_the_backward_pass_is_the_step_after_it(tiny_model, pairs,
         assert inside["grad_norm"] == pytest.approx(after["grad_norm"], rel=10 * tolerance)
 
 
-def test_gradients_that_are_not_kept_cannot_be_clipped_nor_summed_over_passes(tiny_model, pairs):  # noqa: F811
+def test_gradients_that_are_not_kept_cannot_be_clipped_nor_summed_over_passes(tiny_model, pairs):
     with pytest.raises(ConfigError, match=r"set train\.max_grad_norm=null"):
         config_of(tiny_model, "train.optimizer_in_backward=true")
     settings = ("train.optimizer_in_backward=true", "train.max_grad_norm=null")
@@ -114,6 +117,36 @@ def test_gradients_that_are_not_kept_cannot_be_clipped_nor_summed_over_passes(ti
     config = config_of(tiny_model, *settings, f"train.tokens_per_batch={needed}")
     _must_be_single_passes(policy, pairs, config.train, 2)
     assert len(list(micro_batches(policy.forward, pairs, range(8), config.train))) == 1
+
+
+def test_a_loss_that_is_not_finite_says_whether_the_weights_are_spoiled(tiny_model, pairs):
+    for settings, said in (
+        ((), "before it spoils the weights"),
+        (
+            ("train.optimizer_in_backward=true", "train.max_grad_norm=null"),
+            r"the weights in memory are spoiled and not saved",
+        ),
+    ):
+        train = config_of(tiny_model, *settings).train
+        with pytest.raises(NotFinite, match=said):
+            must_be_finite({"loss": float("nan"), "grad_norm": 1.0}, pairs, [0, 1], train)
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "saved"),
+    [
+        ("float32", (), "float32"),
+        ("bfloat16", (), "float32"),
+        ("bfloat16", ("policy.save_dtype=base",), "bfloat16"),
+        ("float16", ("policy.save_dtype=base",), "float16"),
+        ("bfloat16", BFLOAT16, "bfloat16"),
+        ("bfloat16", (*BFLOAT16, "policy.save_dtype=float32"), "float32"),
+    ],
+)
+def test_a_model_is_saved_in_the_dtype_that_is_asked_for(tmp_path, tiny_model, base, settings, saved):
+    content = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"dtype": base}))
+    assert _saved_dtype(config_of(tiny_model, *settings), tmp_path) == getattr(torch, saved)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +164,7 @@ def test_what_16_bits_do_not_fit(tiny_model, setting, said):
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_offloaded_activations_change_no_bit_and_no_weight_is_moved(tiny_model, pairs, checkpointing, monkeypatch):  # noqa: F811
+def test_offloaded_activations_change_no_bit_and_no_weight_is_moved(tiny_model, pairs, checkpointing, monkeypatch):
     monkeypatch.setattr("pipeline.training.lean.OFFLOADED_BYTES", 1)
     config = config_of(tiny_model, f"train.gradient_checkpointing={checkpointing}")
     policy = policy_of(tiny_model, config)
@@ -150,7 +183,7 @@ def test_offloaded_activations_change_no_bit_and_no_weight_is_moved(tiny_model, 
     assert not set(shapes) & {tuple(parameter.shape) for parameter in policy.model.parameters() if parameter.ndim > 1}
 
 
-def test_compiled_layers_give_the_same(tiny_model, pairs):  # noqa: F811
+def test_compiled_layers_give_the_same(tiny_model, pairs):
     """By torch's own compiler, without the code that it would generate: that takes minutes and is torch's."""
     config = config_of(tiny_model)
     policy, plain = policy_of(tiny_model, config), policy_of(tiny_model, config)

@@ -59,7 +59,7 @@ def start_engine(directory: Path, *, kv_cache_gib: float | None, dtype: str, **o
             seed=0,
             **options,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: an argument that it does not have
         raise ConfigError(f"vLLM cannot load {directory}: {' '.join(str(error).split())[:400]}") from None
 
 

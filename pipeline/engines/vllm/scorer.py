@@ -64,10 +64,14 @@ class VllmScorer:
             )
 
         guessed = response_rows_are_likely()
-        start(reference.max_batched_tokens or batched_tokens(vocabulary, model_len, response_rows=guessed))
+        start(
+            reference.max_batched_tokens
+            or batched_tokens(vocabulary, model_len, numerics.device, response_rows=guessed)
+        )
         try:
             self._set_up(reference, numerics)
-            fewer = batched_tokens(vocabulary, model_len, response_rows=isinstance(self._runner, RowsRunner))
+            rows = isinstance(self._runner, RowsRunner)
+            fewer = batched_tokens(vocabulary, model_len, numerics.device, response_rows=rows)
             if reference.max_batched_tokens is None and fewer < self.batched_tokens:
                 log.info("vLLM: started again with %d tokens in a forward pass, as it runs its V1 runner", fewer)
                 self.close()
@@ -107,14 +111,15 @@ class VllmScorer:
         stop_engine(self._llm)
 
 
-def batched_tokens(vocabulary: int, model_len: int, *, response_rows: bool) -> int:
-    """Tokens in one forward pass: as many as make the multiplications efficient, if the logits of one fit.
+def batched_tokens(vocabulary: int, model_len: int, kind: str, *, response_rows: bool) -> int:
+    """Tokens in one forward pass on a device of `kind` ("cpu", "cuda"): as many as make the multiplications efficient, if the
+    logits of one fit.
 
     `response_rows`: the V2 runner holds the logits of 1,024 rows at most, whatever a sequence's length; the V1 runner those
     of a whole sequence.
     """
     rows = max(256, _LOGITS_BYTES // (8 * vocabulary))
-    if device_kind() == "cpu":
+    if kind == "cpu":
         return min(8192, rows)
     return 16384 if response_rows or model_len <= rows else min(8192, rows)
 
