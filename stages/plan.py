@@ -8,7 +8,7 @@ from pipeline.precompute.plan import make_plan
 from pipeline.progress import duration
 from stages import console
 
-_HEAD = ["GiB on one device", "weights", "gradients", "optimizer", "activations", "temporary", "beside", "together"]
+_HEAD = ["GiB on one device", "weights", "gradients", "optimizer", "activations", "temporary", "libraries", "together"]
 
 
 def main(

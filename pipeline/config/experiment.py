@@ -16,7 +16,7 @@ from pipeline.config.training import PolicyConfig, Section, TrainConfig, as_list
 
 OneOrMore = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 Judges = Annotated[list[JudgeConfig], BeforeValidator(as_list), Field(min_length=1)]
-# arguments of vLLM's engine that have a field of their own, or that what is asked of the engine decides
+# arguments of vLLM's engine that have a field of their own, or that refscore sets itself
 OWN_ENGINE_ARGS = {
     "model": "reference.model or what is sampled",
     "dtype": "the field dtype",

@@ -41,7 +41,7 @@ ENGINES = {
 # 0.31 gives prompt_logprob_token_ids another meaning; 0.25 returns uncached rows only and ignores head_dtype
 VLLM_FROM, VLLM_BELOW = (0, 32), (0, 34)
 UNTESTED = "REFSCORE_UNTESTED_VLLM"
-# arguments of vLLM's engine that decide how much it holds and where, and no number
+# arguments of vLLM's engine that change no score: how much memory it takes, and how it is loaded and spread
 _WITHOUT_EFFECT = {"gpu_memory_utilization", "cpu_offload_gb", "max_num_seqs", "load_format", "distributed_executor_backend",
                    "max_parallel_loading_workers", "download_dir"}  # fmt: skip
 
@@ -82,7 +82,7 @@ class Engine(Scorer, Protocol):
 
 
 def numerics_of(reference: ReferenceConfig) -> Numerics:
-    """What the configured engine computes with, on this machine or on the one that `reference.device` speaks of.
+    """What the configured engine computes with, on this machine's device or on the one that `reference.device` names.
 
     Raises ConfigError if the engine is not installed, or is a version whose answers are not known.
     """

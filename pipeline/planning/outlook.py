@@ -19,7 +19,7 @@ from pipeline.precompute.plan import Plan
 from pipeline.training.examples import tokens_in_a_pass
 from pipeline.training.schedule import pairs_per_step, total_steps
 
-# beside tensors a process holds its libraries, and buffers of theirs: measured on a CPU; on a GPU CUDA's context and kernels
+# GiB beside tensors: libraries and their buffers, as measured on a CPU; CUDA's context and kernels, a guess until it is measured
 BESIDE_GIB = {"cpu": 1.0, "cuda": 0.8}
 
 
@@ -53,7 +53,7 @@ class Outlook:
 
 
 def on_a_gpu(config: Config) -> Config:
-    """What `config` means on a machine with a GPU: what it leaves open there is decided as there, not as on this machine."""
+    """`config` with all that depends on the machine decided as on one with a GPU, whatever this one is."""
     train, reference = config.train, config.reference
     if train.precision == "auto":
         train = train.model_copy(update={"precision": "bfloat16"})
@@ -99,7 +99,7 @@ def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
     )
 
 
-# what makes a training smaller, the cheapest in time and in held-out loss first
+# what makes a training smaller, in the order in which it is tried
 _SMALLER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
     ("train.gradient_checkpointing=true", {"train": {"gradient_checkpointing": True}}),
     ("train.activation_offloading=true", {"train": {"activation_offloading": True}}),
@@ -115,7 +115,7 @@ _SMALLER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
 
 
 def smaller(config: Config, seen: Outlook, gib: float) -> Iterator[tuple[str, float]]:
-    """Settings, each beside those before it, and the GiB that training then takes; ends when that is `gib` or less."""
+    """Settings, each added to those before it, and the GiB that training then takes; ends when that is `gib` or less."""
     base, content, settings = locate(config.policy), config.model_dump(), []
     for text, change in _SMALLER:
         if config.policy.lora is not None and "policy" in change:

@@ -49,11 +49,11 @@ class Held:
 
 @contextmanager
 def held_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[list[Held]]:
-    """Track what stands in memory while it is entered; the list then has one entry, the peak."""
+    """Track the memory of tensors while it is entered; afterwards the list has one entry, the peak."""
     tracker, peak = _tracker(), list[Held]()
     tracker.track_external(*(part for part in (model, optimizer) if part is not None))
     with tracker, warnings.catch_warnings():
-        # a gradient that the step inside the backward pass has forgotten is none
+        # the step inside the backward pass has dropped the gradient before the tracker looks at it
         warnings.filterwarnings("ignore", message="Expected a tensor or a traceable wrapper-subclass")
         yield peak
     snapshots = tracker.get_tracker_snapshot("peak").values()
@@ -172,7 +172,7 @@ def _model(config: Config, base: Path, kind: str) -> tuple[PreTrainedModel, Outp
 
 
 def _without_numbers(model: torch.nn.Module) -> None:
-    """Replace a model's tensors of no device by some that seem to lie in memory; tied ones stay tied."""
+    """Replace a model's meta tensors by fake ones that count as memory; tied weights stay tied."""
     replaced: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -238,7 +238,7 @@ def _attend(
 
 @contextmanager
 def _forgotten(model: torch.nn.Module) -> Iterator[None]:
-    """As `offloaded_activations`, but what is kept takes no memory here, as another memory keeps it."""
+    """As `offloaded_activations`, for one memory: what would wait in the other one takes none here."""
     # numbers of storages: the objects that stand for them in Python are made anew at every call
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # noqa: SLF001  # has no public name
 

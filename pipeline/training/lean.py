@@ -1,7 +1,7 @@
 """Training in less memory: activations in the machine's memory, no gradient kept.
 
 The optimizer's step inside the backward pass (LOMO, Lv et al. 2023, 2306.09782, with a stateful optimizer as torchtune has it)
-updates a weight as soon as its gradient is whole and forgets the gradient at once, so that only one is alive at a time. Then a
+updates a weight as soon as its gradient is complete and drops the gradient at once, so that only one exists at a time. Then a
 step is one forward pass, nothing is clipped, and a loss that is not finite is noticed after the step.
 """
 
@@ -44,7 +44,7 @@ def offloaded_activations(model: torch.nn.Module) -> Iterator[None]:
 
 
 class StepInBackward:
-    """Makes every weight's update when its gradient is whole. The rates of the optimizer's groups must stand before.
+    """Updates every weight as soon as its gradient is complete. The groups' learning rates must be set before the backward pass.
 
     `grad_norm` is the norm of all gradients since it was last asked for, on the device.
     """
@@ -56,7 +56,7 @@ class StepInBackward:
                 parameter.register_post_accumulate_grad_hook(self._hook(group))
 
     def grad_norm(self) -> torch.Tensor:
-        """The norm of the gradients of the backward pass that is over, a scalar; they are forgotten."""
+        """The norm of the gradients of the backward pass that is over, a scalar; asked again, it is of those since then."""
         squares, self._squares = self._squares, []
         return torch.stack(squares).sum().sqrt()
 

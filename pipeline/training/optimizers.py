@@ -56,7 +56,7 @@ def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Op
 
 
 def step_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.nn.Parameter) -> None:
-    """The optimizer's step for one weight of `group`; its state stays where the optimizer keeps it.
+    """The optimizer's step for one weight of `group`; its state stays in the optimizer.
 
     Weights of 16 bits are stepped in float32 and rounded up or down by chance, in proportion to what is nearer: an update below
     half of their last digit would otherwise be lost every time.

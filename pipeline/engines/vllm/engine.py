@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-# sequences that are generated or classified at once; a GPU decodes as fast for hundreds as for one
+# sequences that are generated or classified at once
 _CONCURRENT = {"cpu": 64, "cuda": 256}
 
 
@@ -125,7 +125,7 @@ def sized_engine(directory: Path, config: PretrainedConfig, dtype: str, length: 
         "max_num_batched_tokens": max(4096, length),
         "max_num_seqs": concurrent(),
     }
-    # on a GPU the cache is what is free, and holds back sequences that it has no room for
+    # on a GPU vLLM takes the memory that is free, and lets sequences wait for which there is no room
     kv_cache_gib = max(0.5, 1.1 * cache) if device_kind() == "cpu" else None
     with running_engine(directory, dtype=dtype, kv_cache_gib=kv_cache_gib, **{**settings, **options}) as engine:
         yield engine

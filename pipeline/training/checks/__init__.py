@@ -1,1 +1,1 @@
-"""What a training must pass: the gate before it, signs of ill health while it runs, the export after it."""
+"""What a training must pass: the gate before it, signs that something is wrong while it runs, the export after it."""
