@@ -13,6 +13,9 @@ import numpy as np
 
 from pipeline.config.training import TrainConfig
 
+# by default checkpoints are so many steps apart, and so many times as long as writing one takes
+_SAVE_STEPS, _TIMES_ITS_WRITING = 50, 20
+
 
 def total_steps(pairs: int, train: TrainConfig) -> int:
     """Optimizer steps of the whole training; the last one may hold fewer pairs."""
@@ -26,10 +29,18 @@ def pairs_per_step(train: TrainConfig) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
 
-def is_due(done: int, every: int | None, default: int = 0) -> bool:
-    """Whether something that happens every so many steps (0: never, None: `default`) happens after `done` of them."""
-    every = default if every is None else every
+def is_due(done: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `done` of them."""
     return every > 0 and done % every == 0
+
+
+def checkpoint_is_due(done: int, every: int | None, idle: float, writing: float) -> bool:
+    """Whether to write a checkpoint after `done` steps: every `every`; None: every 50, if writing the last one (`writing` seconds)
+    took at most a twentieth of the `idle` seconds since.
+    """
+    if every is not None:
+        return is_due(done, every)
+    return is_due(done, _SAVE_STEPS) and idle >= _TIMES_ITS_WRITING * writing
 
 
 def pairs_of_step(step: int, pairs: int, train: TrainConfig) -> list[int]:

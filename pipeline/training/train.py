@@ -36,13 +36,18 @@ from pipeline.training.optimizers import make_optimizer, numbers, update
 from pipeline.training.policies import Policy, load_policy
 from pipeline.training.resume import decide, trained_fields, training_digest
 from pipeline.training.save import model_card, save_policy
-from pipeline.training.schedule import is_due, learning_rate, pairs_of_step, pairs_per_step, total_steps
+from pipeline.training.schedule import (
+    checkpoint_is_due,
+    is_due,
+    learning_rate,
+    pairs_of_step,
+    pairs_per_step,
+    total_steps,
+)
 from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
 
 # taking memory from the system again costs the step that follows a sixth of its time
 _STEPS_TO_RETURN_MEMORY = 8
-# by default checkpoints are so many steps apart, and so many times as long as writing the last one took
-_SAVE_STEPS, _TIMES_ITS_WRITING = 50, 20
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,8 @@ class _Loop:
                     self._evaluate(done)
                     self._say_findings(kinds_said)
                     since = time.monotonic()
-                rested = train.save_steps is not None or time.monotonic() - saved >= _TIMES_ITS_WRITING * writing
-                if done == self.steps or (rested and is_due(done, train.save_steps, _SAVE_STEPS)):
+                idle = time.monotonic() - saved
+                if done == self.steps or checkpoint_is_due(done, train.save_steps, idle, writing):
                     started = time.monotonic()
                     self.metrics.flush()
                     checkpoints, kept = self.directories.checkpoints, train.save_total_limit

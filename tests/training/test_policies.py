@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import pipeline.training.policies
 import pipeline.training.save
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_overrides
@@ -145,6 +146,14 @@ def test_gradient_checkpointing_changes_memory_not_numbers(tiny_model, pairs, lo
         assert policy.model.is_gradient_checkpointing == (setting == "true")
         found.append(steps(policy, make_optimizer(policy.model, config.train), pairs, config, range(3)))
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_is_off_on_a_cpu_and_on_where_a_gpu_is(monkeypatch, device):
+    monkeypatch.setattr(pipeline.training.policies, "device_kind", lambda: device)
+    assert pipeline.training.policies.on_a_gpu("auto") == (device == "cuda")
+    assert pipeline.training.policies.on_a_gpu(True)
+    assert not pipeline.training.policies.on_a_gpu(False)
 
 
 @pytest.mark.parametrize("layout", ["tree", "separate"])

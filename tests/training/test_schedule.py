@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.training import TrainConfig
-from pipeline.training.schedule import learning_rate, pairs_of_step, total_steps
+from pipeline.training.schedule import checkpoint_is_due, learning_rate, pairs_of_step, total_steps
 
 
 def test_an_epoch_sees_every_pair_once_and_the_last_step_may_be_short():
@@ -36,6 +36,22 @@ def test_epochs_whole_and_broken_by_hand(epochs, expected):
     assert total_steps(10, train) == len(expected)
     # the step after the last has no pairs
     assert [len(pairs_of_step(step, 10, train)) for step in range(len(expected) + 1)] == [*expected, 0]
+
+
+@pytest.mark.parametrize(
+    ("done", "every", "idle", "writing", "due"),
+    [
+        (50, None, 0.0, 0.0, True),
+        (49, None, 1e9, 0.0, False),
+        (50, None, 100.0, 6.0, False),
+        (100, None, 120.0, 6.0, True),
+        (6, 3, 0.0, 1e9, True),
+        (50, 0, 1e9, 0.0, False),
+        (50, 60, 1e9, 0.0, False),
+    ],
+)
+def test_checkpoints_are_rarer_if_they_take_long_unless_they_are_asked_for(done, every, idle, writing, due):
+    assert checkpoint_is_due(done, every, idle, writing) == due
 
 
 def test_one_step_is_a_number_of_steps_like_any_other():
