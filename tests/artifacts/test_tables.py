@@ -23,6 +23,17 @@ def test_a_column_that_was_added_later_is_null_in_older_files(tmp_path):
     assert read_table(path, DROPPED, ["source", "chosen_ids"]).to_pylist() == [{"source": "a", "chosen_ids": None}]
 
 
+def test_parts_are_the_whole_table_in_order_whatever_its_row_groups(tmp_path, monkeypatch):
+    path = tmp_path / "dropped.parquet"
+    monkeypatch.setattr(tables, "_AT_ONCE", 3)
+    rows = [{"source": "a", "source_row": row, "reason": "r", "detail": ""} for row in range(20)]
+    write_table(path, pa.Table.from_pylist(rows, schema=DROPPED), {})
+    assert pq.ParquetFile(path).num_row_groups == 7
+    parts = list(tables.read_groups(path, DROPPED, ["source_row"]))
+    assert max(map(len, parts)) == 3
+    assert pa.concat_tables(parts)["source_row"].to_pylist() == list(range(20))
+
+
 def test_a_column_that_was_always_there_must_be(tmp_path):
     path = tmp_path / "dropped.parquet"
     pq.write_table(dropped().drop_columns(["reason"]), path)

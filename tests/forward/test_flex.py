@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import flex_attention
+from transformers.integrations import flex_attention as flex_of_transformers
 
 from pipeline.forward import attention
 from pipeline.forward.attention import Pack, as_attention_mask, attend
@@ -40,7 +41,7 @@ def some_trees(draw):
     return [Tree(ids(400), tuple(ids(300) for _ in range(draw.integers(1, 4)))) for _ in range(draw.integers(1, 6))]
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 127, 128, 300])
+@pytest.mark.parametrize("window", [None, 1, 5, 127, 128, 255, 256, 300])
 def test_blocks_are_what_the_mask_of_every_token_says(window):
     draw = np.random.default_rng(0)
     whole_blocks = 0
@@ -55,7 +56,7 @@ def test_blocks_are_what_the_mask_of_every_token_says(window):
         assert torch.equal(torch.from_numpy(some), blocks.any(2))
         assert torch.equal(torch.from_numpy(whole), blocks.all(2))
         whole_blocks += whole.sum()
-    assert (whole_blocks > 0) == (window in (None, 300))
+    assert (whole_blocks > 0) == (window in (None, 255, 256, 300))
 
 
 @pytest.mark.parametrize("window", [None, 130])
@@ -104,8 +105,15 @@ def test_under_autocast_queries_keys_and_values_are_of_one_dtype(flex, monkeypat
     _, pack, _ = pack_trees(TREES, CPU)
     query, key = torch.randn(1, 4, len(pack.tree_T), 8), torch.randn(1, 2, len(pack.tree_T), 8)
     value = torch.randn(1, 2, len(pack.tree_T), 8, dtype=torch.bfloat16)
+    given, inner = [], flex_of_transformers.flex_attention_forward
+    monkeypatch.setattr(
+        flex_of_transformers,
+        "flex_attention_forward",
+        lambda module, *sides, **how: given.extend(side.dtype for side in sides[:3]) or inner(module, *sides, **how),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         attended, _ = attend(torch.nn.Module(), query, key, value, as_attention_mask(pack))
+    assert given == [torch.bfloat16] * 3
     assert attended.dtype == torch.bfloat16
     assert attended.shape == (1, len(pack.tree_T), 4, 8)
     assert attended.isfinite().all()

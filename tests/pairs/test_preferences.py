@@ -134,6 +134,13 @@ def test_json_and_parquet_hold_the_same_rows(tmp_path):
         ]
 
 
+def test_a_parquet_file_is_read_to_its_last_row_group(tmp_path):
+    rows = [{"prompt": f"{number}?", "chosen": "yes", "rejected": "no"} for number in range(25)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=4)
+    _, found = read(tmp_path / "d.parquet")
+    assert [item.prompt[0]["content"] for item in found] == [row["prompt"] for row in rows]
+
+
 def test_a_torn_parquet_file_is_a_message(tmp_path):
     path = tmp_path / "d.parquet"
     pq.write_table(pa.Table.from_pylist([FORMS["TRL explicit, strings"][0]]), path)

@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_pairs(pairs, reference):
     assert stop.value.pair_ids == ["p4", "p1"]
 
 
-@pytest.mark.parametrize("damage", ["short", "nan", "sum"])
+@pytest.mark.parametrize("damage", ["short", "nan", "one nan", "empty", "sum"])
 def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, damage):
     rows = rows_of(3)
     logps = score(reference, rows)
@@ -153,6 +153,10 @@ def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, da
         logps[1] = (chosen[:-1], rejected) if len(chosen) > 1 else (np.append(chosen, -1).astype(np.float32), rejected)
     if damage == "nan":
         logps[1] = (np.full_like(chosen, np.nan), rejected)
+    if damage == "one nan":
+        logps[1] = (np.append(chosen[:-1], np.nan).astype(np.float32), rejected)
+    if damage == "empty":
+        rows[1]["chosen_ids"], logps[1] = [], (chosen[:0], rejected)
     path = write_pairs(tmp_path / "pairs.parquet", rows, logps)
     if damage == "sum":
         import pyarrow.parquet as pq
@@ -162,7 +166,7 @@ def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, da
         write_table(
             path, table.set_column(at, "ref_chosen_logp", pa.array(np.asarray(table["ref_chosen_logp"]) + 0.01))
         )
-    with pytest.raises(DataError, match=r"pair p\d"):
+    with pytest.raises(DataError, match="pair p0" if damage == "sum" else "pair p1"):
         load_pairs(path, "train")
 
 
