@@ -154,7 +154,7 @@ def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, da
     if damage == "nan":
         logps[1] = (np.full_like(chosen, np.nan), rejected)
     if damage == "one nan":
-        logps[1] = (np.append(chosen[:-1], np.nan).astype(np.float32), rejected)
+        logps[1] = (np.append(np.nan, chosen[1:]).astype(np.float32), rejected)
     if damage == "empty":
         rows[1]["chosen_ids"], logps[1] = [], (chosen[:0], rejected)
     path = write_pairs(tmp_path / "pairs.parquet", rows, logps)
