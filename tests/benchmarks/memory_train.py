@@ -23,23 +23,9 @@ import torch
 
 from pipeline.config.experiment import Config
 from pipeline.planning.training import Held, held_by, simulate_step, step_of, without_numbers_of
+from tests.benchmarks.shapes import SHAPES
 
 GIB = 2**30
-LLAMA_1B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048,
-    "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    "tie_word_embeddings": True, "max_position_embeddings": 131072, "dtype": "bfloat16",
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": LLAMA_1B,
-    "Llama-3.1-8B": LLAMA_1B | {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False,
-    },
-    "Qwen3-8B": LLAMA_1B | {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096,
-        "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 LEAN = {"policy.dtype": "bfloat16", "train.optimizer": "adamw_8bit", "train.activation_offloading": True,
         "train.max_grad_norm": None, "train.optimizer_in_backward": True}  # fmt: skip
 LORA = {"policy.lora": {"r": 16}, "train.activation_offloading": True}

@@ -20,11 +20,12 @@ from statistics import median
 
 import yaml
 
+from tests.benchmarks.trl_training import BETA, RATE, embedded, train_with_trl
+
 ROOT = Path(__file__).parent.parent.parent
 HH = ROOT.parent / "shared" / "data" / "hh_harmless_400.jsonl"
 DEMO = ROOT / "data" / "demo" / "train.jsonl"
 CONTESTANTS = ("refscore", "trl-live", "trl-precomputed")
-RATE, BETA = 1e-6, 0.1
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
         print(json.dumps(run_trl(options)))
         return
     with tempfile.TemporaryDirectory() as where:
-        options.model = str(Path(options.model).resolve()) if options.model else embedded()
+        os.chdir(ROOT)
+        options.model = str(Path(options.model).resolve() if options.model else embedded())
         config = prepare(options, Path(where))
         found: dict[str, list[dict[str, float]]] = {name: [] for name in options.contestants}
         for turn in range(options.repeat):
@@ -52,15 +54,6 @@ def main() -> None:
                 figures = "  ".join(f"{key} {value:.2f}" for key, value in one.items())
                 print(f"turn {turn + 1}  {name:16} {figures}", flush=True)
         show(options, found)
-
-
-def embedded() -> str:
-    """The directory of the embedded model."""
-    from pipeline.config.training import PolicyConfig
-    from pipeline.models.locate import locate
-
-    os.chdir(ROOT)
-    return str(locate(PolicyConfig()).resolve())
 
 
 def prepare(options: argparse.Namespace, where: Path) -> Path:
@@ -126,50 +119,14 @@ def in_fresh_process(options: argparse.Namespace, name: str, where: str) -> dict
 
 
 def run_trl(options: argparse.Namespace) -> dict[str, float]:
-    """TRL's DPOTrainer on the token ids of pairs.parquet, with a live reference or its own precomputed scores."""
+    """TRL on the token ids of pairs.parquet, with a live reference or its own precomputed scores."""
     import polars as pl
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    class OfIds(DPOTrainer):
-        def _prepare_dataset(self, dataset: Dataset, *_: object, **__: object) -> Dataset:
-            return dataset
 
     rows = pl.read_parquet("pairs.parquet").select("prompt_ids", "chosen_ids", "rejected_ids").to_dicts()
-    precomputed = options.one == "trl-precomputed"
-    gpu = torch.cuda.is_available()
-
-    def load() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-
-    begun = time.monotonic()
-    trainer = OfIds(
-        model=load(),
-        ref_model=None if precomputed else load(),
-        args=DPOConfig(
-            output_dir="trl", per_device_train_batch_size=options.batch, max_steps=options.pairs // options.batch,
-            learning_rate=RATE, beta=BETA, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no",
-            bf16=True, use_cpu=not gpu, report_to=[], gradient_checkpointing=False, max_length=None, disable_tqdm=True,
-            precompute_ref_log_probs=precomputed, precompute_ref_batch_size=8,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(options.model),
-    )  # fmt: skip
-    prepared = time.monotonic() - begun
-    stepped: list[float] = []
-    step = trainer.training_step
-
-    def timed(*arguments: object, **named: object) -> torch.Tensor:
-        stepped.append(time.monotonic())
-        return step(*arguments, **named)
-
-    trainer.training_step = timed
-    trainer.train()
-    seconds = time.monotonic() - stepped[0]
-    found = {"seconds": seconds, "prepared": prepared}
-    return {**found, "peak_gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else found
+    precomputed, steps = options.one == "trl-precomputed", options.pairs // options.batch
+    run = train_with_trl(options.model, rows, batch=options.batch, steps=steps, precomputed=precomputed)
+    found = {"seconds": sum(run.steps), "prepared": run.prepared}
+    return {**found, "peak_gib": run.peak_gib} if run.peak_gib else found
 
 
 def show(options: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
