@@ -1,0 +1,145 @@
+"""Log-probabilities and gradients of packs against those that every sequence gives alone; and vLLM's against the trainer's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config.experiment import ReferenceConfig
+from pipeline.engines.protocol import Request, numerics_of
+from pipeline.engines.start import start_scorer
+from pipeline.forward.logps import forward_of
+from pipeline.forward.trees import Tree
+from pipeline.hardware import device_kind
+from tests.gpu_check.cell import FellShort, directory_of, sizes
+
+# largest difference of a logp in nats, and of a gradient as a share of its norm, that another order of float32 makes
+LOGP, GRADIENT = 2e-3, 2e-3
+# in bfloat16 a pack may be so many times as far from float32 as plain sequences in bfloat16 are
+BFLOAT16 = 2.0
+# scores of an engine beside the trainer's in float32, mean over tokens, nats: by the engine's dtype
+AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
+_SHARED: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2048, "num_hidden_layers": 4,
+                           "intermediate_size": 512}  # fmt: skip
+# what is tried without a GPU too; sinks need FlexAttention's kernels
+WITHOUT_GPU = ("Llama, grouped heads of 64", "Mistral, window of 160", "Gemma 2, soft-caps, window, heads of 256")
+_SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama, grouped heads of 64": ("Llama", {"hidden_size": 512, "head_dim": 64}),
+    "Llama, grouped heads of 128": ("Llama", {"hidden_size": 1024, "head_dim": 128}),
+    "Mistral, window of 160": ("Mistral", {"hidden_size": 512, "head_dim": 64, "sliding_window": 160}),
+    "Gemma 2, soft-caps, window, heads of 256": (
+        "Gemma2",
+        {"hidden_size": 512, "head_dim": 256, "num_attention_heads": 4, "sliding_window": 160},
+    ),
+    "Qwen 3, heads of 128": ("Qwen3", {"hidden_size": 512, "head_dim": 128}),
+    "gpt-oss, sinks, window": (
+        "GptOss",
+        {"hidden_size": 512, "head_dim": 64, "sliding_window": 160, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def packed_against_plain(family: str, dtype: str) -> dict[str, Any]:
+    """Trees in one pack, forward and backward, against every sequence alone with transformers' eager attention in float32.
+
+    Raises FellShort if one of the bounds is missed.
+    """
+    model, trees = random_family(family), some_trees()
+    expected, by_plain = _plain(model, trees, torch.float32)
+    forward = forward_of(model, "tree", getattr(torch, dtype))
+    packed = torch.cat([logps for tree in forward(trees) for logps in tree])
+    logp, gradient = differences((packed, _gradients(model, packed)), (expected, by_plain))
+    found = {"largest difference of a logp": f"{logp:.1e}", "of a gradient": f"{gradient:.1e}"}
+    if dtype == "float32":
+        bounds = LOGP, GRADIENT
+    else:
+        model.set_attn_implementation("eager")
+        bounds = tuple(
+            BFLOAT16 * value for value in differences(_plain(model, trees, torch.bfloat16), (expected, by_plain))
+        )
+    found["bounds"] = f"{bounds[0]:.1e}, {bounds[1]:.1e}"
+    if not (logp <= bounds[0] and gradient <= bounds[1]):
+        raise FellShort(f"logps differ by {logp:.1e} and gradients by {gradient:.1e}, more than {found['bounds']}")
+    return found
+
+
+def engine_against_trainer(engine: str, dtype: str, where: Path) -> dict[str, Any]:
+    """Scores of an engine against the trainer's forward pass in float32 on the same sequences. Raises FellShort beyond AGREEMENT."""
+    from transformers import AutoModelForCausalLM
+
+    directory = directory_of(sizes().models[0], where)
+    sequences = [Request(tree.trunk, branch) for tree in some_trees() for branch in tree.branches]
+    reference = ReferenceConfig.model_validate({"model": str(directory), "engine": engine, "dtype": dtype})
+    with start_scorer(reference, directory, numerics_of(reference), max(map(len, sequences))) as scorer:
+        scores = np.concatenate(scorer.score(sequences))
+    torch.set_float32_matmul_precision("highest")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device_kind()).eval()
+    with torch.no_grad():
+        logps = torch.cat([logps for tree in forward_of(model, "tree")(some_trees()) for logps in tree]).cpu().numpy()
+    difference = np.abs(scores - logps)
+    found = {"mean difference, nats": f"{difference.mean():.1e}", "largest": f"{difference.max():.1e}"}
+    if not difference.mean() <= AGREEMENT[dtype]:
+        raise FellShort(f"scores differ by {difference.mean():.1e} nats per token, more than {AGREEMENT[dtype]:.0e}")
+    return found
+
+
+def random_family(family: str) -> Any:
+    """A random model of the family on this machine's device, float32, in evaluation mode."""
+    import transformers
+
+    name, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    small = {} if device_kind() == "cuda" else _SMALL
+    config = getattr(transformers, f"{name}Config")(**{**_SHARED, **settings, **small})
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # wide enough that attention looks at few tokens
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.float().to(device_kind())
+
+
+def some_trees() -> list[Tree]:
+    """Trees beyond every window, beside short ones; a pack of them has several blocks of the mask."""
+    draw = np.random.default_rng(1)
+    lengths = ((300, (170, 90)), (20, (35,)), (140, (40, 260)), (1, (12, 3)))
+    return [
+        Tree(
+            draw.integers(5, 2000, trunk).tolist(), tuple(draw.integers(5, 2000, branch).tolist() for branch in branches)
+        )
+        for trunk, branches in lengths
+    ]
+
+
+def differences(
+    found: tuple[torch.Tensor, list[torch.Tensor]], expected: tuple[torch.Tensor, list[torch.Tensor]]
+) -> tuple[float, float]:
+    """Largest difference of a logp, and of a gradient as a share of its norm; a gradient that is missing counts as 1."""
+    logp = (found[0].float() - expected[0]).abs().max().item()
+    shares = [
+        ((one.float() - other).norm() / other.norm()).item() if other.norm() > 0 else float(one.norm() > 0)
+        for one, other in zip(found[1], expected[1], strict=True)
+    ]
+    return logp, max(shares)
+
+
+def _plain(model: Any, trees: list[Tree], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    device = next(model.parameters()).device
+    logps = []
+    for tree in trees:
+        for branch in tree.branches:
+            ids = torch.tensor([[*tree.trunk, *branch]], device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(tree.trunk) - 1 : -1]
+            logps.append(logits.float().log_softmax(-1).gather(-1, ids[0, len(tree.trunk) :, None])[:, 0])
+    together = torch.cat(logps)
+    return together.detach(), _gradients(model, together)
+
+
+def _gradients(model: Any, logps: torch.Tensor) -> list[torch.Tensor]:
+    weights = torch.linspace(-1, 1, len(logps), device=logps.device)
+    found = torch.autograd.grad((logps * weights).sum(), list(model.parameters()), materialize_grads=True)
+    return [gradient.float() for gradient in found]
