@@ -9,7 +9,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -44,6 +44,9 @@ check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory, speed; reduced on a CPU; data/gpu-check.md
+	@.venv/bin/python -m tests.gpu_check $(if $(MINUTES),--minutes $(MINUTES))
 
 faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/README.md
 	@REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults

@@ -20,7 +20,7 @@ from tests.benchmarks.trl_training import embedded
 # as large as the embedded tokenizer's vocabulary
 TINY = LLAMA_1B | {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
+    "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {"tiny": TINY, "1B": LLAMA_1B, "8B": LLAMA_8B}
 

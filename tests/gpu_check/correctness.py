@@ -108,7 +108,8 @@ def some_trees() -> list[Tree]:
     lengths = ((300, (170, 90)), (20, (35,)), (140, (40, 260)), (1, (12, 3)))
     return [
         Tree(
-            draw.integers(5, 2000, trunk).tolist(), tuple(draw.integers(5, 2000, branch).tolist() for branch in branches)
+            draw.integers(5, 2000, trunk).tolist(),
+            tuple(draw.integers(5, 2000, branch).tolist() for branch in branches),
         )
         for trunk, branches in lengths
     ]
