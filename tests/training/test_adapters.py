@@ -153,3 +153,12 @@ def test_gradients_through_four_bits_are_those_of_the_same_weights_in_full_even_
             module.base_layer = full
     for name, wanted in gradients(policy, pairs, config).items():
         assert (found[name] - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+def test_float32_is_not_tf32_whatever_a_library_set(tiny_model):
+    torch.set_float32_matmul_precision("high")
+    try:
+        policy_of(tiny_model, config_of(tiny_model))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
