@@ -194,7 +194,7 @@ def _trees(sizes: Sequence[tuple[int, tuple[int, ...]]]) -> list[Tree]:
     draw = np.random.default_rng(0)
 
     def ids(length: int) -> list[int]:
-        return draw.integers(5, 120, length).tolist()  # type: ignore[no-any-return]  # numpy's stubs say object
+        return [int(token) for token in draw.integers(5, 120, length)]
 
     return [Tree(ids(trunk), tuple(map(ids, branches))) for trunk, branches in sizes]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class FellShort(Exception):
     """A bound was missed; the message says which, by how much."""
 
 
+class NotMade(Exception):
+    """A cell needs what an earlier one did not make."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How large the figures are taken: in full on a GPU, else small enough to prove that everything runs."""
@@ -52,19 +57,25 @@ def sizes() -> Sizes:
     return FULL if device_kind() == "cuda" else REDUCED
 
 
+def write_model(model: str, where: Path) -> dict[str, Any]:
+    """Write a model with random weights below `where`, from where the other cells load it."""
+    begun = time.monotonic()
+    write_random_model(SHAPES[model], where / model, embedded(), device_kind())
+    written = sum(file.stat().st_size for file in (where / model).iterdir())
+    return {"GiB": f"{written / 2**30:.1f}", "seconds": f"{time.monotonic() - begun:.0f}"}
+
+
 def directory_of(model: str, where: Path) -> Path:
-    """The directory of a model, made once below `where` if its weights are random."""
-    if model == "SmolLM2-135M":
+    """The directory of a model. Raises NotMade if its weights are random and were not written."""
+    if model not in SHAPES:
         return embedded()
-    directory = where / model
-    if not (directory / "made").is_file():
-        write_random_model(SHAPES[model], directory, embedded(), device_kind())
-        (directory / "made").touch()
-    return directory
+    if not any((where / model).glob("*.safetensors")):
+        raise NotMade(f"the model {model} was not written")
+    return where / model
 
 
 def random_trees(number: int, prompt: int, response: int) -> list[Tree]:
-    """Trees of random tokens with two responses each; no two prompts are alike."""
+    """Trees of random tokens with two responses each."""
     draw = np.random.default_rng(0)
     lengths = (prompt, response, response)
     drawn = ([draw.integers(20, 49000, length).tolist() for length in lengths] for _ in range(number))

@@ -11,7 +11,9 @@ import torch
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.protocol import Request, numerics_of
 from pipeline.engines.start import start_scorer
+from pipeline.forward.compiled import compile_layers
 from pipeline.forward.logps import forward_of
+from pipeline.forward.routes import route_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
 from tests.gpu_check.cell import FellShort, directory_of, sizes
@@ -43,24 +45,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def packed_against_plain(family: str, dtype: str) -> dict[str, Any]:
+def packed_against_plain(family: str, arithmetic: str) -> dict[str, Any]:
     """Trees in one pack, forward and backward, against every sequence alone with transformers' eager attention in float32.
 
-    Raises FellShort if one of the bounds is missed.
+    `arithmetic`: float32, bfloat16 (autocast), or "bfloat16 compiled", with the layers compiled as in training on a GPU. Raises
+    FellShort if one of the bounds is missed, or if the family is not packed: another way of reading would give the same numbers
+    and hide that the kernels were never run.
     """
+    dtype, _, compiled = arithmetic.partition(" ")
+    precision: torch.dtype = getattr(torch, dtype)
     model, trees = random_family(family), some_trees()
-    expected, by_plain = _plain(model, trees, torch.float32)
-    forward = forward_of(model, "tree", getattr(torch, dtype))
+    expected = _plain(model, trees, torch.float32)
+    bounds = LOGP, GRADIENT
+    if precision == torch.bfloat16:
+        logp, gradient = differences(_plain(model, trees, precision), expected)
+        bounds = BFLOAT16 * logp, BFLOAT16 * gradient
+    if (route := route_of(model, precision)).kind != "packed":
+        raise FellShort(f"it is not packed but read {route.kind}: {route.why}")
+    forward = forward_of(model, "tree", precision)
+    if compiled and compile_layers(model) == 0:
+        raise FellShort("its layers are not found, so none is compiled")
     packed = torch.cat([logps for tree in forward(trees) for logps in tree])
-    logp, gradient = differences((packed, _gradients(model, packed)), (expected, by_plain))
+    logp, gradient = differences((packed, _gradients(model, packed)), expected)
     found = {"largest difference of a logp": f"{logp:.1e}", "of a gradient": f"{gradient:.1e}"}
-    if dtype == "float32":
-        bounds = LOGP, GRADIENT
-    else:
-        model.set_attn_implementation("eager")
-        bounds = tuple(
-            BFLOAT16 * value for value in differences(_plain(model, trees, torch.bfloat16), (expected, by_plain))
-        )
     found["bounds"] = f"{bounds[0]:.1e}, {bounds[1]:.1e}"
     if not (logp <= bounds[0] and gradient <= bounds[1]):
         raise FellShort(f"logps differ by {logp:.1e} and gradients by {gradient:.1e}, more than {found['bounds']}")
