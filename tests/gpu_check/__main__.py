@@ -92,9 +92,13 @@ def main() -> int:
         return 0
     until = time.monotonic() + 60 * options.minutes
     results: list[tuple[Cell, Result]] = []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = ROOT / "data" / "cache"
-    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(page(results), encoding="utf-8")
+    except OSError as error:
+        parser.error(f"nothing can be written to {error.filename}: {error.strerror}")
     with tempfile.TemporaryDirectory(dir=scratch, prefix="gpu-check-") as where:
         for cell in cells(options.only):
             found = fresh(cell, Path(where), until - time.monotonic())

@@ -19,7 +19,7 @@ from pipeline.hardware import device_kind
 from tests.gpu_check.cell import FellShort, directory_of, sizes
 
 # largest difference of a logp in nats, and of a gradient as a share of its norm, that another order of float32 makes
-LOGP, GRADIENT = 2e-3, 2e-3
+LOGP, GRADIENT = 5e-4, 5e-4
 # in bfloat16 a pack may be so many times as far from float32 as plain sequences in bfloat16 are
 BFLOAT16 = 2.0
 # scores of an engine beside the trainer's in float32, mean over tokens, nats: by the engine's dtype
@@ -38,9 +38,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 512, "head_dim": 256, "num_attention_heads": 4, "sliding_window": 160},
     ),
     "Qwen 3, heads of 128": ("Qwen3", {"hidden_size": 512, "head_dim": 128}),
+    # one expert: among several, bfloat16 would choose others than float32 does
     "gpt-oss, sinks, window": (
         "GptOss",
-        {"hidden_size": 512, "head_dim": 64, "sliding_window": 160, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"hidden_size": 512, "head_dim": 64, "sliding_window": 160, "num_local_experts": 1, "num_experts_per_tok": 1},
     ),
 }
 
@@ -104,8 +105,8 @@ def random_family(family: str) -> Any:
     config = getattr(transformers, f"{name}Config")(**{**_SHARED, **settings, **small})
     model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # wide enough that attention looks at few tokens
-            torch.nn.init.normal_(parameter, std=0.05)
+        if parameter.ndim > 1:  # wide enough that attention looks at few tokens, and a wrong one counts
+            torch.nn.init.normal_(parameter, std=1.2 / config.hidden_size**0.5)
     return model.float().to(device_kind())
 
 

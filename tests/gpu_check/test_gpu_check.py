@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from pipeline.forward import routes
+from pipeline.forward.attention import Pack
+from pipeline.forward.routes import Route
 from tests.gpu_check import __main__ as check
 from tests.gpu_check import correctness
 from tests.gpu_check.cell import NotMade, directory_of
@@ -16,17 +18,16 @@ from tests.gpu_check.cell import NotMade, directory_of
 FAMILY = "Mistral, window of 160"
 
 
-def test_a_spoiled_pack_falls_short(monkeypatch, tmp_path):
-    honest = correctness.forward_of
-
-    def spoiled(model, *options):
-        forward = honest(model, *options)
-        return lambda trees: [[logps + 0.01 for logps in tree] for tree in forward(trees)]
-
-    monkeypatch.setattr(correctness, "forward_of", spoiled)
-    found = check.run_cell("packed against plain", [FAMILY, "float32"], tmp_path)
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_a_window_that_is_short_by_one_token_falls_short(arithmetic, monkeypatch, tmp_path):
+    honest = Pack.may_see
+    monkeypatch.setattr(Pack, "may_see", lambda pack, window: honest(pack, window - 1 if window else window))
+    # the trial on a small twin would notice it too, and read another way
+    monkeypatch.setattr(correctness, "route_of", lambda *_: Route("packed"))
+    monkeypatch.setattr(routes, "_why_not", lambda *_: None)
+    found = check.run_cell("packed against plain", [FAMILY, arithmetic], tmp_path)
     assert found["outcome"] == "FELL SHORT"
-    assert "1.0e-02" in found["why"]
+    assert "logps differ" in found["why"]
 
 
 def test_another_way_of_reading_falls_short(monkeypatch, tmp_path):
