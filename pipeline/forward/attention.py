@@ -3,8 +3,8 @@
 A pack is one sequence of trees laid side by side: [trunk | branch | branch | trunk | branch | ...]. A position sees the
 trunk of its own tree and its own branch, up to itself; a sliding window counts positions, which restart where the trunk
 ends. On CPU each tree has a dense mask of its own, in bfloat16 by `pipeline.forward.cpu_attention`, in float32 by torch's
-scaled_dot_product_attention, with soft-caps (Gemma 2) computed in the open. On a GPU the pack is one call of transformers'
-own FlexAttention with a block mask (`pipeline.forward.block_mask`): grouped heads, soft-caps and attention sinks are its part.
+scaled_dot_product_attention; with soft-caps (Gemma 2) or sinks (gpt-oss) it is written out. On a GPU the pack is one call of
+transformers' own FlexAttention with a block mask (`pipeline.forward.block_mask`), which knows both, and grouped heads.
 
 Shapes: H heads, T tokens of the pack, t tokens of a tree, D size of a head.
 """
@@ -125,11 +125,11 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention output [1, T, H, D] of `query`, `key`, `value` [1, H, T, D] (fewer key heads if they are shared).
 
-    Raises NotImplementedError for terms that some architectures add: position biases and dropout, on CPU attention sinks too.
+    Raises NotImplementedError for terms that some architectures add: position biases and dropout.
     """
     flex = uses_flex(query.device)
-    refused = ("position_bias",) if flex else ("s_aux", "position_bias")
-    if any(others.get(name) is not None for name in refused) or others.get("dropout"):
+    sinks: torch.Tensor | None = others.get("s_aux")
+    if others.get("position_bias") is not None or others.get("dropout"):
         raise NotImplementedError(f"{type(module).__name__} adds terms to its attention")
     pack: Pack | None = getattr(attention_mask, "refscore_pack", None)
     if pack is None:
@@ -137,9 +137,8 @@ def attend(
             raise NotImplementedError(f"{type(module).__name__} makes an attention mask of its own")
         pack = _one_sequence(query.shape[2], query.device)
     if flex:
-        mask, sinks = pack.block_mask(sliding_window), others.get("s_aux")
-        return _by_flex(module, (query, key, value), mask, scaling, softcap, sinks), None
-    if query.device.type == "cpu" and softcap is None and _in_bfloat16(query):
+        return _by_flex(module, (query, key, value), pack.block_mask(sliding_window), scaling, softcap, sinks), None
+    if query.device.type == "cpu" and softcap is None and sinks is None and _in_bfloat16(query):
         biases = [pack.bias(number, sliding_window, _rounded(rows)) for number, rows in enumerate(pack.trees)]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         operands = query.bfloat16(), key.bfloat16(), value.bfloat16()
@@ -150,7 +149,7 @@ def attend(
     attended = torch.cat(
         [
             *(
-                _of_tree((query, key, value), pack, number, sliding_window, scaling, softcap)
+                _of_tree((query, key, value), pack, number, sliding_window, scaling, softcap, sinks)
                 for number in range(len(pack.trees))
             ),
             # what fills the pack up looks at nothing
@@ -207,12 +206,13 @@ def _of_tree(
     window: int | None,
     scaling: float | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention within tree `number` of a pack [1, H, t, D], computed at a rounded length."""
     rows = pack.trees[number]
     length, size = rows.stop - rows.start, _rounded(rows)
     query, key, value = (torch.nn.functional.pad(side[:, :, rows], (0, 0, 0, size - length)) for side in operands)
-    return _sdpa(query, key, value, pack.dense_mask(number, window, size), scaling, softcap)[:, :, :length]
+    return _sdpa(query, key, value, pack.dense_mask(number, window, size), scaling, softcap, sinks)[:, :, :length]
 
 
 def _rounded(rows: slice) -> int:
@@ -227,16 +227,26 @@ def _sdpa(
     mask_tt: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    if softcap is None:
+    """Attention by torch's own function, or written out for what it lacks: a soft-cap on scores, and sinks.
+
+    A sink is a score per head that takes part in the softmax and has no value, as in gpt-oss.
+    """
+    if softcap is None and sinks_H is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask_tt, is_causal=mask_tt is None, scale=scaling
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.tanh((query @ key.mT).float() * scaling / softcap) * softcap
+    scores = (query @ key.mT).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask_tt is None:
         mask_tt = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~mask_tt, float("-inf")).softmax(-1).to(value.dtype) @ value
+    scores = scores.masked_fill(~mask_tt, float("-inf"))
+    if sinks_H is not None:
+        scores = torch.cat([scores, sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
 
 
 def _one_sequence(length: int, device: torch.device) -> Pack:

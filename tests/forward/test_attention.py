@@ -92,6 +92,30 @@ def test_in_bfloat16_too(window, scaling, softcap, autocast, monkeypatch):
         torch.testing.assert_close(found[0, rows].double(), expected, atol=4e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_sink_takes_its_share_of_every_position_and_gives_nothing(softcap, dtype):
+    pack, operands = sides()
+    query, key, value = (side.to(dtype) for side in operands)
+    sinks = torch.tensor([-1.0, 0.0, 1.5, 3.0])
+    found, _ = attend(
+        torch.nn.Module(), query, key, value, as_attention_mask(pack), sliding_window=7, softcap=softcap, s_aux=sinks
+    )
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 4e-2, "rtol": 2e-2}
+    for rows in sequences():
+        without = plain(query, key, value, rows, 7, None, softcap)
+        # the softmax's sum without the sink, from scores that are all looked at
+        groups = query.shape[1] // key.shape[1]
+        keys = key[0, :, rows].repeat_interleave(groups, dim=0).double()
+        scores = query[0, :, rows].double() @ keys.mT * query.shape[-1] ** -0.5
+        scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+        places = torch.arange(len(rows))
+        seen = (places[None] <= places[:, None]) & (places[:, None] - places[None] < 7)
+        total = scores.exp().masked_fill(~seen, 0.0).sum(-1)
+        share = total / (total + sinks.double().exp()[:, None])
+        torch.testing.assert_close(found[0, rows].double(), without * share.T[:, :, None], **close)
+
+
 def test_without_a_pack_it_is_one_causal_sequence():
     _, (query, key, value) = sides()
     for window in (None, 7):
@@ -100,7 +124,7 @@ def test_without_a_pack_it_is_one_causal_sequence():
         torch.testing.assert_close(found[0].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("term", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}])
+@pytest.mark.parametrize("term", [{"position_bias": torch.zeros(1)}, {"dropout": 0.1}])
 def test_terms_that_it_does_not_know_are_refused(term):
     pack, (query, key, value) = sides()
     with pytest.raises(NotImplementedError, match="Module adds terms to its attention"):
@@ -135,7 +159,7 @@ def test_everything_lies_where_the_pack_lies():
     assert {one.dtype for one in (alone.tree_T, alone.branch_T, alone.positions_T)} == {torch.int64}
     # one sequence is plainly causal and needs no mask
     assert alone.dense_mask(0, None, 32) is None
-    capped = attention._sdpa(*torch.randn(3, 1, 2, 4, 8, device=meta), None, None, 2.0)
+    capped = attention._sdpa(*torch.randn(3, 1, 2, 4, 8, device=meta), None, None, 2.0, None)
     assert (capped.device.type, capped.shape) == ("meta", (1, 2, 4, 8))
 
 

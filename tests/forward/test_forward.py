@@ -245,4 +245,4 @@ def test_flex_attention_gives_what_the_dense_masks_give():
 def test_terms_that_an_attention_adds_are_never_left_out():
     query = torch.randn(1, 2, 4, 8)
     with pytest.raises(NotImplementedError, match="adds terms"):
-        attend(torch.nn.Identity(), query, query, query, None, s_aux=torch.zeros(2))
+        attend(torch.nn.Identity(), query, query, query, None, position_bias=torch.zeros(2))
