@@ -3,6 +3,7 @@ CONFIG ?= pipeline/presets/demo.yaml
 RUN ?= $(basename $(notdir $(CONFIG)))
 SET ?=
 ROUNDS ?= 2
+MINUTES ?= 20
 
 refscore = .venv/bin/refscore
 options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(override)')
@@ -46,7 +47,7 @@ check: .venv/.test ## lint and strict types
 	@.venv/bin/mypy
 
 gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory, speed; reduced on a CPU; data/gpu-check.md
-	@.venv/bin/python -m tests.gpu_check $(if $(MINUTES),--minutes $(MINUTES))
+	@.venv/bin/python -m tests.gpu_check --minutes $(MINUTES)
 
 faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/README.md
 	@REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults
