@@ -1,5 +1,6 @@
 """The check for GPUs must be able to fail, must notice that kernels were not run, and must say what it left out."""
 
+import math
 import os
 import sys
 import time
@@ -56,6 +57,8 @@ def test_a_gradient_that_is_missing_counts():
     lost = [torch.ones(2), torch.zeros(2)]
     assert correctness.differences((logps, lost), (logps, gradients))[1] == pytest.approx(1.0)
     assert correctness.differences((logps, gradients), (logps, lost))[1] == 1.0
+    for spoiled in ([torch.full((2,), torch.nan), torch.ones(2)], [torch.ones(2), torch.full((2,), torch.nan)]):
+        assert math.isnan(correctness.differences((logps, spoiled), (logps, gradients))[1])
 
 
 @pytest.mark.parametrize(
