@@ -6,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline.engines.transformers import TransformersScorer
 from pipeline.forward import routes
 from pipeline.forward.attention import Pack
 from pipeline.forward.routes import Route
@@ -29,6 +31,18 @@ def test_a_window_that_is_short_by_one_token_falls_short(arithmetic, monkeypatch
     found = check.run_cell("packed against plain", [FAMILY, arithmetic], tmp_path)
     assert found["outcome"] == "FELL SHORT"
     assert "logps differ" in found["why"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_that_lie_one_token_off_fall_short(dtype, monkeypatch, tmp_path):
+    check.run_cell("random models", ["tiny"], tmp_path)
+    assert check.run_cell("engine against trainer", ["transformers", dtype], tmp_path)["outcome"] == "ok"
+    honest = TransformersScorer.score
+    monkeypatch.setattr(
+        TransformersScorer, "score", lambda self, sequences: [np.roll(one, 1) for one in honest(self, sequences)]
+    )
+    found = check.run_cell("engine against trainer", ["transformers", dtype], tmp_path)
+    assert found["outcome"] == "FELL SHORT"
 
 
 def test_another_way_of_reading_falls_short(monkeypatch, tmp_path):
