@@ -36,7 +36,7 @@ def train_with_trl(
     """`steps` steps of `batch` pairs on `rows` of prompt_ids, chosen_ids, rejected_ids.
 
     Weights are float32 under bfloat16 autocast; with `lean` they are bfloat16, with 8-bit AdamW, activations offloaded, and Liger's
-    fused loss if it is installed. `precomputed`: the reference is scored first, else it is held beside the policy. `lora`: a rank.
+    fused loss if it is installed and the reference is live. `precomputed`: the reference is scored first, else it is held beside the policy. `lora`: a rank.
     """
     import torch
     from datasets import Dataset
@@ -55,7 +55,8 @@ def train_with_trl(
 
     options: dict[str, Any] = {}
     if lean:
-        liger = importlib.util.find_spec("liger_kernel") is not None
+        # it takes no precomputed scores with Liger's loss
+        liger = importlib.util.find_spec("liger_kernel") is not None and not precomputed
         options = {"optim": "adamw_bnb_8bit", "activation_offloading": gpu, "use_liger_kernel": liger}
     peft: dict[str, Any] = {}
     if lora is not None:
