@@ -105,9 +105,9 @@ def register() -> str:
     """Make the attention known to transformers; returns the name to set on a model."""
     from transformers import AttentionInterface
 
-    # compiled layers call it as it is: it reads what a pack shows, and FlexAttention is compiled by itself
-    outside: Any = torch.compiler.disable
-    AttentionInterface.register(NAME, outside(attend, recursive=False))
+    # compiled layers call it as it is, and nothing that it calls is traced: a pack differs from every other in its slices, each of
+    # which would be compiled anew. FlexAttention is compiled by itself, inside too
+    AttentionInterface.register(NAME, torch.compiler.disable(attend))
     return NAME
 
 

@@ -14,6 +14,7 @@ from transformers.integrations import flex_attention as flex_of_transformers
 from pipeline.forward import attention
 from pipeline.forward.attention import Pack, as_attention_mask, attend
 from pipeline.forward.block_mask import BLOCK, rectangles, visible_blocks
+from pipeline.forward.compiled import compile_layers
 from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import route_of
 from pipeline.forward.trees import Tree, pack_trees, width_of
@@ -130,6 +131,41 @@ def test_compiled_it_gives_the_same(monkeypatch):
         ours, _ = attend(torch.nn.Module(), query, key, value, as_attention_mask(pack), softcap=2.0, sliding_window=9)
     real = pack.branch_T >= 0
     torch.testing.assert_close(ours[:, real], expected[:, real], atol=1e-5, rtol=0)
+
+
+def test_many_packs_through_compiled_layers_need_few_graphs(monkeypatch):
+    """Every pack differs from the last in the slices of its trees: none of them may be compiled into a graph.
+
+    In training mode with checkpointing, whose second pass must find the graphs of the first. The graphs are run as they are, as
+    no compiled FlexAttention has a backward pass here; the imitation keeps what torch guards by.
+    """
+    graphs = []
+
+    def counted(function):
+        return torch.compile(function, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr(attention, "uses_flex", lambda _: True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex_of_transformers, "flex_attention", counted(flex_of_transformers.flex_attention))
+    monkeypatch.setattr(
+        flex_of_transformers, "WrappedFlexAttention", lambda _: lambda: flex_of_transformers.flex_attention
+    )
+    model = build("Mistral, window").train()
+    forward = forward_of(model, "tree", torch.bfloat16)
+    compile_layers(model)
+    for layer in model.model.layers:
+        layer._compiled_call_impl = counted(layer._call_impl)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    draw, seen = np.random.default_rng(0), []
+    torch._dynamo.reset()
+    graphs.clear()
+    for _ in range(12):
+        trees = [Tree([1] * int(draw.integers(1, 200)), ([1] * int(draw.integers(1, 200)),) * 2) for _ in range(3)]
+        torch.cat([logps for tree in forward(trees) for logps in tree]).sum().backward()
+        seen.append(len(graphs))
+    assert seen[0] > 0
+    assert seen[-1] == seen[4] <= 24
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_widths_on_a_gpu_are_few_and_hold_little_filling():
