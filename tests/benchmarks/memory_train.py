@@ -5,7 +5,8 @@ fragmentation of an allocator and without CUDA's context. `T` tokens are read in
 TRL reads the same number of tokens as two sequences, which leaves out that it reads a prompt twice. "fp32" are float32 weights
 under bfloat16 autocast with AdamW; "lean" is what each has: TRL bfloat16 weights, 8-bit AdamW, a loss that makes no whole
 logits, gradient checkpointing and offloading; ours the same and the optimizer's step inside the backward pass. TRL's reference
-has its policy's dtype. With precomputed scores TRL 1.13 refuses the loss without whole logits; its lean row is given it all the same.
+has its policy's dtype. TRL 1.13 can have the loss without whole logits neither with precomputed scores nor with offloaded activations:
+its lean and LoRA rows are given both all the same.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ RATE, BETA = 1e-6, 0.1
 
 @dataclass(frozen=True)
 class TrlRun:
-    """Seconds of each step, of what came before the first one, and GiB at the allocator's peak (None without a GPU)."""
+    """Seconds of each step, of what came before the first one, GiB at the allocator's peak (None without a GPU), and which of
+    TRL's ways to save memory were in use.
+    """
 
     steps: list[float]
     prepared: float
     peak_gib: float | None
+    saves: str
 
 
 def train_with_trl(
@@ -35,8 +39,9 @@ def train_with_trl(
 ) -> TrlRun:
     """`steps` steps of `batch` pairs on `rows` of prompt_ids, chosen_ids, rejected_ids.
 
-    Weights are float32 under bfloat16 autocast; with `lean` they are bfloat16, with 8-bit AdamW, activations offloaded, and Liger's
-    fused loss if it is installed and the reference is live. `precomputed`: the reference is scored first, else it is held beside the policy. `lora`: a rank.
+    Weights are float32 under bfloat16 autocast; with `lean` they are bfloat16, with 8-bit AdamW, and Liger's fused loss if it is
+    installed and the reference is live, else activations offloaded: TRL 1.13 can have one of the two. `precomputed`: the reference is
+    scored first, else it is held beside the policy. `lora`: a rank. Raises RuntimeError if a loss is not finite.
     """
     import torch
     from datasets import Dataset
@@ -55,9 +60,9 @@ def train_with_trl(
 
     options: dict[str, Any] = {}
     if lean:
-        # it takes no precomputed scores with Liger's loss
+        # Liger's loss takes no precomputed scores, and calls torch.func inside, which refuses the hooks that offload activations
         liger = importlib.util.find_spec("liger_kernel") is not None and not precomputed
-        options = {"optim": "adamw_bnb_8bit", "activation_offloading": gpu, "use_liger_kernel": liger}
+        options = {"optim": "adamw_bnb_8bit", "activation_offloading": gpu and not liger, "use_liger_kernel": liger}
     peft: dict[str, Any] = {}
     if lora is not None:
         from peft import LoraConfig
@@ -75,7 +80,7 @@ def train_with_trl(
             bf16=True, use_cpu=not gpu, report_to=[], gradient_checkpointing=checkpointing, max_length=None, disable_tqdm=True,
             precompute_ref_log_probs=precomputed, precompute_ref_batch_size=8, **options,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows * steps),  # one epoch: the first step of each takes longer
         processing_class=AutoTokenizer.from_pretrained(model),
         **peft,
     )  # fmt: skip
@@ -92,8 +97,16 @@ def train_with_trl(
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     begins.append(time.monotonic())
-    seconds = [after - before for before, after in pairwise(begins)]
-    return TrlRun(seconds, prepared, torch.cuda.max_memory_allocated() / 2**30 if gpu else None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if len(losses) != steps or not all(map(math.isfinite, losses)):
+        raise RuntimeError(f"TRL's losses are {losses}, not {steps} finite numbers")
+    names = {"use_liger_kernel": "Liger's loss", "activation_offloading": "offloaded activations"}
+    return TrlRun(
+        [after - before for before, after in pairwise(begins)],
+        prepared,
+        torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+        ", ".join(["checkpointing"] * checkpointing + [said for name, said in names.items() if options.get(name)]),
+    )
 
 
 def embedded() -> Path:

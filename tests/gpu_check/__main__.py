@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.artifacts.markdown import markdown_table
 from pipeline.engines.single import ran_out_of_memory
@@ -44,11 +47,14 @@ SECTIONS: dict[str, Callable[..., Result]] = {
 # a cell that hangs must not take the time of all others
 CELL_SECONDS = 360
 FAILURES = ("FAILED", "FELL SHORT")
+# GiB of full training by `make bench-memory-train`; a GPU with less is not asked
+FULL_GIB = {"8B": 119.8}
 
 
 def cells(only: Sequence[str]) -> list[Cell]:
     """Section and arguments of every cell of the sections `only`, what matters most first."""
     gpu, models = device_kind() == "cuda", sizes().models
+    by_model: list[list[Cell]] = []
     families = correctness.FAMILIES if gpu else correctness.WITHOUT_GPU
     found: list[Cell] = [
         ("packed against plain", (family, arithmetic)) for family in families for arithmetic in ("float32", "bfloat16")
@@ -56,26 +62,35 @@ def cells(only: Sequence[str]) -> list[Cell]:
     if gpu:
         found += [("packed against plain", (family, "bfloat16 compiled")) for family in list(families)[:2]]
     for number, model in enumerate(models):
-        found += [("random models", (model,))] if model in SHAPES else []
+        of_model: list[Cell] = [("random models", (model,))] if model in SHAPES else []
         if number == 0:
+            found += of_model
             found += [
                 ("engine against trainer", (engine, dtype))
                 for engine in ("transformers", "vllm")
                 for dtype in ("float32", "bfloat16")
             ]
-        # 8B in float32 takes 120 GiB by simulation: the last to be tried
-        modes = ("lean", "LoRA", "full") if model == "8B" else ("full", "lean", "LoRA")
-        found += [
+            of_model = []
+        of_model += [("scoring", (model, engine)) for engine in ("vllm", "transformers")]
+        of_model.append(("sampling", (model,)))
+        modes = [mode for mode in ("lean", "LoRA", "full") if mode != "full" or _full_fits(model)]
+        of_model += [
             ("training", (model, who, mode)) for mode in modes for who in ("refscore", "trl-live", "trl-precomputed")
         ]
-        found += [("scoring", (model, engine)) for engine in ("transformers", "vllm")]
-        found.append(("sampling", (model,)))
+        by_model.append(of_model)
+    # the largest first: it says most about what users have, and the minutes may not do for all
+    found += [cell for of_model in reversed(by_model) for cell in of_model]
     models_needed = any(section in only for section in list(SECTIONS)[2:])
     return [
         (section, arguments)
         for section, arguments in found
         if section in only or (section == "random models" and models_needed)
     ]
+
+
+def _full_fits(model: str) -> bool:
+    """Whether float32 weights, gradients and optimizer states of a model can fit this GPU."""
+    return device_kind() != "cuda" or torch.cuda.mem_get_info()[1] / 2**30 > FULL_GIB.get(model, 0.0)
 
 
 def main() -> int:
@@ -93,8 +108,11 @@ def main() -> int:
     until = time.monotonic() + 60 * options.minutes
     results: list[tuple[Cell, Result]] = []
     scratch = ROOT / "data" / "cache"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped and its models are deleted
     try:
         scratch.mkdir(parents=True, exist_ok=True)
+        for left in scratch.glob("gpu-check-*"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(page(results), encoding="utf-8")
     except OSError as error:

@@ -60,7 +60,9 @@ def sizes() -> Sizes:
 def write_model(model: str, where: Path) -> dict[str, Any]:
     """Write a model with random weights below `where`, from where the other cells load it."""
     begun = time.monotonic()
-    write_random_model(SHAPES[model], where / model, embedded(), device_kind())
+    unfinished = where / f"{model}.part"  # one that is stopped half-way must not be taken for the model
+    write_random_model(SHAPES[model], unfinished, embedded(), device_kind())
+    unfinished.rename(where / model)
     written = sum(file.stat().st_size for file in (where / model).iterdir())
     return {"GiB": f"{written / 2**30:.1f}", "seconds": f"{time.monotonic() - begun:.0f}"}
 

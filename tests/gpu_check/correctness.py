@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,25 @@ from pipeline.forward.logps import forward_of
 from pipeline.forward.routes import route_of
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
+from pipeline.training.lean import offloaded_activations
+from pipeline.training.policies import without_dropout
 from tests.gpu_check.cell import FellShort, directory_of, sizes
 
 # largest difference of a logp in nats, and of a gradient as a share of its norm, that another order of float32 makes
 LOGP, GRADIENT = 5e-4, 5e-4
 # in bfloat16 a pack, or an engine, may be so many times as far from float32 as plain sequences in bfloat16 are
 BFLOAT16 = 2.0
+# beyond the 8 graphs that torch allows for one function, and the 64 that refscore does
+OTHER_PACKS = 70
 # scores of an engine in float32 beside the trainer's, mean over tokens, nats. On a GPU vLLM's attention multiplies in TF32: a
 # guess until one has run, as are LOGP and GRADIENT there
 AGREEMENT = 1e-3
 _SHARED: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2048, "num_hidden_layers": 4,
                            "intermediate_size": 512}  # fmt: skip
-# what is tried without a GPU too; sinks need FlexAttention's kernels
-WITHOUT_GPU = ("Llama, grouped heads of 64", "Mistral, window of 160", "Gemma 2, soft-caps, window, heads of 256")
+# what is tried without a GPU too; the others would take the same way there, and only time
+WITHOUT_GPU = (
+    "Llama, grouped heads of 64", "Mistral, window of 160", "Gemma 2, soft-caps, window, heads of 256", "gpt-oss, sinks, window",
+)  # fmt: skip
 _SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama, grouped heads of 64": ("Llama", {"hidden_size": 512, "head_dim": 64}),
@@ -48,11 +55,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def packed_against_plain(family: str, arithmetic: str) -> dict[str, Any]:
-    """Trees in one pack, forward and backward, against every sequence alone with transformers' eager attention in float32.
+    """Trees in packs, forward and backward, against every sequence alone with transformers' eager attention in float32.
 
-    `arithmetic`: float32, bfloat16 (autocast), or "bfloat16 compiled", with the layers compiled as in training on a GPU. Raises
-    FellShort if one of the bounds is missed, or if the family is not packed: another way of reading would give the same numbers
-    and hide that the kernels were never run.
+    `arithmetic`: float32, bfloat16 (autocast), or "bfloat16 compiled": the model in training mode as on a GPU, with compiled layers,
+    checkpointing and offloaded activations, and after it many packs of other lengths, each of which must be read. Raises FellShort if
+    one of the bounds is missed, or if the family is not packed: another way of reading would give the same numbers and hide that
+    the kernels were never run.
     """
     dtype, _, compiled = arithmetic.partition(" ")
     precision: torch.dtype = getattr(torch, dtype)
@@ -65,10 +73,18 @@ def packed_against_plain(family: str, arithmetic: str) -> dict[str, Any]:
     if (route := route_of(model, precision)).kind != "packed":
         raise FellShort(f"it is not packed but read {route.kind}: {route.why}")
     forward = forward_of(model, "tree", precision)
-    if compiled and compile_layers(model) == 0:
-        raise FellShort("its layers are not found, so none is compiled")
-    packed = torch.cat([logps for tree in forward(trees) for logps in tree])
+    if compiled:
+        without_dropout(model.train())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compile_layers(model) == 0:
+            raise FellShort("its layers are not found, so none is compiled")
+    with offloaded_activations(model) if compiled else nullcontext():
+        packed = torch.cat([logps for tree in forward(trees) for logps in tree])
     logp, gradient = differences((packed, _gradients(model, packed)), expected)
+    for seed in range(2, 2 + OTHER_PACKS if compiled else 2):
+        others = torch.cat([logps for tree in forward(some_trees(seed)) for logps in tree])
+        if not all(one.isfinite().all() for one in (others, *_gradients(model, others))):
+            raise FellShort(f"the {seed - 1}. of other packs gives numbers that are not finite")
     found = {"largest difference of a logp": f"{logp:.1e}", "of a gradient": f"{gradient:.1e}"}
     found["bounds"] = f"{bounds[0]:.1e}, {bounds[1]:.1e}"
     if not (logp <= bounds[0] and gradient <= bounds[1]):
@@ -77,7 +93,7 @@ def packed_against_plain(family: str, arithmetic: str) -> dict[str, Any]:
 
 
 def engine_against_trainer(engine: str, dtype: str, where: Path) -> dict[str, Any]:
-    """Scores of an engine against the trainer's forward pass in float32 on the same sequences.
+    """Scores of an engine against those that every sequence gives alone by transformers' eager attention in float32.
 
     Raises FellShort if the mean difference is above AGREEMENT, in bfloat16 above BFLOAT16 times what transformers' bfloat16 gives.
     """
@@ -92,8 +108,9 @@ def engine_against_trainer(engine: str, dtype: str, where: Path) -> dict[str, An
 
     @torch.no_grad()
     def logps_in(precision: torch.dtype) -> np.ndarray:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=precision).to(device_kind()).eval()
-        return torch.cat([logps for tree in forward_of(model, "tree")(trees) for logps in tree]).float().cpu().numpy()
+        """Each sequence alone, by transformers' own attention: the engine "transformers" is the trainer's forward pass itself."""
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=precision, attn_implementation="eager")
+        return _plain_logps(model.to(device_kind()).eval(), trees, torch.float32).cpu().numpy()
 
     exact = logps_in(torch.float32)
     difference = np.abs(scores - exact)
@@ -119,10 +136,12 @@ def random_family(family: str) -> Any:
     return model.float().to(device_kind())
 
 
-def some_trees() -> list[Tree]:
-    """Trees beyond every window, beside short ones; a pack of them has several blocks of the mask."""
-    draw = np.random.default_rng(1)
+def some_trees(seed: int = 1) -> list[Tree]:
+    """Trees beyond every window, beside short ones; a pack of them has several blocks of the mask. Of other lengths by `seed`."""
+    draw = np.random.default_rng(seed)
     lengths = ((300, (170, 90)), (20, (35,)), (140, (40, 260)), (1, (12, 3)))
+    if seed != 1:
+        lengths = tuple((trunk + seed, tuple(branch + 3 * seed for branch in of)) for trunk, of in lengths[seed % 3 :])
     return [
         Tree(
             draw.integers(5, 2000, trunk).tolist(),
@@ -145,6 +164,12 @@ def differences(
 
 
 def _plain(model: Any, trees: list[Tree], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    logps = _plain_logps(model, trees, dtype)
+    return logps.detach(), _gradients(model, logps)
+
+
+def _plain_logps(model: Any, trees: list[Tree], dtype: torch.dtype) -> torch.Tensor:
+    """Of each sequence alone; `dtype` bfloat16 is autocast's."""
     device = next(model.parameters()).device
     logps = []
     for tree in trees:
@@ -153,8 +178,7 @@ def _plain(model: Any, trees: list[Tree], dtype: torch.dtype) -> tuple[torch.Ten
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(tree.trunk) - 1 : -1]
             logps.append(logits.float().log_softmax(-1).gather(-1, ids[0, len(tree.trunk) :, None])[:, 0])
-    together = torch.cat(logps)
-    return together.detach(), _gradients(model, together)
+    return torch.cat(logps)
 
 
 def _gradients(model: Any, logps: torch.Tensor) -> list[torch.Tensor]:

@@ -20,44 +20,47 @@ from pipeline.hardware import device_kind, peak_memory_gib
 from pipeline.models.load import load_tokenizer
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import make_optimizer, numbers, update
-from pipeline.training.policies import load_policy
-from pipeline.training.step import accumulate
+from pipeline.training.policies import load_policy, on_a_gpu
+from pipeline.training.step import accumulate, must_be_finite
 from tests.benchmarks.memory_train import LEAN
 from tests.benchmarks.trl_training import train_with_trl
 from tests.gpu_check.cell import config_of, directory_of, flop_of, random_pairs, random_trees, sizes
 
 
 def training_step(model: str, who: str, mode: str, where: Path) -> dict[str, Any]:
-    """Median seconds of the steps after the first, tokens per second, and peak memory of all steps.
+    """Median seconds of the steps after the first, tokens per second, peak memory of all steps, and what was done to save it.
 
-    `who`: refscore, trl-live, trl-precomputed. `mode`: full (float32 weights under bfloat16 autocast), lean, LoRA. Tokens count every
-    prompt once, whoever reads it twice. Without a GPU the memory is the whole process's.
+    `who`: refscore, trl-live, trl-precomputed. `mode`: full (float32 weights under bfloat16 autocast), lean, LoRA, whose activations
+    are not offloaded. Tokens count every prompt once, whoever reads it twice. Without a GPU the memory is the whole process's.
+    Raises NotFinite or RuntimeError if a loss is not finite.
     """
     size = sizes()
     directory = directory_of(model, where)
     trees = random_trees(size.pairs_per_step, size.prompt, size.response)
     if who == "refscore":
-        seconds = _ours(directory, trees, mode)
+        seconds, saves = _ours(directory, trees, mode)
     else:
         rows = [
             {"prompt_ids": tree.trunk, "chosen_ids": tree.branches[0], "rejected_ids": tree.branches[1]}
             for tree in trees
         ]
         os.chdir(where)
-        seconds = train_with_trl(
+        run = train_with_trl(
             str(directory), rows, batch=size.pairs_per_step, steps=size.steps, precomputed=who == "trl-precomputed",
             checkpointing=True, lean=mode == "lean", lora=16 if mode == "LoRA" else None,
-        ).steps  # fmt: skip
+        )  # fmt: skip
+        seconds, saves = run.steps, run.saves
     tokens = sum(len(tree.trunk) + sum(map(len, tree.branches)) for tree in trees)
     usual = median(seconds[1:])
     return {
         "seconds per step": f"{usual:.3f}",
         "tokens/s": f"{tokens / usual:.0f}",
         "peak GiB": f"{peak_memory_gib():.1f}",
+        "saving memory by": saves,
     }
 
 
-def _ours(directory: Path, trees: list[Tree], mode: str) -> list[float]:
+def _ours(directory: Path, trees: list[Tree], mode: str) -> tuple[list[float], str]:
     settings = {"full": {}, "lean": LEAN, "LoRA": {"policy.lora": {"r": 16}}}[mode]
     config = config_of(directory, {"train.precision": "bfloat16", **settings})
     pairs = random_pairs(trees)
@@ -75,11 +78,17 @@ def _ours(directory: Path, trees: list[Tree], mode: str) -> list[float]:
         with offloaded_activations(policy.model) if config.train.activation_offloading else nullcontext():
             means = accumulate(policy.forward, pairs, range(len(pairs)), config.train)
         if inside is None:
-            update(policy.model, optimizer, 1e-6, config.train.max_grad_norm, means)
+            values = update(policy.model, optimizer, 1e-6, config.train.max_grad_norm, means)
         else:
-            numbers({**means, "grad_norm": inside.grad_norm()})
+            values = numbers({**means, "grad_norm": inside.grad_norm()})
+        must_be_finite(values, pairs, range(len(pairs)), config.train)
         seconds.append(time.monotonic() - begun)
-    return seconds
+    used = {
+        "checkpointing": on_a_gpu(config.train.gradient_checkpointing),
+        "offloaded activations": config.train.activation_offloading,
+        "the step inside backward": config.train.optimizer_in_backward,
+    }
+    return seconds, ", ".join(name for name, is_used in used.items() if is_used)
 
 
 def scoring(model: str, engine: str, where: Path) -> dict[str, Any]:

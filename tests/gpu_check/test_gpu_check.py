@@ -2,6 +2,7 @@
 
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.forward import routes
 from pipeline.forward.attention import Pack
 from pipeline.forward.routes import Route
 from tests.gpu_check import __main__ as check
-from tests.gpu_check import correctness
+from tests.gpu_check import cell, correctness, speed
 from tests.gpu_check.cell import NotMade, directory_of
 
 FAMILY = "Mistral, window of 160"
@@ -65,6 +66,109 @@ def test_layers_that_are_not_compiled_fall_short(monkeypatch, tmp_path):
     assert "compiled" in found["why"]
 
 
+@pytest.fixture
+def compiled_as_they_are(monkeypatch):
+    """Layers traced by torch's compiler, without the code that it would generate: that takes minutes and is torch's."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda layer: compiled(layer, backend=lambda graph, _: graph.forward)
+    )
+    monkeypatch.setattr(correctness, "OTHER_PACKS", 2)
+
+
+def test_compiled_layers_are_tried_as_in_training(compiled_as_they_are, tmp_path):
+    found = check.run_cell("packed against plain", [FAMILY, "bfloat16 compiled"], tmp_path)
+    assert found["outcome"] == "ok", found
+
+
+def test_another_pack_that_is_not_finite_falls_short(compiled_as_they_are, monkeypatch, tmp_path):
+    honest = correctness.some_trees
+    # a model that has seen no number since
+    monkeypatch.setattr(
+        correctness,
+        "some_trees",
+        lambda seed=1: honest(seed) if seed < 3 else spoil(model_of[0]) or honest(seed),
+    )
+    model_of, made = [], correctness.random_family
+    monkeypatch.setattr(correctness, "random_family", lambda family: model_of.append(made(family)) or model_of[0])
+
+    def spoil(model):
+        next(model.parameters()).data.fill_(torch.nan)
+
+    found = check.run_cell("packed against plain", [FAMILY, "bfloat16 compiled"], tmp_path)
+    assert found == {"outcome": "FELL SHORT", "why": "the 2. of other packs gives numbers that are not finite"}
+
+
+def test_a_training_whose_loss_is_not_finite_fails(monkeypatch, tmp_path):
+    check.run_cell("random models", ["tiny"], tmp_path)
+    assert check.run_cell("training", ["tiny", "refscore", "full"], tmp_path)["outcome"] == "ok"
+    load = speed.load_policy
+
+    def spoiled(*arguments):
+        policy = load(*arguments)
+        next(policy.model.parameters()).data.fill_(torch.nan)
+        return policy
+
+    monkeypatch.setattr(speed, "load_policy", spoiled)
+    found = check.run_cell("training", ["tiny", "refscore", "full"], tmp_path)
+    assert found["outcome"] == "FAILED"
+    assert "NotFinite" in found["why"]
+
+
+def test_a_model_that_is_half_written_is_not_taken_for_one(monkeypatch, tmp_path):
+    def stopped(_, directory, *__):
+        directory.mkdir()
+        (directory / "model-00001-of-00002.safetensors").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cell, "write_random_model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cell.write_model("tiny", tmp_path)
+    with pytest.raises(NotMade, match="tiny"):
+        directory_of("tiny", tmp_path)
+
+
+def test_what_matters_most_comes_first_and_what_cannot_fit_is_not_asked(monkeypatch):
+    monkeypatch.setattr(check, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(check, "sizes", lambda: cell.FULL)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 * 2**30))
+    every = check.cells(list(check.SECTIONS))
+    sections = [section for section, _ in every]
+    assert sections.index("packed against plain") == 0
+    assert max(place for place, section in enumerate(sections) if section == "engine against trainer") < sections.index(
+        "scoring"
+    )
+    assert every[sections.index("scoring")][1] == ("8B", "vllm")
+    assert not [arguments for _, arguments in every if arguments[0] == "8B" and arguments[-1] == "full"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 139 * 2**30))
+    assert ("training", ("8B", "refscore", "full")) in check.cells(list(check.SECTIONS))
+
+
+def test_stopped_it_stops_its_cell_and_deletes_its_models(tmp_path):
+    command = [sys.executable, "-m", "tests.gpu_check", "--only", "scoring", "--out", str(tmp_path / "page.md")]
+    child = subprocess.Popen(command, cwd=check.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    scratch = check.ROOT / "data" / "cache"
+    logs = wait_for(lambda: list(scratch.glob("gpu-check-*/log.txt")))
+    cell_process = wait_for(lambda: children_of(child.pid))
+    child.terminate()
+    child.communicate(timeout=60)
+    assert child.returncode == 143
+    assert not any(runs(number) for number in cell_process)
+    assert not any(log.exists() for log in logs)
+
+
+def wait_for(something, seconds=120):
+    until = time.monotonic() + seconds
+    while not (found := something()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return found
+
+
+def children_of(number):
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+
+
 def test_a_gradient_that_is_missing_counts():
     logps, gradients = torch.zeros(3), [torch.ones(2), torch.ones(2)]
     assert correctness.differences((logps, gradients), (logps, gradients)) == (0.0, 0.0)
@@ -100,15 +204,15 @@ def test_a_model_that_was_not_written_is_not_taken_for_another(tmp_path):
 def test_what_is_left_out_is_said(monkeypatch, tmp_path):
     assert check.fresh(("scoring", ("tiny", "transformers")), tmp_path, 0.0)["why"] == "no time was left"
     monkeypatch.setattr(check, "_installed", lambda _: None)
-    for cell, names in (
+    for one, names in (
         (("training", ("tiny", "trl-live", "lean")), "trl and bitsandbytes"),
         (("training", ("tiny", "refscore", "lean")), "bitsandbytes"),
         (("scoring", ("tiny", "vllm")), "vllm"),
         (("sampling", ("tiny",)), "vllm"),
     ):
-        found = check.fresh(cell, tmp_path, 100.0)
+        found = check.fresh(one, tmp_path, 100.0)
         assert found == {"outcome": "not run", "why": f"{names} not installed"}
-        assert f"{names} not installed" in check.page([(cell, found)])
+        assert f"{names} not installed" in check.page([(one, found)])
 
 
 def stands_in(monkeypatch, tmp_path, code):
