@@ -1,5 +1,6 @@
 """The check for GPUs must be able to fail, must notice that kernels were not run, and must say what it left out."""
 
+import contextlib
 import math
 import os
 import subprocess
@@ -15,11 +16,24 @@ from pipeline.engines.transformers import TransformersScorer
 from pipeline.forward import routes
 from pipeline.forward.attention import Pack
 from pipeline.forward.routes import Route
+from tests.benchmarks.trl_training import embedded
 from tests.gpu_check import __main__ as check
 from tests.gpu_check import cell, correctness, speed
 from tests.gpu_check.cell import NotMade, directory_of
 
 FAMILY = "Mistral, window of 160"
+
+
+@pytest.fixture(scope="module")
+def embedded_once(tmp_path_factory):
+    with contextlib.chdir(tmp_path_factory.mktemp("embedded")):
+        return embedded()
+
+
+@pytest.fixture(autouse=True)
+def _embedded(embedded_once, monkeypatch):
+    """Unpacking the embedded model takes twenty seconds, and every test has a directory of its own."""
+    monkeypatch.setattr(cell, "embedded", lambda: embedded_once)
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
