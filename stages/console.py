@@ -26,7 +26,8 @@ _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
 out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=_WIDTH)
 
-_EVERY_SECONDS = 10.0
+# between two lines of progress, in the first minute and after it: what lasts for hours does not fill a log
+_EVERY_SECONDS, _LATER_SECONDS = 10.0, 60.0
 
 
 def say(text: str) -> None:
@@ -88,7 +89,8 @@ class Ticker:
             self._bar.update(self._task, advance=units, text=escape(text))
             return
         now = time.monotonic()
-        if self._done >= self._total or now - self._spoke >= _EVERY_SECONDS:
+        every = _EVERY_SECONDS if now - self.started < _LATER_SECONDS else _LATER_SECONDS
+        if self._done >= self._total or now - self._spoke >= every:
             self._spoke = now
             left = (now - self.started) / max(1, self._done) * (self._total - self._done)
             say(f"{self._title} {self._done}/{self._total}  {text}  {duration(left)} left")
@@ -101,7 +103,7 @@ class Ticker:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Ticker]:
-    """A progress bar on a terminal, a line every ten seconds elsewhere."""
+    """A progress bar on a terminal; elsewhere a line every ten seconds, after a minute one per minute."""
     if not out.is_terminal:
         yield Ticker(title, total, None)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config.experiment import Config
+from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.planning.outlook import BESIDE_GIB, Outlook, on_a_gpu, outlook, smaller
 from pipeline.precompute.plan import make_plan
 from pipeline.progress import duration
@@ -32,6 +32,7 @@ def main(
         console.say(
             f"scoring   {seen.scoring_gib:.2f} GiB on each device ({listed}), {tokens:,} tokens on each of {devices}"
             + _time(tokens, scoring_speed)
+            + _price(config.reference, devices, tokens, scoring_speed)
         )
     if gpu_memory is not None and seen.training is not None:
         _show_fit(config, seen, gpu_memory)
@@ -67,3 +68,9 @@ def _show_fit(config: Config, seen: Outlook, gpu_memory: float) -> None:
 
 def _time(tokens: float, speed: float | None) -> str:
     return f", {duration(tokens / speed)} at {speed:g} tokens/s" if speed else ""
+
+
+def _price(reference: ReferenceConfig, devices: int, tokens: float, speed: float | None) -> str:
+    if not speed or not reference.price_per_hour:
+        return ""
+    return f", {devices * tokens / speed / 3600 * reference.price_per_hour:.2f} at {reference.price_per_hour:g} per hour and device"

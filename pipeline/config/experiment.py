@@ -103,6 +103,11 @@ class ReferenceConfig(Section):
         default_factory=dict,
         description="further arguments of vLLM's engine; those that may change numbers are part of the reference's identity",
     )
+    price_per_hour: float = Field(
+        0,
+        ge=0,
+        description="price of one device per hour, any currency: progress and `refscore plan` say what scoring costs",
+    )
 
 
 class GenerateConfig(Section):

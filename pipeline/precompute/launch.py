@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import RefscoreError
 from pipeline.precompute.plan import Plan
 from pipeline.precompute.score import score_missing
@@ -38,7 +39,12 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
                 nonlocal done, tokens
                 done, tokens = done + sequences, tokens + shard_tokens
                 seconds = time.monotonic() - ticker.started
-                ticker.advance(sequences, f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s")
+                text = f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s"
+                if reference.price_per_hour:
+                    hours = (time.monotonic() - started) / 3600
+                    whole = hours + seconds / 3600 * (len(plan.missing) - done) / done
+                    text += f"  {cost(reference, hours)} of about {cost(reference, whole)} spent"
+                ticker.advance(sequences, text)
 
             if reference.launcher == "ray":
                 from pipeline.precompute import ray as cluster
@@ -55,3 +61,9 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
             f"stopped: {done} of {len(plan.missing)} sequences are in the store; the same command goes on from there"
         )
         raise
+
+
+def cost(reference: ReferenceConfig, hours: float) -> str:
+    """What `hours` of all devices of the reference's engines cost, in the currency of `price_per_hour`."""
+    devices = reference.workers * reference.tensor_parallel_size
+    return f"{reference.price_per_hour * devices * hours:.2f}"

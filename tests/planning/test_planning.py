@@ -12,6 +12,7 @@ from pipeline.forward.trees import Tree
 from pipeline.planning.outlook import on_a_gpu
 from pipeline.planning.scoring import scoring_memory
 from pipeline.planning.training import held_by, simulate_step
+from pipeline.progress import duration
 from pipeline.training.examples import Pairs
 from pipeline.training.optimizers import make_optimizer, update
 from pipeline.training.step import accumulate
@@ -130,6 +131,13 @@ def test_the_command_says_what_it_takes_and_what_to_set(tmp_path, tiny_model, mo
     )
     assert re.search(r"scoring   .* on each device \(weights .*\), [\d,]+ tokens on each of 1", said)
     assert not (tmp_path / "data/runs").exists()
+    assert "per hour" not in said
+    price, tokens = "reference.price_per_hour=36", int(re.search(r", (\d+) tokens on each of 1", said)[1])
+    said = refscore_here(tmp_path, "plan", "--config", config, "--scoring-speed", 2, "--devices", 2, "--set", price)
+    assert (
+        f"tokens on each of 2, {duration(tokens // 2 / 2)} at 2 tokens/s, {tokens // 2 / 100:.2f} at 36 per hour"
+        in said
+    )
     said = refscore_here(tmp_path, "plan", "--config", config, "--gpu-memory", 80)
     assert re.search(r"fits      training takes 0\.\d of 80 GiB", said)
     said = refscore_here(tmp_path, "plan", "--config", config, "--gpu-memory", 0.1, "--set", "train.precision=bfloat16")

@@ -53,6 +53,7 @@ CHANGES = {
     "reference.kv_cache_gib": (2.5, ON_VLLM),
     "reference.engine_args": ("{max_num_seqs: 7}", ON_VLLM),
     "reference.device": ("cuda", {}),
+    "reference.price_per_hour": (4, {}),
 }
 
 
@@ -138,7 +139,8 @@ def outcome(where, config, settings, monkeypatch):
         arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
         code, text = 0, ""
         try:
-            refscore_here(where, "precompute", "--config", config, "--run", "r", *arguments)
+            said = refscore_here(where, "precompute", "--config", config, "--run", "r", *arguments)
+            told.append(" spent" in said)
         except AssertionError as failed:  # it holds the exit code and what was said
             text, code = str(failed), 2 if "(2)" in str(failed) else 1
     run = where / "data/runs/r"
