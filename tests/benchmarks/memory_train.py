@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from pipeline.config.experiment import Config
+from pipeline.planning.outlook import BESIDE_GIB
 from pipeline.planning.training import Held, held_by, simulate_step, step_of, without_numbers_of
 from tests.benchmarks.shapes import SHAPES
 
@@ -106,8 +107,10 @@ def one(arguments: argparse.Namespace) -> Held:
         )
 
 
-def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float]:
-    """Measured and simulated GiB of a step of the embedded model on this processor, over what the process held before."""
+def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float, float, float]:
+    """GiB of a step of the embedded model on this processor: measured and simulated over what the process held before; the whole
+    process, and what `refscore plan` predicts of it.
+    """
     import numpy as np
 
     from pipeline.config.experiment import PolicyConfig
@@ -147,7 +150,8 @@ def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float]:
             update(policy.model, optimizer, 1e-6, config.train.max_grad_norm, means)
         else:
             inside.grad_norm()
-    return resident("VmHWM") - before, simulated
+    peak = resident("VmHWM")
+    return peak - before, simulated, peak, simulated + BESIDE_GIB["cpu"]
 
 
 def resident(field: str) -> float:
@@ -194,13 +198,16 @@ def main() -> None:
     if options.only != "simulate":
         print(
             "| SmolLM2-135M on this processor, 1,024 tokens | resident GiB | freed blocks returned at once | simulated "
-            "| simulated / returned |\n|---|--:|--:|--:|--:|"
+            "| simulated / returned | whole process, returned | `refscore plan` | plan / process |\n"
+            "|---|--:|--:|--:|--:|--:|--:|--:|"
         )
         for name in VALIDATED:
-            kept, _ = json.loads(fresh("--one", "validate", name, "1024"))
-            measured, simulated = json.loads(fresh("--one", "validate", name, "1024", **RETURNING))
+            kept = json.loads(fresh("--one", "validate", name, "1024"))[0]
+            measured, simulated, whole, planned = json.loads(fresh("--one", "validate", name, "1024", **RETURNING))
             print(
-                f"| {name} | {kept:.2f} | {measured:.2f} | {simulated:.2f} | {simulated / measured:.2f} |", flush=True
+                f"| {name} | {kept:.2f} | {measured:.2f} | {simulated:.2f} | {simulated / measured:.2f} "
+                f"| {whole:.2f} | {planned:.2f} | {planned / whole:.2f} |",
+                flush=True,
             )
     if options.only != "validate":
         print("\n| simulated GiB | T | ours | TRL, precomputed | TRL, live | ours / live |\n|---|--:|--:|--:|--:|--:|")

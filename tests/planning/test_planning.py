@@ -5,10 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.forward.trees import Tree
+from pipeline.planning import training
 from pipeline.planning.outlook import on_a_gpu
 from pipeline.planning.scoring import scoring_memory
 from pipeline.planning.training import held_by, simulate_step
@@ -145,3 +147,26 @@ def test_the_command_says_what_it_takes_and_what_to_set(tmp_path, tiny_model, mo
     assert "GiB with train.gradient_checkpointing=true train.activation_offloading=true policy.dtype=bfloat16" in said
     assert "less still: policy.lora={r: 16}" in said
     assert torch.get_default_device().type == "cpu"
+
+
+def test_offloading_is_simulated_for_activations_and_never_for_weights():
+    with FakeTensorMode():
+        model = torch.nn.ModuleList(torch.nn.Linear(1024, 1024, bias=False) for _ in range(8))
+        activation = torch.empty(1024, 1024, requires_grad=True)
+        with training._forgotten(model):
+            products = [(layer.weight, (layer.weight * activation).grad_fn) for layer in model]
+        for weight, product in products:
+            assert same(product._saved_self, weight)
+            assert not same(product._saved_other, activation)
+
+
+def same(one, other):
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_output_layer_multiplies_as_the_device_that_is_asked_for(tiny_model, kind):
+    config = config_of(tiny_model, *LEAN)
+    with FakeTensorMode():
+        _, layer, _ = training.without_numbers_of(config, tiny_model, kind)
+    assert layer.kind == kind
