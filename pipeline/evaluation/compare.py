@@ -17,7 +17,7 @@ from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
 from pipeline.evaluation.rates.statistics import Interval, Paired, holm, paired
-from pipeline.evaluation.rates.winrates import comparison_scores, prompt_scores
+from pipeline.evaluation.rates.winrates import both_orders, prompt_scores
 from pipeline.evaluation.results import Cost, Results, read_results
 from pipeline.judges.judging import Judgement
 
@@ -89,7 +89,7 @@ def _scores(run: Run) -> dict[str, dict[str, float]]:
     for row in read_table(run.judgements, JUDGEMENTS).to_pylist():
         if (row["model"], row["baseline"]) == ("policy", "reference"):
             by_judge[row["judge"]].append(Judgement(**row))
-    return {judge: prompt_scores(comparison_scores(judgements)) for judge, judgements in by_judge.items()}
+    return {judge: prompt_scores(both_orders(judgements)) for judge, judgements in by_judge.items()}
 
 
 def _figures(results: Results) -> dict[str, str]:

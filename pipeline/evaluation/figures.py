@@ -19,7 +19,7 @@ from pipeline.config.losses import reference_free
 from pipeline.evaluation.kl import divergence
 from pipeline.evaluation.rates import ratings
 from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean
-from pipeline.evaluation.rates.winrates import WinRate, by_topic, comparison_scores, prompt_scores, win_rate
+from pipeline.evaluation.rates.winrates import WinRate, both_orders, by_topic, prompt_scores, win_rate
 from pipeline.evaluation.results import Cost, HeldOut, OtherRate, Responses, Results, SideBySide
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
@@ -133,7 +133,7 @@ def rated(groups: dict[tuple[str, str, str], list[Judgement]]) -> dict[str, dict
     """Bradley-Terry ratings relative to the reference, of judges that compared three models or more."""
     by_judge: dict[str, dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
     for (model, baseline, judge), judged in groups.items():
-        for prompt_id, score in prompt_scores(comparison_scores(judged)).items():
+        for prompt_id, score in prompt_scores(both_orders(judged)).items():
             by_judge[judge][prompt_id][model, baseline] = score
     rated = {}
     for judge, scores in by_judge.items():

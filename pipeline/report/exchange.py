@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import durable
-from pipeline.evaluation.rates.winrates import comparison_scores
+from pipeline.evaluation.rates.winrates import both_orders
 from pipeline.judges.judging import Comparison, Judgement
 
 
@@ -125,7 +125,7 @@ def _by_judge(judgements: Iterable[Judgement]) -> dict[tuple[str, str, str], dic
         if judgement.order != "pair":
             by_judge[judgement.judge, judgement.model, judgement.baseline].append(judgement)
     return {
-        key: {comparison: score.score for comparison, score in comparison_scores(rows).items()}
+        key: {comparison: score.score for comparison, score in both_orders(rows).items()}
         for key, rows in by_judge.items()
     }
 

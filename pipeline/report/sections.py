@@ -63,8 +63,9 @@ def _policy(results: Results) -> Section:
         "Policy against reference",
         ["judge", *_RATE],
         [[name, *_rate(rate)] for name, rate in results.judged.items()],
-        "Every comparison is judged in both orders; a judge that contradicts itself is counted as flipped and as a tie. Ties "
-        "count half. Intervals are over prompts: a bootstrap, or Wilson's for few prompts or near-unanimous judges. implicit "
+        "Every comparison is judged in both orders; a judge that contradicts itself is counted as flipped. That is a tie, "
+        "unless the judge gives probabilities: their log-odds are averaged over both orders. Ties count half. Intervals are "
+        "over prompts: a bootstrap, or Wilson's for few prompts or near-unanimous judges. implicit "
         "asks whether training moved the policy towards the chosen response of held-out pairs.",
         "win_rates",
     )

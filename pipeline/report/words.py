@@ -113,7 +113,8 @@ def _of_judge(name: str, seen: WinRate) -> list[str]:
     sentences = []
     if seen.failed:
         sentences.append(
-            f"{name} failed on {seen.failed} prompts; had all of them been lost or won, its rate would be "
+            f"{name} failed on {seen.failed} of {seen.comparisons} comparisons; had all of them been lost or won, its rate "
+            "would be "
             f"{seen.worst:.0%} or {seen.best:.0%}."
         )
     if seen.comparisons and seen.flips / seen.comparisons > _MANY_FLIPS:

@@ -193,7 +193,7 @@ def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
     ("changes", "words"),
     [
         ({}, "40 prompts show a difference of 12 points four times in five; 230 would show 5 points"),
-        ({"failed": 4, "worst": 0.6, "best": 0.75}, "failed on 4 prompts; had all of them been lost or won"),
+        ({"failed": 4, "worst": 0.6, "best": 0.75}, "failed on 4 of 40 comparisons; had all of them been lost or won"),
         ({"flips": 20}, "contradicted itself on 20 of 40"),
         ({"first_wins": 0.8}, "prefers the response that stands first in 80%"),
         ({"length_controlled": {"mean": 0.5, "low": 0.4, "high": 0.6}}, "length explains part of the outcome"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,11 +14,15 @@ from pipeline.judges.judging import Judgement
 
 # a difference of win rates that people care about, for "how many prompts would it take"
 WORTH_SEEING = 0.05
+# what judges that know no shades say
+_VERDICTS = (0.0, 0.5, 1.0)
+# no probability counts as surer than 999 to 1: one order alone would decide the average
+_SUREST = 0.999
 
 
 @dataclass(frozen=True)
 class ComparisonScore:
-    """What a judge said of one comparison in all orders: None if an order failed; a contradiction is a tie."""
+    """What a judge said of one comparison in all orders: None if an order failed. `flipped`: the orders contradict."""
 
     score: float | None
     flipped: bool
@@ -26,10 +30,10 @@ class ComparisonScore:
 
 @dataclass(frozen=True)
 class WinRate:
-    """A judge's verdict over prompts. Ties count half; `failed` prompts are in no other figure but the bounds.
+    """A judge's verdict over prompts. Ties count half; `failed` comparisons are in no other figure but the bounds.
 
-    `flips` counts comparisons in which the judge contradicted itself when the order changed; they are ties. `worst` and
-    `best` are the rates if every failed prompt had been lost or won. `first_wins` is how often the response that stood
+    `flips` counts comparisons in which the judge contradicted itself when the order changed. `worst` and `best` are the
+    rates if every failed comparison had been lost or won. `first_wins` is how often the response that stood
     first won (0.5: no preference for a position), None if no order exists. `length_controlled`: see
     `pipeline.evaluation.rates.length_control`. `detectable` is the difference that so many prompts would have shown four times in
     five, `prompts_needed` how many would show WORTH_SEEING; see `pipeline.evaluation.rates.statistics`.
@@ -54,17 +58,32 @@ class WinRate:
 
 
 def comparison_scores(judgements: Iterable[Judgement]) -> dict[tuple[str, int], ComparisonScore]:
-    """One score for each comparison of one judge and two models, by prompt and sample."""
-    orders: dict[tuple[str, int], list[Judgement]] = defaultdict(list)
-    for judgement in judgements:
-        orders[judgement.prompt_id, judgement.sample].append(judgement)
+    """One score for each comparison of one judge of verdicts and two models, by prompt and sample: a contradiction is a tie."""
     by_comparison = {}
-    for comparison, asked in orders.items():
-        scores = [judgement.score for judgement in asked if judgement.score is not None]
+    for comparison, asked in _by_comparison(judgements).items():
+        scores = [score for score in asked if score is not None]
         flipped = any(score > 0.5 for score in scores) and any(score < 0.5 for score in scores)
         score = None if len(scores) < len(asked) else 0.5 if flipped else float(np.mean(scores))
         by_comparison[comparison] = ComparisonScore(score, flipped)
     return by_comparison
+
+
+def both_orders(judgements: Iterable[Judgement]) -> dict[tuple[str, int], ComparisonScore]:
+    """One score for each comparison of any one judge and two models, by prompt and sample.
+
+    Verdicts: see `comparison_scores`. Of a judge that gives probabilities the log-odds are averaged over the orders: a
+    leaning to one position adds the same log-odds to the one order that it takes from the other (the position term of a
+    Bradley-Terry model, Davidson and Beaver 1977), so it cancels and what was said of the responses stays.
+    """
+    judged = list(judgements)
+    verdicts = comparison_scores(judged)
+    if all(judgement.score is None or judgement.score in _VERDICTS for judgement in judged):
+        return verdicts
+    asked = _by_comparison(judged)
+    return {
+        comparison: verdict if verdict.score is None else replace(verdict, score=_mean_log_odds(asked[comparison]))
+        for comparison, verdict in verdicts.items()
+    }
 
 
 def prompt_scores(scores: Mapping[tuple[str, int], ComparisonScore]) -> dict[str, float]:
@@ -82,15 +101,13 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
     `longer_by`: prompt -> how much longer the model's responses are than the baseline's, for the length-controlled rate.
     """
     judged = list(judgements)
-    scores = comparison_scores(judged)
+    scores = both_orders(judged)
     by_prompt = prompt_scores(scores)
     if not by_prompt:
         return None
-    failed = len({prompt_id for prompt_id, _ in scores} - by_prompt.keys())
     means = list(by_prompt.values())
     wins, losses = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
     rate, method = share(means)
-    total = len(means) + failed
     controlled = None
     if longer_by is not None and by_prompt.keys() <= longer_by.keys():
         controlled = length_controlled(means, [longer_by[prompt_id] for prompt_id in by_prompt])
@@ -101,9 +118,9 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
         wins=wins,
         ties=len(means) - wins - losses,
         losses=losses,
-        failed=failed,
-        worst=sum(means) / total,
-        best=(sum(means) + failed) / total,
+        failed=sum(comparison.score is None for comparison in scores.values()),
+        worst=_mean_if_failures_were(0.0, scores),
+        best=_mean_if_failures_were(1.0, scores),
         comparisons=len(scores),
         flips=sum(comparison.flipped for comparison in scores.values()),
         first_wins=_first_wins(judged),
@@ -117,11 +134,33 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
 def by_topic(judgements: Iterable[Judgement], topics: Mapping[str, str]) -> dict[str, Interval]:
     """Win rate of each topic, by Wilson's interval (topics are small), best first; prompts without one are left out."""
     groups: dict[str, list[float]] = defaultdict(list)
-    for prompt_id, score in prompt_scores(comparison_scores(judgements)).items():
+    for prompt_id, score in prompt_scores(both_orders(judgements)).items():
         if prompt_id in topics:
             groups[topics[prompt_id]].append(score)
     rates = {topic: wilson(sum(scores), len(scores)) for topic, scores in groups.items()}
     return dict(sorted(rates.items(), key=lambda item: (-item[1].mean, item[0])))
+
+
+def _by_comparison(judgements: Iterable[Judgement]) -> dict[tuple[str, int], list[float | None]]:
+    asked: dict[tuple[str, int], list[float | None]] = defaultdict(list)
+    for judgement in judgements:
+        asked[judgement.prompt_id, judgement.sample].append(judgement.score)
+    return asked
+
+
+def _mean_log_odds(scores: Iterable[float | None]) -> float:
+    chances = np.clip([score for score in scores if score is not None], 1 - _SUREST, _SUREST)
+    mean = float(np.mean(np.log(chances / (1 - chances))))
+    # rounded, so that two orders that cancel are a tie and no win by the last bit
+    return round(1 / (1 + float(np.exp(-mean))), 12)
+
+
+def _mean_if_failures_were(score: float, scores: Mapping[tuple[str, int], ComparisonScore]) -> float:
+    filled = {
+        comparison: replace(found, score=score) if found.score is None else found
+        for comparison, found in scores.items()
+    }
+    return float(np.mean(list(prompt_scores(filled).values())))
 
 
 def _first_wins(judgements: Iterable[Judgement]) -> float | None:
