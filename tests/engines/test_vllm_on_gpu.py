@@ -127,6 +127,20 @@ def test_scoring_and_sampling_are_told_what_suits_them(started, tmp_path, monkey
         assert options["max_num_seqs"] == number
 
 
+@pytest.mark.parametrize(("engine_args", "waves"), [({"max_num_seqs": 2}, [8, 5]), ({}, [13])])
+def test_what_runs_at_once_runs_four_times_before_it_is_told(engine_args, waves, started, tmp_path, monkeypatch):
+    model = make_tiny_model(tmp_path / "model")
+    monkeypatch.setattr(pipeline.engines.vllm.generator, "prepare_environment", lambda *_: None)
+    settings = GenerateConfig(dtype="bfloat16", max_tokens=20, engine_args=engine_args)
+    done, answer = [], SimpleNamespace(token_ids=[5], finish_reason="stop")
+    monkeypatch.setattr(
+        started.kind, "generate", lambda _, prompts, *__, **___: [SimpleNamespace(outputs=[answer])] * len(prompts)
+    )
+    with generator(model, ReferenceConfig(model=str(model)), 10, settings) as generate:
+        generate([[5, number] for number in range(13)], settings, lambda responses, _: done.append(responses))
+    assert done == waves
+
+
 def test_on_a_cpu_the_cache_is_given_and_nothing_is_captured(monkeypatch, tmp_path):
     import vllm
 

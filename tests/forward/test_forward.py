@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from pipeline.errors import ConfigError
+from pipeline.forward import routes
 from pipeline.forward.attention import Pack, as_attention_mask, attend
 from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree, merge, pack_trees
@@ -240,6 +241,21 @@ def test_flex_attention_gives_what_the_dense_masks_give():
     theirs = flex_attention(query, key, value, block_mask=pack.block_mask(4))
     real = pack.branch_T >= 0
     torch.testing.assert_close(ours[:, :, real], theirs[:, :, real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "precision", "used"),
+    [
+        (torch.float32, torch.float32, []),
+        (torch.float32, torch.bfloat16, [(torch.float32, True)]),
+        (torch.bfloat16, torch.bfloat16, [(torch.bfloat16, True)]),
+        (torch.bfloat16, torch.float32, [(torch.bfloat16, False)]),
+    ],
+)
+def test_a_way_of_reading_is_tried_in_the_arithmetic_of_training_too(weights, precision, used):
+    """Kernels for other dtypes are other kernels."""
+    modes = routes._modes(build(MODELS["llama"]).to(weights), precision)
+    assert [(mode.weights, mode.autocast) for mode in modes] == [(torch.float32, False), *used]
 
 
 def test_terms_that_an_attention_adds_are_never_left_out():
