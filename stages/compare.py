@@ -56,7 +56,7 @@ def main(runs: list[Run], page: Path | None) -> None:
     console.say(f"page      {path}")
 
 
-_HEAD = ["judge", "first", "second", "prompts", "first minus second", "95 % interval", "p, corrected"]
+_HEAD = ["judge", "first", "second", "prompts", "first minus second", "95 % interval, corrected", "p, corrected"]
 
 
 def _row(difference: Difference) -> list[str]:
@@ -68,5 +68,5 @@ def _row(difference: Difference) -> list[str]:
         str(difference.paired.prompts),
         f"{mean.mean:+.3f}",
         f"{mean.low:+.3f} to {mean.high:+.3f}",
-        f"{difference.p:.2g}",
+        f"{difference.paired.p:.2g}",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.experiment import Config, ReferenceConfig
-from pipeline.planning.outlook import BESIDE_GIB, Outlook, on_a_gpu, outlook, smaller
+from pipeline.planning.outlook import Outlook, on_a_gpu, outlook, smaller
 from pipeline.precompute.plan import make_plan
 from pipeline.progress import duration
 from stages import console
@@ -44,7 +44,8 @@ def _show_training(seen: Outlook, speed: float | None) -> None:
         console.say(f"training  {seen.unpredicted}")
     else:
         sizes = [held.weights, held.gradients, held.optimizer, held.activations, held.temporary]
-        row = [*(f"{size / 2**30:.2f}" for size in sizes), f"{BESIDE_GIB[seen.kind]:.2f}", f"{seen.training_gib:.2f}"]
+        beside = seen.training_gib - held.total / 2**30
+        row = [*(f"{size / 2**30:.2f}" for size in sizes), f"{beside:.2f}", f"{seen.training_gib:.2f}"]
         console.table(f"Training on {seen.kind}, simulated", _HEAD, [["one step", *row]])
     console.say(
         f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {seen.tokens_per_pass:,} in a forward pass "

@@ -19,8 +19,17 @@ from pipeline.precompute.plan import Plan
 from pipeline.training.examples import tokens_in_a_pass
 from pipeline.training.schedule import pairs_per_step, total_steps
 
-# GiB beside tensors: libraries and their buffers, as measured on a CPU; CUDA's context and kernels, a guess until it is measured
-BESIDE_GIB = {"cpu": 1.0, "cuda": 0.8}
+# beside tensors, GiB: libraries, as measured on a CPU; CUDA's context and kernels, a guess until it is measured. And on top of
+# tensors, as a share of them: buffers of oneDNN and blocks of a megabyte that are not given back, fitted to five measured peaks
+# (`make bench-memory-train`)
+_TRAINER_GIB = {"cpu": 0.65, "cuda": 0.8}
+_ON_TOP = {"cpu": 0.08, "cuda": 0.0}
+_ENGINE_GIB = {"cpu": 1.0, "cuda": 0.8}
+
+
+def of_process(tensors: int, kind: str) -> float:
+    """GiB that a process holds on a device of `kind` whose tensors take so many bytes at their peak."""
+    return tensors / 2**30 * (1 + _ON_TOP[kind]) + _TRAINER_GIB[kind]
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,12 @@ class Outlook:
     @property
     def training_gib(self) -> float:
         """Peak of the training process's device; NaN if it is not predicted."""
-        return self.training.total / 2**30 + BESIDE_GIB[self.kind] if self.training else math.nan
+        return of_process(self.training.total, self.kind) if self.training else math.nan
 
     @property
     def scoring_gib(self) -> float:
         """Peak of a scoring engine's device."""
-        return (self.scoring.total / 2**30 if self.scoring else 0.0) + BESIDE_GIB[self.kind]
+        return (self.scoring.total / 2**30 if self.scoring else 0.0) + _ENGINE_GIB[self.kind]
 
 
 def on_a_gpu(config: Config) -> Config:
@@ -125,7 +134,7 @@ def smaller(config: Config, seen: Outlook, gib: float) -> Iterator[tuple[str, fl
         settings.append(text)
         scored = int(seen.tokens_per_pass * seen.scored_share)
         held = simulate_step(Config.model_validate(content), base, seen.tokens_per_pass, scored, seen.kind)
-        needed = held.total / 2**30 + BESIDE_GIB[seen.kind]
+        needed = of_process(held.total, seen.kind)
         yield " ".join(settings), needed
         if needed <= gib:
             return

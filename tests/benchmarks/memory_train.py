@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pipeline.config.experiment import Config
-from pipeline.planning.outlook import BESIDE_GIB
+from pipeline.planning.outlook import of_process
 from pipeline.planning.training import Held, held_by, simulate_step, step_of, without_numbers_of
 from tests.benchmarks.shapes import SHAPES
 
@@ -126,7 +126,7 @@ def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float, float
 
     base = locate(PolicyConfig())
     config = config_of({"train.tokens_per_batch": tokens, **settings})
-    simulated = simulate_step(config, base, tokens, tokens // 2, "cpu").total / GIB
+    simulated = simulate_step(config, base, tokens, tokens // 2, "cpu").total
     tokenizer = load_tokenizer(base, config.policy)
     draw = np.random.default_rng(0)
     sizes = (tokens // 2, tokens // 4, tokens // 4)
@@ -151,7 +151,7 @@ def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float, float
         else:
             inside.grad_norm()
     peak = resident("VmHWM")
-    return peak - before, simulated, peak, simulated + BESIDE_GIB["cpu"]
+    return peak - before, simulated / GIB, peak, of_process(simulated, "cpu")
 
 
 def resident(field: str) -> float:
