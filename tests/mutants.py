@@ -26,6 +26,7 @@ COVERING = {
     "training/objectives/losses": ["training/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
     "training/schedule": ["training/test_schedule.py"],
     "evaluation/rates/statistics": ["evaluation/test_statistics.py"],
+    "evaluation/rates/paired": ["evaluation/test_paired.py"],
     "evaluation/rates/winrates": ["judges/test_judging.py", "report/test_exchange.py", "evaluation/test_winrates.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
     "engines/vllm/runners": ["engines/test_vllm_runners.py"],

@@ -1,7 +1,7 @@
 """Runs side by side: what differs in their settings, what they reached, and whether the difference is more than chance.
 
 Two policies judged on the same prompts against the same reference responses are compared prompt by prompt, which is surer
-than two separate win rates; p-values are corrected for the number of comparisons (Holm).
+than two separate win rates; intervals and p-values are corrected alike for the number of comparisons (Bonferroni).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pipeline.artifacts.runs import Run, read_saved_config
 from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
-from pipeline.evaluation.rates.statistics import Interval, Paired, holm, paired
+from pipeline.evaluation.rates.paired import Paired, paired
+from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import both_orders, prompt_scores
 from pipeline.evaluation.results import Cost, Results, read_results
 from pipeline.judges.judging import Judgement
@@ -24,13 +25,12 @@ from pipeline.judges.judging import Judgement
 
 @dataclass(frozen=True)
 class Difference:
-    """One judge's comparison of two runs' policies on their common prompts; `p` is Holm-corrected."""
+    """One judge's comparison of two runs' policies on their common prompts, corrected for all that are made."""
 
     judge: str
     first: str
     second: str
     paired: Paired
-    p: float
 
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
@@ -58,16 +58,18 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     """
     scores = {run.name: _scores(run) for run in runs}
     opponents = {run.name: read_about(run.samples).get("keys", {}).get("reference") for run in runs}
-    results: list[tuple[str, str, str, Paired]] = []
-    for first, second in combinations([run.name for run in runs], 2):
-        for judge in scores[first].keys() & scores[second].keys():
-            same = judge == IMPLICIT or opponents[first] == opponents[second]
-            result = paired(scores[second][judge], scores[first][judge]) if same else None
-            if result is not None:
-                results.append((judge, second, first, result))
-    results.sort(key=lambda result: result[:3])
-    corrected = holm([result.sign_test_p for *_, result in results])
-    return [Difference(*result, p) for result, p in zip(results, corrected, strict=True)]
+    compared = sorted(
+        (judge, second, first)
+        for first, second in combinations([run.name for run in runs], 2)
+        for judge in scores[first].keys() & scores[second].keys()
+        if judge == IMPLICIT or opponents[first] == opponents[second]
+        if scores[first][judge].keys() & scores[second][judge].keys()
+    )
+    results = [
+        (judge, one, other, paired(scores[one][judge], scores[other][judge], len(compared)))
+        for judge, one, other in compared
+    ]
+    return [Difference(judge, one, other, found) for judge, one, other, found in results if found is not None]
 
 
 def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:

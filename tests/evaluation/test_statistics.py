@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
@@ -13,8 +12,6 @@ from pipeline.evaluation.rates.statistics import (
     RESAMPLES,
     bootstrap_mean,
     detectable,
-    holm,
-    paired,
     prompts_for,
     share,
     sign_test,
@@ -91,13 +88,6 @@ def test_the_sign_test_is_the_binomials_tails():
     assert sign_test(53, 12) == pytest.approx(stats.binomtest(12, 65).pvalue)
 
 
-def test_holm_is_statsmodels():
-    for power in (3, 1):
-        p_values = np.random.default_rng(2).random(9) ** power
-        assert holm(p_values.tolist()) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
-    assert holm([]) == []
-
-
 def test_the_detectable_difference_has_the_power_it_promises():
     scores = np.random.default_rng(3).choice([0.0, 0.5, 1.0], size=400).tolist()
     distance = detectable(scores)
@@ -108,26 +98,6 @@ def test_the_detectable_difference_has_the_power_it_promises():
     # a standard deviation of sqrt(1/2) over sqrt(2) prompts
     assert detectable([1.0, 0.0]) == pytest.approx((1.959964 + 0.841621) / 2, abs=1e-5)
     assert prompts_for([0.5, 0.5], 0.1) is None
-
-
-def test_pairing_cancels_what_the_prompts_share():
-    rng = np.random.default_rng(4)
-    difficulty = rng.normal(size=200)
-    first = {str(n): difficulty[n] + 0.1 + 0.1 * rng.normal() for n in range(200)}
-    second = {str(n): difficulty[n] + 0.1 * rng.normal() for n in range(200)} | {"only here": 9.0}
-    found = paired(first, second)
-    assert found.prompts == 200
-    assert found.difference.low < 0.1 < found.difference.high
-    assert found.difference.half_width < 0.03 < bootstrap_mean(list(first.values())).half_width
-    assert found.sign_test_p < 1e-6
-    assert paired({"a": 1.0}, {"b": 1.0}) is None
-
-
-def test_pairs_that_are_even_say_nothing_about_a_direction():
-    first = {"a": 1.0, "b": 0.5, "c": 0.5, "d": 1.0, "e": 0.5, "f": 0.0}
-    second = {"a": 0.5, "b": 0.0, "c": 0.0, "d": 0.5, "e": 0.5, "f": 0.0}
-    assert paired(first, second).sign_test_p == sign_test(4, 0) == 0.125
-    assert paired(second, first).sign_test_p == 0.125
 
 
 @pytest.mark.parametrize(

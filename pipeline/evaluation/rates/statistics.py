@@ -6,7 +6,7 @@ not independent. Every interval is 95 %.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,15 +31,6 @@ class Interval:
     @property
     def half_width(self) -> float:
         return (self.high - self.low) / 2
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two policies on the same prompts: mean of first minus second, and the exact sign test of the differences."""
-
-    prompts: int
-    difference: Interval
-    sign_test_p: float
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
@@ -83,30 +74,6 @@ def share(scores: Sequence[float]) -> tuple[Interval, str]:
 def sign_test(wins: int, losses: int) -> float:
     """Exact two-sided p of `wins` against `losses` under even chances; ties say nothing about a direction."""
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-
-
-def paired(first: Mapping[str, float], second: Mapping[str, float]) -> Paired | None:
-    """Compare two policies' scores by prompt; None if they share no prompt.
-
-    The prompts' own difficulty cancels in the difference, so it is known better than either score.
-    """
-    common = sorted(first.keys() & second.keys())
-    if not common:
-        return None
-    differences = np.array([first[prompt] - second[prompt] for prompt in common])
-    p = sign_test(int((differences > 0).sum()), int((differences < 0).sum()))
-    return Paired(len(common), bootstrap_mean(differences.tolist()), p)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for having looked at all of them (Holm 1979): valid whatever their dependence."""
-    order = np.argsort(p_values, kind="stable")
-    corrected = np.empty(len(p_values))
-    floor = 0.0
-    for rank, hypothesis in enumerate(order):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[hypothesis]))
-        corrected[hypothesis] = floor
-    return [float(value) for value in corrected]
 
 
 def detectable(scores: Sequence[float]) -> float | None:
