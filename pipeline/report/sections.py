@@ -181,7 +181,11 @@ def _rate(rate: WinRate) -> list[str]:
         f"{rate.rate.mean:.3f}",
         _between(rate.rate),
         f"{rate.wins} / {rate.ties} / {rate.losses}",
-        f"{controlled.mean:.3f}" if controlled else "-",
+        f"{controlled.mean:.3f} ({_between(controlled)})"
+        if controlled
+        else "withheld"
+        if rate.length_withheld
+        else "-",
         f"{rate.flips} of {rate.comparisons}",
         str(rate.failed),
         f"{rate.sign_test_p:.2g}",

@@ -103,6 +103,8 @@ def cautions(results: Results) -> list[str]:
                 + (
                     "The rates at equal length take that out."
                     if rate.length_controlled
+                    else "What is due to length cannot be told apart."
+                    if rate.length_withheld
                     else "The lengths hardly overlap, so what is due to length cannot be told apart."
                 )
             )
@@ -129,6 +131,8 @@ def _of_judge(name: str, seen: WinRate) -> list[str]:
             f"{name}: at equal length the rate would be {controlled.mean:.0%} ({_between(controlled)}), "
             "so length explains part of the outcome."
         )
+    if seen.length_withheld:
+        sentences.append(f"{name}: a rate at equal length is withheld, because {seen.length_withheld}.")
     return sentences
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 
-from pipeline.evaluation.rates.length_control import fit, length_controlled
+from pipeline.evaluation.rates.length_control import fit, length_controlled, saturates, withheld
 
 
 def simulated(number, intercept, slope, seed=0):
@@ -61,8 +61,40 @@ def test_nothing_to_control_is_no_figure():
 def test_the_interval_covers_through_the_fit():
     """200 simulated evaluations of 80 prompts; an interval that ignored the fit's own uncertainty covers far less."""
     truth = 1 / (1 + np.exp(-0.6))
-    covered = 0
-    for seed in range(200):
-        found = length_controlled(*simulated(80, 0.6, 1.5, seed))
-        covered += found.low <= truth <= found.high
-    assert covered >= 180
+    shown = [found for seed in range(200) if (found := length_controlled(*simulated(80, 0.6, 1.5, seed)))]
+    assert len(shown) >= 180
+    assert sum(found.low <= truth <= found.high for found in shown) >= 0.9 * len(shown)
+
+
+def sure(number, bend, seed, shift=1.0):
+    """Probabilities of a judge whose log-odds are 0.5 and 2 tanh of `bend` lengths, with a little noise."""
+    rng = np.random.default_rng(seed)
+    differences = rng.normal(shift, 1.0, number)
+    logit = 0.5 + 2 * np.tanh(bend * differences / differences.std()) + 0.3 * rng.normal(size=number)
+    return 1 / (1 + np.exp(-logit)), differences
+
+
+def test_a_judge_that_saturates_is_noticed_and_its_figure_withheld_with_the_reason():
+    for seed in range(20):
+        scores, differences = sure(300, 6.0, seed)
+        assert "another curve" in withheld(scores, differences)
+        assert length_controlled(scores, differences) is None
+
+
+def test_a_judge_that_follows_the_curve_is_taken_for_another_as_rarely_as_promised():
+    soft = sum(bool(withheld(*sure(300, 1.0, seed))) for seed in range(200))
+    hard = sum(bool(withheld(*simulated(300, 0.5, 1.5, seed))) for seed in range(200))
+    assert soft <= 22
+    assert hard <= 22
+
+
+def test_one_curve_goes_through_lengths_of_two_values():
+    lengths = np.array([1.0, -1.0] * 20)
+    assert saturates((lengths < 0).astype(float), lengths) > 0.05
+    assert saturates(np.full(40, 0.5), lengths) == 1.0
+
+
+def test_each_reason_is_said():
+    assert withheld([1.0] * 9, list(range(9))) == "9 prompts are fewer than 10"
+    assert withheld([1.0, 0.0] * 20, [3.0] * 40) == "one model is nearly always the longer one"
+    assert withheld(*simulated(80, 0.6, 1.5)) == ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.evaluation.rates.length_control import length_controlled
+from pipeline.evaluation.rates.length_control import length_controlled, withheld
 from pipeline.evaluation.rates.statistics import Interval, detectable, prompts_for, share, sign_test, wilson
 from pipeline.judges.judging import Judgement
 
@@ -33,10 +33,11 @@ class WinRate:
     """A judge's verdict over prompts. Ties count half; `failed` comparisons are in no other figure but the bounds.
 
     `flips` counts comparisons in which the judge contradicted itself when the order changed. `worst` and `best` are the
-    rates if every failed comparison had been lost or won. `first_wins` is how often the response that stood
-    first won (0.5: no preference for a position), None if no order exists. `length_controlled`: see
-    `pipeline.evaluation.rates.length_control`. `detectable` is the difference that so many prompts would have shown four times in
-    five, `prompts_needed` how many would show WORTH_SEEING; see `pipeline.evaluation.rates.statistics`.
+    rates if every failed comparison had been lost or won. `first_wins` is how often the response that stood first won (0.5:
+    no preference for a position), None if no order exists. `length_controlled`: see
+    `pipeline.evaluation.rates.length_control`; `length_withheld` says why there is none. `detectable` is the difference that
+    so many prompts would have shown four times in five, `prompts_needed` how many would show WORTH_SEEING; see
+    `pipeline.evaluation.rates.statistics`.
     """
 
     prompts: int
@@ -55,6 +56,7 @@ class WinRate:
     detectable: float | None
     length_controlled: Interval | None = None
     prompts_needed: int | None = None
+    length_withheld: str = ""
 
 
 def comparison_scores(judgements: Iterable[Judgement]) -> dict[tuple[str, int], ComparisonScore]:
@@ -108,9 +110,10 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
     means = list(by_prompt.values())
     wins, losses = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
     rate, method = share(means)
-    controlled = None
+    controlled, reason = None, ""
     if longer_by is not None and by_prompt.keys() <= longer_by.keys():
-        controlled = length_controlled(means, [longer_by[prompt_id] for prompt_id in by_prompt])
+        longer = [longer_by[prompt_id] for prompt_id in by_prompt]
+        controlled, reason = length_controlled(means, longer), withheld(means, longer)
     return WinRate(
         prompts=len(means),
         rate=rate,
@@ -128,6 +131,7 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
         detectable=detectable(means),
         length_controlled=controlled,
         prompts_needed=prompts_for(means, WORTH_SEEING),
+        length_withheld=reason,
     )
 
 
