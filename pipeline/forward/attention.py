@@ -107,7 +107,8 @@ def register() -> str:
 
     # compiled layers call it as it is, and nothing that it calls is traced: a pack differs from every other in its slices, each of
     # which would be compiled anew. FlexAttention is compiled by itself, inside too
-    AttentionInterface.register(NAME, torch.compiler.disable(attend))
+    outside: Any = torch.compiler.disable
+    AttentionInterface.register(NAME, outside(attend))
     return NAME
 
 
