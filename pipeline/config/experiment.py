@@ -114,6 +114,10 @@ class GenerateConfig(Section):
     """Sampling: held-out prompts for stage three, training prompts for new pairs."""
 
     max_tokens: int = Field(256, ge=1, description="longest response, in tokens")
+    fixed_length: bool = Field(
+        False,
+        description="no token that ends a response is sampled: all have max_tokens tokens, and length explains nothing",
+    )
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(1.0, gt=0, le=1, description="below 1: from the likeliest tokens only; slow on CPU")
     samples: int = Field(1, ge=1, description="responses for each prompt and model")

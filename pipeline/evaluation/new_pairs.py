@@ -52,11 +52,13 @@ def make_pairs(
     samples: Sequence[Sequence[Sample]],
     margin: float,
     accept: Callable[[Sample], bool] = lambda _: True,
+    *,
+    must_end: bool = True,
 ) -> tuple[list[NewPair], dict[str, int]]:
     """Pairs of the prompts whose best and worst response are `margin` or more apart, and how often each reason had none.
 
-    The best must have ended by itself, as the tokenised pair will say it did, and please `accept`; the worst must say
-    something.
+    The best must have ended by itself if it `must_end`, else a policy would learn to go on for ever, and please `accept`; the
+    worst must say something.
     """
     scores = score_samples(judge, requests, samples)
     pairs = []
@@ -69,7 +71,7 @@ def make_pairs(
         choice = best_and_worst(judged, margin)
         if choice is None:
             reasons["near_tie"] += 1
-        elif written[choice.chosen].finish_reason != "stop":
+        elif must_end and written[choice.chosen].finish_reason != "stop":
             reasons["best_is_cut_off"] += 1
         elif not accept(written[choice.chosen]):
             reasons["best_is_refused"] += 1
@@ -125,13 +127,15 @@ def pair_row(pair: NewPair, provenance: dict[str, Any]) -> dict[str, Any]:
     messages = pair.request.messages
     single = len(messages) == 1 and messages[0]["role"] == "user"
     prompt: Any = messages[0]["content"] if single else messages
-    responses: dict[str, Any] = {"chosen": chosen.text, "rejected": rejected.text}
+    sides = {"chosen": chosen, "rejected": rejected}
+    responses: dict[str, Any] = {name: side.text for name, side in sides.items()}
     if not single:
         responses = {name: [{"role": "assistant", "content": text}] for name, text in responses.items()}
     return {
         **({"topic": pair.request.prompt.topic} if pair.request.prompt.topic else {}),
         "prompt": prompt,
         **responses,
+        **{f"{name}_cut_off": True for name, side in sides.items() if side.finish_reason != "stop"},
         "margin": round(pair.choice.margin, 3),
         "differs_beyond_length": beyond_length(pair.request.prompt.text, chosen, rejected),
         "provenance": provenance

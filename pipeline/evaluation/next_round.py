@@ -52,7 +52,9 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     )
 
     samples = _sampled(run, policy, prompts, settings, listener)
-    new_pairs, left_out = make_pairs(judge, prompts, samples, config.generate.pair_margin)
+    new_pairs, left_out = make_pairs(
+        judge, prompts, samples, config.generate.pair_margin, must_end=not config.generate.fixed_length
+    )
     if not new_pairs:
         why = ", ".join(f"{count} x {reason}" for reason, count in left_out.items())
         raise CheckError(f"no prompt gave a pair ({why}): lower generate.pair_margin or raise generate.pair_samples")
@@ -102,6 +104,7 @@ def _held_out_row(pair: Pair) -> dict[str, object]:
         "prompt": pair.preference.prompt,
         "chosen": [{"role": "assistant", "content": pair.preference.chosen}],
         "rejected": [{"role": "assistant", "content": pair.preference.rejected}],
+        **{f"{side}_cut_off": True for side in sorted(pair.preference.cut_off)},
     }
 
 

@@ -24,6 +24,7 @@ from pipeline.pairs.splits import prompt_id_of
 
 # fields of `generate` that decide a sample
 _DECIDING = {"max_tokens", "temperature", "top_p", "samples", "seed", "dtype"}
+_IF_SET = ("engine_args", "fixed_length")
 
 
 def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
@@ -41,9 +42,9 @@ def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: Ge
     engine = engine_version("vllm") or "none"
     ids = ",".join(prompt.prompt_id for prompt in prompts)
     made_by = {"weights": candidate.digest, "engine": engine, "device": device_kind()}
-    # left out if there are none: samples from before they could be given keep their key
-    engine_args = {"engine_args": settings.engine_args} if settings.engine_args else {}
-    return digest(made_by | engine_args, settings.model_dump(mode="json", include=_DECIDING), ids)
+    # left out unless set: samples from before they could be keep their key
+    others = {name: value for name in _IF_SET if (value := getattr(settings, name))}
+    return digest(made_by | others, settings.model_dump(mode="json", include=_DECIDING), ids)
 
 
 def stored_samples(key: str, model: str, file: str, schema: pa.Schema) -> pa.Table | None:

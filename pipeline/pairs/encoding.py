@@ -1,7 +1,8 @@
 """From messages to token ids: the chat template, where the response begins, how it ends, and what is too long.
 
 The boundary between prompt and response is decided on token ids: the prompt's ids must begin the ids of prompt plus
-response, or the row is dropped. A response ends with the template's end-of-turn token.
+response, or the row is dropped. A response ends with the template's end-of-turn token, unless its row says that it was cut off:
+a model that never wrote an end must not be taught, or scored on, one there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _CHUNK = 2000
 
 @dataclass(frozen=True)
 class Encoded:
-    """A preference's token ids: of the prompt, and of each response that was asked for, end token included."""
+    """A preference's token ids: of the prompt, and of each response that was asked for, with its end token if it has one."""
 
     preference: Preference
     prompt_ids: list[int]
@@ -93,7 +94,10 @@ class Encoder:
         for side, ids in whole.items():
             if ids[: len(prompt)] != prompt:
                 return drop("prompt_not_a_prefix", _where_it_differs(side, prompt, ids))
-            responses.append(_ended(ids[len(prompt) :], self._end))
+            ended = _ended(ids[len(prompt) :], self._end)
+            responses.append(ended[:-1] if side in item.cut_off else ended)
+            if not responses[-1]:
+                return drop("empty_response", f"{side} has no token before its end")
         limit = self._limit
         longest = len(prompt) + max(map(len, responses))
         if longest > limit:

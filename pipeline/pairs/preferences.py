@@ -17,7 +17,9 @@ from pipeline.pairs.rows import Row, open_rows
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt and two responses, as messages. `row` counts from 0 within `source`."""
+    """One prompt and two responses, as messages. `row` counts from 0 within `source`; `cut_off` names the sides that were not
+    ended by their writer.
+    """
 
     source: str
     row: int
@@ -25,6 +27,7 @@ class Preference:
     chosen: str
     rejected: str
     topic: str = ""
+    cut_off: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Source:
                 prompt, chosen, rejected = convert(_renamed(row, self.columns) if self.columns else row)
                 _must_be_usable(prompt, chosen, rejected)
                 topic = row.get("topic")
-                yield Preference(self.name, number, prompt, chosen, rejected, topic if isinstance(topic, str) else "")
+                topic = topic if isinstance(topic, str) else ""
+                yield Preference(self.name, number, prompt, chosen, rejected, topic, _cut_off(row))
             except RowProblem as problem:
                 yield Dropped(self.name, number, problem.reason, problem.detail)
 
@@ -96,6 +100,15 @@ def _must_be_usable(prompt: list[Message], chosen: str, rejected: str) -> None:
             raise RowProblem("empty_response", name)
     if chosen == rejected:
         raise RowProblem("identical_responses")
+
+
+def _cut_off(row: Row) -> frozenset[str]:
+    """Sides whose column `<side>_cut_off` is true."""
+    given = {side: row.get(f"{side}_cut_off") for side in ("chosen", "rejected")}
+    for side, value in given.items():
+        if value is not None and not isinstance(value, bool):
+            raise RowProblem("wrong_type", f"{side}_cut_off is {type(value).__name__}, expected true or false")
+    return frozenset(side for side, value in given.items() if value)
 
 
 def _renamed(row: Row, columns: dict[str, str], *, missing_ok: bool = False) -> Row:

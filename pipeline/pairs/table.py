@@ -39,13 +39,15 @@ class DropCount:
 class PairTable:
     """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected.
 
-    `prompt_tokens` [rows] and `response_tokens` [2 x rows] are lengths.
+    `prompt_tokens` [rows] and `response_tokens` [2 x rows] are lengths; `cut_off` counts responses without an end token as they
+    were not ended.
     """
 
     formats: dict[str, str]
     digests: dict[str, str]
     directory: tempfile.TemporaryDirectory[str] = field(repr=False)
     splits: dict[str, int] = field(default_factory=dict)
+    cut_off: int = 0
     drops: dict[str, DropCount] = field(default_factory=dict)
     prompt_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
     response_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
@@ -114,6 +116,7 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
             on_group(table)
             for pair in kept:
                 pair_table.splits[pair.split] = pair_table.splits.get(pair.split, 0) + 1
+                pair_table.cut_off += len(pair.preference.cut_off)
             prompts.append(_lengths(table, "prompt_ids"))
             response_lengths = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
             responses.append(np.stack(response_lengths, axis=1).ravel())

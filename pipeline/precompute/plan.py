@@ -66,6 +66,8 @@ class Plan:
             lines.append(f"data      {name}: {format_name}")
         splits = ", ".join(f"{pairs.splits.get(split, 0)} {split}" for split in ("train", "eval"))
         lines.append(f"rows      {len(pairs) + pairs.dropped} read, {len(pairs)} pairs: {splits}")
+        if pairs.cut_off:
+            lines.append(f"cut off   {pairs.cut_off} of {2 * len(pairs)} responses, which are given no end token")
         for reason, drop in pairs.drops.items():
             detail = f": {drop.first.detail}" if drop.first.detail else ""
             lines.append(f"dropped   {drop.count} x {reason} (first: {drop.first.source} row {drop.first.row}{detail})")

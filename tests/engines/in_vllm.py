@@ -46,6 +46,13 @@ def main(models: Path, out: Path) -> None:
     with generator(tiny, Named(str(tiny)), 64, settings) as generate:
         found["against_itself"] = [[one.text for one in samples] for samples in generate(asked, many, nobody)]
 
+    found["ends"] = {}
+    for fixed in (False, True):
+        how = many.model_copy(update={"fixed_length": fixed})
+        with generator(tiny, Named(str(tiny)), 64, how) as generate:
+            written = [one for samples in generate(prompts, how, nobody) for one in samples]
+        found["ends"][str(fixed)] = [(len(one.ids), one.finish_reason) for one in written]
+
     ids = [[*prompt, *samples[0]] for prompt, samples in zip(prompts, plain[0], strict=True)]
     # one ends with the end of turn, which pads too
     ids[0] = [*ids[0], tokenizer.eos_token_id]

@@ -65,6 +65,11 @@ def test_a_sample_does_not_depend_on_the_order_of_the_batch(found):
     assert first != second
 
 
+def test_at_a_fixed_length_no_response_ends_before_it(found):
+    assert {tuple(one) for one in found["ends"]["True"]} == {(12, "length")}
+    assert any(reason == "stop" and length < 12 for length, reason in found["ends"]["False"])
+
+
 def test_an_adapter_samples_like_the_merged_model_and_unlike_its_base(found):
     assert found["adapter"] == found["merged"]
     assert found["adapter"] != found["in_order"]

@@ -41,6 +41,19 @@ def test_what_is_left_out_is_counted_with_its_reason(written, margin, reason):
     assert (made, reasons) == ([], {reason: 1})
 
 
+def test_of_responses_of_a_fixed_length_none_has_ended_and_the_rows_say_so():
+    (made,), reasons = make_pairs(LENGTH, [request()], [samples("aa", "a", cut=[0, 1])], 1, must_end=False)
+    row = pair_row(made, {})
+    assert (reasons, row["chosen_cut_off"], row["rejected_cut_off"]) == ({}, True, True)
+
+
+def test_a_row_says_which_side_was_cut_off():
+    (made,), _ = make_pairs(LENGTH, [request()], [samples("aa", "a", cut=[1])], 1)
+    row = pair_row(made, {})
+    assert row["rejected_cut_off"]
+    assert "chosen_cut_off" not in row
+
+
 def test_a_judge_that_failed_makes_no_pair():
     judge = by_reward("j", lambda items: [None for _ in items])
     assert make_pairs(judge, [request()], [samples("a", "b")], 0)[1] == {"judge_failed": 1}

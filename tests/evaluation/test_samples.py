@@ -16,6 +16,8 @@ PROMPTS = [Prompt("a" * 32, "What?", "", [1, 2])]
         ("seed", 4, False),
         ("engine_args", {"quantization": "fp8"}, False),
         ("engine_args", {}, True),
+        ("fixed_length", True, False),
+        ("fixed_length", False, True),
         ("pair_samples", 3, True),
     ],
 )

@@ -9,5 +9,5 @@ def build(tmp_path, tokenizer, rows, **data):
     return build_pairs(DataConfig(path=str(write_rows(tmp_path / "d.jsonl", rows)), **data), tokenizer)
 
 
-def row(prompt="Hi?", chosen="Hello.", rejected="Go away."):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+def row(prompt="Hi?", chosen="Hello.", rejected="Go away.", **others):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **others}

@@ -136,6 +136,25 @@ def test_plain_text_ends_with_the_end_of_sequence_and_a_chat_with_the_end_of_the
         assert tokenizer.decode(pair.chosen_ids) == f"Hello.{end}"
 
 
+def test_a_response_that_was_cut_off_has_no_end_and_is_counted(tmp_path):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.eos_token = "<|system|>"
+    for template, end in (("chat", "<|end|>"), ("none", "<|system|>")):
+        rows = [row(rejected_cut_off=True, chosen_cut_off=False), row(prompt="Who?", chosen_cut_off=True)]
+        first, second = build(tmp_path, tokenizer, rows, template=template, eval_fraction=0).pairs
+        assert [tokenizer.decode(ids) for ids in (first.chosen_ids, first.rejected_ids)] == [f"Hello.{end}", "Go away."]
+        assert [tokenizer.decode(ids) for ids in (second.chosen_ids, second.rejected_ids)] == [
+            "Hello.",
+            f"Go away.{end}",
+        ]
+
+
+def test_whether_a_response_was_cut_off_is_true_or_false(tmp_path):
+    found = build(tmp_path, make_tiny_tokenizer(), [row(), row(prompt="Who?", chosen_cut_off="no")], eval_fraction=0)
+    assert [(one.row, one.reason) for one in found.dropped] == [(1, "wrong_type")]
+    assert "chosen_cut_off is str" in found.dropped[0].detail
+
+
 def preferences(*rows):
     return [
         Preference("s", at, [{"role": "user", "content": one["prompt"]}], one["chosen"], one["rejected"])

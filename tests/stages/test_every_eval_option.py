@@ -21,6 +21,7 @@ from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, pre
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning
 EVAL = {
     "generate.max_tokens": (5, {}),
+    "generate.fixed_length": (True, {}),
     "generate.temperature": (0.2, {}),
     "generate.top_p": (0.5, {}),
     "generate.samples": (2, {}),
@@ -127,7 +128,7 @@ def sized_engine(told, directory, config, dtype, length, **options):
 
 def sampled(directory, prompt, params):
     """A response drawn from the model's name, the prompt, and how it is asked."""
-    asked = (directory.name, prompt["prompt_token_ids"], params.seed, params.temperature, params.top_p)
+    asked = (directory.name, prompt["prompt_token_ids"], params.seed, params.temperature, params.top_p, params.min_tokens)
     draw = random.Random(repr(asked))
     length = draw.randint(3, 20)
     words = [draw.choice(["the cat", " sat", " on", " mat.", " dog", " ran"]) for _ in range(length)]

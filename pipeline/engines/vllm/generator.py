@@ -101,6 +101,8 @@ def generator(
                         top_p=settings.top_p,
                         seed=request_seed(settings.seed, prompt, number),
                         stop_token_ids=stops,
+                        # vLLM gives the ending tokens no probability below so many
+                        min_tokens=settings.max_tokens if settings.fixed_length else 0,
                         detokenize=False,
                     )
                     for prompt, number in wave
