@@ -10,7 +10,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -75,6 +75,9 @@ bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 
 bench-pairs: .venv/.test ## a training's pairs, up to a million: time to open, memory per pair
 	@.venv/bin/python -m tests.benchmarks.pairs
+
+bench-statistics: .venv/.test ## intervals and tests of stage three on simulated judges: promised against kept; under 10 minutes
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.statistics
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages
