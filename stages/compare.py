@@ -56,7 +56,16 @@ def main(runs: list[Run], page: Path | None) -> None:
     console.say(f"page      {path}")
 
 
-_HEAD = ["judge", "first", "second", "prompts", "first minus second", "95 % interval, corrected", "p, corrected"]
+_HEAD = [
+    "judge",
+    "first",
+    "second",
+    "compares",
+    "prompts",
+    "first minus second",
+    "95 % interval, corrected",
+    "p, corrected",
+]
 
 
 def _row(difference: Difference) -> list[str]:
@@ -65,6 +74,9 @@ def _row(difference: Difference) -> list[str]:
         difference.judge,
         difference.first,
         difference.second,
+        "two trained models"
+        if difference.seeds == (1, 1)
+        else f"two methods, {' and '.join(map(str, difference.seeds))} seeds",
         str(difference.paired.prompts),
         f"{mean.mean:+.3f}",
         f"{mean.low:+.3f} to {mean.high:+.3f}",

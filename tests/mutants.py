@@ -27,6 +27,7 @@ COVERING = {
     "training/schedule": ["training/test_schedule.py"],
     "evaluation/rates/statistics": ["evaluation/test_statistics.py"],
     "evaluation/rates/paired": ["evaluation/test_paired.py"],
+    "evaluation/rates/seeds": ["evaluation/test_seeds.py"],
     "evaluation/rates/winrates": ["judges/test_judging.py", "report/test_exchange.py", "evaluation/test_winrates.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
     "engines/vllm/runners": ["engines/test_vllm_runners.py"],

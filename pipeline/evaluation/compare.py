@@ -17,6 +17,7 @@ from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
 from pipeline.evaluation.rates.paired import Paired, paired
+from pipeline.evaluation.rates.seeds import over_seeds
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import both_orders, prompt_scores
 from pipeline.evaluation.results import Cost, Results, read_results
@@ -25,12 +26,16 @@ from pipeline.judges.judging import Judgement
 
 @dataclass(frozen=True)
 class Difference:
-    """One judge's comparison of two runs' policies on their common prompts, corrected for all that are made."""
+    """One judge's comparison of two runs' policies on their common prompts, corrected for all that are made.
+
+    `seeds`: from how many seeds each side was trained. One each: two trained models are compared. More: two methods.
+    """
 
     judge: str
     first: str
     second: str
     paired: Paired
+    seeds: tuple[int, int] = (1, 1)
 
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
@@ -52,24 +57,32 @@ def reached(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Every two runs by every judge, corrected over all that is returned.
+    """Every two methods or runs by every judge, corrected over all that is returned.
 
-    Runs whose reference wrote other responses are not compared: their win rates are against different opponents.
+    Runs whose settings differ in train.seed alone are one method, compared over its seeds with other methods of several
+    seeds; with a run that has no other seed each of them is compared by itself. Runs whose reference wrote other responses
+    are not compared: their win rates are against different opponents.
     """
     scores = {run.name: _scores(run) for run in runs}
     opponents = {run.name: read_about(run.samples).get("keys", {}).get("reference") for run in runs}
-    compared = sorted(
-        (judge, second, first)
-        for first, second in combinations([run.name for run in runs], 2)
-        for judge in scores[first].keys() & scores[second].keys()
-        if judge == IMPLICIT or opponents[first] == opponents[second]
-        if scores[first][judge].keys() & scores[second][judge].keys()
-    )
-    results = [
-        (judge, one, other, paired(scores[one][judge], scores[other][judge], len(compared)))
-        for judge, one, other in compared
-    ]
-    return [Difference(judge, one, other, found) for judge, one, other, found in results if found is not None]
+    compared = []
+    for first, second in _sides(list(_methods(runs).values())):
+        names = [*first, *second]
+        for judge in set.intersection(*(set(scores[name]) for name in names)):
+            same = judge == IMPLICIT or len({opponents[name] for name in names}) == 1
+            if same and set.intersection(*(set(scores[name][judge]) for name in names)):
+                compared.append((judge, second, first))
+    found = []
+    for judge, one, other in sorted(compared):
+        sides = [[scores[name][judge] for name in side] for side in (one, other)]
+        result = (
+            paired(sides[0][0], sides[1][0], len(compared))
+            if len(one) == len(other) == 1
+            else over_seeds(sides[0], sides[1], len(compared))
+        )
+        if result is not None:
+            found.append(Difference(judge, ", ".join(one), ", ".join(other), result, (len(one), len(other))))
+    return found
 
 
 def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
@@ -82,6 +95,28 @@ def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
     points = [point_of(result, judge, name) for name, result in results.items()]
     points.append(point_of(results[runs[0].name], judge, "reference", "reference"))
     return [point for point in points if point is not None], judge
+
+
+def _methods(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Names of the runs that share every setting but the seed of training."""
+    methods: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        settings = {name: value for name, value in _flat(read_saved_config(run)).items() if name != "train.seed"}
+        methods[repr(sorted(settings.items()))].append(run.name)
+    return methods
+
+
+def _sides(methods: Sequence[Sequence[str]]) -> list[tuple[Sequence[str], Sequence[str]]]:
+    """What is compared with what: two methods of several seeds each, else single runs."""
+    if len(methods) == 1:
+        return [([first], [second]) for first, second in combinations(methods[0], 2)]
+    sides: list[tuple[Sequence[str], Sequence[str]]] = []
+    for first, second in combinations(methods, 2):
+        if min(len(first), len(second)) > 1:
+            sides.append((first, second))
+        else:
+            sides += [([one], [other]) for one in first for other in second]
+    return sides
 
 
 def _scores(run: Run) -> dict[str, dict[str, float]]:

@@ -22,9 +22,9 @@ def interval(mean):
     return Interval(mean, mean - 0.1, mean + 0.1)
 
 
-def make(directory, name, scores, kl, opponent="same", reward=0.5):
+def make(directory, name, scores, kl, opponent="same", reward=0.5, seed=0):
     run = Run(directory / name)
-    durable.write_text(run.config, f"train: {{beta: {kl}}}\n")
+    durable.write_text(run.config, f"train: {{beta: {kl}, seed: {seed}}}\n")
     judgements = [
         Judgement(f"p{n}", 0, judge, "policy", "reference", order, "policy", score)
         for judge in ("rule:a", "rule:b")
@@ -51,6 +51,30 @@ def test_two_runs_are_compared_prompt_by_prompt_and_corrected_for_both_judges(tm
     # six of six, two-sided: 2 / 2**6; looked at twice
     assert found[0].paired.p == pytest.approx(4 / 64)
     assert found[0].paired.difference.low <= 0
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_method(tmp_path):
+    low, high = [[0.0] * 6 + [1.0, 0.0]] * 2, [[1.0] * 6 + [1.0, 0.0], [1.0] * 5 + [0.0, 1.0, 0.0]]
+    methods = [
+        make(tmp_path, f"{name}{seed}", scores, kl, seed=seed)
+        for name, kl, both in (("low", 1.0, low), ("high", 2.0, high))
+        for seed, scores in enumerate(both)
+    ]
+    found = differences(methods)
+    assert [(one.judge, one.first, one.second, one.seeds) for one in found] == [
+        (judge, "high0, high1", "low0, low1", (2, 2)) for judge in ("rule:a", "rule:b")
+    ]
+    assert found[0].paired.difference.mean == pytest.approx((7 + 6) / 16 - 1 / 8)
+    assert found[0].paired.comparisons == 2
+
+
+def test_one_seed_is_no_method_and_seeds_alone_are_compared_as_models(tmp_path):
+    seeds = [make(tmp_path, f"one{seed}", [0.0, 1.0], 1.0, seed=seed) for seed in range(2)]
+    other = make(tmp_path, "two", [1.0, 1.0], 2.0)
+    assert {(one.first, one.second, one.seeds) for one in differences([*seeds, other])} == {
+        ("two", "one0", (1, 1)), ("two", "one1", (1, 1)),
+    }  # fmt: skip
+    assert {(one.first, one.second) for one in differences(seeds)} == {("one1", "one0")}
 
 
 def test_win_rates_against_other_opponents_are_not_compared(tmp_path):

@@ -21,7 +21,7 @@ _EXACT = 12
 # if no more prompts than this depart from the commonest difference, values that were not seen decide the mean
 FEW = 5
 _ELEMENTS = 2_000_000
-_LEVEL = 0.05
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], comparisons:
     if not common:
         return None
     differences = np.array([first[prompt] - second[prompt] for prompt in common])
-    level = _LEVEL / comparisons
+    level = LEVEL / comparisons
     low, high, p = sign_flips(differences, level)
     _, counts = np.unique(differences, return_counts=True)
     if len(differences) - counts.max() <= FEW:
@@ -58,7 +58,7 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], comparisons:
     return Paired(len(common), Interval(float(differences.mean()), low, high), min(1.0, comparisons * p), comparisons)
 
 
-def sign_flips(differences: np.ndarray, level: float = _LEVEL, seed: int = 0) -> tuple[float, float, float]:
+def sign_flips(differences: np.ndarray, level: float = LEVEL, seed: int = 0) -> tuple[float, float, float]:
     """Low and high end of the mean's interval at 1 - `level`, and the two-sided p of a mean of 0, by flips of signs.
 
     Every set of flips up to 12 differences, else 20,000 random ones. Ends that nothing bounds are -1 and 1, the range of a
@@ -76,7 +76,7 @@ def sign_flips(differences: np.ndarray, level: float = _LEVEL, seed: int = 0) ->
     return float(means[outside - 1]), float(means[-outside]), min(1.0, 2 * below, 2 * above)
 
 
-def plus_two(differences: np.ndarray, level: float = _LEVEL) -> tuple[float, float, float]:
+def plus_two(differences: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
     """The normal interval and p after one prompt more that the first policy won outright, and one that it lost.
 
     Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data".
