@@ -56,6 +56,16 @@ def compiled_pattern(argument: str) -> Any:
         raise ValueError(f"not a regular expression ({error})") from None
 
 
+def known_lexicon(argument: str) -> str:
+    """A lexicon of sentiment, whole or half. ValueError for others."""
+    lexicon, colon, half = argument.partition(":")
+    if lexicon not in ("vader", "textblob") or (colon and half not in ("even", "odd")):
+        raise ValueError(
+            f"expected vader or textblob, or half of their words as in vader:even and vader:odd, got {argument!r}"
+        )
+    return argument
+
+
 def known_language(argument: str) -> str:
     """A language code that the identifier knows. ValueError for others."""
     labels = language_identifier().labels
@@ -79,5 +89,6 @@ RULES = {
     "contains": RuleFacts("holds this text, in any case", "text"),
     "regex": RuleFacts("matches this pattern somewhere", "pattern", compiled_pattern),
     "json_valid": RuleFacts("is JSON, in a code fence or not"),
+    "sentiment": RuleFacts("how positive its English words are", "lexicon", known_lexicon),
     "language": RuleFacts("how sure it is that the response is in this language", "code", known_language),
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pipeline.config.rules import compiled_pattern, known_language, language_identifier, positive_number
 from pipeline.judges import marks
 from pipeline.judges.judging import Judge, Response, Shown, by_reward
+from pipeline.judges.sentiment import reads, sentiment
 
 # None: the rule could not come to an end
 Mark = Callable[[str, Response], float | None]
@@ -84,6 +85,13 @@ def _language(argument: str) -> Mark:
     return mark
 
 
+def _sentiment(argument: str) -> Mark:
+    def mark(_: str, response: Response) -> float | None:
+        return (1.0 + sentiment(argument)(response.text)) / 2 if reads(response.text) else None
+
+    return mark
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(name)  # NaN and Infinity are Python's, not JSON's
 
@@ -97,4 +105,5 @@ MARKS: dict[str, Callable[[str], Mark]] = {
     "regex": _regex,
     "json_valid": _json_valid,
     "language": _language,
+    "sentiment": _sentiment,
 }
