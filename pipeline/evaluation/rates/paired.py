@@ -18,8 +18,10 @@ from pipeline.evaluation.rates.statistics import Interval
 SUBSETS = 20_000
 # up to so many prompts every subset is taken
 _EXACT = 12
-# if no more prompts than this depart from the commonest difference, values that were not seen decide the mean
+# if no more prompts than this depart from the middle difference, values that were not seen decide the mean
 FEW = 5
+# differences of probabilities are never quite equal
+_NEAR = 0.02
 _ELEMENTS = 2_000_000
 LEVEL = 0.05
 
@@ -42,8 +44,8 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], comparisons:
     """Compare two policies' scores in [0, 1] by prompt; None if they share no prompt.
 
     The prompts' own difficulty cancels in the difference, so it is known better than either score. `comparisons`: how many
-    are looked at together. If 5 prompts or fewer depart from the commonest difference, the interval also covers
-    `plus_two`'s and p is the larger of both: equal differences of few prompts are no certainty.
+    are looked at together. If 5 prompts or fewer depart from the median difference by more than 0.02, the interval also
+    covers `plus_two`'s and p is the larger of both: equal differences of few prompts are no certainty.
     """
     common = sorted(first.keys() & second.keys())
     if not common:
@@ -51,8 +53,7 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], comparisons:
     differences = np.array([first[prompt] - second[prompt] for prompt in common])
     level = LEVEL / comparisons
     low, high, p = sign_flips(differences, level)
-    _, counts = np.unique(differences, return_counts=True)
-    if len(differences) - counts.max() <= FEW:
+    if (np.abs(differences - np.median(differences)) > _NEAR).sum() <= FEW:
         wider_low, wider_high, other_p = plus_two(differences, level)
         low, high, p = min(low, wider_low), max(high, wider_high), max(p, other_p)
     return Paired(len(common), Interval(float(differences.mean()), low, high), min(1.0, comparisons * p), comparisons)
