@@ -20,32 +20,12 @@ from pipeline.artifacts.markdown import markdown_table
 from pipeline.evaluation.rates import length_control
 from pipeline.evaluation.rates.length_control import length_controlled, withheld
 from pipeline.evaluation.rates.paired import Paired, paired
+from pipeline.evaluation.rates.seeds import over_seeds
 from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean, share, sign_test, wilson
 from pipeline.evaluation.rates.winrates import both_orders, comparison_scores, prompt_scores
-from pipeline.judges.judging import Judgement
+from tests.benchmarks.simulated_judges import DIFFERENCES, RATES, chance, leaning_judgements, length_judge, seeds_of
 
-Draw = Callable[[np.random.Generator, int], np.ndarray]
 _PROMPTS = (10, 20, 50, 200)
-
-
-def drawn(values: list[float], chances: list[float]) -> tuple[float, Draw]:
-    """The mean of a distribution of few values, and a function that draws from it."""
-    return float(np.dot(values, chances)), lambda rng, number: rng.choice(np.array(values), number, p=chances)
-
-
-RATES: dict[str, tuple[float, Draw]] = {
-    "verdicts, 0.69 won, 0.16 tied": drawn([1, 0.5, 0], [0.69, 0.16, 0.15]),
-    "0.97 won": drawn([1, 0], [0.97, 0.03]),
-    "probabilities around 0.6": (0.6, lambda rng, number: rng.beta(6, 4, number)),
-}
-DIFFERENCES: dict[str, tuple[float, Draw]] = {
-    "equal, 0.6 of prompts tied": drawn([0, 1, -1], [0.6, 0.2, 0.2]),
-    "equal, 0.9 tied": drawn([0, 1, -1], [0.9, 0.05, 0.05]),
-    "0.1 gained, none lost": drawn([0, 1], [0.9, 0.1]),
-    "0.3 gained, 0.05 lost": drawn([0, 1, -1], [0.65, 0.3, 0.05]),
-    "0.95 gained": drawn([1, 0], [0.95, 0.05]),
-    "equal, probabilities": (0.0, lambda rng, number: rng.beta(4, 4, number) - rng.beta(4, 4, number)),
-}
 
 
 def rates(runs: int) -> list[list[str]]:
@@ -142,12 +122,29 @@ def sweeps(runs: int) -> list[list[str]]:
     return rows
 
 
+def methods(runs: int) -> list[list[str]]:
+    """Claims of a difference of two methods on 100 prompts, their seeds' means varying by 0.05."""
+    rows = []
+    for gain in (0.0, 0.1, 0.2):
+        for seeds in (2, 3, 5):
+            rng = np.random.default_rng(5)
+            claimed = np.zeros(3, dtype=int)
+            for _ in range(runs):
+                sides = [seeds_of(rng, mean, seeds, 0.05) for mean in (0.5 + gain, 0.5)]
+                gaps = np.array([[np.mean([one[n] for one in side]) for n in side[0]] for side in sides])
+                found = over_seeds(sides[0], sides[1])
+                assert found is not None
+                claimed += [compared(gaps[0] - gaps[1]).p <= 0.05, found.p <= 0.05, _holds(found.difference, gain)]
+            rows.append([f"{gain}", str(seeds), *(_share(count, runs) for count in claimed)])
+    return rows
+
+
 def lengths(runs: int) -> list[list[str]]:
     """The rate at equal length of 300 prompts: `bend` is how much earlier than the model's curve the judge's bends."""
     rows = []
     for soft in (False, True):
         for bend in (1.0, 4.0, 10.0):
-            truth = float(np.mean(_chance(0.5 + 0.3 * np.random.default_rng(0).normal(size=100_000) * soft)))
+            truth = float(np.mean(chance(0.5 + 0.3 * np.random.default_rng(0).normal(size=100_000) * soft)))
             refused = sum(bool(withheld(*length_judge(seed, bend, soft=soft))) for seed in range(runs))
             shown: list[tuple[Interval, bool]] = []
             for seed in range(max(1, runs // 10)):
@@ -163,26 +160,6 @@ def lengths(runs: int) -> list[list[str]]:
     return rows
 
 
-def leaning_judgements(rng: np.random.Generator, prompts: int, gain: float, leaning: float) -> list[Judgement]:
-    """Judgements in both orders: log-odds of a prompt are normal around `gain`, each order adds noise and the leaning."""
-    odds = gain + rng.normal(size=prompts)
-    return [
-        Judgement(str(n), 0, "j", "policy", "reference", order, "", float(score))
-        for order, side in (("policy_first", 1), ("reference_first", -1))
-        for n, score in enumerate(_chance(odds + side * leaning + 0.5 * rng.normal(size=prompts)))
-    ]
-
-
-def length_judge(seed: int, bend: float, *, soft: bool) -> tuple[list[float], list[float]]:
-    """Scores and length differences; log-odds are 0.5 and 2 tanh of `bend` standard deviations of length."""
-    rng = np.random.default_rng(seed)
-    differences = rng.normal(1.0, 1.0, 300)
-    odds = 0.5 + 2 * np.tanh(bend * differences / differences.std())
-    chances = _chance(odds + 0.3 * rng.normal(size=300) * soft)
-    scores = chances if soft else (rng.random(300) < chances).astype(np.float64)
-    return scores.tolist(), differences.tolist()
-
-
 def compared(differences: np.ndarray, comparisons: int = 1) -> Paired:
     """`paired` of two policies with these differences."""
     first = {str(n): float(one) for n, one in enumerate(differences)}
@@ -193,10 +170,6 @@ def compared(differences: np.ndarray, comparisons: int = 1) -> Paired:
 
 def _sign_test(differences: np.ndarray) -> float:
     return sign_test(int((differences > 0).sum()), int((differences < 0).sum()))
-
-
-def _chance(odds: np.ndarray) -> np.ndarray:
-    return np.asarray(1 / (1 + np.exp(-odds)))
 
 
 def _holds(interval: Interval, truth: float) -> bool:
@@ -228,6 +201,9 @@ TABLES: dict[str, tuple[list[str], Callable[[int], list[list[str]]]]] = {
     ),
     "Sweeps of equal policies, 77 prompts: some interval leaves out 0, 0.05 promised": (
         ["policies", "comparisons", "sweeps", "before", "now"], sweeps,
+    ),
+    "Methods of several seeds, 100 prompts, means of seeds vary by 0.05: how often a difference is claimed": (
+        ["gain", "seeds of each", "prompts alone", "seeds and prompts", "its interval holds the truth"], methods,
     ),
     "Rate at equal length, 300 prompts: 0.95 promised": (
         ["judge", "bends earlier by", "bias", "held before", "withheld now", "held of those shown"], lengths,
