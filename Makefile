@@ -4,6 +4,7 @@ RUN ?= $(basename $(notdir $(CONFIG)))
 SET ?=
 ROUNDS ?= 2
 MINUTES ?= 20
+DATA ?= sentiment
 
 refscore = .venv/bin/refscore
 options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(override)')
@@ -82,8 +83,8 @@ bench-statistics: .venv/.test ## intervals and tests of stage three on simulated
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages
 
-demo-data: .venv/.run ## remake data/demo's pairs from its prompts
-	@.venv/bin/python -m stages.demo_data
+demo-data: .venv/.run ## remake the pairs of data/sentiment (DATA=demo: of data/demo) from its prompts
+	@.venv/bin/python -m stages.demo_data $(DATA)
 
 requirements: .venv/.run ## compile requirements/*.txt from pyproject.toml again
 	@requirements/compile

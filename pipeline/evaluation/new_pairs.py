@@ -75,7 +75,7 @@ def make_pairs(
             reasons["best_is_cut_off"] += 1
         elif not accept(written[choice.chosen]):
             reasons["best_is_refused"] += 1
-        elif not written[choice.rejected].text:
+        elif not written[choice.rejected].text.strip():
             reasons["worst_is_empty"] += 1
         else:
             pairs.append(NewPair(request, written, judged, choice))
@@ -100,7 +100,7 @@ def score_samples(
 ) -> list[list[float | None]]:
     """One score for each sample of each prompt; None if the judge failed."""
     shown = [
-        [Shown(request.prompt, Response(sample.text, sample.finish_reason, tuple(sample.ids))) for sample in written]
+        [Shown(request.prompt, Response(sample.text.strip(), sample.finish_reason, tuple(sample.ids))) for sample in written]
         for request, written in zip(requests, samples, strict=True)
     ]
     if judge.reward is not None:

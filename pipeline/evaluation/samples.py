@@ -90,7 +90,7 @@ def shown(table: pa.Table, prompts: Sequence[Prompt]) -> list[Shown]:
 
 def response_of(row: dict[str, Any]) -> Response:
     """One row's response."""
-    return Response(row["response"], row["finish_reason"], tuple(row["response_ids"]))
+    return Response(row["response"].strip(), row["finish_reason"], tuple(row["response_ids"]))
 
 
 def comparisons_of(samples: pa.Table, prompts: Sequence[Prompt], models: Sequence[str]) -> list[Comparison]:

@@ -47,6 +47,14 @@ def test_of_responses_of_a_fixed_length_none_has_ended_and_the_rows_say_so():
     assert (reasons, row["chosen_cut_off"], row["rejected_cut_off"]) == ({}, True, True)
 
 
+def test_the_white_space_that_a_continuation_begins_with_is_in_the_row_and_not_judged():
+    """In plain text the row's response is put right behind its prompt."""
+    (made,), _ = make_pairs(LENGTH, [request()], [samples(" aa", "  a")], 1)
+    row = pair_row(made, {})
+    assert (row["chosen"], row["rejected"]) == (" aa", "  a")
+    assert made.scores == [2.0, 1.0]
+
+
 def test_a_row_says_which_side_was_cut_off():
     (made,), _ = make_pairs(LENGTH, [request()], [samples("aa", "a", cut=[1])], 1)
     row = pair_row(made, {})

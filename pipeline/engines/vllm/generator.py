@@ -111,7 +111,8 @@ def generator(
                 for output in engine.generate(inputs, params, use_tqdm=False, lora_request=lora):
                     completion = output.outputs[0]
                     ids = list(completion.token_ids)
-                    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                    # what it begins with belongs to it: in plain text a word goes on after a space
+                    text = str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip()
                     samples.append(Sample(text, ids, str(completion.finish_reason)))
                 on_done(len(wave), sum(len(sample.ids) for sample in samples[start:]))
             return [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
