@@ -147,7 +147,7 @@ def lengths(runs: int) -> list[list[str]]:
             truth = float(np.mean(chance(0.5 + 0.3 * np.random.default_rng(0).normal(size=100_000) * soft)))
             refused = sum(bool(withheld(*length_judge(seed, bend, soft=soft))) for seed in range(runs))
             shown: list[tuple[Interval, bool]] = []
-            for seed in range(max(1, runs // 10)):
+            for seed in range(max(1, runs // 3)):
                 with mock.patch.object(length_control, "_MISTAKEN", -1.0):
                     figure = length_controlled(*length_judge(seed, bend, soft=soft))
                 if figure:
