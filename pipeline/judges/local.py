@@ -17,10 +17,12 @@ from pipeline.engines.protocol import engine_version
 from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
+from pipeline.judges.encoding import encode_turns
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
-from pipeline.judges.prompts import LETTERS, letter_of, parsed, question, weighed, wording
+from pipeline.judges.prompts import LETTERS, letter_of, question, weighed, wording
 from pipeline.judges.reward_model import judge_dtype
+from pipeline.judges.verdicts import read_verdict
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.identity import behaviour_digest
 from pipeline.models.load import Named, load_tokenizer
@@ -113,7 +115,7 @@ def _ask_all(
             for key, output in zip(wave, engine.generate(inputs, params, use_tqdm=False), strict=True):
                 reply = output.outputs[0]
                 text = str(tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
-                value = parsed(text)
+                value = read_verdict(text)
                 if one_token:
                     seen = {token: math.exp(entry.logprob) for token, entry in reply.logprobs[0].items()}
                     first, second = (sum(seen.get(token, 0.0) for token in letters[letter]) for letter in LETTERS)
@@ -132,8 +134,7 @@ def _fitting(
     fitting = {}
     for key, duel in missing.items():
         turn = [{"role": "user", "content": question(duel, settings.verdict)}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = encode_turns(tokenizer, turn, reply_next=True)
         if limit is None or len(ids) + new_tokens < limit:
             fitting[key] = ids
     if len(fitting) < len(missing):

@@ -1,8 +1,7 @@
-"""What a model that judges is told, and what its reply means. Changing a word here asks every model judge anew."""
+"""What a model that judges is told, and what the letters of its reply weigh. Changing a word here asks every model judge anew."""
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pipeline.judges.judging import Duel
@@ -33,21 +32,17 @@ _ENDINGS = {
     ),
 }
 LETTERS = ("A", "B")
-_VERDICT = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
 
 
 def question(duel: Duel, verdict: Literal["token", "reasoning"]) -> str:
     """The user's turn that shows a duel to a model."""
-    texts = (duel.prompt.text, duel.first.text, duel.second.text)
+    # half a character, as a cut reply may end with, can be sent to nobody
+    texts = tuple(
+        text.encode("utf-8", "replace").decode() for text in (duel.prompt.text, duel.first.text, duel.second.text)
+    )
     # a response cannot close its own block: the tags carry a digest of all three texts
     mark = verdict_key("mark", texts)[:8]
     return _TASK.format(mark=mark, prompt=texts[0], first=texts[1], second=texts[2]) + _ENDINGS[verdict]
-
-
-def parsed(reply: str) -> float | None:
-    """The last verdict that a reasoned reply names: 1 for A, 0 for B, 0.5 for a tie, None for no verdict."""
-    letters = _VERDICT.findall(reply)
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[letters[-1].lower()] if letters else None
 
 
 def weighed(first: float, second: float, min_mass: float) -> float | None:

@@ -19,7 +19,8 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
-from pipeline.judges.prompts import letter_of, parsed, question, weighed, wording
+from pipeline.judges.prompts import letter_of, question, weighed, wording
+from pipeline.judges.verdicts import read_verdict
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -95,7 +96,7 @@ def _ask(client: OpenAI, settings: JudgeConfig, model: str, duel: Duel) -> Verdi
     turn: Any = [{"role": "user", "content": question(duel, settings.verdict)}]
     reply = client.chat.completions.create(model=model, messages=turn, temperature=0.0, **how)
     text = (reply.choices[0].message.content or "") if reply.choices else ""
-    value = parsed(text)
+    value = read_verdict(text)
     if settings.verdict == "token" and reply.choices:
         value = _from_logprobs(reply.choices[0].logprobs, text, settings)
     usage = reply.usage

@@ -17,6 +17,7 @@ from pipeline.engines.protocol import engine_version, installed_version
 from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
+from pipeline.judges.encoding import encode_turns
 from pipeline.judges.judging import Judge, Reward, Shown, by_reward
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
 from pipeline.models.configuration import position_limit, read_config, text_config
@@ -133,8 +134,7 @@ def _ids(item: Shown, tokenizer: PreTrainedTokenizerBase, *, same: bool) -> list
     if same and item.prompt.ids and item.response.ids:
         return [*item.prompt.ids, *item.response.ids]
     turns = [{"role": "user", "content": item.prompt.text}, {"role": "assistant", "content": item.response.text}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_turns(tokenizer, turns, reply_next=False)
 
 
 def _must_reward(directory: Path, name: str) -> None:
