@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, mo
 from pipeline.config.rules import rule_problem
 
 IMPLICIT = "implicit"
-_OF_A_SERVER = {"model", "key_env", "concurrency", "requests_per_minute", "retries", "timeout", "price_in", "price_out"}
+_OF_A_SERVER = {
+    "model", "key_env", "concurrency", "requests_per_minute", "retries", "timeout", "price_in", "price_out", "max_cost",
+}  # fmt: skip
 
 
 class JudgeConfig(BaseModel):
@@ -49,12 +51,15 @@ class JudgeConfig(BaseModel):
     timeout: float = Field(120, gt=0, description="llm:<url>: seconds until a request counts as failed")
     price_in: float = Field(0, ge=0, description="llm:<url>: price of a million prompt tokens, any currency")
     price_out: float = Field(0, ge=0, description="llm:<url>: price of a million generated tokens")
+    max_cost: float | None = Field(
+        None, gt=0, description="llm:<url>: asks nothing if the forecast price is higher; default: no limit"
+    )
 
     @model_validator(mode="wrap")
     @classmethod
     def _from_text(cls, value: Any, handler: ModelWrapValidatorHandler[JudgeConfig]) -> JudgeConfig:
         judge = handler({"name": value} if isinstance(value, str) else value)
-        problems = [problem for problem in (_name_problem(judge.name), _unread(judge)) if problem]
+        problems = [problem for problem in (_name_problem(judge.name), _unread(judge), _unpriced(judge)) if problem]
         if problems:
             raise ValueError("; ".join(problems))
         return judge
@@ -182,3 +187,9 @@ def _unread(judge: JudgeConfig) -> str | None:
         return None  # said of its name
     unread = sorted(judge.model_fields_set - {"name", "label"} - KINDS[judge.kind].reads(judge))
     return f"judge {judge.name!r} does not read {', '.join(unread)}" if unread else None
+
+
+def _unpriced(judge: JudgeConfig) -> str | None:
+    if judge.max_cost is None or judge.price_in or judge.price_out:
+        return None
+    return f"judge {judge.name!r}: max_cost says nothing without price_in or price_out"

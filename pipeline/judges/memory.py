@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.artifacts.durable import explaining_disk
 
 Item = TypeVar("Item")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Verdicts:
         self._lock = threading.Lock()
         torn = False
         if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_bytes().decode("utf-8", "replace")
             torn = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
+            # other signs that end lines elsewhere, such as U+2028, may stand in a reply
+            for line in text.split("\n"):
                 try:
                     fields = json.loads(line)
                     key = fields.pop("key")
@@ -73,9 +76,22 @@ class Verdicts:
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Keep a verdict, in memory and in the file."""
+        self._known[key] = verdict
+        self._write({"key": key, **asdict(verdict)})
+
+    def add_failure(self, key: str, reason: str) -> None:
+        """Write down, for people, why there is no verdict. It is none: the next evaluation asks again."""
+        self._write({"key": key, "failed": reason})
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        line = json.dumps(fields, ensure_ascii=False)
+        if not line.isascii() and _SURROGATE.search(line):
+            line = json.dumps(fields)  # half a character cannot be written as UTF-8
         with self._lock, explaining_disk(self.path), self.path.open("a", encoding="utf-8") as file:
-            self._known[key] = verdict
-            file.write(json.dumps({"key": key, **asdict(verdict)}, ensure_ascii=False) + "\n")
+            file.write(line + "\n")
 
 
 def verdict_key(judge: str, parts: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ sent to that server only, and written nowhere.
 
 from __future__ import annotations
 
-import math
+import json
+import logging
 import os
 import threading
 import time
@@ -19,15 +20,19 @@ from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
-from pipeline.judges.prompts import letter_of, question, weighed, wording
-from pipeline.judges.verdicts import read_verdict
+from pipeline.judges.prompts import question, wording
+from pipeline.judges.replies import UnreadableReply, verdict_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
+log = logging.getLogger(__name__)
+
 _TOP = 20
-# so many connections refused in a row mean that nobody is there
+# so many failures in a row mean that nobody is there, or nobody who could judge
 _GIVE_UP = 8
+# of English text a token has four and more, of most others fewer
+_BYTES_OF_A_TOKEN = 3
 
 
 def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
@@ -40,51 +45,108 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         identity = f"{settings.argument} {model} {how} {wording()}"
         keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
-        return verdicts.values(keys, duels, lambda missing: _ask_all(settings, model, missing, verdicts))
+
+        def ask(missing: dict[str, Duel]) -> None:
+            _forecast(settings, missing, cost()["price"])
+            _ask_all(settings, model, missing, verdicts)
+
+        return verdicts.values(keys, duels, ask)
 
     def cost() -> dict[str, float]:
         answered = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
         tokens_in, tokens_out = (
             sum(getattr(reply, name) for reply in answered) for name in ("tokens_in", "tokens_out")
         )
-        price = (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
+        price = _price(settings, tokens_in, tokens_out)
         return {"requests": len(answered), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
 
     return Judge(settings.shown, prefer, cost=cost)
 
 
+def _forecast(settings: JudgeConfig, missing: dict[str, Duel], spent: float) -> None:
+    """Says what asking may cost. Raises ConfigError if that and what is `spent` are more than the judge may cost."""
+    tokens_in = sum(len(question(duel, settings.verdict).encode()) for duel in missing.values()) // _BYTES_OF_A_TOKEN
+    tokens_out = len(missing) * (1 if settings.verdict == "token" else settings.max_tokens)
+    price = _price(settings, tokens_in, tokens_out)
+    forecast = (
+        f"{len(missing)} requests, about {tokens_in} prompt tokens, at most {tokens_out} generated tokens, "
+        f"price about {price:.2f}"
+    )
+    log.info("judge %s: %s", settings.shown, forecast)
+    if settings.max_cost is not None and spent + price > settings.max_cost:
+        raise ConfigError(
+            f"judge {settings.shown}: {forecast}, with {spent:.2f} spent before: more than its max_cost of "
+            f"{settings.max_cost:g}. Nothing was asked. Raise max_cost, or evaluate fewer prompts or samples"
+        )
+
+
+def _price(settings: JudgeConfig, tokens_in: int, tokens_out: int) -> float:
+    return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
+
+
 def _ask_all(settings: JudgeConfig, model: str, missing: dict[str, Duel], verdicts: Verdicts) -> None:
     import openai
 
-    client, wait = _client(settings), _limiter(settings.requests_per_minute)
-    refused = 0
-
-    def ask(key: str, duel: Duel) -> None:
-        wait()
-        verdicts.add(key, _ask(client, settings, model, duel))
-
+    client = _client(settings, _limiter(settings.requests_per_minute))
+    reasons: dict[str, int] = {}
+    in_a_row = 0
     pool = ThreadPoolExecutor(settings.concurrency)
     try:
-        for done in as_completed([pool.submit(ask, key, duel) for key, duel in missing.items()]):
-            try:
-                done.result()
-                refused = 0
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+        futures = {
+            pool.submit(lambda key, duel: verdicts.add(key, _ask(client, settings, model, duel)), key, duel): key
+            for key, duel in missing.items()
+        }
+        for done in as_completed(futures):
+            error = done.exception()
+            if error is None:
+                in_a_row = 0
+                continue
+            if not isinstance(error, openai.APIError | UnreadableReply):
+                raise error
+            # failed after its retries: counted as a failure, asked again by the next evaluation
+            reason = _reason(error, settings)
+            if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError):
                 raise ConfigError(
-                    f"judge {settings.shown}: the server refuses ({first_line(error)}). The key is read from the "
+                    f"judge {settings.shown}: the server refuses ({reason}). The key is read from the "
                     f"environment variable {settings.key_env}, the model is {model!r}"
-                ) from None
-            except openai.APIConnectionError as error:
-                refused += 1
-                if refused >= _GIVE_UP:
-                    raise RefscoreError(
-                        f"judge {settings.shown}: {settings.argument} cannot be reached ({first_line(error)}). Verdicts "
-                        f"given so far are kept in {verdicts.path}: the same command goes on from there"
-                    ) from None
-            except openai.APIError:
-                pass  # failed after its retries: counted as a failure, asked again by the next evaluation
+                )
+            verdicts.add_failure(futures[done], reason)
+            if reason not in reasons:
+                log.warning("judge %s: %s", settings.shown, reason)
+            reasons[reason] = reasons.get(reason, 0) + 1
+            in_a_row += 1
+            if in_a_row >= _GIVE_UP and (isinstance(error, openai.APIConnectionError) or not len(verdicts)):
+                raise RefscoreError(_given_up(error, reason, settings, verdicts))
     finally:
         pool.shutdown(cancel_futures=True)
+    if reasons:
+        log.warning(
+            "judge %s: %d of %d requests failed, most because: %s. The same command asks them again",
+            settings.shown, sum(reasons.values()), len(missing), max(reasons, key=lambda reason: reasons[reason]),
+        )  # fmt: skip
+
+
+def _given_up(error: BaseException, reason: str, settings: JudgeConfig, verdicts: Verdicts) -> str:
+    import openai
+
+    what = "gives no verdict"
+    if isinstance(error, openai.APIConnectionError):
+        what = "is too slow" if isinstance(error, openai.APITimeoutError) else "cannot be reached"
+    return (
+        f"judge {settings.shown}: {settings.argument} {what} ({reason}). Verdicts given so far are kept in "
+        f"{verdicts.path}: the same command goes on from there"
+    )
+
+
+def _reason(error: BaseException, settings: JudgeConfig) -> str:
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return f"timeout: no answer within {settings.timeout:g} seconds, the judge's `timeout`"
+    # a server may repeat the key that it was sent
+    key = os.environ.get(settings.key_env, "")
+    text = str(error).replace(key, "<key>") if key else str(error)
+    return first_line(Exception(text or type(error).__name__))
 
 
 def _ask(client: OpenAI, settings: JudgeConfig, model: str, duel: Duel) -> Verdict:
@@ -94,29 +156,12 @@ def _ask(client: OpenAI, settings: JudgeConfig, model: str, duel: Duel) -> Verdi
         else {"max_tokens": settings.max_tokens}
     )
     turn: Any = [{"role": "user", "content": question(duel, settings.verdict)}]
-    reply = client.chat.completions.create(model=model, messages=turn, temperature=0.0, **how)
-    text = (reply.choices[0].message.content or "") if reply.choices else ""
-    value = read_verdict(text)
-    if settings.verdict == "token" and reply.choices:
-        value = _from_logprobs(reply.choices[0].logprobs, text, settings)
-    usage = reply.usage
-    return Verdict(value, text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=turn, temperature=0.0, **how)
+    return verdict_of(raw.http_response.content, settings)
 
 
-def _from_logprobs(logprobs: Any, text: str, settings: JudgeConfig) -> float | None:
-    if not (logprobs and logprobs.content):
-        # a server without log-probabilities: the letter itself
-        letter = letter_of(text)
-        return None if letter is None else float(letter == "A")
-    mass = {"A": 0.0, "B": 0.0}
-    for entry in logprobs.content[0].top_logprobs:
-        if letter := letter_of(entry.token):
-            mass[letter] += math.exp(entry.logprob)
-    return weighed(mass["A"], mass["B"], settings.min_mass)
-
-
-def _client(settings: JudgeConfig) -> OpenAI:
-    from openai import OpenAI
+def _client(settings: JudgeConfig, wait: Callable[[], None] = lambda: None) -> OpenAI:
+    from openai import DefaultHttpxClient, OpenAI
 
     key = os.environ.get(settings.key_env, "")
     parts = urlsplit(settings.argument)
@@ -126,7 +171,12 @@ def _client(settings: JudgeConfig) -> OpenAI:
             "use https://, or unset it if the server wants none"
         )
     return OpenAI(
-        base_url=settings.argument, api_key=key or "none", max_retries=settings.retries, timeout=settings.timeout
+        base_url=settings.argument,
+        api_key=key or "none",
+        max_retries=settings.retries,
+        timeout=settings.timeout,
+        # before every request on the wire, so that a further try counts too
+        http_client=DefaultHttpxClient(event_hooks={"request": [lambda _: wait()]}),
     )
 
 
@@ -134,10 +184,15 @@ def _only_model(settings: JudgeConfig) -> str:
     import openai
 
     try:
-        served = [model.id for model in _client(settings).models.list()]
+        content = _client(settings).models.with_raw_response.list().http_response.content
+        served = [str(model["id"]) for model in json.loads(content.decode("utf-8", "replace"))["data"]]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ConfigError(
+            f"judge {settings.shown}: {settings.argument}/models answers with no list of models: set the judge's `model`"
+        ) from None
     except openai.OpenAIError as error:
         raise RefscoreError(
-            f"judge {settings.shown}: {settings.argument}/models does not answer ({first_line(error)}). "
+            f"judge {settings.shown}: {settings.argument}/models does not answer ({_reason(error, settings)}). "
             "Is the server running? A server without that address needs the judge's `model`"
         ) from None
     if len(served) != 1:

@@ -12,13 +12,13 @@ class Server(ThreadingHTTPServer):
     """Prefers the longer block; `fail` answers the first so many requests with an error of that status.
 
     `mass`: the probability of both letters together, four fifths of it that of the longer block's. `delay`: seconds before
-    an answer. `asked`: when, and what; `seen`: the key and the request; `most`: requests that were there at once.
+    an answer. `raw`: status, type and body of all answers. `asked`: when, and what; `seen`: the key and the request; `most`: requests that were there at once.
     """
 
-    def __init__(self, *, fail=(), key=None, models=("m",), logprobs=True, mass=1.0, delay=0.0):
+    def __init__(self, *, fail=(), key=None, models=("m",), logprobs=True, mass=1.0, delay=0.0, raw=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked, self.fail, self.key, self.models, self.logprobs = [], list(fail), key, models, logprobs
-        self.mass, self.delay = mass, delay
+        self.mass, self.delay, self.raw = mass, delay, raw
         self.seen, self.here, self.most, self.lock = [], 0, 0, threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -51,6 +51,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen.append((self.headers["Authorization"], request))
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
             self.answer(401, {"error": {"message": "wrong key"}})
+            return
+        if self.server.raw:
+            self.send(*self.server.raw)
             return
         if self.server.fail:
             self.answer(self.server.fail.pop(), {"error": {"message": "not now"}})
@@ -85,9 +88,11 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def answer(self, status, content):
-        body = json.dumps(content).encode()
+        self.send(status, "application/json", json.dumps(content).encode())
+
+    def send(self, status, kind, body):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(BrokenPipeError):  # who asked did not wait

@@ -44,6 +44,7 @@ CHANGES = {
     ("timeout", REMOTE): (0.1, {"retries": 0}, {"delay": 0.4}),
     ("price_in", REMOTE): (3.0, {}, {}),
     ("price_out", REMOTE): (3.0, {}, {}),
+    ("max_cost", REMOTE): (1e-6, {"price_in": 3.0}, {}),
 }
 
 
@@ -87,7 +88,7 @@ def test_changing_it_changes_something(models, tmp_path, monkeypatch, field, kin
 
 
 def seen_by_the_server_only(field):
-    return field in {"key_env", "concurrency", "requests_per_minute", "retries", "timeout", "engine"}
+    return field in {"key_env", "concurrency", "requests_per_minute", "retries", "timeout", "engine", "max_cost"}
 
 
 def outcome(settings, server, place, monkeypatch, field):
