@@ -100,7 +100,10 @@ def score_samples(
 ) -> list[list[float | None]]:
     """One score for each sample of each prompt; None if the judge failed."""
     shown = [
-        [Shown(request.prompt, Response(sample.text.strip(), sample.finish_reason, tuple(sample.ids))) for sample in written]
+        [
+            Shown(request.prompt, Response(sample.text.strip(), sample.finish_reason, tuple(sample.ids)))
+            for sample in written
+        ]
         for request, written in zip(requests, samples, strict=True)
     ]
     if judge.reward is not None:

@@ -128,7 +128,14 @@ def sized_engine(told, directory, config, dtype, length, **options):
 
 def sampled(directory, prompt, params):
     """A response drawn from the model's name, the prompt, and how it is asked."""
-    asked = (directory.name, prompt["prompt_token_ids"], params.seed, params.temperature, params.top_p, params.min_tokens)
+    asked = (
+        directory.name,
+        prompt["prompt_token_ids"],
+        params.seed,
+        params.temperature,
+        params.top_p,
+        params.min_tokens,
+    )
     draw = random.Random(repr(asked))
     length = draw.randint(3, 20)
     words = [draw.choice(["the cat", " sat", " on", " mat.", " dog", " ran"]) for _ in range(length)]
