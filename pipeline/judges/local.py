@@ -47,11 +47,14 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     engine = engine_version("vllm")
     identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {wording()}"
     asked: list[str] = []
+    read = None if settings.verdict == "token" else read_verdict
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
-        return verdicts.values(keys, duels, lambda missing: _ask_all(directory, tokenizer, settings, missing, verdicts))
+        return verdicts.values(
+            keys, duels, lambda missing: _ask_all(directory, tokenizer, settings, missing, verdicts), read
+        )
 
     def cost() -> dict[str, float]:
         answered = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]

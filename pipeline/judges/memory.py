@@ -62,17 +62,22 @@ class Verdicts:
         return self._known.get(key)
 
     def values(
-        self, keys: Sequence[str], items: Sequence[Item], ask: Callable[[dict[str, Item]], None]
+        self,
+        keys: Sequence[str],
+        items: Sequence[Item],
+        ask: Callable[[dict[str, Item]], None],
+        read: Callable[[str], float | None] | None = None,
     ) -> list[float | None]:
         """The values of `items` under their `keys`, in order: what was said before is read, the rest is asked once.
 
-        `ask` gets what is missing by key and adds verdicts; an item that it adds none for has the value None.
+        `ask` gets what is missing by key and adds verdicts; an item that it adds none for has the value None. `read`: the value is
+        what it finds in the reply that was kept, so that a reply is not asked for again to be read better.
         """
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         if missing:
             ask(missing)
         verdicts = [self._known.get(key) for key in keys]
-        return [verdict.value if verdict else None for verdict in verdicts]
+        return [None if one is None else read(one.reply) if read else one.value for one in verdicts]
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Keep a verdict, in memory and in the file."""

@@ -22,6 +22,7 @@ from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
 from pipeline.judges.prompts import question, wording
 from pipeline.judges.replies import UnreadableReply, verdict_of
+from pipeline.judges.verdicts import read_verdict
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -38,6 +39,7 @@ _BYTES_OF_A_TOKEN = 3
 def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     """The judge at `settings.argument`. Nothing is sent before the first duel that `verdicts` does not know."""
     asked: list[str] = []
+    read = None if settings.verdict == "token" else read_verdict
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
@@ -50,7 +52,7 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
             _forecast(settings, missing, cost()["price"])
             _ask_all(settings, model, missing, verdicts)
 
-        return verdicts.values(keys, duels, ask)
+        return verdicts.values(keys, duels, ask, read)
 
     def cost() -> dict[str, float]:
         answered = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]

@@ -75,6 +75,18 @@ def test_the_last_verdict_of_a_reasoned_reply_counts_and_none_is_a_failure(tmp_p
     assert [one.winner for one in found] == ["failed", "failed", *["policy"] * 4]
 
 
+def test_a_kept_reply_is_read_as_replies_are_read_today_and_asked_for_by_nobody(tmp_path, serve):
+    """Values that an earlier way of reading found in the same words must not live on."""
+    server = serve()
+    judge_both_orders(judge(tmp_path, server, verdict="reasoning"), items(1))
+    (file,) = (tmp_path / "verdicts").iterdir()
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"reply": "Verdict: a tie", "value": 1.0}) + "\n" for line in kept))
+    found = judge_both_orders(judge(tmp_path, server, verdict="reasoning"), items(1))
+    assert [one.winner for one in found] == ["tie", "tie"]
+    assert len(server.asked) == 2
+
+
 def test_passing_errors_are_tried_again_and_lasting_ones_counted(tmp_path, serve):
     server = serve(fail=[503, 429])
     assert {one.winner for one in judge_both_orders(judge(tmp_path, server, concurrency=1), items(2))} == {"policy"}
