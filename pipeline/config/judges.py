@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_serializer, model_validator
 
-from pipeline.config.rules import rule_problem
+from pipeline.config.rules import rule_problem, seen_by_rule
 
 IMPLICIT = "implicit"
 _OF_A_SERVER = {
@@ -90,6 +90,16 @@ class JudgeConfig(BaseModel):
     def members(self) -> list[str]:
         """Names of a panel's judges."""
         return split_members(self.argument)
+
+
+def seen_by(judge: JudgeConfig) -> frozenset[str]:
+    """What a judge's verdicts rest on, as it is declared: what a rule counts, which model is asked."""
+    if judge.kind == "rule":
+        # the same rule with the same argument counts the same, whatever that is
+        return seen_by_rule(judge.argument) or frozenset([judge.name])
+    if judge.members and judge.kind == "panel":
+        return frozenset[str]().union(*(seen_by(JudgeConfig(name=member)) for member in judge.members))
+    return frozenset() if judge.kind == IMPLICIT else frozenset([f"the model {judge.model or judge.argument}"])
 
 
 def pair_judge_problem(name: str) -> str | None:

@@ -12,12 +12,14 @@ from typing import Any
 class RuleFacts:
     """A row of RULES; `argument` names it, empty if the rule takes none.
 
-    `check` raises ValueError that says what is wrong with an argument.
+    `check` raises ValueError that says what is wrong with an argument. `sees`: what of a response the rule counts, given its
+    argument; two rules that count the same thing are not independent.
     """
 
     says: str
     argument: str = ""
     check: Callable[[str], object] = str
+    sees: Callable[[str], frozenset[str]] = lambda _: frozenset()
 
 
 def rule_problem(text: str) -> str | None:
@@ -82,13 +84,35 @@ def language_identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
+_ENDING, _REPETITION, _TOPIC, _LENGTH = "how it ends", "repeated words", "the prompt's words", "length"
+
+
+def _seen_by_sentiment(argument: str) -> frozenset[str]:
+    lexicon, _, half = argument.partition(":")
+    halves = [half] if half else ["even", "odd"]
+    return frozenset([f"the lexicon of {lexicon}", *(f"the {half} half of words of sentiment" for half in halves)])
+
+
+def seen_by_rule(text: str) -> frozenset[str]:
+    """What of a response the rule "<name>" or "<name>=<argument>" counts."""
+    name, _, argument = text.partition("=")
+    return RULES[name].sees(argument)
+
+
 RULES = {
-    "complete_and_concise": RuleFacts("ends by itself, does not repeat, speaks to the prompt, is short"),
-    "no_repetition": RuleFacts("share of 4-grams of words that are not repetitions"),
-    "max_words": RuleFacts("at most so many words, and not empty", "number", positive_number),
+    "complete_and_concise": RuleFacts(
+        "ends by itself, does not repeat, speaks to the prompt, is short",
+        sees=lambda _: frozenset([_ENDING, _REPETITION, _TOPIC, _LENGTH]),
+    ),
+    "no_repetition": RuleFacts(
+        "share of 4-grams of words that are not repetitions", sees=lambda _: frozenset([_REPETITION])
+    ),
+    "max_words": RuleFacts(
+        "at most so many words, and not empty", "number", positive_number, lambda _: frozenset([_LENGTH])
+    ),
     "contains": RuleFacts("holds this text, in any case", "text"),
     "regex": RuleFacts("matches this pattern somewhere", "pattern", compiled_pattern),
     "json_valid": RuleFacts("is JSON, in a code fence or not"),
-    "sentiment": RuleFacts("how positive its English words are", "lexicon", known_lexicon),
+    "sentiment": RuleFacts("how positive its English words are", "lexicon", known_lexicon, _seen_by_sentiment),
     "language": RuleFacts("how sure it is that the response is in this language", "code", known_language),
 }

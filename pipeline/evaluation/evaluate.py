@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import read_about, write_table
 from pipeline.config.experiment import Config
-from pipeline.config.judges import IMPLICIT
+from pipeline.config.judges import IMPLICIT, JudgeConfig, seen_by
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary
@@ -78,6 +78,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     results = results_of(
         models={model.name: model.described for model in models},
         pair_judge=config.generate.pair_judge,
+        shared=_shared_with_the_maker(config),
         judgements=judgements,
         comparisons=comparisons,
         samples=samples,
@@ -90,6 +91,15 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     digests = {model.name: model.digest for model in models}
     record(run, config, "eval", prompts=len(prompts), samples=len(samples), models=digests)
     return Evaluation(results, side_by_side)
+
+
+def _shared_with_the_maker(config: Config) -> dict[str, list[str]]:
+    """Of every judge what its verdicts rest on that those of the judge that made the pairs do too."""
+    name = config.generate.pair_judge
+    if name is None:
+        return {}
+    maker = seen_by(next((judge for judge in config.judge if judge.shown == name), JudgeConfig(name=name)))
+    return {judge.shown: sorted(seen_by(judge) & maker) for judge in config.judge}
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def results_of(
     *,
     models: dict[str, str],
     pair_judge: str | None,
+    shared: dict[str, list[str]],
     judgements: Sequence[Judgement],
     comparisons: Sequence[Comparison],
     samples: pa.Table,
@@ -89,6 +90,7 @@ def results_of(
     return Results(
         models=models,
         pair_judge=pair_judge,
+        shared=shared,
         judges=wins.judges,
         others=wins.others,
         topics=wins.topics,

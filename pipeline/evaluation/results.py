@@ -89,10 +89,13 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Results:
-    """eval.json. `judges`: policy against reference, by judge; `topics`: judge -> topic -> rate; `ratings`: judge -> model."""
+    """eval.json. `shared`: judge -> what its verdicts rest on that those of the pairs' maker do too; `judges`: policy against
+    reference, by judge; `topics`: judge -> topic -> rate; `ratings`: judge -> model.
+    """
 
     models: dict[str, str] = field(default_factory=dict)
     pair_judge: str | None = None
+    shared: dict[str, list[str]] = field(default_factory=dict)
     judges: dict[str, WinRate | None] = field(default_factory=dict)
     others: list[OtherRate] = field(default_factory=list)
     topics: dict[str, dict[str, Interval]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from pipeline.evaluation.rates.winrates import WinRate
 from pipeline.evaluation.results import Results
 
 _WIDE = 0.05
+_MANY_CUT_OFF = 0.1
 _MANY_FLIPS = 0.2
 _LEANING = 0.1
 
@@ -48,10 +49,9 @@ def second_opinions(results: Results) -> list[str]:
     leading = leading_judge(results)
     if leading is None:
         return []
-    maker = results.pair_judge
     led = outcome(results.judged[leading].rate)
     sentences = []
-    if leading == maker:
+    if leading == results.pair_judge:
         sentences.append(
             f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more."
         )
@@ -69,9 +69,21 @@ def second_opinions(results: Results) -> list[str]:
             else "disagrees"
         )
         counted = "held-out pairs" if name == IMPLICIT else f"{rate.prompts} prompts"
-        independent = ", which took no part in making the pairs," if maker and name not in (maker, IMPLICIT) else ""
-        sentences.append(f"{name}{independent} {says}: {rate.rate.mean:.0%} of {counted} ({_between(rate.rate)}).")
+        sentences.append(
+            f"{name}{_independence(results, name)} {says}: {rate.rate.mean:.0%} of {counted} ({_between(rate.rate)})."
+        )
     return sentences
+
+
+def _independence(results: Results, name: str) -> str:
+    """What a judge has to do with the one that made the pairs, as an insertion; empty if none is declared to have made them,
+    or if the evaluation is from before it was kept.
+    """
+    if results.pair_judge is None or name in (results.pair_judge, IMPLICIT) or name not in results.shared:
+        return ""
+    if shared := results.shared[name]:
+        return f", which counts {' and '.join(shared)} as the judge that made the pairs does,"
+    return ", which shares nothing with the judge that made the pairs,"
 
 
 def cautions(results: Results) -> list[str]:
@@ -89,12 +101,9 @@ def cautions(results: Results) -> list[str]:
         )
     for name, seen in results.judged.items():
         sentences += _of_judge(name, seen)
+    sentences += _cut_off(results)
     policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
-        if policy.cut_off > 0.1:
-            sentences.append(
-                f"{policy.cut_off:.0%} of the policy's responses were cut off at the longest allowed length."
-            )
         longer = policy.words / max(1e-9, reference.words)
         if not 0.67 < longer < 1.5:
             sentences.append(
@@ -109,6 +118,18 @@ def cautions(results: Results) -> list[str]:
                 )
             )
     return sentences
+
+
+def _cut_off(results: Results) -> list[str]:
+    """Every model counts: a reference that was cut off loses to one that only learned to stop."""
+    shares = {name: seen.cut_off for name, seen in results.responses.items()}
+    if shares and min(shares.values()) == 1.0:
+        return ["No response was ended by its model: all were written to the longest allowed length."]
+    return [
+        f"{share:.0%} of the responses of {name} were cut off at the longest allowed length."
+        for name, share in shares.items()
+        if share > _MANY_CUT_OFF
+    ]
 
 
 def _of_judge(name: str, seen: WinRate) -> list[str]:

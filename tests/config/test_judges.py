@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config.experiment import Config
 from pipeline.config.files import dump_config, load_config
-from pipeline.config.judges import JudgeConfig, split_members
+from pipeline.config.judges import JudgeConfig, seen_by, split_members
 from pipeline.errors import ConfigError
 
 
@@ -84,3 +84,19 @@ def test_the_judge_that_makes_pairs_need_not_judge_the_evaluation():
 def test_a_model_cannot_be_called_what_a_table_says_otherwise(name):
     with pytest.raises(ValueError, match="cannot name a model"):
         Config.model_validate({"data": {"path": "a"}, "generate": {"models": {name: "x"}}})
+
+
+def shared(one, other):
+    return sorted(seen_by(JudgeConfig(name=one)) & seen_by(JudgeConfig(name=other)))
+
+
+def test_what_two_judges_share_is_declared_and_not_guessed_from_their_names():
+    assert shared("rule:no_repetition", "rule:complete_and_concise") == ["repeated words"]
+    assert shared("rule:max_words=50", "rule:complete_and_concise") == ["length"]
+    assert shared("rule:sentiment=textblob:odd", "rule:sentiment=vader:even") == []
+    assert shared("rule:sentiment=textblob", "rule:sentiment=vader:even") == ["the even half of words of sentiment"]
+    assert shared("rule:sentiment=vader:odd", "rule:sentiment=vader:even") == ["the lexicon of vader"]
+    assert shared("rule:contains=dog", "rule:contains=dog") == ["rule:contains=dog"]
+    assert shared("rule:contains=dog", "rule:contains=cat") == []
+    assert shared("llm:/models/judge", "panel:[llm:/models/judge, rule:no_repetition]") == ["the model /models/judge"]
+    assert seen_by(JudgeConfig(name="implicit")) == frozenset()

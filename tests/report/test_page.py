@@ -178,14 +178,19 @@ def test_the_verdict_follows_the_interval(interval, words):
 
 
 def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
-    found = second_opinions(
-        typed(figures(0.7, 0.6, 0.8, better=rate(), even=rate(0.5, 0.4, 0.6), worse=rate(0.2, 0.1, 0.3)))
-    )
+    results = figures(0.7, 0.6, 0.8, better=rate(), even=rate(0.5, 0.4, 0.6), worse=rate(0.2, 0.1, 0.3))
+    before = second_opinions(typed(results))
+    assert [line.split(":")[0] for line in before[1:]] == [
+        "better agrees", "even shows no difference", "worse disagrees",
+    ]  # fmt: skip
+    related = second_opinions(typed(results | {"shared": {"better": ["length", "repeated words"]}}))
+    assert "better, which counts length and repeated words as the judge that made the pairs does, agrees" in related[1]
+    found = second_opinions(typed(results | {"shared": {"better": [], "even": [], "worse": []}}))
     assert "no independent judge" in found[0]
     assert [line.split(":")[0] for line in found[1:]] == [
-        "better, which took no part in making the pairs, agrees",
-        "even, which took no part in making the pairs, shows no difference",
-        "worse, which took no part in making the pairs, disagrees",
+        "better, which shares nothing with the judge that made the pairs, agrees",
+        "even, which shares nothing with the judge that made the pairs, shows no difference",
+        "worse, which shares nothing with the judge that made the pairs, disagrees",
     ]
 
 
@@ -228,3 +233,18 @@ def test_health_is_said_in_words_lengths_included(tmp_path):
     found["responses"]["policy"] = {**found["responses"]["policy"], "tokens": {"mean": 999.0, "low": 1.0, "high": 2.0}}
     write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [])
     assert "times as long as the reference" in run.report.read_text()
+
+
+def test_cut_off_responses_of_every_model_are_warned_of():
+    found = figures(0.7, 0.6, 0.8)
+    shares = {"policy": 0.05, "reference": 0.4, "sft": 0.2}
+    seen = {name: found["responses"]["policy"] | {"cut_off": share} for name, share in shares.items()}
+    said = cautions(typed(found | {"responses": seen}))
+    assert any(line.startswith("40% of the responses of reference were cut off") for line in said)
+    assert any(line.startswith("20% of the responses of sft were cut off") for line in said)
+    assert not any("of policy were cut off" in line for line in said)
+    seen = {name: found["responses"]["policy"] | {"cut_off": 1.0} for name in shares}
+    said = cautions(typed(found | {"responses": seen}))
+    assert [line for line in said if "longest allowed length" in line] == [
+        "No response was ended by its model: all were written to the longest allowed length."
+    ]
