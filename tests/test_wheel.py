@@ -79,7 +79,7 @@ def test_help_and_a_plan_of_the_demo_in_an_empty_directory(installed, tmp_path, 
         "--set", f"reference.model={tiny_model}", "--set", "data.max_rows=20",
         cwd=tmp_path,
     )  # fmt: skip
-    assert "train.jsonl and eval.jsonl in embedded:sentiment/ and embedded:demo/" in said
+    assert "embedded:demo/train.jsonl" in said
     assert "misses" in said
     assert not (tmp_path / "data/runs/demo/pairs.parquet").exists()
 

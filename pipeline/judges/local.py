@@ -17,12 +17,12 @@ from pipeline.engines.protocol import engine_version
 from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
+from pipeline.judges.asking.prompts import LETTERS, letter_of, question, weighed, wording
+from pipeline.judges.asking.verdicts import read_verdict
 from pipeline.judges.encoding import encode_turns
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
-from pipeline.judges.prompts import LETTERS, letter_of, question, weighed, wording
 from pipeline.judges.reward_model import judge_dtype
-from pipeline.judges.verdicts import read_verdict
 from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.identity import behaviour_digest
 from pipeline.models.load import Named, load_tokenizer

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError, first_line
+from pipeline.judges.asking.completions import UnreadableReply, verdict_of
+from pipeline.judges.asking.prompts import question, wording
+from pipeline.judges.asking.verdicts import read_verdict
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
-from pipeline.judges.prompts import question, wording
-from pipeline.judges.replies import UnreadableReply, verdict_of
-from pipeline.judges.verdicts import read_verdict
 
 if TYPE_CHECKING:
     from openai import OpenAI

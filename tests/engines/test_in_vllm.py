@@ -10,10 +10,10 @@ import torch
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.evaluation.rates.winrates import win_rate
+from pipeline.judges.asking.prompts import question
 from pipeline.judges.judging import Comparison, Duel, Prompt, Response, judge_both_orders
 from pipeline.judges.local import letter_ids
 from pipeline.judges.open import JudgeContext, open_judge
-from pipeline.judges.prompts import question
 from pipeline.models.load import Named, load_tokenizer
 from pipeline.models.locate import merge_adapter
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer

@@ -7,12 +7,12 @@ import pytest
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import ConfigError, RefscoreError
+from pipeline.judges.asking.prompts import question
+from pipeline.judges.asking.verdicts import read_verdict
 from pipeline.judges.encoding import control_tokens, encode_turns
 from pipeline.judges.judging import Comparison, Duel, Prompt, Response, judge_both_orders
 from pipeline.judges.memory import Verdict, Verdicts
 from pipeline.judges.open import JudgeContext, open_judge
-from pipeline.judges.prompts import question
-from pipeline.judges.verdicts import read_verdict
 from tests.conftest import make_tiny_tokenizer
 from tests.judges.letter_server import Server
 

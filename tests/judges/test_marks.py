@@ -53,12 +53,12 @@ def test_best_and_worst_leaves_near_ties_out():
 def test_the_demos_pairs_are_as_their_readme_says():
     import json
 
-    from stages.demo_data import MARGIN, PER_TOPIC
+    from stages.demo_data import RECIPES
     from tests.conftest import ROOT
 
     rows = {
         split: [json.loads(line) for line in (ROOT / f"data/demo/{split}.jsonl").read_text().splitlines()]
-        for split in PER_TOPIC
+        for split in RECIPES["demo"].per_topic
     }
     assert len(rows["train"]) >= 240
     assert len(rows["eval"]) >= 60
@@ -66,7 +66,7 @@ def test_the_demos_pairs_are_as_their_readme_says():
     written = {json.loads(line)["prompt"] for line in (ROOT / "data/demo/prompts.jsonl").read_text().splitlines()}
     for found in rows.values():
         assert len({row["topic"] for row in found}) >= 12
-        assert all(row["prompt"] in written and row["margin"] >= MARGIN for row in found)
+        assert all(row["prompt"] in written and row["margin"] >= RECIPES["demo"].margin for row in found)
         assert sum(row["differs_beyond_length"] for row in found) * 3 >= len(found)
         # what the marks see in the texts alone still prefers the chosen one
         scores = [

@@ -19,6 +19,8 @@ CASES = [
     (r"regex=^\d+\.", ("1. Boil", "stop"), ("Boil 1.", "stop")),
     ("json_valid", ('```json\n{"a": 1}\n```', "stop"), ('{"a": NaN}', "stop")),
     ("json_valid", ("[1, 2]", "stop"), ("[1, 2", "stop")),
+    ("sentiment=vader", ("A wonderful day.", "stop"), ("A horrible day.", "stop")),
+    ("sentiment=textblob", ("A wonderful day.", "stop"), ("A horrible day.", "stop")),
     (
         "language=de",
         ("Koche den Reis zehn Minuten lang und gieße ihn dann ab.", "stop"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.judges.verdicts import read_verdict
+from pipeline.judges.asking.verdicts import read_verdict
 
 A, B, TIE = 1.0, 0.0, 0.5
 READ = {

@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 from pipeline.config.judges import JudgeConfig
+from pipeline.judges.asking.prompts import letter_of, weighed
+from pipeline.judges.asking.verdicts import read_verdict
 from pipeline.judges.memory import Verdict
-from pipeline.judges.prompts import letter_of, weighed
-from pipeline.judges.verdicts import read_verdict
 
 
 class UnreadableReply(Exception):

@@ -1,0 +1,1 @@
+"""What a judge that is a model is asked, and what its reply says."""
