@@ -18,7 +18,9 @@ from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
 
 # of eval.json: raised if a reader of before would misread it
-FORMAT = 2
+FORMAT = 3
+# before it `failed` were prompts of which nothing could be judged
+_COUNTS_COMPARISONS = 3
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def write_results(path: Path, results: Results) -> None:
 def read_results(path: Path) -> Results | None:
     """What `write_results` wrote, also in earlier versions; None if there is no file.
 
-    Raises DataError for a file of a newer format, or one that cannot be read.
+    Raises DataError for a file of a newer format, one that cannot be read, or one whose failures were counted otherwise.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -131,6 +133,13 @@ def read_results(path: Path) -> Results | None:
             raise DataError(
                 f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or run "
                 "'refscore eval' again"
+            )
+        if made_in < _COUNTS_COMPARISONS and any(
+            (rate or {}).get("failed") for rate in content.get("judges", {}).values()
+        ):
+            raise DataError(
+                f"{path} is from before failures of single comparisons were counted: run 'refscore eval' again, which samples and "
+                "asks nothing that is stored"
             )
         # the first format had an empty object for no held-out pairs
         return TypeAdapter(Results).validate_python({**content, "held_out": content.get("held_out") or None})

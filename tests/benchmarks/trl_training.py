@@ -80,7 +80,8 @@ def train_with_trl(
             bf16=True, use_cpu=not gpu, report_to=[], gradient_checkpointing=checkpointing, max_length=None, disable_tqdm=True,
             precompute_ref_log_probs=precomputed, precompute_ref_batch_size=8, **options,
         ),
-        train_dataset=Dataset.from_list(rows * steps),  # one epoch: the first step of each takes longer
+        # as often as one epoch needs, whose first step takes longer: the time to prepare counts every row
+        train_dataset=Dataset.from_list(rows * math.ceil(batch * steps / len(rows))),
         processing_class=AutoTokenizer.from_pretrained(model),
         **peft,
     )  # fmt: skip

@@ -109,11 +109,25 @@ def test_results_are_read_back_and_earlier_ones_too(tmp_path):
     # the first format: no number, nothing held out, a reference without a KL
     del content["format"], content["cost"]["reference"]["kl"]
     path.write_text(json.dumps(content | {"held_out": {}}))
-    assert replace(read_results(path), format=2) == results
+    assert replace(read_results(path), format=3) == results
     assert read_results(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize(("change", "said"), [({"format": 99}, "newer refscore"), ({"judges": {"a": 1}}, "again")])
+def test_failures_that_were_counted_by_prompts_are_not_shown_as_comparisons(tmp_path):
+    path = make(tmp_path, "one", [1.0, 0.0], 1.0).eval
+    content = json.loads(path.read_text())
+    judge = next(iter(content["judges"]))
+    for made_in, failed, refused in ((2, 0, False), (2, 1, True), (3, 1, False)):
+        content["format"], content["judges"][judge]["failed"] = made_in, failed
+        path.write_text(json.dumps(content))
+        if refused:
+            with pytest.raises(DataError, match="refscore eval' again, which samples and asks nothing"):
+                read_results(path)
+        else:
+            assert read_results(path).judges[judge].failed == failed
+
+
 def test_results_that_cannot_be_read_are_said_to_be(tmp_path, change, said):
     path = make(tmp_path, "one", [1.0, 0.0], 1.0).eval
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
