@@ -170,7 +170,7 @@ def _api() -> str:
         if name == "__version__":
             continue
         doc = (inspect.getdoc(getattr(pipeline, name)) or "").split("\n\n")[0]
-        home = pipeline._HOMES[name]  # noqa: SLF001  # where a name comes from is said here alone
+        home = pipeline.HOMES[name]
         rows.append([f"`{name}`", f"`{home}`", " ".join(doc.split())])
     return _table(["name", "module", "what it is"], rows)
 

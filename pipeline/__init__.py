@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.training.objectives.losses import PairLogps, preference_loss
     from pipeline.training.train import Trained, train
 
-_HOMES = {
+HOMES = {
     "Config": "pipeline.config.experiment",
     "Evaluation": "pipeline.evaluation.evaluate",
     "JudgeConfig": "pipeline.config.judges",
@@ -74,9 +74,9 @@ __all__ = [  # noqa: RUF022  # in the order of the stages
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
+    home = importlib.import_module(HOMES[name])
     # the only module among them
     value = globals()[name] = home if name == "tables" else getattr(home, name)
     return value

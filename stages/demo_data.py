@@ -93,8 +93,8 @@ def main(name: str) -> None:
         path = directory / f"{split}.jsonl"
         durable.write_text(path, "".join(json.dumps(row) + "\n" for row in of_split))
         beyond = sum(row.get("differs_beyond_length", False) for row in of_split)
-        topics = len({row["topic"] for row in of_split})
-        console.say(f"{path}: {len(of_split)} pairs, {topics} topics, {beyond} differ in more than length")
+        more = "" if "differs_beyond_length" in recipe.left_out else f", {beyond} differ in more than length"
+        console.say(f"{path}: {len(of_split)} pairs, {len({row['topic'] for row in of_split})} topics{more}")
 
 
 def _sampled(recipe: Recipe, prompts: Path) -> tuple[list[TrainingPrompt], list[list[Sample]]]:
@@ -119,4 +119,6 @@ def _sampled(recipe: Recipe, prompts: Path) -> tuple[list[TrainingPrompt], list[
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in [[name] for name in RECIPES]:
+        sys.exit(f"name one demo to remake: {' or '.join(f'DATA={name}' for name in RECIPES)}")
     main(sys.argv[1])

@@ -26,7 +26,7 @@ def test_every_name_is_there_and_described(name):
 
 
 def test_every_home_is_in_the_list():
-    assert set(pipeline.__all__) == {*pipeline._HOMES, "__version__"}
+    assert set(pipeline.__all__) == {*pipeline.HOMES, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pipeline.nothing  # noqa: B018
 

@@ -92,14 +92,15 @@ class JudgeConfig(BaseModel):
         return split_members(self.argument)
 
 
-def seen_by(judge: JudgeConfig) -> frozenset[str]:
-    """What a judge's verdicts rest on, as it is declared: what a rule counts, which model is asked."""
+def seen_by(judge: JudgeConfig) -> frozenset[str] | None:
+    """What a judge's verdicts rest on, as it is declared: what a rule counts, which model is asked; None if it is not known."""
     if judge.kind == "rule":
-        # the same rule with the same argument counts the same, whatever that is
-        return seen_by_rule(judge.argument) or frozenset([judge.name])
-    if judge.members and judge.kind == "panel":
-        return frozenset[str]().union(*(seen_by(JudgeConfig(name=member)) for member in judge.members))
-    return frozenset() if judge.kind == IMPLICIT else frozenset([f"the model {judge.model or judge.argument}"])
+        return seen_by_rule(judge.argument)
+    if judge.kind == "panel":
+        of_members = [seen_by(JudgeConfig(name=member)) for member in judge.members]
+        known = [seen for seen in of_members if seen is not None]
+        return frozenset[str]().union(*known) if len(known) == len(of_members) else None
+    return None if judge.kind == IMPLICIT else frozenset([f"the model {judge.model or judge.argument}"])
 
 
 def pair_judge_problem(name: str) -> str | None:

@@ -13,13 +13,13 @@ class RuleFacts:
     """A row of RULES; `argument` names it, empty if the rule takes none.
 
     `check` raises ValueError that says what is wrong with an argument. `sees`: what of a response the rule counts, given its
-    argument; two rules that count the same thing are not independent.
+    argument; two rules that count the same thing are not independent. None: it is not known, as with a text of the user's.
     """
 
     says: str
     argument: str = ""
     check: Callable[[str], object] = str
-    sees: Callable[[str], frozenset[str]] = lambda _: frozenset()
+    sees: Callable[[str], frozenset[str]] | None = None
 
 
 def rule_problem(text: str) -> str | None:
@@ -93,10 +93,11 @@ def _seen_by_sentiment(argument: str) -> frozenset[str]:
     return frozenset([f"the lexicon of {lexicon}", *(f"the {half} half of words of sentiment" for half in halves)])
 
 
-def seen_by_rule(text: str) -> frozenset[str]:
-    """What of a response the rule "<name>" or "<name>=<argument>" counts."""
+def seen_by_rule(text: str) -> frozenset[str] | None:
+    """What of a response the rule "<name>" or "<name>=<argument>" counts; None if it is not known."""
     name, _, argument = text.partition("=")
-    return RULES[name].sees(argument)
+    sees = RULES[name].sees
+    return sees(argument) if sees else None
 
 
 RULES = {

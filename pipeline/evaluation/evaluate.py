@@ -94,12 +94,13 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
 
 
 def _shared_with_the_maker(config: Config) -> dict[str, list[str]]:
-    """Of every judge what its verdicts rest on that those of the judge that made the pairs do too."""
+    """Of every judge what its verdicts rest on that those of the judge that made the pairs do too, if both are known."""
     name = config.generate.pair_judge
     if name is None:
         return {}
     maker = seen_by(next((judge for judge in config.judge if judge.shown == name), JudgeConfig(name=name)))
-    return {judge.shown: sorted(seen_by(judge) & maker) for judge in config.judge}
+    seen = {judge.shown: seen_by(judge) for judge in config.judge}
+    return {judge: sorted(rests_on & maker) for judge, rests_on in seen.items() if rests_on is not None and maker}
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,12 @@ from pipeline.judges.judging import Prompt
 
 
 def on_policy(settings: GenerateConfig, dtype: str) -> GenerateConfig:
-    """The settings under which KL is measured: temperature 1, nothing cut off, sampled in the dtype that scores."""
+    """The settings under which KL is measured: the policy's own distribution, in the dtype that scores.
+
+    Temperature 1, every token that has a probability, ends included: samples from which ends are left out are not the policy's.
+    """
     return settings.model_copy(
-        update={"temperature": 1.0, "top_p": 1.0, "samples": settings.kl_samples, "dtype": dtype}
+        update={"temperature": 1.0, "top_p": 1.0, "fixed_length": False, "samples": settings.kl_samples, "dtype": dtype}
     )
 
 

@@ -52,7 +52,7 @@ class Verdicts:
                     key = fields.pop("key")
                     self._known[key] = Verdict(**fields)
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # torn by a kill
+                    continue  # torn by a kill, or a failure that is there for people
         path.parent.mkdir(parents=True, exist_ok=True)
         with explaining_disk(path), path.open("a", encoding="utf-8") as file:
             file.write("\n" if torn else "")

@@ -76,14 +76,12 @@ def second_opinions(results: Results) -> list[str]:
 
 
 def _independence(results: Results, name: str) -> str:
-    """What a judge has to do with the one that made the pairs, as an insertion; empty if none is declared to have made them,
-    or if the evaluation is from before it was kept.
-    """
-    if results.pair_judge is None or name in (results.pair_judge, IMPLICIT) or name not in results.shared:
+    """What a judge has to do with the one that made the pairs, as an insertion; empty if it is not known."""
+    if name == results.pair_judge or name not in results.shared:
         return ""
     if shared := results.shared[name]:
-        return f", which counts {' and '.join(shared)} as the judge that made the pairs does,"
-    return ", which shares nothing with the judge that made the pairs,"
+        return f", which uses {' and '.join(shared)} as the judge that made the pairs does,"
+    return ", which uses nothing that the judge that made the pairs does,"
 
 
 def cautions(results: Results) -> list[str]:
@@ -136,9 +134,8 @@ def _of_judge(name: str, seen: WinRate) -> list[str]:
     sentences = []
     if seen.failed:
         sentences.append(
-            f"{name} failed on {seen.failed} of {seen.comparisons} comparisons; had all of them been lost or won, its rate "
-            "would be "
-            f"{seen.worst:.0%} or {seen.best:.0%}."
+            f"{name} failed on {seen.failed} of {seen.comparisons} comparisons; had all of them been lost or won, its rate would "
+            f"be {seen.worst:.0%} or {seen.best:.0%}."
         )
     if seen.comparisons and seen.flips / seen.comparisons > _MANY_FLIPS:
         sentences.append(

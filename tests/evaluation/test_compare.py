@@ -113,7 +113,6 @@ def test_results_are_read_back_and_earlier_ones_too(tmp_path):
     assert read_results(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize(("change", "said"), [({"format": 99}, "newer refscore"), ({"judges": {"a": 1}}, "again")])
 def test_failures_that_were_counted_by_prompts_are_not_shown_as_comparisons(tmp_path):
     path = make(tmp_path, "one", [1.0, 0.0], 1.0).eval
     content = json.loads(path.read_text())
@@ -128,6 +127,7 @@ def test_failures_that_were_counted_by_prompts_are_not_shown_as_comparisons(tmp_
             assert read_results(path).judges[judge].failed == failed
 
 
+@pytest.mark.parametrize(("change", "said"), [({"format": 99}, "newer refscore"), ({"judges": {"a": 1}}, "again")])
 def test_results_that_cannot_be_read_are_said_to_be(tmp_path, change, said):
     path = make(tmp_path, "one", [1.0, 0.0], 1.0).eval
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

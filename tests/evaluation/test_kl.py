@@ -68,7 +68,8 @@ def test_the_table_holds_both_scores_and_their_sums():
 
 
 def test_it_is_sampled_whole_at_temperature_one_in_the_dtype_that_scores():
-    settings = on_policy(GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3), "float32")
+    settings = on_policy(GenerateConfig(temperature=0.3, top_p=0.5, kl_samples=3, fixed_length=True), "float32")
+    assert not settings.fixed_length
     assert (settings.temperature, settings.top_p, settings.samples, settings.dtype) == (1.0, 1.0, 3, "float32")
 
 

@@ -108,7 +108,6 @@ def main() -> int:
     until = time.monotonic() + 60 * options.minutes
     results: list[tuple[Cell, Result]] = []
     scratch = ROOT / "data" / "cache"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped and its models are deleted
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         for left in scratch.glob("gpu-check-*"):  # by one that was killed
@@ -222,4 +221,5 @@ def _installed(name: str) -> str | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped and its models are deleted
     sys.exit(main())

@@ -84,7 +84,7 @@ def packed_against_plain(family: str, arithmetic: str) -> dict[str, Any]:
     for seed in range(2, 2 + OTHER_PACKS if compiled else 2):
         others = torch.cat([logps for tree in forward(some_trees(seed)) for logps in tree])
         if not all(one.isfinite().all() for one in (others, *_gradients(model, others))):
-            raise FellShort(f"the {seed - 1}. of other packs gives numbers that are not finite")
+            raise FellShort(f"other pack {seed - 1} gives numbers that are not finite")
     found = {"largest difference of a logp": f"{logp:.1e}", "of a gradient": f"{gradient:.1e}"}
     found["bounds"] = f"{bounds[0]:.1e}, {bounds[1]:.1e}"
     if not (logp <= bounds[0] and gradient <= bounds[1]):

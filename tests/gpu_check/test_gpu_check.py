@@ -110,7 +110,7 @@ def test_another_pack_that_is_not_finite_falls_short(compiled_as_they_are, monke
         next(model.parameters()).data.fill_(torch.nan)
 
     found = check.run_cell("packed against plain", [FAMILY, "bfloat16 compiled"], tmp_path)
-    assert found == {"outcome": "FELL SHORT", "why": "the 2. of other packs gives numbers that are not finite"}
+    assert found == {"outcome": "FELL SHORT", "why": "other pack 2 gives numbers that are not finite"}
 
 
 def test_a_training_whose_loss_is_not_finite_fails(monkeypatch, tmp_path):

@@ -1,4 +1,9 @@
-"""Sentiment by lexicons: the packages' own scores, halves that share no word, and texts that no lexicon of English reads."""
+"""Sentiment by lexicons: the packages' own scores, halves that share no word, texts that no lexicon of English reads; and the
+pairs that were made by half of one.
+"""
+
+import json
+import time
 
 import pytest
 import textblob.en
@@ -8,6 +13,8 @@ from pipeline.config.rules import rule_problem
 from pipeline.judges.judging import Prompt, Response, Shown
 from pipeline.judges.rules import open_rule
 from pipeline.judges.sentiment import in_half, sentiment
+from stages.demo_data import RECIPES
+from tests.conftest import ROOT
 
 TEXTS = [
     "A wonderful, great day by the sea.",
@@ -77,3 +84,39 @@ def test_a_lexicon_that_is_not_known_is_refused(argument):
     assert "expected vader or textblob" in rule_problem(f"sentiment={argument}")
     assert rule_problem("sentiment=vader:odd") is None
     assert "needs an argument: rule:sentiment=<lexicon>" in rule_problem("sentiment")
+
+
+@pytest.mark.parametrize(
+    "text", ["great " * 100_000, "(" * 200_000, "a" * 500_000, "not " * 50_000 + "!" * 50_000, "\u202e\ud800"]
+)
+@pytest.mark.parametrize("lexicon", ["vader:even", "textblob:odd"])
+def test_a_hostile_text_is_marked_in_seconds(lexicon, text):
+    begun = time.monotonic()
+    (reward,) = rewards(lexicon, text)
+    assert 0.0 <= reward <= 1.0
+    assert time.monotonic() - begun < 20
+
+
+def test_the_pairs_of_the_second_demo_are_as_its_readme_says():
+    directory, recipe = ROOT / "data/sentiment", RECIPES["sentiment"]
+    rows = {
+        split: [json.loads(line) for line in (directory / f"{split}.jsonl").read_text().splitlines()]
+        for split in recipe.per_topic
+    }
+    openings = [json.loads(line) for line in (directory / "prompts.jsonl").read_text().splitlines()]
+    # every fourth of a topic is held out
+    places = {
+        topic: [one["prompt"] for one in openings if one["topic"] == topic]
+        for topic in {one["topic"] for one in openings}
+    }
+    assert {len(prompts) for prompts in places.values()} == {24}
+    for split, found in rows.items():
+        for row in found:
+            assert (places[row["topic"]].index(row["prompt"]) % recipe.eval_every == 0) == (split == "eval")
+            assert row["chosen_cut_off"]
+            assert row["rejected_cut_off"]
+            chosen, rejected = rewards(recipe.judge.removeprefix("rule:sentiment="), row["chosen"], row["rejected"])
+            assert chosen - rejected == pytest.approx(row["margin"], abs=1e-3)
+            assert row["margin"] >= recipe.margin
+        assert f"| `{split}.jsonl` | {len(found)} | 12 |" in (directory / "README.md").read_text()
+    assert len(rows["eval"]) >= 60

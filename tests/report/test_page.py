@@ -184,13 +184,13 @@ def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
         "better agrees", "even shows no difference", "worse disagrees",
     ]  # fmt: skip
     related = second_opinions(typed(results | {"shared": {"better": ["length", "repeated words"]}}))
-    assert "better, which counts length and repeated words as the judge that made the pairs does, agrees" in related[1]
+    assert "better, which uses length and repeated words as the judge that made the pairs does, agrees" in related[1]
     found = second_opinions(typed(results | {"shared": {"better": [], "even": [], "worse": []}}))
     assert "no independent judge" in found[0]
     assert [line.split(":")[0] for line in found[1:]] == [
-        "better, which shares nothing with the judge that made the pairs, agrees",
-        "even, which shares nothing with the judge that made the pairs, shows no difference",
-        "worse, which shares nothing with the judge that made the pairs, disagrees",
+        "better, which uses nothing that the judge that made the pairs does, agrees",
+        "even, which uses nothing that the judge that made the pairs does, shows no difference",
+        "worse, which uses nothing that the judge that made the pairs does, disagrees",
     ]
 
 
