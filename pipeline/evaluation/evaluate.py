@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import read_about, write_table
 from pipeline.config.experiment import Config
-from pipeline.config.judges import IMPLICIT, JudgeConfig, seen_by
+from pipeline.config.judges import IMPLICIT, seen_by
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary
@@ -21,6 +21,7 @@ from pipeline.evaluation.figures import (
     results_of,
     worst_first,
 )
+from pipeline.evaluation.next_round import pair_judge
 from pipeline.evaluation.results import HeldOut, Results, SideBySide
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
 from pipeline.evaluation.sampling import make_samples, measure_kl
@@ -95,10 +96,9 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
 
 def _shared_with_the_maker(config: Config) -> dict[str, list[str]]:
     """Of every judge what its verdicts rest on that those of the judge that made the pairs do too, if both are known."""
-    name = config.generate.pair_judge
-    if name is None:
+    if config.generate.pair_judge is None:
         return {}
-    maker = seen_by(next((judge for judge in config.judge if judge.shown == name), JudgeConfig(name=name)))
+    maker = seen_by(pair_judge(config))
     seen = {judge.shown: seen_by(judge) for judge in config.judge}
     return {judge: sorted(rests_on & maker) for judge, rests_on in seen.items() if rests_on is not None and maker}
 

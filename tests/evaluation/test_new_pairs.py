@@ -4,7 +4,10 @@ import pytest
 
 from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row, score_samples
+from pipeline.evaluation.next_round import _held_out_row
 from pipeline.judges.judging import Judge, Prompt, by_reward
+from tests.conftest import make_tiny_tokenizer
+from tests.pairs.pair_rows import build, row
 
 
 def request(messages=None):
@@ -101,3 +104,10 @@ def test_a_conversation_stays_one():
     row = pair_row(made, {})
     assert row["prompt"] == turns
     assert row["chosen"] == [{"role": "assistant", "content": "Boil it."}]
+
+
+def test_held_out_pairs_keep_what_was_cut_off(tmp_path):
+    (pair,) = build(tmp_path, make_tiny_tokenizer(), [row(rejected_cut_off=True)], eval_fraction=0).pairs
+    again = _held_out_row(pair)
+    assert again["rejected_cut_off"]
+    assert "chosen_cut_off" not in again

@@ -45,6 +45,14 @@ class Engine:
         return [self.spoil(-np.asarray(item.response_ids, dtype=np.float32) / 100) for item in sequences]
 
 
+def test_responses_without_an_end_are_counted(tmp_path, tiny_model):
+    rows = preference_rows(6)
+    rows[0] |= {"chosen_cut_off": True, "rejected_cut_off": True}
+    rows[1] |= {"rejected_cut_off": True}
+    config = load_config(experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", rows)))
+    assert "cut off   3 of 12 responses, which are given no end token" in make_plan(config).lines()
+
+
 def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
     plan = make_plan(config)
     assert (len(plan.keys), plan.sequences, len(plan.missing)) == (14, 13, 13)

@@ -84,6 +84,15 @@ def test_without_a_change_nothing_changes(ground, command, monkeypatch):
     assert any(first)
 
 
+def test_at_a_fixed_length_pairs_are_made_of_responses_without_an_end(ground, monkeypatch):
+    where, config, _ = ground
+    beside = {"generate.pair_judge": "rule:contains=dog", "generate.pair_margin": 0.1, "generate.max_tokens": 3}
+    _, _, pairs, *_ = outcome(where, config, "pairs", {**beside, "generate.fixed_length": True}, monkeypatch)
+    rows = [json.loads(line) for line in pairs.splitlines()]
+    assert rows
+    assert all(row["chosen_cut_off"] and row["rejected_cut_off"] for row in rows)
+
+
 def outcome(where, config, command, settings, monkeypatch):
     """Tables, new pairs, what the engine and the steps of `iterate` were told, and the figures without times."""
     told = []
@@ -137,7 +146,7 @@ def sampled(directory, prompt, params):
         params.min_tokens,
     )
     draw = random.Random(repr(asked))
-    length = draw.randint(3, 20)
+    length = params.max_tokens if params.min_tokens else draw.randint(3, 20)
     words = [draw.choice(["the cat", " sat", " on", " mat.", " dog", " ran"]) for _ in range(length)]
     ids = tokenizer()("".join(words), add_special_tokens=False)["input_ids"][: params.max_tokens]
     reason = "length" if len(ids) == params.max_tokens else "stop"
