@@ -15,6 +15,7 @@ import torch
 
 from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
+from pipeline.config.judges import IMPLICIT
 from pipeline.config.losses import reference_free
 from pipeline.evaluation.kl import divergence
 from pipeline.evaluation.rates import ratings
@@ -122,7 +123,8 @@ def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Compariso
     topics = {item.prompt.prompt_id: item.prompt.topic for item in comparisons}
     figures = WinFigures({}, [], {}, rated(groups))
     for (model, baseline, judge), judged in groups.items():
-        rate = win_rate(judged, longer.get((model, baseline)))
+        # the implicit judge compares a pair's own responses, whose lengths are not those of the samples
+        rate = win_rate(judged, None if judge == IMPLICIT else longer.get((model, baseline)))
         if (model, baseline) == ("policy", "reference"):
             figures.judges[judge] = rate
             figures.topics[judge] = by_topic(judged, topics)

@@ -99,7 +99,7 @@ def cautions(results: Results) -> list[str]:
         )
     for name, seen in results.judged.items():
         sentences += _of_judge(name, seen)
-    sentences += _cut_off(results)
+    sentences += [*_withheld(results), *_cut_off(results)]
     policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
         longer = policy.words / max(1e-9, reference.words)
@@ -149,9 +149,19 @@ def _of_judge(name: str, seen: WinRate) -> list[str]:
             f"{name}: at equal length the rate would be {controlled.mean:.0%} ({_between(controlled)}), "
             "so length explains part of the outcome."
         )
-    if seen.length_withheld:
-        sentences.append(f"{name}: a rate at equal length is withheld, because {seen.length_withheld}.")
     return sentences
+
+
+def _withheld(results: Results) -> list[str]:
+    """One sentence per reason: judges of the same responses mostly share it."""
+    judges: dict[str, list[str]] = {}
+    for name, seen in results.judged.items():
+        if seen.length_withheld:
+            judges.setdefault(seen.length_withheld, []).append(name)
+    return [
+        f"No rate at equal length is given for {', '.join(names)}, because {reason}."
+        for reason, names in judges.items()
+    ]
 
 
 def _between(interval: Interval) -> str:
