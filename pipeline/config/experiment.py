@@ -106,6 +106,7 @@ class ReferenceConfig(Section):
     price_per_hour: float = Field(
         0,
         ge=0,
+        allow_inf_nan=False,
         description="price of one device per hour, any currency: progress and `refscore plan` say what scoring costs",
     )
 

@@ -49,10 +49,15 @@ class JudgeConfig(BaseModel):
     requests_per_minute: float | None = Field(None, gt=0, description="llm:<url>: at most so many; default: no limit")
     retries: int = Field(5, ge=0, description="llm:<url>: further tries of a request that failed for a passing reason")
     timeout: float = Field(120, gt=0, description="llm:<url>: seconds until a request counts as failed")
-    price_in: float = Field(0, ge=0, description="llm:<url>: price of a million prompt tokens, any currency")
-    price_out: float = Field(0, ge=0, description="llm:<url>: price of a million generated tokens")
+    price_in: float = Field(
+        0, ge=0, allow_inf_nan=False, description="llm:<url>: price of a million prompt tokens, any currency"
+    )
+    price_out: float = Field(0, ge=0, allow_inf_nan=False, description="llm:<url>: price of a million generated tokens")
     max_cost: float | None = Field(
-        None, gt=0, description="llm:<url>: asks nothing if the forecast price is higher; default: no limit"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="llm:<url>: asks nothing if the forecast price is higher; default: no limit",
     )
 
     @model_validator(mode="wrap")

@@ -164,7 +164,19 @@ def one_response(row: Row) -> tuple[list[Message], str]:
     response = _response(row, "response")
     if not response.strip():
         raise RowProblem("empty_response")
-    return _with_system(row, prompt), response
+    prompt = _with_system(row, prompt)
+    must_be_unicode(prompt, {"response": response})
+    return prompt, response
+
+
+def must_be_unicode(prompt: list[Message], responses: dict[str, str]) -> None:
+    """Raise RowProblem for half a character (a lone surrogate), which JSON can write and no tokenizer reads."""
+    texts = [*((message["role"], message["content"]) for message in prompt), *responses.items()]
+    for name, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowProblem("half_a_character", f"{name}, at character {error.start}") from None
 
 
 def _branching(chosen: list[Message], rejected: list[Message]) -> Converted:

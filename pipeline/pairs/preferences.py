@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.pairs.formats import FORMATS, Message, RowProblem, detect_format
+from pipeline.pairs.formats import FORMATS, Message, RowProblem, detect_format, must_be_unicode
 from pipeline.pairs.rows import Row, open_rows
 
 
@@ -93,6 +93,7 @@ def open_source(name: str, data: DataConfig) -> Source:
 
 
 def _must_be_usable(prompt: list[Message], chosen: str, rejected: str) -> None:
+    must_be_unicode(prompt, {"chosen": chosen, "rejected": rejected})
     if not any(message["content"].strip() for message in prompt if message["role"] != "system"):
         raise RowProblem("empty_prompt")
     for name, response in (("chosen", chosen), ("rejected", rejected)):

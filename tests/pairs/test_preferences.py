@@ -81,6 +81,7 @@ ODD = {
     "wrong_type": {"prompt": "Hi?", "chosen": 3, "rejected": "x"},
     "empty_response": {"prompt": "Hi?", "chosen": " ", "rejected": "x"},
     "empty_prompt": {"prompt": " ", "chosen": "y", "rejected": "x"},
+    "half_a_character": {"prompt": "p", "chosen": "y", "rejected": "x \ud83d"},
     "identical_responses": {"prompt": "Hi?", "chosen": "x", "rejected": "x"},
     "unknown_role": {"prompt": "Hi?", "chosen": [{"role": "wizard", "content": "x"}], "rejected": "x"},
     "response_of_many_messages": {"prompt": "Hi?", "chosen": [GOOD, USER, GOOD], "rejected": "x"},
