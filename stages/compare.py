@@ -29,7 +29,9 @@ def main(runs: list[Run], page: Path | None) -> None:
     console.table("", head, settings + figures)
     compared = [_row(difference) for difference in paired]
     if compared:
-        console.table("Prompt by prompt", _HEAD, compared)
+        console.table(
+            "Prompt by prompt, first minus second; intervals and p are corrected for all rows", _HEAD, compared
+        )
 
     points, judge = frontier_points(runs)
     first = read_results(runs[0].eval)
@@ -56,16 +58,7 @@ def main(runs: list[Run], page: Path | None) -> None:
     console.say(f"page      {path}")
 
 
-_HEAD = [
-    "judge",
-    "first",
-    "second",
-    "compares",
-    "prompts",
-    "first minus second",
-    "95 % interval, corrected",
-    "p, corrected",
-]
+_HEAD = ["judge", "first", "second", "compares", "prompts", "difference", "95 % interval", "p, corrected"]
 
 
 def _row(difference: Difference) -> list[str]:
@@ -74,9 +67,7 @@ def _row(difference: Difference) -> list[str]:
         difference.judge,
         difference.first,
         difference.second,
-        "two trained models"
-        if difference.seeds == (1, 1)
-        else f"two methods, {' and '.join(map(str, difference.seeds))} seeds",
+        "two models" if difference.seeds == (1, 1) else f"methods of {' and '.join(map(str, difference.seeds))} seeds",
         str(difference.paired.prompts),
         f"{mean.mean:+.3f}",
         f"{mean.low:+.3f} to {mean.high:+.3f}",
