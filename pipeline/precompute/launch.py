@@ -41,9 +41,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
                 seconds = time.monotonic() - ticker.started
                 text = f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s"
                 if reference.price_per_hour:
-                    hours = (time.monotonic() - started) / 3600
-                    whole = hours + seconds / 3600 * (len(plan.missing) - done) / done
-                    text += f"  {cost(reference, hours)} of about {cost(reference, whole)} spent"
+                    text += f"  {spent(reference, time.monotonic() - started, seconds, done / len(plan.missing))} spent"
                 ticker.advance(sequences, text)
 
             if reference.launcher == "ray":
@@ -63,7 +61,10 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
         raise
 
 
-def cost(reference: ReferenceConfig, hours: float) -> str:
-    """What `hours` of all devices of the reference's engines cost, in the currency of `price_per_hour`."""
-    devices = reference.workers * reference.tensor_parallel_size
-    return f"{reference.price_per_hour * devices * hours:.2f}"
+def spent(reference: ReferenceConfig, seconds: float, scoring: float, done: float) -> str:
+    """What all devices of the reference's engines have cost and will have, "0.12 of about 0.50", in `price_per_hour`'s currency.
+
+    `seconds` since they were started, `scoring` of which a share of `done` was scored in.
+    """
+    per_second = reference.price_per_hour * reference.workers * reference.tensor_parallel_size / 3600
+    return f"{per_second * seconds:.2f} of about {per_second * (seconds + scoring * (1 - done) / done):.2f}"

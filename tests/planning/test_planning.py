@@ -11,7 +11,7 @@ from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.forward.trees import Tree
 from pipeline.planning import training
-from pipeline.planning.outlook import on_a_gpu
+from pipeline.planning.outlook import of_process, on_a_gpu
 from pipeline.planning.scoring import scoring_memory
 from pipeline.planning.training import held_by, simulate_step
 from pipeline.progress import duration
@@ -170,3 +170,11 @@ def test_the_output_layer_multiplies_as_the_device_that_is_asked_for(tiny_model,
     with FakeTensorMode():
         _, layer, _ = training.without_numbers_of(config, tiny_model, kind)
     assert layer.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("simulated", "measured"), [(3.09, 3.96), (2.22, 2.80), (2.79, 3.57), (1.90, 2.87), (1.41, 2.20)]
+)
+def test_what_a_process_holds_is_predicted_within_a_tenth_of_what_was_measured(simulated, measured):
+    """The five peaks of docs/benchmarks.md, GiB."""
+    assert of_process(int(simulated * 2**30), "cpu") == pytest.approx(measured, rel=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.precompute.launch import cost
+from pipeline.precompute.launch import spent
 from stages import console
 
 
@@ -34,5 +34,7 @@ def test_tokens_are_told_per_second(clock, capsys):
     assert capsys.readouterr().out == "sampling 4/4  20 tokens/s  0 s left\n"
 
 
-def test_every_device_of_every_engine_costs():
-    assert cost(ReferenceConfig(price_per_hour=2.5, workers=2, tensor_parallel_size=2), 3.0) == "30.00"
+def test_every_device_of_every_engine_costs_from_its_start_to_its_end():
+    reference = ReferenceConfig(price_per_hour=2.5, workers=2, tensor_parallel_size=2)
+    # an hour to start, one for a quarter of the sequences, three to come: 10 per hour
+    assert spent(reference, 7200, 3600, 0.25) == "20.00 of about 50.00"
