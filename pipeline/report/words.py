@@ -55,6 +55,8 @@ def second_opinions(results: Results) -> list[str]:
         sentences.append(
             f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more."
         )
+    elif independence := _independence(results, leading):
+        sentences.append(f"{leading} {independence.strip(', ').removeprefix('which ')}.")
     for name, rate in results.judged.items():
         if name == leading:
             continue
@@ -77,7 +79,9 @@ def second_opinions(results: Results) -> list[str]:
 
 def _independence(results: Results, name: str) -> str:
     """What a judge has to do with the one that made the pairs, as an insertion; empty if it is not known."""
-    if name == results.pair_judge or name not in results.shared:
+    if name == results.pair_judge:
+        return ", which chose the training pairs,"
+    if name not in results.shared:
         return ""
     if shared := results.shared[name]:
         return f", which uses {' and '.join(shared)} as the judge that made the pairs does,"
