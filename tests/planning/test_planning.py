@@ -173,7 +173,7 @@ def test_the_output_layer_multiplies_as_the_device_that_is_asked_for(tiny_model,
 
 
 @pytest.mark.parametrize(
-    ("simulated", "measured"), [(3.09, 3.96), (2.22, 2.80), (2.79, 3.57), (1.90, 2.87), (1.41, 2.20)]
+    ("simulated", "measured"), [(3.09, 3.98), (2.22, 2.79), (2.79, 3.58), (1.90, 2.92), (1.41, 2.21)]
 )
 def test_what_a_process_holds_is_predicted_within_a_tenth_of_what_was_measured(simulated, measured):
     """The five peaks of docs/benchmarks.md, GiB."""

@@ -196,12 +196,9 @@ def test_judges_that_made_the_pairs_are_named_and_others_agree_or_do_not():
 
 def test_a_leading_judge_that_made_no_pair_says_so_and_the_maker_is_named_behind_it():
     results = figures(0.7, 0.6, 0.8, maker=rate()) | {"pair_judge": "maker", "shared": {"rule:no_repetition": []}}
-    assert [
-        line.split(":")[0] for line in map(lambda said: said.replace("rule:", ""), second_opinions(typed(results)))
-    ] == [
-        "no_repetition uses nothing that the judge that made the pairs does.",
-        "maker, which chose the training pairs, agrees",
-    ]
+    of_the_leading, of_the_maker = second_opinions(typed(results))
+    assert of_the_leading == "rule:no_repetition uses nothing that the judge that made the pairs does."
+    assert of_the_maker.startswith("maker, which chose the training pairs, agrees: 70%")
     results["shared"] = {"rule:no_repetition": ["length"]}
     assert second_opinions(typed(results))[0] == (
         "rule:no_repetition uses length as the judge that made the pairs does."
