@@ -94,8 +94,10 @@ def test_the_report_compares_the_reference_and_both_rounds(looped, rounds):
     for model in ("policy", "round1"):
         assert figures["cost"][model]["kl"]["low"] <= figures["cost"][model]["kl"]["mean"]
     page = (rounds[1] / "report.html").read_text()
-    for part in ("ratings by rule:regex", "no independent judge", "which took no part in making the pairs"):
+    for part in ("ratings by rule:regex", "no independent judge"):
         assert part in page
+    # a pattern of the user's may look for anything
+    assert "uses nothing that the judge that made the pairs does" not in page
     assert "policy is round 2" in looped[2]
 
 
