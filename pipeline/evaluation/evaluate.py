@@ -13,6 +13,7 @@ from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT, seen_by
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
+from pipeline.evaluation.baselines import GainByLength, cut_rates, gain_by_length, needs_no_model
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary
 from pipeline.evaluation.figures import (
     judge_pairs,
@@ -22,7 +23,7 @@ from pipeline.evaluation.figures import (
     worst_first,
 )
 from pipeline.evaluation.next_round import pair_judge
-from pipeline.evaluation.results import HeldOut, Results, SideBySide
+from pipeline.evaluation.results import Baselines, HeldOut, Results, SideBySide
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
 from pipeline.evaluation.sampling import make_samples, measure_kl
 from pipeline.judges.judging import Comparison, Judge, Judgement, Prompt
@@ -32,10 +33,13 @@ from pipeline.progress import SILENT, Listener
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What stage three found, still without its words, and every comparison with the reference, the policy's worst first."""
+    """What stage three found, still without its words; every comparison with the reference, the policy's worst first; by judge
+    what the policy gained against how much longer it is.
+    """
 
     results: Results
     side_by_side: list[SideBySide]
+    gains: dict[str, GainByLength]
 
 
 def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluation:
@@ -63,9 +67,12 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     # the implicit judge first: vLLM pins this process's threads once it has run
     judgements: list[Judgement] = []
     held_out: HeldOut | None = None
+    baselines: dict[str, Baselines] = {}
     for settings in config.judge:
         if settings.kind == IMPLICIT:
-            judgements, held_out = judge_pairs(settings.shown, run.pairs, models[0].merged(), config)
+            judgements, held_out, baselines[settings.shown] = judge_pairs(
+                settings.shown, run.pairs, models[0].merged(), config
+            )
             listener.say(f"held-out  reward accuracy {held_out.reward_accuracy:.3f} on {held_out.pairs} pairs")
 
     samples, kl_samples = make_samples(config.generate, reference, run, prompts, models, listener)
@@ -73,6 +80,9 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     comparisons = comparisons_of(samples, prompts, names)
     said = _judged(judges, comparisons, kl, prompts, listener)
     judgements += said.judgements
+    free = {settings.shown for settings in config.judge if needs_no_model(settings)}
+    against_reference = [item for item in comparisons if (item.model, item.baseline) == ("policy", "reference")]
+    baselines |= {judge.name: cut_rates(judge, against_reference) for judge in judges if judge.name in free}
     write_table(run.judgements, judgements_table(judgements))
 
     side_by_side = worst_first(comparisons, judgements)
@@ -87,11 +97,12 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
         rewards=said.rewards,
         judge_costs=said.costs,
         held_out=held_out,
+        baselines=baselines,
         worse=side_by_side[:3],
     )
     digests = {model.name: model.digest for model in models}
     record(run, config, "eval", prompts=len(prompts), samples=len(samples), models=digests)
-    return Evaluation(results, side_by_side)
+    return Evaluation(results, side_by_side, said.gains)
 
 
 def _shared_with_the_maker(config: Config) -> dict[str, list[str]]:
@@ -108,6 +119,7 @@ class _Judged:
     judgements: list[Judgement]
     rewards: dict[str, list[float | None]]
     costs: dict[str, dict[str, float]]
+    gains: dict[str, GainByLength]
 
 
 def _judged(
@@ -118,15 +130,16 @@ def _judged(
     listener: Listener,
 ) -> _Judged:
     """What every judge says of the comparisons, and the rewards it gives the responses whose KL is known."""
-    judged = _Judged([], {}, {})
+    judged = _Judged([], {}, {}, {})
     singles = [] if kl is None else shown(kl, prompts)
     for judge in judges:
-        judgements, rewards = judge_texts(judge, comparisons, singles)
-        judged.judgements.extend(judgements)
-        if rewards:
-            judged.rewards[judge.name] = rewards
+        said = judge_texts(judge, comparisons, singles)
+        judged.judgements.extend(said.judgements)
+        judged.gains[judge.name] = gain_by_length(said.judgements, said.margins, comparisons)
+        if said.rewards:
+            judged.rewards[judge.name] = said.rewards
         if cost := judge.cost():
             judged.costs[judge.name] = cost
-        failed = sum(judgement.score is None for judgement in judgements)
-        listener.say(f"judge     {judge.name}: {len(judgements)} verdicts, {failed} failed")
+        failed = sum(judgement.score is None for judgement in said.judgements)
+        listener.say(f"judge     {judge.name}: {len(said.judgements)} verdicts, {failed} failed")
     return judged

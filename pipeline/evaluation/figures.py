@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT
 from pipeline.config.losses import reference_free
-from pipeline.evaluation.kl import divergence
+from pipeline.evaluation.baselines import Pair, by_ending, length_baselines, pair_baselines, together
+from pipeline.evaluation.kl import cost_figures
 from pipeline.evaluation.rates import ratings
 from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean
 from pipeline.evaluation.rates.winrates import WinRate, both_orders, by_topic, prompt_scores, win_rate
-from pipeline.evaluation.results import Cost, HeldOut, OtherRate, Responses, Results, SideBySide
+from pipeline.evaluation.results import Baselines, HeldOut, OtherRate, Responses, Results, SideBySide, Split
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judges import marks
@@ -34,8 +34,10 @@ from pipeline.training.step import pair_rewards
 
 
 @torch.no_grad()
-def judge_pairs(name: str, pairs_path: Path, model_directory: Path, config: Config) -> tuple[list[Judgement], HeldOut]:
-    """The implicit judge: reward margins of the saved policy on the held-out pairs, and their means."""
+def judge_pairs(
+    name: str, pairs_path: Path, model_directory: Path, config: Config
+) -> tuple[list[Judgement], HeldOut, Baselines]:
+    """The implicit judge: reward margins of the saved policy on the held-out pairs, their means, and what needs no policy."""
     pairs = load_pairs(pairs_path, "eval", scored=not reference_free(config.train))
     model = load_causal_lm(model_directory, config.policy, torch.float32).to(device_kind()).eval()
     precision = precision_of(config)
@@ -49,19 +51,34 @@ def judge_pairs(name: str, pairs_path: Path, model_directory: Path, config: Conf
         mean_chosen_reward=float(chosen.mean()),
         mean_rejected_reward=float(rejected.mean()),
     )
-    return judge_implicitly(name, ids, margins.tolist()), held_out
+    seen = [
+        Pair(prompt_id, len(tree.branches[0]), len(tree.branches[1]), float(margin))
+        for prompt_id, tree, margin in zip(ids, pairs.trees, margins, strict=True)
+    ]
+    return judge_implicitly(name, ids, margins.tolist()), held_out, pair_baselines(seen)
 
 
-def judge_texts(
-    judge: Judge, comparisons: Sequence[Comparison], singles: Sequence[Shown]
-) -> tuple[list[Judgement], list[float | None]]:
-    """A judge's judgements of the comparisons, and its rewards of `singles` if it gives any (else an empty list)."""
+@dataclass(frozen=True)
+class Said:
+    """What a judge said of comparisons and of single responses. Of a judge that gives rewards: `margins`, by how much the
+    model's is above the baseline's in each comparison, and the `rewards` of the single responses; else both are empty.
+    """
+
+    judgements: list[Judgement]
+    margins: list[float | None] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
+
+
+def judge_texts(judge: Judge, comparisons: Sequence[Comparison], singles: Sequence[Shown]) -> Said:
+    """A judge's judgements of the comparisons, and its rewards of all responses if it gives any."""
     if judge.reward is None:
-        return judge_both_orders(judge, comparisons), []
+        return Said(judge_both_orders(judge, comparisons))
     # all in one call: a judge that is a model is loaded once
     compared = [Shown(item.prompt, side) for item in comparisons for side in (item.response, item.against)]
     rewards = judge.reward([*compared, *singles])
-    return judge_both_orders(judge, comparisons), rewards[len(compared) :]
+    sides = zip(rewards[: len(compared) : 2], rewards[1 : len(compared) : 2], strict=True)
+    margins = [None if own is None or other is None else own - other for own, other in sides]
+    return Said(judge_both_orders(judge, comparisons), margins, rewards[len(compared) :])
 
 
 def judgements_table(judgements: Sequence[Judgement]) -> pa.Table:
@@ -81,11 +98,13 @@ def results_of(
     rewards: dict[str, list[float | None]],
     judge_costs: dict[str, dict[str, float]],
     held_out: HeldOut | None,
+    baselines: dict[str, Baselines],
     worse: list[SideBySide],
 ) -> Results:
     """Every figure of an evaluation, made of what it sampled and what judges said; still without a verdict in words.
 
-    `models`: name -> what it is, in the order of tables. `rewards`: judge -> rewards of the rows of `kl`.
+    `models`: name -> what it is, in the order of tables. `rewards`: judge -> rewards of the rows of `kl`. `baselines`: those
+    that do not follow from the judgements.
     """
     wins = win_figures(judgements, comparisons)
     return Results(
@@ -93,6 +112,11 @@ def results_of(
         pair_judge=pair_judge,
         shared=shared,
         judges=wins.judges,
+        baselines={
+            judge: together(wins.baselines.get(judge, Baselines()), baselines.get(judge, Baselines()))
+            for judge in wins.judges
+        },
+        endings=wins.endings,
         others=wins.others,
         topics=wins.topics,
         ratings=wins.ratings,
@@ -108,10 +132,12 @@ def results_of(
 class WinFigures:
     """Win rates of every two models by every judge; the fields of `pipeline.evaluation.results.Results`."""
 
-    judges: dict[str, WinRate | None]
-    others: list[OtherRate]
-    topics: dict[str, dict[str, Interval]]
     ratings: dict[str, dict[str, Interval]]
+    judges: dict[str, WinRate | None] = field(default_factory=dict)
+    baselines: dict[str, Baselines] = field(default_factory=dict)
+    endings: dict[str, dict[str, Split]] = field(default_factory=dict)
+    others: list[OtherRate] = field(default_factory=list)
+    topics: dict[str, dict[str, Interval]] = field(default_factory=dict)
 
 
 def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Comparison]) -> WinFigures:
@@ -121,13 +147,17 @@ def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Compariso
         groups[judgement.model, judgement.baseline, judgement.judge].append(judgement)
     longer = _longer_by(comparisons)
     topics = {item.prompt.prompt_id: item.prompt.topic for item in comparisons}
-    figures = WinFigures({}, [], {}, rated(groups))
+    compared = [item for item in comparisons if (item.model, item.baseline) == ("policy", "reference")]
+    figures = WinFigures(rated(groups))
     for (model, baseline, judge), judged in groups.items():
         # the implicit judge compares a pair's own responses, whose lengths are not those of the samples
         rate = win_rate(judged, None if judge == IMPLICIT else longer.get((model, baseline)))
         if (model, baseline) == ("policy", "reference"):
             figures.judges[judge] = rate
             figures.topics[judge] = by_topic(judged, topics)
+            if judge != IMPLICIT:
+                figures.baselines[judge] = length_baselines(judged, compared)
+                figures.endings[judge] = by_ending(judged, compared)
         else:
             figures.others.append(OtherRate(model, baseline, judge, rate))
     return figures
@@ -150,29 +180,6 @@ def rated(groups: dict[tuple[str, str, str], list[Judgement]]) -> dict[str, dict
 def response_figures(samples: pa.Table, models: Sequence[str]) -> dict[str, Responses]:
     """What each model's responses look like."""
     return {model: _describe([row for row in samples.to_pylist() if row["model"] == model]) for model in models}
-
-
-def cost_figures(kl: pa.Table | None, rewards: dict[str, list[float | None]]) -> dict[str, Cost]:
-    """What training cost each model and what it got for it, both on responses at temperature 1.
-
-    `kl`: kl.parquet, the reference's responses too; `rewards`: judge -> rewards of its rows.
-    """
-    if kl is None:
-        return {}
-    rows = kl.select(["model", "prompt_id"]).to_pylist()
-    costs: dict[str, Cost] = {}
-    for model in dict.fromkeys(row["model"] for row in rows):
-        reward: dict[str, Interval] = {}
-        for judge, values in rewards.items():
-            by_prompt: dict[str, list[float]] = defaultdict(list)
-            for row, value in zip(rows, values, strict=True):
-                if row["model"] == model and value is not None:
-                    by_prompt[row["prompt_id"]].append(value)
-            if by_prompt:
-                reward[judge] = bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()])
-        measured = Cost() if model == "reference" else divergence(kl.filter(pc.equal(kl["model"], model)))
-        costs[model] = replace(measured, reward=reward)
-    return costs
 
 
 def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgement]) -> list[SideBySide]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference
 from pipeline.engines.start import start_scorer
-from pipeline.evaluation.rates.statistics import bootstrap_mean
+from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean
 from pipeline.evaluation.results import Cost
 from pipeline.judges.judging import Prompt
 
@@ -76,3 +78,26 @@ def divergence(table: pa.Table) -> Cost:
         responses=len(table),
         tokens=tokens,
     )
+
+
+def cost_figures(kl: pa.Table | None, rewards: dict[str, list[float | None]]) -> dict[str, Cost]:
+    """What training cost each model and what it got for it, both on responses at temperature 1.
+
+    `kl`: kl.parquet, the reference's responses too; `rewards`: judge -> rewards of its rows.
+    """
+    if kl is None:
+        return {}
+    rows = kl.select(["model", "prompt_id"]).to_pylist()
+    costs: dict[str, Cost] = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        reward: dict[str, Interval] = {}
+        for judge, values in rewards.items():
+            by_prompt: dict[str, list[float]] = defaultdict(list)
+            for row, value in zip(rows, values, strict=True):
+                if row["model"] == model and value is not None:
+                    by_prompt[row["prompt_id"]].append(value)
+            if by_prompt:
+                reward[judge] = bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()])
+        measured = Cost() if model == "reference" else divergence(kl.filter(pc.equal(kl["model"], model)))
+        costs[model] = replace(measured, reward=reward)
+    return costs

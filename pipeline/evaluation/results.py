@@ -34,6 +34,31 @@ class OtherRate:
 
 
 @dataclass(frozen=True)
+class Baselines:
+    """What a judge says of what took no training; None if it is not known. See `pipeline.evaluation.baselines`.
+
+    `shorter`, `longer`: how often it prefers the response with fewer, with more tokens, of the responses that its win rate
+    compares. `first_sentence`, `whole_sentences`: the win rate of the reference's responses cut to these against the same
+    responses uncut. `shuffled`: its accuracy if the labels of held-out pairs are shuffled, and where 95 of 100 shuffles lie.
+    """
+
+    shorter: Interval | None = None
+    longer: Interval | None = None
+    first_sentence: Interval | None = None
+    whole_sentences: Interval | None = None
+    shuffled: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A win rate of some of the comparisons, over their prompts."""
+
+    prompts: int
+    comparisons: int
+    rate: Interval
+
+
+@dataclass(frozen=True)
 class Responses:
     """What a model's responses look like: means over them, shares of them, tokens with an interval over prompts."""
 
@@ -92,13 +117,16 @@ class SideBySide:
 @dataclass(frozen=True)
 class Results:
     """eval.json. `shared`: judge -> what its verdicts rest on that those of the pairs' maker do too; `judges`: policy against
-    reference, by judge; `topics`: judge -> topic -> rate; `ratings`: judge -> model.
+    reference, by judge; `baselines`: by judge; `endings`: judge -> "both ended" or "some cut off"; `topics`: judge -> topic ->
+    rate; `ratings`: judge -> model.
     """
 
     models: dict[str, str] = field(default_factory=dict)
     pair_judge: str | None = None
     shared: dict[str, list[str]] = field(default_factory=dict)
     judges: dict[str, WinRate | None] = field(default_factory=dict)
+    baselines: dict[str, Baselines] = field(default_factory=dict)
+    endings: dict[str, dict[str, Split]] = field(default_factory=dict)
     others: list[OtherRate] = field(default_factory=list)
     topics: dict[str, dict[str, Interval]] = field(default_factory=dict)
     ratings: dict[str, dict[str, Interval]] = field(default_factory=dict)

@@ -5,19 +5,21 @@ Model text is hostile input: the template escapes everything, nothing on the pag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import polars as pl
+from markupsafe import Markup
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json
 from pipeline.artifacts.tables import METRICS, read_table
 from pipeline.config.experiment import Config
+from pipeline.evaluation.baselines import GainByLength
 from pipeline.evaluation.frontier import gain_of, label_of, points_of
 from pipeline.evaluation.results import Cost, Results, SideBySide
-from pipeline.report.plots import curves, frontier, win_rates
+from pipeline.report.plots import curves, frontier, scatter, win_rates
 from pipeline.report.sections import sections
 from pipeline.report.side_by_side import marked, visible
 from pipeline.report.words import leading_judge, notes
@@ -27,15 +29,12 @@ from pipeline.training.checks.health import length_words
 _SHOWN = 60
 
 
-def write_report(run: Run, config: Config, results: Results, samples: Sequence[SideBySide]) -> None:
-    """Render the page from the run's artifacts, `results` (eval.json) and `samples` (worst first)."""
+def write_report(
+    run: Run, config: Config, results: Results, samples: Sequence[SideBySide], gains: Mapping[str, GainByLength]
+) -> None:
+    """Render the page from the run's artifacts, `results` (eval.json), `samples` (worst first) and `gains` (by judge)."""
     metrics = pl.DataFrame(read_table(run.metrics, METRICS))
     leading = leading_judge(results)
-    gain = gain_of(results)
-    points = points_of(results, gain) if gain else []
-    pictures = {"win_rates": win_rates([(name, rate.rate) for name, rate in results.judged.items()])}
-    if gain and len(points) >= 2:
-        pictures["frontier"] = frontier(points, label_of(results, gain))
     page = (
         environment()
         .get_template("report.html.j2")
@@ -46,7 +45,7 @@ def write_report(run: Run, config: Config, results: Results, samples: Sequence[S
             lead=results.judged[leading] if leading else None,
             kl=results.cost.get("policy", Cost()).kl,
             sections=sections(results),
-            pictures=pictures,
+            pictures=_pictures(results, gains),
             samples=samples[:_SHOWN],
             hidden=max(0, len(samples) - _SHOWN),
             config=config.model_dump(mode="json"),
@@ -54,14 +53,42 @@ def write_report(run: Run, config: Config, results: Results, samples: Sequence[S
             health=_health(run, metrics, results),
             verified=read_json(run.directory / "verify.json"),
             provenance=read_json(run.provenance),
-            curves=[
-                ("Loss", curves(metrics, "loss", "loss")),
-                ("Reward margin", curves(metrics, "rewards/margins", "margin")),
-                ("Reward accuracy", curves(metrics, "rewards/accuracies", "accuracy")),
-            ],
+            curves=_curves(metrics),
         )
     )
     durable.write_text(run.report, page)
+
+
+def _pictures(results: Results, gains: Mapping[str, GainByLength]) -> dict[str, Markup]:
+    """The pictures of sections by the names that these give them."""
+    pictures = {"win_rates": win_rates([(name, rate.rate) for name, rate in results.judged.items()])}
+    gain = gain_of(results)
+    points = points_of(results, gain) if gain else []
+    if gain and len(points) >= 2:
+        pictures["frontier"] = frontier(points, label_of(results, gain))
+    if gain and gain in gains and len({longer for longer, _ in gains[gain].points}) > 1:
+        what = "reward" if gains[gain].rewards else "score"
+        pictures["length"] = scatter(gains[gain].points, f"difference of {what}s, {gain}")
+    return pictures
+
+
+def _curves(metrics: pl.DataFrame) -> list[tuple[str, Markup]]:
+    """Titles and pictures of the training; those of what was not logged are left out (a reward model has no logps)."""
+    wanted = [
+        ("Loss", {"": "loss"}, "loss"),
+        ("Reward margin", {"": "rewards/margins"}, "margin"),
+        ("Reward accuracy", {"": "rewards/accuracies"}, "accuracy"),
+        (
+            "Log-probabilities of the responses",
+            {"chosen": "logps/chosen", "rejected": "logps/rejected"},
+            "nats per response",
+        ),
+    ]
+    return [
+        (title, curves(metrics, columns, label))
+        for title, columns, label in wanted
+        if any(metrics[name].count() for column in columns.values() for name in (column, f"eval_{column}"))
+    ]
 
 
 def _health(run: Run, metrics: pl.DataFrame, results: Results) -> list[str]:

@@ -6,7 +6,7 @@ Only numbers and names of our own are drawn; matplotlib escapes them.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -17,22 +17,39 @@ from pipeline.evaluation.rates.statistics import Interval
 
 # a colour that no plot uses, replaced by the page's own text colour
 _INK = "#010203"
-_BLUE, _ORANGE = "#3b7dd8", "#d9822b"
+_BLUE, _ORANGE, _RED, _PURPLE = "#3b7dd8", "#d9822b", "#c2504a", "#9a5fc0"
 
 
-def curves(metrics: pl.DataFrame, column: str, label: str) -> Markup:
-    """A metric over the steps: of every logged step, and on held-out pairs."""
+def curves(metrics: pl.DataFrame, columns: Mapping[str, str], label: str) -> Markup:
+    """Metrics over the steps, of every logged step and on held-out pairs. `columns`: what a metric is of -> its name; one
+    metric needs no word.
+    """
     figure, axes = _axes()
-    train = metrics.select("step", column).drop_nulls()
-    held_out = metrics.select("step", f"eval_{column}").drop_nulls()
-    if len(train):
-        axes.plot(train["step"], train[column], color=_BLUE, linewidth=1, alpha=0.8, label="training step")
-    if len(held_out):
-        values = held_out[f"eval_{column}"]
-        axes.plot(held_out["step"], values, color=_ORANGE, marker="o", markersize=4, label="held-out pairs")
+    for (of, column), (line, dots) in zip(columns.items(), ((_BLUE, _ORANGE), (_RED, _PURPLE)), strict=False):
+        train = metrics.select("step", column).drop_nulls()
+        held_out = metrics.select("step", f"eval_{column}").drop_nulls()
+        if len(train):
+            words = f"{of}, training step".removeprefix(", ")
+            axes.plot(train["step"], train[column], color=line, linewidth=1, alpha=0.8, label=words)
+        if len(held_out):
+            words = f"{of}, held-out pairs".removeprefix(", ")
+            axes.plot(held_out["step"], held_out[f"eval_{column}"], color=dots, marker="o", markersize=4, label=words)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    return _svg(figure)
+
+
+def scatter(points: Sequence[tuple[float, float]], gain: str) -> Markup:
+    """A dot per prompt: tokens by which the policy is longer than the reference, and by how much a judge prefers it."""
+    figure, axes = _axes(height=3.2)
+    longer, gained = zip(*points, strict=True)
+    axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
+    # many prompts share a point where a judge gives few values: the darker, the more
+    axes.plot(longer, gained, "o", color=_BLUE, markersize=5, alpha=0.45, markeredgewidth=0)
+    axes.set_xlabel("tokens of the policy's response minus the reference's")
+    axes.set_ylabel(_short(gain))
     return _svg(figure)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
-from pipeline.evaluation.results import Cost, Results
+from pipeline.evaluation.results import Baselines, Cost, Results
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def sections(results: Results) -> list[Section]:
     """The sections of one evaluation; those without a row are left out."""
     every = [
         _policy(results),
+        _baselines(results),
+        _endings(results),
         _others(results),
         *_ratings(results),
         _topics(results),
@@ -68,6 +71,64 @@ def _policy(results: Results) -> Section:
         "over prompts: a bootstrap, or Wilson's for few prompts or near-unanimous judges. implicit "
         "asks whether training moved the policy towards the chosen response of held-out pairs.",
         "win_rates",
+    )
+
+
+def _baselines(results: Results) -> Section:
+    return Section(
+        "Without any training",
+        [
+            "judge",
+            "policy",
+            "the shorter response",
+            "the longer response",
+            "reference, first sentence",
+            "reference, whole sentences",
+            "shuffled labels",
+        ],
+        [
+            [name, f"{results.judged[name].rate.mean:.3f}", *_baseline_row(name, baselines, results.judged[name].rate)]
+            for name, baselines in results.baselines.items()
+            if name in results.judged
+        ],
+        "What trivial baselines reach by the same judges, computed without a model; coloured if it is more than the policy. The "
+        "shorter and the longer response: of the two that were compared, by tokens; for implicit: of the held-out pair, as a "
+        "guess at which one was chosen. The reference cut to its first sentence, or to its whole sentences, is compared with "
+        "itself uncut; judges that are models are not asked about that. The picture shows what the policy gained by the first "
+        "judge of texts, prompt by prompt, against how much longer it is.",
+        "length",
+    )
+
+
+def _baseline_row(name: str, baselines: Baselines, policy: Interval) -> list[str | Cell]:
+    asked = name == IMPLICIT or baselines.first_sentence or baselines.whole_sentences
+    cells = [baselines.shorter, baselines.longer]
+    cuts: list[str | Cell] = [
+        _baseline(rate, policy) if asked else "not asked"
+        for rate in (baselines.first_sentence, baselines.whole_sentences)
+    ]
+    return [*(_baseline(rate, policy) for rate in cells), *cuts, _baseline(baselines.shuffled, policy)]
+
+
+def _baseline(rate: Interval | None, policy: Interval) -> str | Cell:
+    if rate is None:
+        return "-"
+    return Cell(f"{rate.mean:.3f} ({_between(rate)})", "down" if rate.mean > policy.mean else "")
+
+
+def _endings(results: Results) -> Section:
+    """Judges in whose comparisons both kinds occur; where all ended, or none, there is nothing to tell apart."""
+    return Section(
+        "Win rates by how responses ended",
+        ["judge", "responses", "prompts", "comparisons", "win rate", "95 % interval"],
+        [
+            [name, kind, str(split.prompts), str(split.comparisons), f"{split.rate.mean:.3f}", _between(split.rate)]
+            for name, splits in results.endings.items()
+            if len(splits) > 1
+            for kind, split in splits.items()
+        ],
+        "Comparisons in which both responses were ended by their models, and those in which one or both were cut off at the "
+        "longest allowed length: a policy that only learned to stop wins the latter.",
     )
 
 

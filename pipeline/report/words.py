@@ -5,16 +5,30 @@ from __future__ import annotations
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
-from pipeline.evaluation.results import Results
+from pipeline.evaluation.results import Baselines, Results
 
 _WIDE = 0.05
 _MANY_CUT_OFF = 0.1
 _MANY_FLIPS = 0.2
 _LEANING = 0.1
+# trivial baselines that do better than the policy: by a judge of texts, and by the implicit one
+_TRIVIAL = {
+    "shorter": "The shorter of the two responses, whoever wrote it, does better by the same judge",
+    "longer": "The longer of the two responses, whoever wrote it, does better by the same judge",
+    "first_sentence": "The reference cut to its first sentence does better by the same judge",
+    "whole_sentences": "The reference cut to whole sentences does better by the same judge",
+}
+_OF_PAIRS = {
+    "shorter": "The guess that the shorter response is the chosen one is right more often",
+    "longer": "The guess that the longer response is the chosen one is right more often",
+    "shuffled": "Shuffled labels do better",
+}
 
 
 def verdict(results: Results) -> str:
-    """The outcome in one sentence, from the first judge of texts; else from the implicit one."""
+    """The outcome in one sentence, from the first judge of texts; else from the implicit one. A second sentence if something
+    that took no training does better.
+    """
     name = leading_judge(results)
     if name is None:
         return "Nothing could be judged."
@@ -25,7 +39,26 @@ def verdict(results: Results) -> str:
         "worse": f"The policy is worse than {against}",
         "even": f"No difference to {against} could be shown",
     }[outcome(seen.rate)]
-    return f"{said}: {name} prefers it on {seen.rate.mean:.0%} of {seen.prompts} prompts ({_between(seen.rate)})."
+    return " ".join(
+        [
+            f"{said}: {name} prefers it on {seen.rate.mean:.0%} of {seen.prompts} prompts ({_between(seen.rate)}).",
+            *_surpassed(results, name),
+        ]
+    )
+
+
+def _surpassed(results: Results, name: str) -> list[str]:
+    """One sentence if a trivial baseline has a higher rate than the policy by this judge: the highest one."""
+    policy = results.judged[name].rate
+    known = {
+        what: rate
+        for what, rate in vars(results.baselines.get(name, Baselines())).items()
+        if rate is not None and rate.mean > policy.mean and "better" in (outcome(policy), outcome(rate))
+    }
+    if not known:
+        return []
+    best = max(known, key=lambda what: known[what].mean)
+    return [f"{(_OF_PAIRS if name == IMPLICIT else _TRIVIAL)[best]}: {known[best].mean:.0%} ({_between(known[best])})."]
 
 
 def leading_judge(results: Results) -> str | None:
@@ -74,6 +107,7 @@ def second_opinions(results: Results) -> list[str]:
         sentences.append(
             f"{name}{_independence(results, name)} {says}: {rate.rate.mean:.0%} of {counted} ({_between(rate.rate)})."
         )
+        sentences += [f"{name}: {sentence[0].lower()}{sentence[1:]}" for sentence in _surpassed(results, name)]
     return sentences
 
 
@@ -103,7 +137,7 @@ def cautions(results: Results) -> list[str]:
         )
     for name, seen in results.judged.items():
         sentences += _of_judge(name, seen)
-    sentences += [*_withheld(results), *_cut_off(results)]
+    sentences += [*_withheld(results), *_cut_off(results), *_by_ending(results, leading)]
     policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
         longer = policy.words / max(1e-9, reference.words)
@@ -126,12 +160,26 @@ def _cut_off(results: Results) -> list[str]:
     """Every model counts: a reference that was cut off loses to one that only learned to stop."""
     shares = {name: seen.cut_off for name, seen in results.responses.items()}
     if shares and min(shares.values()) == 1.0:
-        return ["No response was ended by its model: all were written to the longest allowed length."]
+        nobody = "No response was ended by its model: all were written to the longest allowed length"
+        return [f"{nobody}, so there is no win rate of those that ended."]
     return [
         f"{share:.0%} of the responses of {name} were cut off at the longest allowed length."
         for name, share in shares.items()
         if share > _MANY_CUT_OFF
     ]
+
+
+def _by_ending(results: Results, leading: str) -> list[str]:
+    """A sentence if the outcome is another one where both responses ended by themselves."""
+    splits = results.endings.get(leading, {})
+    if len(splits) < 2:
+        return []
+    ended, others = splits["both ended"], splits["some cut off"]
+    if outcome(ended.rate) == outcome(results.judged[leading].rate):
+        return []
+    said = f"Where both responses ended by themselves, {leading} prefers the policy on {ended.rate.mean:.0%} of {ended.prompts}"
+    beside = f"where one was cut off, on {others.rate.mean:.0%} of {others.prompts} ({_between(others.rate)})"
+    return [f"{said} prompts ({_between(ended.rate)}); {beside}."]
 
 
 def _of_judge(name: str, seen: WinRate) -> list[str]:

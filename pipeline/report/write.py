@@ -17,6 +17,6 @@ def write_reports(run: Run, config: Config, evaluation: Evaluation) -> Results:
     """Write eval.json and both reports into the run's directory; returns the results with their verdict."""
     results = replace(evaluation.results, verdict=verdict(evaluation.results))
     write_results(run.eval, results)
-    write_report(run, config, results, evaluation.side_by_side)
+    write_report(run, config, results, evaluation.side_by_side, evaluation.gains)
     write_markdown(run, config, results)
     return results

@@ -11,9 +11,11 @@ from pipeline.artifacts.markdown import plain
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import METRICS, write_table
 from pipeline.config.experiment import Config
+from pipeline.evaluation.baselines import GainByLength
 from pipeline.evaluation.results import Results, SideBySide
 from pipeline.report.markdown import write_markdown
 from pipeline.report.page import write_report
+from pipeline.report.sections import sections
 from pipeline.report.side_by_side import marked, visible
 from pipeline.report.words import cautions, second_opinions, verdict
 
@@ -29,6 +31,11 @@ HOSTILE = [
     "<a href=\"javascript:document.title='pwned'\">$x^2$ \\(a\\)</a>",
     "a" * 5000,
 ]
+
+
+GAINS = {"rule:no_repetition": GainByLength(rewards=True, points=[(-3.0, 0.25), (4.0, -0.5)])}
+ODDS = {"mean": 0.5, "low": 0.4, "high": 0.6}
+SPLIT = {"prompts": 20, "comparisons": 25, "rate": {"mean": 0.7, "low": 0.6, "high": 0.8}}
 
 
 def rate(mean=0.7, low=0.6, high=0.8, **other):
@@ -59,6 +66,10 @@ def figures(*interval, **judges):
         "topics": {"rule:no_repetition": {"a<b>": one["rate"], "b": one["rate"]}},
         "responses": {"policy": seen, "reference": seen},
         "cost": {"policy": cost | reward, "reference": reward},
+        "baselines": {
+            name: {"shorter": ODDS, "longer": ODDS, "first_sentence": ODDS} for name in ("rule:no_repetition", *judges)
+        },
+        "endings": {"rule:no_repetition": dict.fromkeys(("both ended", "some cut off"), SPLIT)},
         "judge_costs": {"rule:no_repetition": {"requests": 3, "price": 0.5}},
         "held_out": None,
     }
@@ -91,7 +102,7 @@ def write(run, samples=HOSTILE):
     ]
     results = typed(figures())
     results = replace(results, verdict=verdict(results))
-    write_report(run, config, results, sides)
+    write_report(run, config, results, sides, GAINS)
     write_markdown(run, config, results)
     return run
 
@@ -146,9 +157,12 @@ def test_the_page_shows_what_there_is(run):
         "nats per response",
         "All is &lt;i&gt;well",
         "cut off",
+        "Without any training",
+        "Win rates by how responses ended",
+        "Log-probabilities of the responses",
     ):
         assert part in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 7
 
 
 def test_words_of_one_side_alone_are_marked():
@@ -242,10 +256,10 @@ def test_health_is_said_in_words_lengths_included(tmp_path):
     assert "times as long" not in run.report.read_text()
     run.health.write_text('{"words": []}')
     found = figures()
-    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [])
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [], {})
     assert "look wrong" in run.report.read_text()
     found["responses"]["policy"] = {**found["responses"]["policy"], "tokens": {"mean": 999.0, "low": 1.0, "high": 2.0}}
-    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [])
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(found), [], {})
     assert "times as long as the reference" in run.report.read_text()
 
 
@@ -260,5 +274,82 @@ def test_cut_off_responses_of_every_model_are_warned_of():
     seen = {name: found["responses"]["policy"] | {"cut_off": 1.0} for name in shares}
     said = cautions(typed(found | {"responses": seen}))
     assert [line for line in said if "longest allowed length" in line] == [
-        "No response was ended by its model: all were written to the longest allowed length."
+        "No response was ended by its model: all were written to the longest allowed length, so there is no win rate of those that ended."
     ]
+
+
+def test_a_headline_that_a_trivial_baseline_beats_says_so():
+    found = figures(0.8, 0.7, 0.9)
+    assert verdict(typed(found)).count(".") == 1
+    better = {
+        "shorter": {"mean": 0.82, "low": 0.7, "high": 0.9},
+        "first_sentence": {"mean": 0.84, "low": 0.75, "high": 0.91},
+    }
+    found["baselines"]["rule:no_repetition"] |= better
+    assert verdict(typed(found)).endswith(
+        " The reference cut to its first sentence does better by the same judge: 84% (95 % interval 75% to 91%)."
+    )
+    # nobody claims anything where the policy is not better, unless the baseline is
+    found["judges"]["rule:no_repetition"] = rate(0.5, 0.4, 0.6)
+    found["baselines"]["rule:no_repetition"] = {"shorter": {"mean": 0.52, "low": 0.4, "high": 0.6}}
+    assert "The shorter" not in verdict(typed(found))
+    found["baselines"]["rule:no_repetition"] = {"shorter": {"mean": 0.62, "low": 0.51, "high": 0.7}}
+    assert "The shorter of the two responses, whoever wrote it, does better by the same judge: 62%" in verdict(
+        typed(found)
+    )
+
+
+def test_what_length_predicts_of_pairs_is_said_beside_reward_accuracy():
+    found = figures(0.7, 0.6, 0.8, implicit=rate(0.88, 0.8, 0.95))
+    found["baselines"]["implicit"] = {"shorter": {"mean": 1.0, "low": 0.95, "high": 1.0}, "shuffled": ODDS}
+    said = second_opinions(typed(found))
+    assert said[-1] == (
+        "implicit: the guess that the shorter response is the chosen one is right more often: 100% (95 % interval 95% to 100%)."
+    )
+    table = next(section for section in sections(typed(found)) if section.title == "Without any training")
+    row = table.rows[1]
+    assert [str(cell) for cell in row] == [
+        "implicit",
+        "0.880",
+        "1.000 (0.950 to 1.000)",
+        "-",
+        "-",
+        "-",
+        "0.500 (0.400 to 0.600)",
+    ]
+    assert row[2].tone == "down"
+
+
+def test_judges_that_are_models_are_said_not_to_have_been_asked():
+    found = figures(0.7, 0.6, 0.8, **{"llm:x": rate()})
+    found["baselines"]["llm:x"] = {"shorter": ODDS, "longer": ODDS}
+    table = next(section for section in sections(typed(found)) if section.title == "Without any training")
+    assert [str(cell) for cell in table.rows[1][4:6]] == ["not asked", "not asked"]
+
+
+def test_another_outcome_where_both_ended_is_said():
+    found = figures(0.8, 0.7, 0.9)
+    assert not any("ended by themselves" in line for line in cautions(typed(found)))
+    even = {"prompts": 27, "comparisons": 27, "rate": {"mean": 0.41, "low": 0.24, "high": 0.6}}
+    found["endings"]["rule:no_repetition"]["both ended"] = even
+    assert any(
+        line.startswith(
+            "Where both responses ended by themselves, rule:no_repetition prefers the policy on 41% of 27 prompts"
+        )
+        and line.endswith("where one was cut off, on 70% of 20 (95 % interval 60% to 80%).")
+        for line in cautions(typed(found))
+    )
+    # one kind alone: nothing to tell apart
+    del found["endings"]["rule:no_repetition"]["some cut off"]
+    assert not any("ended by themselves" in line for line in cautions(typed(found)))
+    assert "Win rates by how responses ended" not in [section.title for section in sections(typed(found))]
+
+
+def test_a_curve_of_what_was_not_logged_is_left_out(tmp_path):
+    run = write(Run(tmp_path / "run"))
+    rows = {name: [0, 1] if name == "step" else [None if "logps" in name else 0.5] * 2 for name in METRICS.names}
+    write_table(run.metrics, pa.table(rows, schema=METRICS))
+    write_report(run, Config.model_validate({"data": {"path": "x"}}), typed(figures()), [], {})
+    page = run.report.read_text()
+    assert "Log-probabilities of the responses" not in page
+    assert page.count("<svg") == 5
