@@ -82,6 +82,7 @@ _MEANING = {
     "ref_logps": "the same under the reference",
     "logp": "sum of `logps`, in float64",
     "ref_logp": "sum of `ref_logps`",
+    "exact_kl": "KL to the reference of the distribution that every token was drawn from, in nats",
     "judge": "name or label of the judge",
     "baseline": "the model compared with",
     "order": "which response stood first; `pair` for the implicit judge",

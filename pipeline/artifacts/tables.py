@@ -131,6 +131,7 @@ KL = pa.schema(
         ("ref_logps", _logps),
         ("logp", pa.float64()),
         ("ref_logp", pa.float64()),
+        pa.field("exact_kl", _logps, metadata=_LATER),
     ]
 )
 

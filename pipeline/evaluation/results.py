@@ -18,9 +18,15 @@ from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
 
 # of eval.json: raised if a reader of before would misread it
-FORMAT = 3
+FORMAT = 4
 # before it `failed` were prompts of which nothing could be judged
 _COUNTS_COMPARISONS = 3
+# before it an estimate stood under a name that promised what it does not always keep
+_NAMES_ESTIMATES = 4
+
+# estimates of a KL by name, and the position of the token that ends a response
+SAMPLED, CONTROL_VARIATE, EXACT = "sampled", "control variate", "exact per position"
+END = "end token"
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,37 @@ class Responses:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """An estimate of a KL in nats per response, over prompts. `variance_ratio`: the sampled estimate's variance over prompts
+    by this one's, above 1 if this one needs fewer prompts. None: not known, or nothing varies.
+    """
+
+    interval: Interval
+    standard_error: float | None = None
+    variance_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """The part of a KL that lies at some positions of responses, in nats per response: parts add up to the whole."""
+
+    where: str
+    tokens: int
+    sampled: float
+    exact: float | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
     """KL(model || reference) on the model's own samples at temperature 1, and the rewards that judges give them.
 
-    The reference's KL is None. `low_variance` is the second estimate, see `pipeline.evaluation.kl.divergence`.
+    The reference's KL is None. `kl` is the sampled estimate; `estimates` are all by name, `positions` where it lies, the token
+    that ends a response apart under END: see `pipeline.evaluation.kl.divergence`.
     """
 
     kl: Interval | None = None
-    low_variance: Interval | None = None
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    positions: list[Position] = field(default_factory=list)
     per_token: float | None = None
     responses: int = 0
     tokens: int = 0
@@ -169,9 +198,17 @@ def read_results(path: Path) -> Results | None:
                 f"{path} is from before failures of single comparisons were counted: run 'refscore eval' again, which samples and "
                 "asks nothing that is stored"
             )
+        if made_in < _NAMES_ESTIMATES:
+            content["cost"] = {model: _renamed(cost) for model, cost in content.get("cost", {}).items()}
         # the first format had an empty object for no held-out pairs
         return TypeAdapter(Results).validate_python({**content, "held_out": content.get("held_out") or None})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError, TypeError, ValidationError) as error:
         raise DataError(f"{path} cannot be read ({first_line(error)}): run 'refscore eval' again") from None
+
+
+def _renamed(cost: dict[str, Any]) -> dict[str, Any]:
+    """A cost of an earlier format, which called the control variate `low_variance`."""
+    before = cost.get("low_variance")
+    return {**cost, "estimates": {CONTROL_VARIATE: {"interval": before}}} if before else cost

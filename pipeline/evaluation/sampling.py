@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import KL, SAMPLES, write_table
+from pipeline.artifacts.tables import KL, SAMPLES, list_column, write_table
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
 from pipeline.engines.reference import OpenedReference
 from pipeline.engines.vllm.generator import generator, settled
+from pipeline.errors import ConfigError
 from pipeline.evaluation.candidates import Candidate
-from pipeline.evaluation.kl import kl_table, on_policy, score_responses
+from pipeline.evaluation.exact_kl import exact_divergence
+from pipeline.evaluation.kl import kl_table, on_policy, requests_of, score_responses
 from pipeline.evaluation.samples import generation_key, sample_rows, sample_table, stored_samples
 from pipeline.judges.judging import Prompt
 from pipeline.progress import SILENT, Listener
@@ -94,12 +96,36 @@ def measure_kl(
         for model in new:
             logps = own[model.name]
             tables[model.name] = kl_table(samples[model.name], logps, [next(under) for _ in logps])
+    for model in models:
+        if model is not baseline and tables[model.name]["exact_kl"].null_count:
+            tables[model.name] = _with_exact(tables[model.name], model, baseline, reference, prompts, listener)
     if baseline.name in samples:
         tables[baseline.name] = kl_table(samples[baseline.name], None, None)
     keys = {model.name: _kl_key(settings, reference, prompts, model, baseline) for model in models}
     table = pa.concat_tables([tables[model.name] for model in models])
     write_table(run.kl, table, {"keys": keys})
     return table
+
+
+def _with_exact(
+    table: pa.Table,
+    model: Candidate,
+    baseline: Candidate,
+    reference: OpenedReference,
+    prompts: Sequence[Prompt],
+    listener: Listener,
+) -> pa.Table:
+    """The table with what `exact_divergence` says of its responses; unchanged, which is said, where that knows the models not."""
+    listener.say(
+        f"scoring   the distributions that responses of {model.name} were drawn from, for KL, under both models"
+    )
+    try:
+        values = exact_divergence(model, baseline, requests_of(prompts, table), reference.numerics.dtype)
+    except ConfigError as error:
+        listener.say(f"no exact KL for {model.name}: {error}")
+        return table
+    field = KL.field("exact_kl")
+    return table.set_column(table.schema.get_field_index(field.name), field, list_column(values, field.type))
 
 
 def _generate(

@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
-from pipeline.evaluation.results import Baselines, Cost, Results
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell whose text says something good ("up") or bad ("down")."""
-
-    text: str
-    tone: str = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with its title; `note` explains it to a reader of the page, `figure` names the picture that goes with it."""
-
-    title: str
-    head: list[str]
-    rows: Sequence[Sequence[str | Cell]]
-    note: str = ""
-    figure: str = ""
-
+from pipeline.evaluation.results import Baselines, Results
+from pipeline.report.cost_sections import cost_sections
+from pipeline.report.table import Cell, Section, between
 
 _RATE = [
     "prompts",
@@ -54,7 +30,7 @@ def sections(results: Results) -> list[Section]:
         _others(results),
         *_ratings(results),
         _topics(results),
-        _cost(results),
+        *cost_sections(results),
         _responses(results),
         _judge_costs(results),
     ]
@@ -113,7 +89,7 @@ def _baseline_row(name: str, baselines: Baselines, policy: Interval) -> list[str
 def _baseline(rate: Interval | None, policy: Interval) -> str | Cell:
     if rate is None:
         return "-"
-    return Cell(f"{rate.mean:.3f} ({_between(rate)})", "down" if rate.mean > policy.mean else "")
+    return Cell(f"{rate.mean:.3f} ({between(rate)})", "down" if rate.mean > policy.mean else "")
 
 
 def _endings(results: Results) -> Section:
@@ -122,7 +98,7 @@ def _endings(results: Results) -> Section:
         "Win rates by how responses ended",
         ["judge", "responses", "prompts", "comparisons", "win rate", "95 % interval"],
         [
-            [name, kind, str(split.prompts), str(split.comparisons), f"{split.rate.mean:.3f}", _between(split.rate)]
+            [name, kind, str(split.prompts), str(split.comparisons), f"{split.rate.mean:.3f}", between(split.rate)]
             for name, splits in results.endings.items()
             if len(splits) > 1
             for kind, split in splits.items()
@@ -178,32 +154,6 @@ def _of_topic(rate: Interval | None) -> Cell:
     return Cell(f"{rate.mean:.2f} ({rate.low:.2f} to {rate.high:.2f})", tone)
 
 
-def _cost(results: Results) -> Section:
-    judges = list(dict.fromkeys(judge for cost in results.cost.values() for judge in cost.reward))
-    return Section(
-        "KL to the reference",
-        [
-            "model",
-            "nats per response",
-            "95 % interval",
-            "nats per token",
-            "responses",
-            *(f"reward, {name}" for name in judges),
-        ],
-        [[model, *_cost_row(cost, judges)] for model, cost in results.cost.items()],
-        "KL(model || reference) on the model's own responses at temperature 1, scored by stage one's scorer under both models.",
-        "frontier",
-    )
-
-
-def _cost_row(cost: Cost, judges: list[str]) -> list[str | Cell]:
-    kl = ["0", "-", "-", "-"]
-    if cost.kl is not None:
-        kl = [f"{cost.kl.mean:.2f}", _between(cost.kl, 2), f"{cost.per_token:.4f}", str(cost.responses)]
-    rewards = [cost.reward.get(judge) for judge in judges]
-    return [*kl, *("-" if interval is None else f"{interval.mean:.3f} ({_between(interval)})" for interval in rewards)]
-
-
 def _responses(results: Results) -> Section:
     return Section(
         "Responses",
@@ -213,7 +163,7 @@ def _responses(results: Results) -> Section:
                 model,
                 str(seen.responses),
                 f"{seen.tokens.mean:.1f}",
-                _between(seen.tokens, 1),
+                between(seen.tokens, 1),
                 f"{seen.words:.1f}",
                 f"{seen.cut_off:.0%}",
                 f"{seen.repetition:.3f}",
@@ -240,18 +190,10 @@ def _rate(rate: WinRate) -> list[str]:
     return [
         str(rate.prompts),
         f"{rate.rate.mean:.3f}",
-        _between(rate.rate),
+        between(rate.rate),
         f"{rate.wins} / {rate.ties} / {rate.losses}",
-        f"{controlled.mean:.3f} ({_between(controlled)})"
-        if controlled
-        else "withheld"
-        if rate.length_withheld
-        else "-",
+        f"{controlled.mean:.3f} ({between(controlled)})" if controlled else "withheld" if rate.length_withheld else "-",
         f"{rate.flips} of {rate.comparisons}",
         str(rate.failed),
         f"{rate.sign_test_p:.2g}",
     ]
-
-
-def _between(interval: Interval, digits: int = 3) -> str:
-    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"

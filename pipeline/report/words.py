@@ -5,12 +5,13 @@ from __future__ import annotations
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
-from pipeline.evaluation.results import Baselines, Results
+from pipeline.evaluation.results import END, Baselines, Cost, Results
 
 _WIDE = 0.05
 _MANY_CUT_OFF = 0.1
 _MANY_FLIPS = 0.2
 _LEANING = 0.1
+_MUCH_AT_THE_END = 0.2
 # trivial baselines that do better than the policy: by a judge of texts, and by the implicit one
 _TRIVIAL = {
     "shorter": "The shorter of the two responses, whoever wrote it, does better by the same judge",
@@ -137,7 +138,7 @@ def cautions(results: Results) -> list[str]:
         )
     for name, seen in results.judged.items():
         sentences += _of_judge(name, seen)
-    sentences += [*_withheld(results), *_cut_off(results), *_by_ending(results, leading)]
+    sentences += [*_withheld(results), *_cut_off(results), *_by_ending(results, leading), *_in_the_end(results)]
     policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
         longer = policy.words / max(1e-9, reference.words)
@@ -180,6 +181,17 @@ def _by_ending(results: Results, leading: str) -> list[str]:
     said = f"Where both responses ended by themselves, {leading} prefers the policy on {ended.rate.mean:.0%} of {ended.prompts}"
     beside = f"where one was cut off, on {others.rate.mean:.0%} of {others.prompts} ({_between(others.rate)})"
     return [f"{said} prompts ({_between(ended.rate)}); {beside}."]
+
+
+def _in_the_end(results: Results) -> list[str]:
+    """A sentence if much of the policy's KL lies in the token that ends a response: it learned to stop."""
+    positions = results.cost.get("policy", Cost()).positions
+    whole, at_end = (
+        sum(one.sampled for one in positions if all_of_it or one.where == END) for all_of_it in (True, False)
+    )
+    if whole <= 0 or at_end / whole < _MUCH_AT_THE_END:
+        return []
+    return [f"{at_end / whole:.0%} of the policy's KL lies in the token that ends a response."]
 
 
 def _of_judge(name: str, seen: WinRate) -> list[str]:

@@ -13,7 +13,7 @@ from pipeline.evaluation.compare import differences, differing_settings, frontie
 from pipeline.evaluation.figures import judgements_table
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import win_rate
-from pipeline.evaluation.results import Cost, Results, read_results, write_results
+from pipeline.evaluation.results import CONTROL_VARIATE, FORMAT, Cost, Estimate, Results, read_results, write_results
 from pipeline.judges.judging import Judgement
 from pipeline.report.plots import frontier
 
@@ -109,7 +109,11 @@ def test_results_are_read_back_and_earlier_ones_too(tmp_path):
     # the first format: no number, nothing held out, a reference without a KL
     del content["format"], content["cost"]["reference"]["kl"]
     path.write_text(json.dumps(content | {"held_out": {}}))
-    assert replace(read_results(path), format=3) == results
+    assert replace(read_results(path), format=FORMAT) == results
+    # the third called the control variate by what it does not always have
+    before = content["cost"]["policy"] | {"low_variance": {"mean": 1.0, "low": 0.5, "high": 2.0}}
+    path.write_text(json.dumps(content | {"format": 3, "cost": {"policy": before}}))
+    assert read_results(path).cost["policy"].estimates == {CONTROL_VARIATE: Estimate(Interval(1.0, 0.5, 2.0))}
     assert read_results(tmp_path / "absent") is None
 
 

@@ -8,6 +8,7 @@ import pytest
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.evaluation.kl import divergence, kl_table, on_policy
+from pipeline.evaluation.results import CONTROL_VARIATE, END, EXACT, SAMPLED, Position
 
 
 def table(*rows):
@@ -31,7 +32,16 @@ def test_figures_by_hand():
         return math.exp(-gap) - 1 + gap
 
     of_a = (estimate(1) + estimate(-0.5) + estimate(2)) / 2
-    assert figures.low_variance.mean == pytest.approx((of_a + estimate(0.25)) / 2)
+    of_b = estimate(0.25)
+    controlled = figures.estimates[CONTROL_VARIATE]
+    assert controlled.interval.mean == pytest.approx((of_a + of_b) / 2)
+    # two prompts: the standard deviation is their distance by the square root of 2
+    assert controlled.standard_error == pytest.approx(abs(of_a - of_b) / 2)
+    assert controlled.variance_ratio == pytest.approx(((1.25 - 0.25) / (of_a - of_b)) ** 2)
+    assert figures.estimates[SAMPLED].interval == figures.kl
+    assert figures.estimates[SAMPLED].standard_error == pytest.approx(0.5)
+    assert figures.estimates[SAMPLED].variance_ratio == 1
+    assert EXACT not in figures.estimates
     assert figures.kl.low < figures.kl.mean < figures.kl.high
 
 
@@ -48,8 +58,85 @@ def test_both_estimates_reach_the_divergence_of_known_distributions():
     figures = divergence(table(*rows))
     exact = float((policy * np.log(policy / reference)).sum())
     assert figures.kl.mean == pytest.approx(exact, abs=1e-6)
-    assert figures.low_variance.mean == pytest.approx(exact, abs=1e-6)
-    assert figures.low_variance.low >= 0
+    assert figures.estimates[CONTROL_VARIATE].interval.mean == pytest.approx(exact, abs=1e-6)
+    assert figures.estimates[CONTROL_VARIATE].interval.low >= 0
+
+
+def test_the_end_token_stands_apart_and_parts_add_up_to_the_whole():
+    import pyarrow as pa
+
+    # gaps of 1 at every position, of 5 at the end; the second response was cut off, so its last token is no end
+    rows = [
+        {
+            "prompt_id": "a",
+            "logps": [0.0] * 11,
+            "ref_logps": [-1.0] * 10 + [-5.0],
+            "finish_reason": "stop",
+            "exact_kl": [0.5] * 11,
+        },
+        {
+            "prompt_id": "a",
+            "logps": [0.0] * 2,
+            "ref_logps": [-1.0, -5.0],
+            "finish_reason": "length",
+            "exact_kl": [0.5] * 2,
+        },
+        {
+            "prompt_id": "b",
+            "logps": [0.0] * 17,
+            "ref_logps": [-1.0] * 16 + [-5.0],
+            "finish_reason": "stop",
+            "exact_kl": [0.5] * 17,
+        },
+    ]
+    names = ("prompt_id", "logps", "ref_logps", "finish_reason", "exact_kl")
+    figures = divergence(pa.Table.from_pylist(rows, schema=pa.schema([KL.field(name) for name in names])))
+    assert figures.positions == [
+        Position("1 to 8", 18, ((8 + 6) / 2 + 8) / 2, (10 * 0.5 / 2 + 4) / 2),
+        Position("9 to 16", 10, (2 / 2 + 8) / 2, (1 / 2 + 4) / 2),
+        Position(END, 2, (5 / 2 + 5) / 2, (0.5 / 2 + 0.5) / 2),
+    ]
+    assert sum(part.sampled for part in figures.positions) == pytest.approx(figures.kl.mean)
+    exact = figures.estimates[EXACT]
+    assert sum(part.exact for part in figures.positions) == pytest.approx(exact.interval.mean)
+    assert exact.interval.mean == pytest.approx((6.5 / 2 + 8.5) / 2)
+    assert exact.variance_ratio == pytest.approx(((10.5 - 21) / (3.25 - 8.5)) ** 2)
+    # known for some responses only: not known
+    rows[0]["exact_kl"] = None
+    figures = divergence(pa.Table.from_pylist(rows, schema=pa.schema([KL.field(name) for name in names])))
+    assert EXACT not in figures.estimates
+    assert {part.exact for part in figures.positions} == {None}
+
+
+def test_the_exact_estimate_has_the_sampled_ones_mean_and_less_variance():
+    """A model of two tokens that depend on each other, every response as often as it is sampled."""
+    import pyarrow as pa
+
+    first, ref_first = np.array([0.75, 0.25]), np.array([0.5, 0.5])
+    second, ref_second = np.array([[0.5, 0.5], [0.25, 0.75]]), np.array([[0.75, 0.25], [0.5, 0.5]])
+
+    def exact(p, q):
+        return float((p * np.log(p / q)).sum())
+
+    rows = []
+    for a in range(2):
+        for b in range(2):
+            rows += [
+                {
+                    "logps": [np.log(first[a]), np.log(second[a, b])],
+                    "ref_logps": [np.log(ref_first[a]), np.log(ref_second[a, b])],
+                    "exact_kl": [exact(first, ref_first), exact(second[a], ref_second[a])],
+                }
+            ] * round(16 * first[a] * second[a, b])
+    rows = [{"prompt_id": str(number), **row} for number, row in enumerate(rows)]
+    names = ("prompt_id", "logps", "ref_logps", "exact_kl")
+    figures = divergence(pa.Table.from_pylist(rows, schema=pa.schema([KL.field(name) for name in names])))
+    joint, ref_joint = first[:, None] * second, ref_first[:, None] * ref_second
+    whole = float((joint * np.log(joint / ref_joint)).sum())
+    for estimate in figures.estimates.values():
+        assert estimate.interval.mean == pytest.approx(whole, abs=1e-6)
+    assert figures.estimates[EXACT].variance_ratio > 3
+    assert figures.estimates[EXACT].standard_error < figures.estimates[SAMPLED].standard_error
 
 
 def test_the_table_holds_both_scores_and_their_sums():

@@ -54,7 +54,19 @@ def rate(mean=0.7, low=0.6, high=0.8, **other):
 def figures(*interval, **judges):
     tokens = {"mean": 30.0, "low": 25.0, "high": 35.0}
     seen = {"responses": 40, "tokens": tokens, "words": 20.0, "cut_off": 0.1, "repetition": 0.0, "empty": 0.0}
-    cost = {"kl": tokens, "low_variance": tokens, "per_token": 0.3, "responses": 40, "tokens": 900}
+    estimates = {"sampled": {"interval": tokens, "standard_error": 2.5, "variance_ratio": 1.0}}
+    positions = [
+        {"where": "1 to 8", "tokens": 320, "sampled": 24.0, "exact": 20.0},
+        {"where": "end token", "tokens": 36, "sampled": 6.0},
+    ]
+    cost = {
+        "kl": tokens,
+        "estimates": estimates,
+        "positions": positions,
+        "per_token": 0.3,
+        "responses": 40,
+        "tokens": 900,
+    }
     reward = {"reward": {"rule:no_repetition": {"mean": 0.9, "low": 0.8, "high": 1.0}}}
     one = rate(*interval)
     return {
@@ -353,3 +365,19 @@ def test_a_curve_of_what_was_not_logged_is_left_out(tmp_path):
     page = run.report.read_text()
     assert "Log-probabilities of the responses" not in page
     assert page.count("<svg") == 5
+
+
+def test_kl_that_lies_in_the_end_is_said():
+    found = figures(0.7, 0.6, 0.8)
+    assert "20% of the policy's KL lies in the token that ends a response." in cautions(typed(found))
+    found["cost"]["policy"]["positions"][0]["sampled"] = 60.0
+    assert not any("ends a response" in line for line in cautions(typed(found)))
+
+
+def test_estimates_and_positions_of_kl_are_tables():
+    found = {section.title: section for section in sections(typed(figures()))}
+    assert found["KL by three estimates"].rows == [["policy", "sampled", "30.000", "25.000 to 35.000", "2.500", "1.00"]]
+    assert found["KL by position"].rows == [
+        ["policy", "1 to 8", "320", "24.000", "80%", "20.000", "100%"],
+        ["policy", "end token", "36", "6.000", "20%", "-", "-"],
+    ]

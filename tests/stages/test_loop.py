@@ -107,11 +107,14 @@ def test_kl_is_the_difference_of_both_models_scores_on_the_policys_samples(round
     figures = json.loads((rounds[1] / "eval.json").read_text())["cost"]["policy"]
     assert figures["kl"]["mean"] == pytest.approx(sum(row["logp"] - row["ref_logp"] for row in rows) / len(rows))
     assert all(len(row["logps"]) == row["tokens"] == len(row["ref_logps"]) for row in rows)
-    # two unbiased estimates of one number
-    assert abs(figures["kl"]["mean"] - figures["low_variance"]["mean"]) < 3 * (
-        figures["kl"]["high"] - figures["kl"]["low"]
-    )
-    assert figures["low_variance"]["mean"] > 0
+    # three unbiased estimates of one number
+    width = figures["kl"]["high"] - figures["kl"]["low"]
+    estimates = {name: one["interval"]["mean"] for name, one in figures["estimates"].items()}
+    assert estimates.keys() == {"sampled", "control variate", "exact per position"}
+    assert max(abs(figures["kl"]["mean"] - one) for one in estimates.values()) < 3 * width
+    assert estimates["control variate"] > 0
+    assert estimates["exact per position"] == pytest.approx(sum(sum(row["exact_kl"]) for row in rows) / len(rows))
+    assert all(len(row["exact_kl"]) == row["tokens"] for row in rows)
 
 
 def test_judgements_name_both_models_and_both_orders(rounds):
