@@ -67,8 +67,8 @@ def _pictures(results: Results, gains: Mapping[str, GainByLength]) -> dict[str, 
     if gain and len(points) >= 2:
         pictures["frontier"] = frontier(points, label_of(results, gain))
     if gain and gain in gains and len({longer for longer, _ in gains[gain].points}) > 1:
-        what = "reward" if gains[gain].rewards else "score"
-        pictures["length"] = scatter(gains[gain].points, f"difference of {what}s, {gain}")
+        what = "reward against the reference's" if gains[gain].rewards else "score minus one half"
+        pictures["length"] = scatter(gains[gain].points, gain, what)
     return pictures
 
 

@@ -40,16 +40,16 @@ def curves(metrics: pl.DataFrame, columns: Mapping[str, str], label: str) -> Mar
     return _svg(figure)
 
 
-def scatter(points: Sequence[tuple[float, float]], gain: str) -> Markup:
-    """A dot per prompt: tokens by which the policy is longer than the reference, and by how much a judge prefers it."""
+def scatter(points: Sequence[tuple[float, float]], judge: str, gain: str) -> Markup:
+    """A dot per prompt: tokens by which the policy is longer than the reference, and its `gain` by the judge."""
     figure, axes = _axes(height=3.2)
     longer, gained = zip(*points, strict=True)
     axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
     axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
     # many prompts share a point where a judge gives few values: the darker, the more
-    axes.plot(longer, gained, "o", color=_BLUE, markersize=5, alpha=0.45, markeredgewidth=0)
+    axes.plot(longer, gained, "o", color=_BLUE, markersize=5.5, alpha=0.6, markeredgewidth=0)
     axes.set_xlabel("tokens of the policy's response minus the reference's")
-    axes.set_ylabel(_short(gain))
+    axes.set_ylabel(f"{_short(judge)}\n{gain}")
     return _svg(figure)
 
 

@@ -56,19 +56,19 @@ def _baselines(results: Results) -> Section:
         [
             "judge",
             "policy",
-            "the shorter response",
-            "the longer response",
-            "reference, first sentence",
-            "reference, whole sentences",
+            "shorter wins",
+            "longer wins",
+            "first sentence",
+            "whole sentences",
             "shuffled labels",
         ],
         [
-            [name, f"{results.judged[name].rate.mean:.3f}", *_baseline_row(name, baselines, results.judged[name].rate)]
+            [name, f"{results.judged[name].rate.mean:.2f}", *_baseline_row(name, baselines, results.judged[name].rate)]
             for name, baselines in results.baselines.items()
             if name in results.judged
         ],
         "What trivial baselines reach by the same judges, computed without a model; coloured if it is more than the policy. The "
-        "shorter and the longer response: of the two that were compared, by tokens; for implicit: of the held-out pair, as a "
+        "shorter and the longer: of the two responses that were compared, by tokens; for implicit: of the held-out pair, as a "
         "guess at which one was chosen. The reference cut to its first sentence, or to its whole sentences, is compared with "
         "itself uncut; judges that are models are not asked about that. The picture shows what the policy gained by the first "
         "judge of texts, prompt by prompt, against how much longer it is.",
@@ -89,7 +89,7 @@ def _baseline_row(name: str, baselines: Baselines, policy: Interval) -> list[str
 def _baseline(rate: Interval | None, policy: Interval) -> str | Cell:
     if rate is None:
         return "-"
-    return Cell(f"{rate.mean:.3f} ({between(rate)})", "down" if rate.mean > policy.mean else "")
+    return Cell(f"{rate.mean:.2f} ({between(rate, 2)})", "down" if rate.mean > policy.mean else "")
 
 
 def _endings(results: Results) -> Section:

@@ -322,12 +322,12 @@ def test_what_length_predicts_of_pairs_is_said_beside_reward_accuracy():
     row = table.rows[1]
     assert [str(cell) for cell in row] == [
         "implicit",
-        "0.880",
-        "1.000 (0.950 to 1.000)",
+        "0.88",
+        "1.00 (0.95 to 1.00)",
         "-",
         "-",
         "-",
-        "0.500 (0.400 to 0.600)",
+        "0.50 (0.40 to 0.60)",
     ]
     assert row[2].tone == "down"
 
