@@ -60,7 +60,7 @@ def _baselines(results: Results) -> Section:
             "longer wins",
             "first sentence",
             "whole sentences",
-            "shuffled labels",
+            "shuffled",
         ],
         [
             [name, f"{results.judged[name].rate.mean:.2f}", *_baseline_row(name, baselines, results.judged[name].rate)]
@@ -70,8 +70,8 @@ def _baselines(results: Results) -> Section:
         "What trivial baselines reach by the same judges, computed without a model; coloured if it is more than the policy. The "
         "shorter and the longer: of the two responses that were compared, by tokens; for implicit: of the held-out pair, as a "
         "guess at which one was chosen. The reference cut to its first sentence, or to its whole sentences, is compared with "
-        "itself uncut; judges that are models are not asked about that. The picture shows what the policy gained by the first "
-        "judge of texts, prompt by prompt, against how much longer it is.",
+        "itself uncut; judges that are models are not asked about that. Shuffled: the held-out pairs with shuffled labels. "
+        "The picture shows what the policy gained by the first judge of texts, prompt by prompt, against how much longer it is.",
         "length",
     )
 
