@@ -204,6 +204,23 @@ def export(
     stage.main(open_run(run), format_, to)
 
 
+@app.command()
+def judges(
+    run: Annotated[str | None, typer.Option("--run", help="Name of the run whose judges are meant.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", help="Instead of a run: a file of AlpacaEval or Arena-Hard.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="What people or another judge said: a file of the same kinds.")
+    ] = None,
+) -> None:
+    """How far judges agree, with each other or with people, beyond chance; what they lean to and what they cost."""
+    from pipeline.artifacts.runs import open_run
+    from stages import judges as stage
+
+    stage.main(open_run(run) if run else None, annotations, against)
+
+
 store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]

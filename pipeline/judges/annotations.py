@@ -6,52 +6,84 @@ What such files hold is described in `pipeline.report.exchange`, which writes th
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.judges.judging import Duel, Judge
+from pipeline.judges.judging import Duel, Judge, majority
 
 _ARENA = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+_Texts = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one voice said of two responses in the order it saw them: 1 the first is better, 0 the second, None nothing.
+
+    `price`: what it took, if the file says so.
+    """
+
+    prompt: str
+    first: str
+    second: str
+    score: float | None
+    price: float | None = None
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        return self.prompt, self.first, self.second
 
 
 def open_annotations(path: Path, name: str) -> Judge:
     """A judge whose verdicts stand in a file of AlpacaEval annotations or Arena-Hard judgments; others are failures.
 
-    Arena-Hard's judgments lie in a folder as `write_arena_hard` makes it, beside the answers they are about.
+    Of several verdicts on the same responses in the same order the majority counts. Arena-Hard's judgments lie in a folder as
+    `write_arena_hard` makes it, beside the answers they are about.
     """
-    rows = _read(path)
-    scores = _arena_scores(path, rows) if rows and "games" in rows[0] else _alpaca_scores(path, rows)
+    said: dict[_Texts, list[float | None]] = defaultdict(list)
+    turned: dict[_Texts, list[float | None]] = defaultdict(list)
+    for vote in read_votes(path):
+        said[vote.texts].append(vote.score)
+        turned[vote.prompt, vote.second, vote.first].append(None if vote.score is None else 1.0 - vote.score)
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
-        return [scores.get((duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+        asked = [(duel.prompt.text, duel.first.text, duel.second.text) for duel in duels]
+        # where one order was asked, the other says the same
+        return [_one(said.get(texts) or turned.get(texts) or [None]) for texts in asked]
 
     return Judge(name, prefer)
 
 
-_Scores = dict[tuple[str, str, str], float | None]
+def read_votes(path: Path) -> list[Vote]:
+    """Every verdict of a file of AlpacaEval annotations or Arena-Hard judgments. Raises DataError for other files."""
+    rows = _read(path)
+    return _arena_votes(path, rows) if rows and "games" in rows[0] else _alpaca_votes(path, rows)
 
 
-def _alpaca_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
-    scores: _Scores = {}
+def _one(scores: Sequence[float | None]) -> float | None:
+    return scores[0] if len(scores) == 1 else majority(scores)
+
+
+def _alpaca_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
+    votes = []
     for number, row in enumerate(rows):
         try:
-            preference = row["preference"]
+            preference, price = row["preference"], row.get("price_per_example")
             # 0 is an old way to write a draw
             score = None if preference is None else 0.5 if preference == 0 else 2.0 - float(preference)
             if score is not None and not 0 <= score <= 1:
                 raise ValueError(preference)
-            texts = (row["instruction"], row["output_1"], row["output_2"])
+            texts = (str(row["instruction"]), str(row["output_1"]), str(row["output_2"]))
+            votes.append(Vote(*texts, score, None if price is None else float(price)))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, row {number}: not an AlpacaEval annotation ({error!r})") from None
-        scores[texts] = score
-        # one order was asked; the other says the same
-        scores[texts[0], texts[2], texts[1]] = None if score is None else 1.0 - score
-    return scores
+    return votes
 
 
-def _arena_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
+def _arena_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
     base = path.parent.parent.parent
     questions = {row["uid"]: row["prompt"] for row in _read(base / "question.jsonl")}
     answers: dict[tuple[str, str], str] = {}
@@ -59,16 +91,16 @@ def _arena_scores(path: Path, rows: list[dict[str, Any]]) -> _Scores:
         for row in _read(file):
             said = row["messages"][-1]["content"]
             answers[row["model"], row["uid"]] = said["answer"] if isinstance(said, dict) else str(said)
-    scores: _Scores = {}
+    votes = []
     for number, row in enumerate(rows):
         try:
             baseline, model = (answers[row[name], row["uid"]] for name in ("baseline", "model"))
             prompt = questions[row["uid"]]
             for game, texts in zip(row["games"], ((baseline, model), (model, baseline)), strict=True):
-                scores[prompt, *texts] = _ARENA.get(str((game or {}).get("score")).strip("[]"))
+                votes.append(Vote(prompt, *texts, _ARENA.get(str((game or {}).get("score")).strip("[]"))))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, row {number}: not an Arena-Hard judgment with its answers ({error!r})") from None
-    return scores
+    return votes
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ COMMANDS = [
     ("verify",),
     ("score",),
     ("compare",),
+    ("judges",),
     ("sweep",),
     ("pairs",),
     ("iterate",),

@@ -126,7 +126,7 @@ def win_rate(judgements: Iterable[Judgement], longer_by: Mapping[str, float] | N
         best=_mean_if_failures_were(1.0, scores),
         comparisons=len(scores),
         flips=sum(comparison.flipped for comparison in scores.values()),
-        first_wins=_first_wins(judged),
+        first_wins=first_wins(judged),
         sign_test_p=sign_test(wins, losses),
         detectable=detectable(means),
         length_controlled=controlled,
@@ -167,7 +167,7 @@ def _mean_if_failures_were(score: float, scores: Mapping[tuple[str, int], Compar
     return float(np.mean(list(prompt_scores(filled).values())))
 
 
-def _first_wins(judgements: Iterable[Judgement]) -> float | None:
+def first_wins(judgements: Iterable[Judgement]) -> float | None:
     """How often the response that was shown first won, over decided verdicts in both orders."""
     won = [
         judgement.winner == judgement.order.removesuffix("_first")

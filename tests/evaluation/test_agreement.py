@@ -1,0 +1,141 @@
+"""Agreement of judges against hand values, scikit-learn and simulated voices; what judges lean to; files read back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.rates.agreement import agreement, kappas, voice, votes_of
+from pipeline.judges.annotations import Vote, read_votes
+from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
+from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
+from tests.conftest import refscore_here
+
+
+def votes(scores, longer="first"):
+    """One vote per prompt on "aa" (first) and "b"."""
+    return [Vote(f"p{n}", "aa", "b", score) for n, score in enumerate(scores)]
+
+
+def test_hand_values():
+    # 10 prompts: both first 4, both second 3, one tie against first, two opposite
+    found = agreement(
+        voice("x", votes([1, 1, 1, 1, 0, 0, 0, 0.5, 1, 1])), voice("y", votes([1, 1, 1, 1, 0, 0, 0, 1, 0, 0]))
+    )
+    assert (found.comparisons, found.prompts) == (10, 10)
+    assert found.same.mean == pytest.approx(0.7)
+    assert found.decided.mean == pytest.approx(7 / 9)
+    chance = 0.6 * 0.5 + 0.3 * 0.5
+    assert found.kappa.mean == pytest.approx((0.7 - chance) / (1 - chance))
+    # of the decided: x says the longer 6 of 9, y 5 of 10
+    assert [one.mean for one in found.longer] == [pytest.approx(6 / 9), 0.5]
+
+
+def test_kappa_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    one = rng.choice([0.0, 0.5, 1.0], 200)
+    other = np.where(rng.random(200) < 0.5, one, rng.choice([0.0, 0.5, 1.0], 200))
+    found = agreement(voice("x", votes(one)), voice("y", votes(other)))
+    assert found.kappa.mean == pytest.approx(metrics.cohen_kappa_score(2 * one, 2 * other))
+    assert found.kappa.low < found.kappa.mean < found.kappa.high
+
+
+@pytest.mark.parametrize("number", [20, 120])
+def test_intervals_of_kappa_hold_the_true_one(number):
+    rng = np.random.default_rng(number)
+    # voices that agree on purpose in half of the prompts: kappa 0.5
+    held = 0
+    for _ in range(60):
+        one = rng.integers(0, 2, number).astype(float)
+        other = np.where(rng.random(number) < 0.5, one, rng.integers(0, 2, number))
+        kappa = agreement(voice("x", votes(one)), voice("y", votes(other.tolist()))).kappa
+        held += kappa.low <= 0.5 <= kappa.high
+    assert held >= 53
+
+
+def test_where_both_always_say_the_same_there_is_no_kappa_and_agreement_is_no_certainty():
+    found = agreement(voice("x", votes([1] * 20)), voice("y", votes([1] * 20)))
+    assert found.kappa is None
+    assert found.same.low < 0.9
+    assert np.isnan(kappas(np.diag([1.0, 0, 0])))
+    assert agreement(voice("x", votes([1])), voice("y", [Vote("q", "a", "b", 1.0)])) is None
+
+
+def test_the_order_of_a_file_does_not_matter_and_people_are_a_majority():
+    mine = voice("x", votes([1, 0, 1]))
+    turned = voice("y", [Vote(vote.prompt, vote.second, vote.first, 1 - vote.score) for vote in votes([1, 0, 1])])
+    assert agreement(mine, turned).same.mean == 1
+    people = voice("people", [*votes([1, 0, 1]), *votes([1, 0, 0]), *votes([0, 0, None])])
+    assert [people.scores[f"p{n}", "aa", "b"] for n in range(3)] == [1.0, 0.0, 0.5]
+
+
+def test_leanings():
+    both = [Vote(f"p{n}", "aa", "b", 1.0) for n in range(4)] + [Vote(f"p{n}", "b", "aa", n / 3) for n in (0, 3)]
+    found = voice("x", both).leanings
+    # two were asked in both orders: one agrees with itself, one prefers whoever comes first
+    assert found.contradictions == 0.5
+    assert found.first_wins == pytest.approx(3 / 4)
+    assert found.longer.mean == 1.0
+    one_order = voice("x", votes([1, 0, 0.5])).leanings
+    assert (one_order.first_wins, one_order.contradictions) == (None, None)
+    assert one_order.longer.mean == 0.5
+    assert voice(
+        "x", [Vote("p", "a", "b", 1.0, 0.002), Vote("q", "a", "b", 1.0, 0.004)]
+    ).leanings.price == pytest.approx(3)
+
+
+ODD = [
+    "a\u2028b",
+    "a\u2029b",
+    "a\x85b",
+    "a\r\nb",
+    "a\x0b\x0c\x1cb",
+    "\u202eab",
+    '"quoted"\\',
+    "emoji \U0001f642",
+    "\x00",
+    "a\tb",
+]
+
+
+@pytest.mark.parametrize("write", [write_alpaca_eval, write_arena_hard])
+def test_an_export_is_read_back_whatever_lines_end_with(tmp_path, write):
+    items = [
+        Comparison(
+            Prompt(f"p{n}", f"prompt {n} {odd}"), 0, "policy", "reference", Response(odd + "x" * n, "stop"), Response(f"{n}{odd}", "stop")
+        )
+        for n, odd in enumerate(ODD)
+    ]  # fmt: skip
+    longer = Judge("longer", lambda duels: [float(len(duel.first.text) > len(duel.second.text)) for duel in duels])
+    judged = judge_both_orders(longer, items)
+    files = write(tmp_path, items, judged)
+    (path,) = [file for file in files if "annotations" in file.name or "model_judgment" in file.parts]
+    theirs = voice("file", read_votes(path))
+    ours = voice("longer", votes_of(judged, items)["longer"])
+    assert theirs.scores == ours.scores
+    assert len(ours.scores) == len(ODD)
+
+
+def test_the_command_compares_files_and_says_why_it_cannot(tmp_path):
+    def file(name, scores, prompt="p"):
+        rows = [
+            {"instruction": f"{prompt}{n}", "output_1": "long one", "output_2": "b", "preference": None if score is None else 2 - score}
+            for n, score in enumerate(scores)
+        ]  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(rows))
+
+    file("ours.json", [1, 1, 0, 0, None])
+    file("people.json", [1, 0, 0, 0, 1])
+    said = refscore_here(tmp_path, "judges", "--annotations", "ours.json", "--against", "people.json")
+    assert "Against people.json" in said
+    # 3 of 4, chance 1/2
+    assert "0.75 (0.30 to 0.95)" in said
+    assert "0.50 (-0.40 to 0.91)" in said
+    assert "0.25 (0.05 to 0.70)" in said
+    file("others.json", [1], prompt="q")
+    assert "no prompt is in both" in refscore_here(
+        tmp_path, "judges", "--annotations", "ours.json", "--against", "others.json", code=3
+    )
+    assert "--run NAME, or --annotations FILE" in refscore_here(tmp_path, "judges", code=2)
+    assert "cannot be read" in refscore_here(tmp_path, "judges", "--annotations", "absent.json", code=3)
