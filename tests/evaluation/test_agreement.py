@@ -3,16 +3,21 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from pipeline.artifacts.tables import PAIRS, SAMPLES, write_table
+from pipeline.evaluation.figures import judgements_table
 from pipeline.evaluation.rates.agreement import agreement, kappas, voice, votes_of
+from pipeline.evaluation.results import Results, write_results
 from pipeline.judges.annotations import Vote, read_votes
-from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
+from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders, judge_implicitly
+from pipeline.pairs.splits import prompt_id_of
 from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
 from tests.conftest import refscore_here
 
 
-def votes(scores, longer="first"):
+def votes(scores):
     """One vote per prompt on "aa" (first) and "b"."""
     return [Vote(f"p{n}", "aa", "b", score) for n, score in enumerate(scores)]
 
@@ -80,6 +85,9 @@ def test_leanings():
     one_order = voice("x", votes([1, 0, 0.5])).leanings
     assert (one_order.first_wins, one_order.contradictions) == (None, None)
     assert one_order.longer.mean == 0.5
+    # responses of equal length say nothing about length
+    assert voice("x", [*votes([1]), Vote("z", "c", "b", 0.0)]).leanings.longer.mean == 1.0
+    assert voice("x", [Vote("z", "c", "b", 0.0)]).leanings.longer is None
     assert voice(
         "x", [Vote("p", "a", "b", 1.0, 0.002), Vote("q", "a", "b", 1.0, 0.004)]
     ).leanings.price == pytest.approx(3)
@@ -139,3 +147,45 @@ def test_the_command_compares_files_and_says_why_it_cannot(tmp_path):
     )
     assert "--run NAME, or --annotations FILE" in refscore_here(tmp_path, "judges", code=2)
     assert "cannot be read" in refscore_here(tmp_path, "judges", "--annotations", "absent.json", code=3)
+
+
+def row_of(schema, **fields):
+    """A row of `schema` in which what is not given is empty."""
+    empty = {"string": "", "int32": 0, "int64": 0, "double": 0.0}
+    return {field.name: fields.get(field.name, empty.get(str(field.type), [])) for field in schema}
+
+
+def test_the_judges_of_a_run_are_set_against_each_other_with_their_price(tmp_path):
+    run = tmp_path / "data/runs/r"
+    run.mkdir(parents=True)
+    texts = {"policy": "a long one", "reference": "b"}
+    pairs = [row_of(PAIRS, split="eval", prompt=f"prompt {n}", prompt_ids=[n]) for n in range(4)]
+    ids = [prompt_id_of([n]) for n in range(4)]
+    samples = [
+        row_of(SAMPLES, prompt_id=one, model=model, prompt="", response=text, finish_reason="stop")
+        for model, text in texts.items()
+        for one in ids
+    ]
+    items = [
+        Comparison(Prompt(one, ""), 0, "policy", "reference", *(Response(text, "stop") for text in texts.values()))
+        for one in ids
+    ]
+    opinions = {"longer": lambda duel: float(len(duel.first.text) > len(duel.second.text)), "position": lambda _: 1.0}
+    judgements = [
+        judgement
+        for name, says in opinions.items()
+        for judgement in judge_both_orders(Judge(name, lambda duels, says=says: [says(one) for one in duels]), items)
+    ]
+    judgements += judge_implicitly("implicit", ids, [0.1] * 4)
+    write_table(run / "pairs.parquet", pa.Table.from_pylist(pairs, schema=PAIRS))
+    write_table(run / "samples.parquet", pa.Table.from_pylist(samples, schema=SAMPLES))
+    write_table(run / "judgements.parquet", judgements_table(judgements))
+    write_results(run / "eval.json", Results(judge_costs={"position": {"price": 0.5}}))
+    said = refscore_here(tmp_path, "judges", "--run", "r")
+    rows = [line.split() for line in said.splitlines()]
+    # comparisons, first wins, contradictions, longer, price of 1,000: 4 comparisons for 0.5
+    assert ["longer", "4", "0.50", "0.00", "1.00", "(0.51", "to", "1.00)", "-"] in rows
+    assert ["position", "4", "1.00", "1.00", "-", "125.00"] in rows
+    # one always names a winner, the other contradicts itself: never the same, and nothing beyond chance
+    assert ["1", "longer", "0.00", "(0.00", "to", "0.49)"] in rows
+    assert "implicit" not in said
