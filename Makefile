@@ -11,7 +11,7 @@ options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(ove
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -79,6 +79,9 @@ bench-pairs: .venv/.test ## a training's pairs, up to a million: time to open, m
 
 bench-statistics: .venv/.test ## intervals and tests of stage three on simulated judges: promised against kept; under 10 minutes
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.statistics
+
+frontier: .venv/.test ## reward against KL: DPO, IPO, SFT, shuffled labels, best of n; three seeds; writes docs/frontier.svg
+	@.venv/bin/python -m tests.benchmarks.frontier
 
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages
