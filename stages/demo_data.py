@@ -18,8 +18,8 @@ from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.training import PolicyConfig
 from pipeline.engines.vllm.generator import Sample, generator
-from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row
-from pipeline.judges.judging import Prompt
+from pipeline.evaluation.new_pairs import NewPair, TrainingPrompt, make_pairs, pair_row
+from pipeline.judges.judging import Judge, Prompt
 from pipeline.judges.marks import ends_well
 from pipeline.judges.rules import open_rule
 from pipeline.models.load import load_tokenizer
@@ -37,6 +37,8 @@ class Recipe:
     chat: bool
     eval_every: int
     per_topic: dict[str, int]
+    # of a training prompt; the second is the next best against the next worst, and a held-out prompt has one
+    pairs_per_prompt: int = 1
     margin: float = 0.25
     accept: Callable[[Sample], bool] = lambda _: True
     left_out: tuple[str, ...] = ("provenance",)
@@ -54,11 +56,12 @@ RECIPES = {
     "sentiment": Recipe(
         judge="rule:sentiment=vader:even",
         settings=GenerateConfig(
-            max_tokens=32, fixed_length=True, temperature=1.0, samples=8, seed=20, dtype="bfloat16"
+            max_tokens=32, fixed_length=True, temperature=1.0, samples=16, seed=20, dtype="float32"
         ),
         chat=False,
         eval_every=4,
-        per_topic={"train": 18, "eval": 6},
+        per_topic={"train": 36, "eval": 6},
+        pairs_per_prompt=2,
         # what marks of completeness and relevance would say of half a sentence means nothing
         left_out=("provenance", "differs_beyond_length"),
     ),
@@ -70,10 +73,7 @@ def main(name: str) -> None:
     recipe, directory = RECIPES[name], Path("data") / name
     requests, samples = _sampled(recipe, directory / "prompts.jsonl")
     judge = open_rule(recipe.judge.removeprefix("rule:"), recipe.judge)
-    pairs, left_out = make_pairs(
-        judge, requests, samples, recipe.margin, recipe.accept, must_end=not recipe.settings.fixed_length
-    )
-    rows_by_prompt = {pair.request.prompt.prompt_id: pair_row(pair, {"judge": recipe.judge}) for pair in pairs}
+    rows_by_prompt, left_out = _rows(recipe, judge, requests, samples)
 
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     seen: dict[str, int] = defaultdict(int)
@@ -82,11 +82,12 @@ def main(name: str) -> None:
         topic = request.prompt.topic
         split = "eval" if seen[topic] % recipe.eval_every == 0 else "train"
         seen[topic] += 1
-        row = rows_by_prompt.get(request.prompt.prompt_id)
-        if row is not None and kept[split, topic] < recipe.per_topic[split]:
-            kept[split, topic] += 1
-            # one rule made them all, and the README beside the files names it
-            rows[split].append({name: value for name, value in row.items() if name not in recipe.left_out})
+        of_prompt = rows_by_prompt[request.prompt.prompt_id]
+        for row in of_prompt if split == "train" else of_prompt[:1]:
+            if kept[split, topic] < recipe.per_topic[split]:
+                kept[split, topic] += 1
+                # one rule made them all, and the README beside the files names it
+                rows[split].append({name: value for name, value in row.items() if name not in recipe.left_out})
 
     console.say(f"no pair from {sum(left_out.values())} of {len(requests)} prompts: {left_out or 'none'}")
     for split, of_split in rows.items():
@@ -95,6 +96,29 @@ def main(name: str) -> None:
         beyond = sum(row.get("differs_beyond_length", False) for row in of_split)
         more = "" if "differs_beyond_length" in recipe.left_out else f", {beyond} differ in more than length"
         console.say(f"{path}: {len(of_split)} pairs, {len({row['topic'] for row in of_split})} topics{more}")
+
+
+def _rows(
+    recipe: Recipe, judge: Judge, requests: list[TrainingPrompt], samples: list[list[Sample]]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
+    """The rows of each prompt's pairs, the clearest first, and why prompts have none."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    reasons: dict[str, int] = {}
+    for number in range(recipe.pairs_per_prompt):
+        pairs, left_out = make_pairs(
+            judge, requests, samples, recipe.margin, recipe.accept, must_end=not recipe.settings.fixed_length
+        )
+        reasons = reasons if number else left_out
+        for pair in pairs:
+            rows[pair.request.prompt.prompt_id].append(pair_row(pair, {"judge": recipe.judge}))
+        requests, samples = [pair.request for pair in pairs], [_others(pair) for pair in pairs]
+    return rows, reasons
+
+
+def _others(pair: NewPair) -> list[Sample]:
+    return [
+        sample for index, sample in enumerate(pair.samples) if index not in (pair.choice.chosen, pair.choice.rejected)
+    ]
 
 
 def _sampled(recipe: Recipe, prompts: Path) -> tuple[list[TrainingPrompt], list[list[Sample]]]:
