@@ -68,17 +68,17 @@ class Measured:
 
 
 def main() -> None:
-    """Train every run that is missing in one process, evaluate them in another, then tables and picture."""
+    """Score, train every run that is missing, evaluate, each in one process; then tables and picture."""
     parser = argparse.ArgumentParser(description="reward against KL of several objectives")
-    parser.add_argument("--stage", choices=("train", "evaluate"), help="one stage of all runs, in this process")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="one stage of all runs, in this process")
     stage = parser.parse_args().stage
     if stage:
-        {"train": train_all, "evaluate": evaluate_all}[stage]()
+        STAGES[stage]()
         return
     begun = time.monotonic()
     write_data()
     # vLLM pins the threads of the process that it runs in, which training needs
-    for name in ("train", "evaluate"):
+    for name in STAGES:
         if subprocess.run([sys.executable, "-m", "tests.benchmarks.frontier", "--stage", name], check=False).returncode:
             sys.exit(f"stage {name} failed")
     best = best_of_n()
@@ -101,9 +101,9 @@ def report(best: dict[int, dict[str, float]], minutes: float) -> None:
 
 def runs() -> Iterator[tuple[Key, Run]]:
     """Every run by method, beta and seed."""
-    for method in METHODS:
-        for beta in method.betas:
-            for seed in SEEDS:
+    for seed in SEEDS:
+        for method in METHODS:
+            for beta in method.betas:
                 yield (method.name, beta, seed), Run(RUNS / f"frontier-{method.loss_type}-{method.pairs}-{beta}-{seed}")
 
 
@@ -142,8 +142,15 @@ def config_of(key: Key) -> Config:
     return load_config("sentiment", [f"{field}={value}" for field, value in settings.items()])
 
 
+def score_all() -> None:
+    """Score every pair: swapped ones have the same sequences."""
+    from pipeline import make_plan, score
+
+    score(make_plan(config_of(next(runs())[0])))
+
+
 def train_all() -> None:
-    """Score, which finds all but the first time in the store, and train every run that is not trained."""
+    """Train every run that is not trained."""
     from pipeline import make_plan, score, train, write_pairs
 
     for key, run in runs():
@@ -208,6 +215,9 @@ def expected_best(by: np.ndarray, of: np.ndarray, n: int) -> float:
         shared = np.array([weights[np.sort(ranked) == reward].mean() for reward in ranked])
         means.append(float((shared * valued).sum()))
     return float(np.mean(means))
+
+
+STAGES = {"score": score_all, "train": train_all, "evaluate": evaluate_all}
 
 
 @cache
