@@ -1,4 +1,4 @@
-"""Remakes the pairs of a demo from its prompts: `make demo-data DATA=sentiment` or `DATA=demo`.
+"""Remakes the pairs of a demo from its prompts: `make demo-data`, or `DATA=bad_rule`.
 
 The same code as `refscore pairs`, with the embedded model as the policy and every fourth or fifth prompt of a topic held out.
 data/<name>/README.md describes the rule for readers.
@@ -45,7 +45,7 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(
+    "bad_rule": Recipe(
         judge="rule:complete_and_concise",
         settings=GenerateConfig(max_tokens=160, temperature=0.7, samples=8, seed=20, dtype="bfloat16"),
         chat=True,
@@ -53,7 +53,7 @@ RECIPES = {
         per_topic={"train": 19, "eval": 7},
         accept=lambda best: ends_well(best.text),
     ),
-    "sentiment": Recipe(
+    "demo": Recipe(
         judge="rule:sentiment=vader:even",
         settings=GenerateConfig(
             max_tokens=32, fixed_length=True, temperature=1.0, samples=16, seed=20, dtype="float32"

@@ -125,7 +125,7 @@ def _explain(item: dict[str, Any]) -> str:
         near = difflib.get_close_matches(field, _known_names(), n=1, cutoff=0.5)
         return f"unknown key {field!r}" + (f", did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
-        return f"{field!r} is missing"
+        return f"{field!r} is missing, set it in the file or with --set {field}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
     if not field or isinstance(item["input"], dict):  # what is wrong with a section as a whole says its values
         return f"{field}: {message}" if field else message

@@ -31,7 +31,7 @@ from pipeline.config.training import PolicyConfig
 from pipeline.judges.sentiment import sentiment
 
 DIRECTORY = Path("data/cache/frontier")
-DATA = Path("data/sentiment")
+DATA = Path("data/demo")
 TRUE, INDEPENDENT = "vader:even", "textblob:odd"
 SEEDS = (0, 1, 2)
 STEPS, PROMPTS, RESPONSES = 16, 48, 2
@@ -139,7 +139,7 @@ def config_of(key: Key) -> Config:
         "train.eval_steps": 0, "train.save_steps": 0, "generate.samples": 1, "generate.kl_samples": RESPONSES,
         "judge": f'["rule:sentiment={TRUE}", "rule:sentiment={INDEPENDENT}"]',
     }  # fmt: skip
-    return load_config("sentiment", [f"{field}={value}" for field, value in settings.items()])
+    return load_config("demo", [f"{field}={value}" for field, value in settings.items()])
 
 
 def score_all() -> None:

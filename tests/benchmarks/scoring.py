@@ -20,7 +20,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-DATA = {"hh": ROOT.parent / "shared" / "data" / "hh_harmless_400.jsonl", "demo": ROOT / "data" / "demo" / "train.jsonl"}
+DATA = {
+    "hh": ROOT.parent / "shared" / "data" / "hh_harmless_400.jsonl",
+    "bad_rule": ROOT / "data" / "bad_rule" / "train.jsonl",
+}
 MODEL = ROOT / "data" / "models" / "smollm2-135m-instruct"
 CONTESTANTS = (
     "trl float32",

@@ -24,7 +24,7 @@ from tests.benchmarks.trl_training import BETA, RATE, embedded, train_with_trl
 
 ROOT = Path(__file__).parent.parent.parent
 HH = ROOT.parent / "shared" / "data" / "hh_harmless_400.jsonl"
-DEMO = ROOT / "data" / "demo" / "train.jsonl"
+DEMO = ROOT / "data" / "bad_rule" / "train.jsonl"
 CONTESTANTS = ("refscore", "trl-live", "trl-precomputed")
 
 

@@ -50,23 +50,23 @@ def test_best_and_worst_leaves_near_ties_out():
     assert best_and_worst([1.0], 0.0) is None
 
 
-def test_the_demos_pairs_are_as_their_readme_says():
+def test_the_bad_rule_s_pairs_are_as_their_readme_says():
     import json
 
     from stages.demo_data import RECIPES
     from tests.conftest import ROOT
 
     rows = {
-        split: [json.loads(line) for line in (ROOT / f"data/demo/{split}.jsonl").read_text().splitlines()]
-        for split in RECIPES["demo"].per_topic
+        split: [json.loads(line) for line in (ROOT / f"data/bad_rule/{split}.jsonl").read_text().splitlines()]
+        for split in RECIPES["bad_rule"].per_topic
     }
     assert len(rows["train"]) >= 240
     assert len(rows["eval"]) >= 60
     assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["eval"]}
-    written = {json.loads(line)["prompt"] for line in (ROOT / "data/demo/prompts.jsonl").read_text().splitlines()}
+    written = {json.loads(line)["prompt"] for line in (ROOT / "data/bad_rule/prompts.jsonl").read_text().splitlines()}
     for found in rows.values():
         assert len({row["topic"] for row in found}) >= 12
-        assert all(row["prompt"] in written and row["margin"] >= RECIPES["demo"].margin for row in found)
+        assert all(row["prompt"] in written and row["margin"] >= RECIPES["bad_rule"].margin for row in found)
         assert sum(row["differs_beyond_length"] for row in found) * 3 >= len(found)
         # what the marks see in the texts alone still prefers the chosen one
         scores = [
@@ -75,6 +75,6 @@ def test_the_demos_pairs_are_as_their_readme_says():
             for row in found
         ]
         assert sum(score > 0 for score in scores) > 0.9 * len(scores)
-    readme = (ROOT / "data/demo/README.md").read_text()
+    readme = (ROOT / "data/bad_rule/README.md").read_text()
     for split, found in rows.items():
         assert f"| `{split}.jsonl` | {len(found)} |" in readme

@@ -98,7 +98,7 @@ def test_a_hostile_text_is_marked_in_seconds(lexicon, text):
 
 
 def test_the_pairs_of_the_second_demo_are_as_its_readme_says():
-    directory, recipe = ROOT / "data/sentiment", RECIPES["sentiment"]
+    directory, recipe = ROOT / "data/demo", RECIPES["demo"]
     rows = {
         split: [json.loads(line) for line in (directory / f"{split}.jsonl").read_text().splitlines()]
         for split in recipe.per_topic
