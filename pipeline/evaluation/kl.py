@@ -59,7 +59,7 @@ def score_responses(
 
 
 def kl_table(samples: pa.Table, logps: Sequence[np.ndarray] | None, ref_logps: Sequence[np.ndarray] | None) -> pa.Table:
-    """kl.parquet's content: samples with both models' scores, sums in float64; the reference's own stay without."""
+    """kl.parquet's content: samples with both models' scores, sums in float64; without if either is not known."""
     rows = samples.to_pylist()
     if logps is None or ref_logps is None:
         return pa.Table.from_pylist(rows, schema=KL)
@@ -187,6 +187,15 @@ def cost_figures(kl: pa.Table | None, rewards: dict[str, list[float | None]]) ->
                     by_prompt[row["prompt_id"]].append(value)
             if by_prompt:
                 reward[judge] = bootstrap_mean([float(np.mean(values)) for values in by_prompt.values()])
-        measured = Cost() if model == "reference" else divergence(kl.filter(pc.equal(kl["model"], model)))
-        costs[model] = replace(measured, reward=reward)
+        of_model = kl.filter(pc.equal(kl["model"], model))
+        measured = Cost() if model == "reference" else divergence(of_model)
+        costs[model] = replace(measured, reward=reward, perplexity=perplexity(of_model))
     return costs
+
+
+def perplexity(table: pa.Table) -> float | None:
+    """How unlikely one model's rows of kl.parquet are under the reference: exp of the mean nats per token; None if not scored."""
+    tokens = pc.sum(table["tokens"]).as_py()
+    if table["ref_logp"].null_count or not tokens:
+        return None
+    return float(np.exp(-pc.sum(table["ref_logp"]).as_py() / tokens))

@@ -102,13 +102,15 @@ class Cost:
     """KL(model || reference) on the model's own samples at temperature 1, and the rewards that judges give them.
 
     The reference's KL is None. `kl` is the sampled estimate; `estimates` are all by name, `positions` where it lies, the token
-    that ends a response apart under END: see `pipeline.evaluation.kl.divergence`.
+    that ends a response apart under END: see `pipeline.evaluation.kl.divergence`. `perplexity`: of these samples under the
+    reference, whose own show what it finds fluent; None if they were not scored.
     """
 
     kl: Interval | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
     positions: list[Position] = field(default_factory=list)
     per_token: float | None = None
+    perplexity: float | None = None
     responses: int = 0
     tokens: int = 0
     reward: dict[str, Interval] = field(default_factory=dict)

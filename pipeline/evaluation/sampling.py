@@ -76,7 +76,7 @@ def measure_kl(
     """Write kl.parquet and return its rows; None if no samples for KL are asked for.
 
     `samples`: those of the models whose KL no run has measured yet, at temperature 1; each is scored under its model and
-    under the last of `models`.
+    under the last of `models`, whose own are scored too: how likely they are is what others' are compared with.
     """
     if not settings.kl_samples:
         return None
@@ -87,20 +87,19 @@ def measure_kl(
         if model.name not in samples
         and (stored := _stored_kl(settings, reference, run, prompts, model, baseline)) is not None
     }
-    new = [model for model in models if model.name in samples and model is not baseline]
+    new = [model for model in models if model.name in samples]
     if new:
         listener.say(f"scoring   responses of {', '.join(model.name for model in new)} for KL, under each model")
-        own = {model.name: score_responses(reference, model.merged(), prompts, samples[model.name]) for model in new}
+        others = [model for model in new if model is not baseline]
+        own = {model.name: score_responses(reference, model.merged(), prompts, samples[model.name]) for model in others}
         together = pa.concat_tables([samples[model.name] for model in new])
         under = iter(score_responses(reference, baseline.merged(), prompts, together))
         for model in new:
-            logps = own[model.name]
-            tables[model.name] = kl_table(samples[model.name], logps, [next(under) for _ in logps])
+            ref_logps = [next(under) for _ in range(len(samples[model.name]))]
+            tables[model.name] = kl_table(samples[model.name], own.get(model.name, ref_logps), ref_logps)
     for model in models:
         if model is not baseline and tables[model.name]["exact_kl"].null_count:
             tables[model.name] = _with_exact(tables[model.name], model, baseline, reference, prompts, listener)
-    if baseline.name in samples:
-        tables[baseline.name] = kl_table(samples[baseline.name], None, None)
     keys = {model.name: _kl_key(settings, reference, prompts, model, baseline) for model in models}
     table = pa.concat_tables([tables[model.name] for model in models])
     write_table(run.kl, table, {"keys": keys})

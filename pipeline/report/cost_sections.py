@@ -21,10 +21,12 @@ def _whole(results: Results) -> Section:
             "95 % interval",
             "nats per token",
             "responses",
+            "perplexity",
             *(f"reward, {name}" for name in judges),
         ],
         [[model, *_cost_row(cost, judges)] for model, cost in results.cost.items()],
-        "KL(model || reference) on the model's own responses at temperature 1, scored by stage one's scorer under both models.",
+        "KL(model || reference) on the model's own responses at temperature 1, scored by stage one's scorer under both models. "
+        "Perplexity: of these responses under the reference, whose own show what it finds fluent; far above, fluency was lost.",
         "frontier",
     )
 
@@ -33,6 +35,7 @@ def _cost_row(cost: Cost, judges: list[str]) -> list[str | Cell]:
     kl = ["0", "-", "-", "-"]
     if cost.kl is not None:
         kl = [f"{cost.kl.mean:.2f}", between(cost.kl, 2), f"{cost.per_token:.4f}", str(cost.responses)]
+    kl.append("-" if cost.perplexity is None else f"{cost.perplexity:.1f}")
     rewards = [cost.reward.get(judge) for judge in judges]
     return [*kl, *("-" if interval is None else f"{interval.mean:.3f} ({between(interval)})" for interval in rewards)]
 

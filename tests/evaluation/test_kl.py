@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.artifacts.tables import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
-from pipeline.evaluation.kl import divergence, kl_table, on_policy
+from pipeline.evaluation.kl import divergence, kl_table, on_policy, perplexity
 from pipeline.evaluation.results import CONTROL_VARIATE, END, EXACT, SAMPLED, Position
 
 
@@ -206,3 +206,14 @@ def test_responses_are_scored_after_their_own_prompts(monkeypatch, tmp_path):
     assert given == (reference.config, tmp_path, numerics, 5)
     assert requests == [([2, 3], [7, 8, 9]), ([1], [6])]
     assert stopped == "stopped"
+
+
+def test_perplexity_is_of_the_tokens_under_the_reference():
+    import pyarrow as pa
+
+    def scored(*ref_logps):
+        sums = [None if values is None else float(np.sum(values)) for values in ref_logps]
+        return pa.table({"tokens": [2] * len(sums), "ref_logp": pa.array(sums, pa.float64())})
+
+    assert perplexity(scored(np.log([0.5, 0.25]), np.log([0.5, 0.5]))) == pytest.approx(2 ** (5 / 4))
+    assert perplexity(scored(np.log([0.5, 0.25]), None)) is None

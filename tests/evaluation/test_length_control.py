@@ -97,4 +97,5 @@ def test_one_curve_goes_through_lengths_of_two_values():
 def test_each_reason_is_said():
     assert withheld([1.0] * 9, list(range(9))) == "9 prompts are fewer than 10"
     assert withheld([1.0, 0.0] * 20, [3.0] * 40) == "one model is nearly always the longer one"
+    assert "equally long" in withheld([1.0, 0.0] * 20, [0.0] * 40)
     assert withheld(*simulated(80, 0.6, 1.5)) == ""

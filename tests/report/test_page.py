@@ -64,6 +64,7 @@ def figures(*interval, **judges):
         "estimates": estimates,
         "positions": positions,
         "per_token": 0.3,
+        "perplexity": 12.5,
         "responses": 40,
         "tokens": 900,
     }

@@ -57,12 +57,14 @@ def length_controlled(scores: Sequence[float], differences: Sequence[float], see
 def withheld(scores: Sequence[float], differences: Sequence[float]) -> str:
     """Why there is no rate at equal length, in words; empty if there is one.
 
-    Too few prompts; one model nearly always the longer one, so that the rate would be extrapolated from lengths that never
-    met; or a judge that follows length by another curve than the model's.
+    Too few prompts; lengths that are all equal; one model nearly always the longer one, so that the rate would be extrapolated
+    from lengths that never met; or a judge that follows length by another curve than the model's.
     """
     wins, lengths = np.asarray(scores, dtype=np.float64), np.asarray(differences, dtype=np.float64)
     if len(wins) < _FEWEST:
         return f"{len(wins)} prompts are fewer than {_FEWEST}"
+    if not lengths.any():
+        return "the responses of every prompt are equally long, so that the win rate is the one at equal length"
     if min((lengths > 0).mean(), (lengths < 0).mean()) < _OVERLAP:
         return "one model is nearly always the longer one"
     if saturates(wins, lengths / lengths.std()) <= _MISTAKEN:
