@@ -71,7 +71,8 @@ def _baselines(results: Results) -> Section:
         "shorter and the longer: of the two responses that were compared, by tokens; for implicit: of the held-out pair, as a "
         "guess at which one was chosen. The reference cut to its first sentence, or to its whole sentences, is compared with "
         "itself uncut; judges that are models are not asked about that. Shuffled: the held-out pairs with shuffled labels. "
-        "The picture shows what the policy gained by the first judge of texts, prompt by prompt, against how much longer it is.",
+        "The picture, drawn if lengths differ, shows what the policy gained by the first judge of texts, prompt by prompt, "
+        "against how much longer it is.",
         "length",
     )
 
