@@ -52,8 +52,8 @@ class Method:
 
 
 METHODS = (
-    Method("DPO", "sigmoid", (0.02, 0.05, 0.2)),
-    Method("IPO", "ipo_sum", (0.01, 0.05)),
+    Method("DPO", "sigmoid", (0.05, 0.3, 1.0)),
+    Method("IPO", "ipo_sum", (0.02, 0.2)),
     Method("SFT on chosen", "sft", (0.05,)),
     Method("DPO, labels shuffled", "sigmoid", (0.05,), "shuffled"),
 )
@@ -108,7 +108,7 @@ def runs() -> Iterator[tuple[Key, Run]]:
 
 
 def write_data() -> None:
-    """The pairs of the demo, fewer held out; and for each seed the same pairs of which a coin swaps chosen and rejected."""
+    """The pairs of the demo, fewer held out; and for each seed the same pairs, half of them with exchanged labels."""
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     held_out = _lines(DATA / "eval.jsonl")
     every = max(1, len(held_out) // PROMPTS)
@@ -116,8 +116,17 @@ def write_data() -> None:
     rows = _lines(DATA / "train.jsonl")
     _write("train", rows)
     for seed in SEEDS:
-        coins = np.random.default_rng(seed).random(len(rows)) < 0.5
-        _write(f"shuffled{seed}", [swapped(row) if coin else row for row, coin in zip(rows, coins, strict=True)])
+        exchanged = half_of([row["margin"] for row in rows], np.random.default_rng(seed))
+        _write(f"shuffled{seed}", [swapped(row) if swap else row for row, swap in zip(rows, exchanged, strict=True)])
+
+
+def half_of(margins: list[float], rng: np.random.Generator) -> np.ndarray:
+    """Of every two pairs with neighbouring margins a coin takes one, so that the labels say nothing at any margin."""
+    order = np.argsort(margins, kind="stable")
+    taken = np.zeros(len(margins), dtype=bool)
+    for first, second in zip(order[::2], order[1::2], strict=False):
+        taken[first if rng.random() < 0.5 else second] = True
+    return taken
 
 
 def swapped(row: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +145,8 @@ def config_of(key: Key) -> Config:
     settings = {
         "data.path": DIRECTORY / f"{pairs}.jsonl", "data.eval_path": DIRECTORY / "eval.jsonl",
         "train.loss_type": method.loss_type, "train.beta": beta, "train.seed": seed, "train.max_steps": STEPS,
-        "train.eval_steps": 0, "train.save_steps": 0, "generate.samples": 1, "generate.kl_samples": RESPONSES,
+        "train.eval_steps": 0, "train.save_steps": 0, # what is judged is what KL is measured on: one sampling does for both
+        "generate.samples": RESPONSES, "generate.kl_samples": RESPONSES, "generate.fixed_length": "false",
         "judge": f'["rule:sentiment={TRUE}", "rule:sentiment={INDEPENDENT}"]',
     }  # fmt: skip
     return load_config("demo", [f"{field}={value}" for field, value in settings.items()])

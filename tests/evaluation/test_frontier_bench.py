@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.benchmarks.frontier import BEST_OF, expected_best, swapped
+from tests.benchmarks.frontier import BEST_OF, expected_best, half_of, swapped
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -36,3 +36,12 @@ def test_a_swapped_pair_takes_its_cut_off_marks_along():
         "rejected_cut_off": True,
     }
     assert swapped(swapped(row)) == row
+
+
+def test_half_of_the_labels_are_exchanged_at_every_margin():
+    margins = np.random.default_rng(1).random(200).tolist()
+    taken = half_of(margins, np.random.default_rng(2))
+    assert taken.sum() == 100
+    assert all(taken[np.argsort(margins)].reshape(-1, 2).sum(1) == 1)
+    assert abs(np.where(taken, -1, 1) @ margins) < 1
+    assert (taken != half_of(margins, np.random.default_rng(3))).any()
