@@ -6,11 +6,25 @@ well as a fluent true one.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
-_WORD = re.compile(r"[a-z0-9']+")
+import regex
+
+# scripts that put no space between words are read by their characters
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}']--[{_UNSPACED}]]+", regex.V1)
+# of Latin, Greek and Cyrillic; Chinese and Japanese; Arabic and Urdu; Devanagari and its neighbours; Armenian; Ethiopic
+_ENDS = (
+    ".!?:)]\"'\u201d\u2019\u2026\u00bb"
+    "\u3002\uff01\uff1f\uff0e\u300d\u300f\uff09\u3011\u300b"
+    "\u061f\u06d4"
+    "\u0964\u0965"
+    "\u0589"
+    "\u1362\u1367"
+)
+# Thai and Lao mark no end of a sentence
+_WITHOUT_ENDS = regex.compile(r"[\p{Thai}\p{Lao}]\p{M}*$")
 _STOP_WORDS = frozenset(
     """
     a about an and any are as at be been best between but by can could did difference do does explain for from
@@ -50,12 +64,14 @@ def marks(prompt: str, response: str, finish_reason: str) -> Marks:
 
 
 def ends_well(response: str) -> bool:
-    """Whether the last line ends as a sentence, a list item or a quotation does."""
+    """Whether the last line ends as a sentence, a list item or a quotation does; any end does in a script that marks none."""
     text = response.rstrip().rstrip("*_")
     if not text:
         return False
-    if text[-1] in ".!?:)]\"'\u201d\u2019\u2026":
+    if text[-1] in _ENDS:
         return text[-1] != ":"
+    if _WITHOUT_ENDS.search(text):
+        return True
     # a list item or a signature may end without a full stop
     lines = text.splitlines()
     return len(lines) > 1 and len(lines[-1].split()) <= 12
@@ -86,8 +102,8 @@ def concision(response: str) -> float:
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words."""
-    return _WORD.findall(text.lower())
+    """Lower-case words of any script; characters where a script puts no space between words."""
+    return list(map(str, _WORD.findall(text.lower())))
 
 
 def stem(word: str) -> str:

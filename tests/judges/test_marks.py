@@ -31,6 +31,49 @@ def test_repetition_counts_repeated_four_grams():
     assert marks.repetition("a b c") == 0.0
 
 
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "мы идём домой вместе ",
+        "我们一起回家",
+        "نحن نذهب إلى البيت ",
+        "हम साथ घर चलते ",
+        "우리는 함께 집에 간다 ",
+        "เรากลับบ้าน",
+        "わたしたちはかえる",
+    ],
+)
+def test_repetition_is_seen_in_any_script(phrase):
+    assert marks.repetition(phrase * 6) > 0.5
+    assert marks.repetition(phrase) < 0.2
+
+
+def test_words_of_scripts_are_whole_and_english_ones_are_as_before():
+    assert marks.words_of("It's 3 o'clock, a_b!") == ["it's", "3", "o'clock", "a", "b"]
+    assert marks.words_of("हिन्दी में") == ["हिन्दी", "में"]
+    assert marks.words_of("café 東京です") == ["café", "東", "京", "で", "す"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("我们回家。", True),
+        ("我们回家，然后", False),  # noqa: RUF001
+        ("本当ですか？", True),  # noqa: RUF001
+        ("「はい。」", True),
+        ("هل أنت بخير؟", True),
+        ("نحن نذهب إلى", False),
+        ("हम घर चलते हैं।", True),
+        ("हम घर चलते", False),
+        ("Мы идём домой.", True),
+        ("Мы идём", False),
+        ("เรากลับบ้าน", True),
+    ],
+)
+def test_an_ending_is_seen_in_any_script(text, ends):
+    assert marks.ends_well(text) is ends
+
+
 def test_relevance_matches_content_words_whatever_their_ending():
     assert marks.relevance("How do I boil eggs?", "Boiling an egg takes time.") == 1.0
     assert marks.relevance("How do I boil eggs in salted water?", "An egg.") == pytest.approx(0.5)
