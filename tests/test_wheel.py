@@ -76,7 +76,7 @@ def test_help_and_a_plan_of_the_demo_in_an_empty_directory(installed, tmp_path, 
     assert "precompute" in run(installed / "refscore", "--help", cwd=tmp_path)
     said = run(
         installed / "refscore", "precompute", "--plan",
-        "--set", f"reference.model={tiny_model}", "--set", "data.max_rows=20",
+        "--set", f"reference.model={tiny_model}", "--set", "data.max_rows=20", "--set", "data.max_length=1024",
         cwd=tmp_path,
     )  # fmt: skip
     assert "embedded:demo/train.jsonl" in said
