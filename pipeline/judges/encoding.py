@@ -1,7 +1,8 @@
-"""A conversation as a judge's token ids, in which no text that is judged can act as a control token of the judge.
+"""A conversation as a judge's token ids, in which no text that is judged can act as a control token of the judge; a reply as text.
 
 The chat template is rendered around placeholders; its own parts are encoded with control tokens, what stands at the
 placeholders without. A conversation that names no control token is encoded in one piece, as the model was trained.
+A template that can be told so does not ask for thoughts.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.judges.asking.verdicts import CLOSED, OPENED
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SWITCH = "enable_thinking"
 Turn = dict[str, str]
 
 
@@ -48,6 +52,27 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int
     return [token for token in ids if token not in control]
 
 
+def knows_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template or the vocabulary has anything to do with thoughts before a reply."""
+    template = str(tokenizer.chat_template)
+    return _SWITCH in template or OPENED in template or OPENED in tokenizer.get_vocab()
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model's turn begins inside a thought, which its template opens and cannot be told not to."""
+    return _rendered(tokenizer, [{"role": "user", "content": "-"}], reply_next=True).rstrip().endswith(OPENED)
+
+
+def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, inside_thought: bool) -> str:
+    """What a model wrote, without special tokens but with the marks of its thoughts; `inside_thought`: its prompt opened one."""
+    marks = (OPENED, CLOSED)
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(token for token, one in added if one.special)}
+    left_out = special - {token for token, one in added if one.content in marks}
+    text = str(tokenizer.decode([token for token in ids if token not in left_out], skip_special_tokens=False))
+    return OPENED + text if inside_thought else text
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Tokens that structure a conversation: those called special, and added ones between brackets such as <think>."""
     added = {
@@ -79,4 +104,5 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, **how: bool) -> list
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, reply_next: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply_next))
+    how = {_SWITCH: False} if reply_next and _SWITCH in str(tokenizer.chat_template) else {}
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply_next, **how))

@@ -18,8 +18,8 @@ from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.engines.vllm.generator import stop_ids
 from pipeline.errors import ConfigError
 from pipeline.judges.asking.prompts import LETTERS, letter_of, question, weighed, wording
-from pipeline.judges.asking.verdicts import read_verdict
-from pipeline.judges.encoding import encode_turns
+from pipeline.judges.asking.verdicts import cut_off_thinking, read_verdict
+from pipeline.judges.encoding import encode_turns, knows_thoughts, opens_thought, reply_text
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
 from pipeline.judges.reward_model import judge_dtype
@@ -43,7 +43,13 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     tokenizer = load_tokenizer(directory, spec)
     if not tokenizer.chat_template:
         raise ConfigError(f"judge {settings.shown}: a model without a chat template cannot be asked")
+    if settings.verdict == "token" and opens_thought(tokenizer):
+        raise ConfigError(
+            f"judge {settings.shown}: its template has it think before it replies: use verdict: reasoning"
+        )
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
+    if knows_thoughts(tokenizer):
+        how += " thoughts apart"
     engine = engine_version("vllm")
     identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {wording()}"
     asked: list[str] = []
@@ -110,20 +116,27 @@ def _ask_all(
     )
     config = text_config(directory)
     with sized_engine(directory, config, judge_dtype(settings), length, skip_tokenizer_init=True) as engine:
-        keys = list(prompts)
+        keys, inside_thought, cut_off = list(prompts), opens_thought(tokenizer), 0
         # wave by wave, so that a kill loses one wave
         for start in range(0, len(keys), _WAVE):
             wave = keys[start : start + _WAVE]
             inputs = [TokensPrompt(prompt_token_ids=prompts[key]) for key in wave]
             for key, output in zip(wave, engine.generate(inputs, params, use_tqdm=False), strict=True):
                 reply = output.outputs[0]
-                text = str(tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
+                text = reply_text(tokenizer, list(reply.token_ids), inside_thought=inside_thought)
                 value = read_verdict(text)
                 if one_token:
                     seen = {token: math.exp(entry.logprob) for token, entry in reply.logprobs[0].items()}
                     first, second = (sum(seen.get(token, 0.0) for token in letters[letter]) for letter in LETTERS)
                     value = weighed(first, second, settings.min_mass)
+                elif cut_off_thinking(text):
+                    cut_off += 1
                 verdicts.add(key, Verdict(value, text, len(prompts[key]), len(reply.token_ids)))
+    if cut_off:
+        log.warning(
+            "judge %s: %d replies end inside a thought: raise its max_tokens (%d)",
+            settings.shown, cut_off, settings.max_tokens,
+        )  # fmt: skip
 
 
 def _fitting(

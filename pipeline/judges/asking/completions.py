@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.judges.asking.prompts import letter_of, weighed
-from pipeline.judges.asking.verdicts import read_verdict
+from pipeline.judges.asking.verdicts import CLOSED, OPENED, read_verdict
 from pipeline.judges.memory import Verdict
 
 
@@ -29,9 +29,22 @@ def verdict_of(content: bytes, settings: JudgeConfig) -> Verdict:
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
         raise UnreadableReply(f"the reply has no choices: {_start(content)}")
     text = _text(_field(choices[0], "message").get("content"))
-    value = _from_logprobs(choices[0], text, settings) if settings.verdict == "token" else read_verdict(text)
+    if settings.verdict == "token":
+        value = _from_logprobs(choices[0], text, settings)
+    else:
+        text = _with_thought(choices[0], text)
+        value = read_verdict(text)
     usage = _field(body, "usage")
     return Verdict(value, text, _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+
+
+def _with_thought(choice: dict[str, Any], text: str) -> str:
+    """The text, marked as inside a thought if the reply was cut off and nothing says that the thought, if any, had ended."""
+    message = _field(choice, "message")
+    thought = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+    if thought:  # the server tells the two apart
+        return text or OPENED + thought
+    return OPENED + text if choice.get("finish_reason") == "length" and CLOSED not in text else text
 
 
 def _from_logprobs(choice: dict[str, Any], text: str, settings: JudgeConfig) -> float | None:

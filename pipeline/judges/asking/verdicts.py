@@ -2,7 +2,8 @@ r"""What the text of a reply says about two responses: A, B, a tie, or nothing t
 
 A verdict is stated by a line or sentence that begins with the word verdict, by \boxed{...}, by [[...]], or by a last line that
 is nothing but the verdict. The last statement counts, even if it cannot be read. A statement that names both sides or none is a
-tie if it says so, else unreadable; it is never a win. What a model thinks before its reply is not read.
+tie if it says so, else unreadable; it is never a win. What a model thinks before its reply is not read: a thought without an
+end was cut off.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_OPENED, _CLOSED = "<think>", "</think>"
+OPENED, CLOSED = "<think>", "</think>"
 _STATEMENT = re.compile(
     r"(?:^|(?<=[.!?])[ \t])[ \t*_#`-]*(?:(?:so|thus|hence|therefore|my|the|final|overall)\b,?[ \t]*)*verdict"
     r"(?:[\s*_`]*[:=-]+\s*|[ \t]+is\b:?[ \t]*|[ \t*_`]*\n+\s*|[ \t*_`]+(?=[AB]\W*$))(?P<said>[^\n]*)"
@@ -36,14 +37,19 @@ _UNSURE = re.compile(r"\b(?:not|no|never|or|if|unless|hardly|nothing)\b|n't\b", 
 
 def read_verdict(reply: str) -> float | None:
     """The last verdict that a reply states: 1 for A, 0 for B, 0.5 for a tie, None if there is none or it cannot be read."""
-    text = _visible(reply.rpartition(_CLOSED)[2])
-    if _OPENED in text:
-        return None  # cut off while it was thinking
+    if cut_off_thinking(reply):
+        return None
+    text = _visible(reply.rpartition(CLOSED)[2])
     lines = text.rstrip().splitlines()
     if lines and _BARE.fullmatch(lines[-1]):
         return _meaning(lines[-1])
     statements = [next(part for part in found.groups() if part is not None) for found in _STATEMENT.finditer(text)]
     return _meaning(statements[-1]) if statements else None
+
+
+def cut_off_thinking(reply: str) -> bool:
+    """Whether a reply ends inside a thought."""
+    return OPENED in _visible(reply.rpartition(CLOSED)[2])
 
 
 def _visible(text: str) -> str:
