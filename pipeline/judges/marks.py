@@ -6,23 +6,40 @@ well as a fluent true one.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
 import regex
 
 # scripts that put no space between words are read by their characters
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}']--[{_UNSPACED}]]+", regex.V1)
-# of Latin, Greek and Cyrillic; Chinese and Japanese; Arabic and Urdu; Devanagari and its neighbours; Armenian; Ethiopic
+_UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}\p{Javanese}\p{Balinese}"
+)
+_LETTERS = r"\p{L}\p{Nd}'"
+# marks change a letter; variation selectors make a sign an emoji
+_WORD = regex.compile(
+    rf"[[{_UNSPACED}]&&[\p{{L}}\p{{N}}]]\p{{M}}*"
+    rf"|[[{_LETTERS}]--[{_UNSPACED}]][[{_LETTERS}\p{{Mn}}\p{{Mc}}]--[{_UNSPACED}\p{{Variation_Selector}}]]*",
+    regex.V1,
+)
+_UNSPACED_SIGN = regex.compile(f"[{_UNSPACED}]")
+# of Latin, Greek and Cyrillic; Chinese and Japanese; Arabic and Urdu; Devanagari and its neighbours; Armenian; Ethiopic;
+# Burmese; Khmer; Tibetan
 _ENDS = (
-    ".!?:)]\"'\u201d\u2019\u2026\u00bb"
-    "\u3002\uff01\uff1f\uff0e\u300d\u300f\uff09\u3011\u300b"
+    ".!?:)]\"'\u201d\u2019\u2026\u00bb\u203a"
+    "\u3002\uff01\uff1f\uff0e\uff61\u300d\u300f\uff63\uff09\u3011\u300b\u3009\u3015"
     "\u061f\u06d4"
     "\u0964\u0965"
     "\u0589"
     "\u1362\u1367"
+    "\u104b"
+    "\u17d4\u17d5"
+    "\u0f0d\u0f0e"
 )
+# elsewhere these open a quotation
+_QUOTED = regex.compile(r"\u201e[^\u201c]*\u201c$|\u00bb[^\u00ab]*\u00ab$")
 # Thai and Lao mark no end of a sentence
 _WITHOUT_ENDS = regex.compile(r"[\p{Thai}\p{Lao}]\p{M}*$")
 _STOP_WORDS = frozenset(
@@ -70,11 +87,11 @@ def ends_well(response: str) -> bool:
         return False
     if text[-1] in _ENDS:
         return text[-1] != ":"
-    if _WITHOUT_ENDS.search(text):
+    if _WITHOUT_ENDS.search(text) or _QUOTED.search(text):
         return True
     # a list item or a signature may end without a full stop
     lines = text.splitlines()
-    return len(lines) > 1 and len(lines[-1].split()) <= 12
+    return len(lines) > 1 and words_between_spaces(lines[-1]) <= 12
 
 
 def repetition(response: str) -> float:
@@ -103,7 +120,12 @@ def concision(response: str) -> float:
 
 def words_of(text: str) -> list[str]:
     """Lower-case words of any script; characters where a script puts no space between words."""
-    return list(map(str, _WORD.findall(text.lower())))
+    return list(map(str, _WORD.findall(unicodedata.normalize("NFC", text.lower()))))
+
+
+def words_between_spaces(text: str) -> int:
+    """How many words stand between spaces; where a script puts none between words, its characters count."""
+    return sum(len(words_of(part)) if _UNSPACED_SIGN.search(part) else 1 for part in text.split())
 
 
 def stem(word: str) -> str:

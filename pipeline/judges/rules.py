@@ -37,12 +37,16 @@ def _complete_and_concise(_: str) -> Mark:
 
 
 def _no_repetition(_: str) -> Mark:
-    return lambda _prompt, response: 1.0 - marks.repetition(response.text)
+    def mark(_: str, response: Response) -> float | None:
+        unreadable = response.text.strip() and not marks.words_of(response.text)
+        return None if unreadable else 1.0 - marks.repetition(response.text)
+
+    return mark
 
 
 def _max_words(argument: str) -> Mark:
     limit = positive_number(argument)
-    return lambda _, response: float(0 < len(response.text.split()) <= limit)
+    return lambda _, response: float(0 < marks.words_between_spaces(response.text) <= limit)
 
 
 def _contains(argument: str) -> Mark:

@@ -52,6 +52,27 @@ def test_words_of_scripts_are_whole_and_english_ones_are_as_before():
     assert marks.words_of("It's 3 o'clock, a_b!") == ["it's", "3", "o'clock", "a", "b"]
     assert marks.words_of("हिन्दी में") == ["हिन्दी", "में"]
     assert marks.words_of("café 東京です") == ["café", "東", "京", "で", "す"]
+    assert marks.words_of("cafe\u0301") == ["caf\u00e9"]
+    assert marks.words_of("๑๒ กิ") == ["๑", "๒", "กิ"]
+
+
+def test_signs_in_english_are_no_words():
+    assert marks.words_of("1\ufe0f\u20e3 I \u2764\ufe0f x\u00b2, \u00bd cup \U0001f600\ufe0f") == ["1", "i", "x", "cup"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("a - b, c\n d", 5), ("", 0), ("我们回家。", 4), ("用 Python 写", 3), ("เรา", 3), ("Мы идём", 2)],
+)
+def test_words_between_spaces_are_those_of_split_but_where_a_script_has_no_spaces(text, number):
+    assert marks.words_between_spaces(text) == number
+
+
+def test_relevance_is_seen_in_any_script():
+    assert marks.relevance("варить яйца", "яйца варить долго") == 1.0
+    assert marks.relevance("варить яйца", "Красим стену.") == 0.0
+    assert marks.relevance("煮鸡蛋", "油漆墙壁") == 0.0
+    assert marks.relevance("煮鸡蛋", "鸡蛋") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -68,6 +89,15 @@ def test_words_of_scripts_are_whole_and_english_ones_are_as_before():
         ("Мы идём домой.", True),
         ("Мы идём", False),
         ("เรากลับบ้าน", True),
+        ("យើងទៅផ្ទះ។", True),
+        ("យើងទៅផ្ទះ", False),
+        ("အိမ်ပြန်တယ်။", True),
+        ("ང་ཚོ་ཁྱིམ་ལ་འགྲོ།", True),
+        ("Sie sagte: \u201eJa.\u201c", True),
+        ("Sie sagte: \u00bbJa.\u00ab", True),
+        ("She said \u201c", False),
+        ("Il dit \u00ab", False),
+        ("步骤：\n" + "然后把所有的东西都放进锅里" * 2, False),  # noqa: RUF001
     ],
 )
 def test_an_ending_is_seen_in_any_script(text, ends):

@@ -15,6 +15,8 @@ CASES = [
     ("no_repetition", ("Boil the rice for ten minutes.", "stop"), ("Boil it well now. " * 9, "stop")),
     ("max_words=3", ("Boil the rice.", "stop"), ("Boil the rice well.", "stop")),
     ("max_words=3", ("Boil.", "stop"), ("", "stop")),
+    ("max_words=3", ("煮米饭。", "stop"), ("把米饭煮好。", "stop")),
+    ("no_repetition", ("Варите рис десять минут.", "stop"), ("Варите рис дома сейчас. " * 9, "stop")),
     ("contains=Thank You", ("well, thank you.", "stop"), ("thanks", "stop")),
     (r"regex=^\d+\.", ("1. Boil", "stop"), ("Boil 1.", "stop")),
     ("json_valid", ('```json\n{"a": 1}\n```', "stop"), ('{"a": NaN}', "stop")),
@@ -56,6 +58,13 @@ def test_every_rule_is_tried_above():
 )
 def test_what_means_nothing_is_refused(rule, problem):
     assert problem in rule_problem(rule)
+
+
+def test_a_text_without_words_is_a_failure_of_a_rule_that_looks_for_repeated_ones(tmp_path):
+    judge = open_judge(JudgeConfig(name="rule:no_repetition"), JudgeContext(tmp_path))
+    for text, winner in (("\U0001f600 !" * 60, "failed"), ("", "tie")):
+        item = Comparison(Prompt("p", "?"), 0, "policy", "reference", Response(text, "stop"), Response("Yes.", "stop"))
+        assert {one.winner for one in judge_both_orders(judge, [item])} == {winner}
 
 
 def test_a_pattern_that_explodes_is_a_failure_and_no_standstill(tmp_path):
