@@ -94,15 +94,16 @@ class Judge:
 def by_reward(name: str, reward: Reward, tie: float = 0.0) -> Judge:
     """A judge of single responses as one of duels: the higher reward wins, within `tie` nobody does.
 
-    Every response is asked about once, however many duels it stands in.
+    Every response is asked about once, however many duels it stands in; the same text of other tokens is another response.
     """
-    rewards: dict[Shown, float | None] = {}
+    rewards: dict[tuple[Shown, tuple[int, ...]], float | None] = {}
 
     def remembered(items: Sequence[Shown]) -> list[float | None]:
-        new = list(dict.fromkeys(item for item in items if item not in rewards))
+        keys = [(item, tuple(item.response.ids)) for item in items]
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in rewards}
         if new:
-            rewards.update(zip(new, reward(new), strict=True))
-        return [rewards[item] for item in items]
+            rewards.update(zip(new, reward(list(new.values())), strict=True))
+        return [rewards[key] for key in keys]
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         responses = [Shown(duel.prompt, side) for duel in duels for side in (duel.first, duel.second)]

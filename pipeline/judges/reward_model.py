@@ -21,7 +21,7 @@ from pipeline.judges.encoding import encode_turns
 from pipeline.judges.judging import Judge, Reward, Shown, by_reward
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
 from pipeline.models.configuration import position_limit, read_config, text_config
-from pipeline.models.identity import behaviour_digest
+from pipeline.models.identity import identify_model
 from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.models.locate import locate
 
@@ -45,21 +45,20 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
     if not same and not tokenizer.chat_template:
         raise ConfigError(f"judge {settings.shown}: its tokenizer has no chat template, and it is not the samples' own")
     dtype = judge_dtype(settings)
-    identity = f"{behaviour_digest(directory)} {_engine(settings)} {dtype} {same}"
+    # a longer sequence has no reward
+    identity = f"{identify_model(directory).digest} {position_limit(directory)} {_engine(settings)} {dtype}"
 
     def reward(items: Sequence[Shown]) -> list[float | None]:
-        # the very tokens decide where they are what the model reads
-        keys = [
-            verdict_key(identity, (item.prompt.text, item.response.text, str(list(item.response.ids) if same else "")))
-            for item in items
-        ]
+        sequences = [_ids(item, tokenizer, same=same) for item in items]
+        # all that the model sees
+        keys = [verdict_key(identity, (str(ids),)) for ids in sequences]
 
-        def ask(missing: Mapping[str, Shown]) -> None:
-            ids = [_ids(item, tokenizer, same=same) for item in missing.values()]
-            for key, value in zip(missing, _rewards(directory, settings, dtype, ids), strict=True):
+        def ask(missing: Mapping[str, list[int]]) -> None:
+            rewards = _rewards(directory, settings, dtype, list(missing.values()))
+            for key, value in zip(missing, rewards, strict=True):
                 verdicts.add(key, Verdict(value))
 
-        return verdicts.values(keys, items, ask)
+        return verdicts.values(keys, sequences, ask)
 
     typed: Reward = reward
     return by_reward(settings.shown, typed)

@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "*.model",
 )
 # files beside config.json that say how weights are quantised
@@ -121,7 +122,7 @@ def behaviour_digest(directory: Path) -> str:
     """sha256 (hex) of all that decides what a model says: tensors, configuration, tokenizer, chat template, code."""
     patterns = (*TOKENIZER_FILES, "generation_config.json")
     files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-    tokenizer_files = {file.name: digest for file, digest in files_sha256(files).items()}
+    tokenizer_files = {file.relative_to(directory).as_posix(): digest for file, digest in files_sha256(files).items()}
     said = [tensor_digests(directory), read_config(directory), tokenizer_files, code_digests(directory)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

@@ -147,7 +147,9 @@ def copy_tokenizer(base: Path, directory: Path) -> None:
     """Copy the tokenizer's files byte for byte: saving them anew may change them."""
     for pattern in TOKENIZER_FILES:
         for file in base.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
+            copy = directory / file.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 # --- where models come from

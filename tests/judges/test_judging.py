@@ -8,6 +8,7 @@ from pipeline.evaluation.rates.statistics import detectable, wilson
 from pipeline.evaluation.rates.winrates import by_topic, comparison_scores, prompt_scores, win_rate
 from pipeline.judges.judging import (
     Comparison,
+    Duel,
     Judge,
     Judgement,
     Prompt,
@@ -109,6 +110,12 @@ def test_a_reward_is_asked_for_once_a_response():
     assert [one.score for one in found] == [1.0, 1.0, 0.5, 0.5]
     assert sorted(asked) == ["long", "same", "x"]
     assert judge.reward([]) == []
+
+
+def test_the_same_text_of_other_tokens_has_a_reward_of_its_own():
+    judge = by_reward("first token", lambda items: [float(item.response.ids[0]) for item in items])
+    low, high = (Response("a", "stop", ids=(token,)) for token in (1, 2))
+    assert judge.prefer([Duel(Prompt("p", ""), high, low)]) == [1.0]
 
 
 def test_the_majority_decides_a_panel():

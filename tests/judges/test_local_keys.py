@@ -35,7 +35,13 @@ def edit_configuration(directory):
     path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.5}))
 
 
-@pytest.mark.parametrize("edit", [edit_template, edit_configuration])
+def add_template(directory):
+    path = directory / "additional_chat_templates/tool_use.jinja"
+    path.parent.mkdir()
+    path.write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize("edit", [edit_template, edit_configuration, add_template])
 def test_an_edited_judge_is_asked_again(tmp_path, edit):
     directory = make_tiny_model(tmp_path / "tiny")
     before = keys(directory)
