@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,10 @@ def _alpaca_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
 
 def _arena_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
     base = path.parent.parent.parent
-    questions = {row["uid"]: row["prompt"] for row in _read(base / "question.jsonl")}
+    questions = dict(_arena_rows(base / "question.jsonl", "question", lambda row: (row["uid"], row["prompt"])))
     answers: dict[tuple[str, str], str] = {}
     for file in sorted((base / "model_answer").glob("*.jsonl")):
-        for row in _read(file):
-            said = row["messages"][-1]["content"]
-            answers[row["model"], row["uid"]] = said["answer"] if isinstance(said, dict) else str(said)
+        answers.update(_arena_rows(file, "answer", lambda row: ((row["model"], row["uid"]), _answer(row))))
     votes = []
     for number, row in enumerate(rows):
         try:
@@ -98,9 +96,27 @@ def _arena_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
             prompt = questions[row["uid"]]
             for game, texts in zip(row["games"], ((baseline, model), (model, baseline)), strict=True):
                 votes.append(Vote(prompt, *texts, _ARENA.get(str((game or {}).get("score")).strip("[]"))))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, row {number}: not an Arena-Hard judgment with its answers ({error!r})") from None
     return votes
+
+
+def _arena_rows(path: Path, what: str, read: Callable[[dict[str, Any]], tuple[Any, Any]]) -> Iterator[tuple[Any, str]]:
+    """(key, text) of every row of a file of Arena-Hard. Raises DataError for a row that is not `what`."""
+    for number, row in enumerate(_read(path)):
+        try:
+            key, text = read(row)
+            hash(key)
+            if not isinstance(text, str):
+                raise TypeError(f"expected text, got {type(text).__name__}")
+        except (LookupError, TypeError) as error:
+            raise DataError(f"{path}, row {number}: not an Arena-Hard {what} ({error!r})") from None
+        yield key, text
+
+
+def _answer(row: dict[str, Any]) -> Any:
+    said = row["messages"][-1]["content"]
+    return said["answer"] if isinstance(said, dict) else said
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -111,7 +127,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if path.suffix == ".jsonl"
             else json.loads(text)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects")

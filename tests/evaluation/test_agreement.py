@@ -1,12 +1,14 @@
 """Agreement of judges against hand values, scikit-learn and simulated voices; what judges lean to; files read back."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipeline.artifacts.tables import PAIRS, SAMPLES, write_table
+from pipeline.errors import DataError
 from pipeline.evaluation.figures import judgements_table
 from pipeline.evaluation.rates.agreement import agreement, kappas, voice, votes_of
 from pipeline.evaluation.results import Results, write_results
@@ -14,7 +16,7 @@ from pipeline.judges.annotations import Vote, read_votes
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders, judge_implicitly
 from pipeline.pairs.splits import prompt_id_of
 from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
-from tests.conftest import refscore_here
+from tests.conftest import refscore_here, write_rows
 
 
 def votes(scores):
@@ -123,6 +125,72 @@ def test_an_export_is_read_back_whatever_lines_end_with(tmp_path, write):
     ours = voice("longer", votes_of(judged, items)["longer"])
     assert theirs.scores == ours.scores
     assert len(ours.scores) == len(ODD)
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "problem"),
+    [
+        ("question.jsonl", {"question_id": 1, "prompt": "p"}, "row 1: not an Arena-Hard question (KeyError('uid'))"),
+        ("question.jsonl", {"uid": "1"}, "row 1: not an Arena-Hard question (KeyError('prompt'))"),
+        ("question.jsonl", {"uid": ["1"], "prompt": "p"}, "row 1: not an Arena-Hard question (TypeError"),
+        ("question.jsonl", {"uid": "1", "prompt": None}, "row 1: not an Arena-Hard question (TypeError"),
+        ("model_answer/m.jsonl", {"uid": "1", "model": "m"}, "row 1: not an Arena-Hard answer (KeyError('messages'))"),
+        (
+            "model_answer/m.jsonl",
+            {"uid": "1", "model": "m", "messages": []},
+            "row 1: not an Arena-Hard answer (IndexError",
+        ),
+        (
+            "model_answer/m.jsonl",
+            {"uid": "1", "model": "m", "messages": 3},
+            "row 1: not an Arena-Hard answer (TypeError",
+        ),
+        (
+            "model_answer/m.jsonl",
+            {"uid": "1", "messages": [{"content": "a"}]},
+            "row 1: not an Arena-Hard answer (KeyError('model'))",
+        ),
+        (
+            "model_answer/m.jsonl",
+            {"uid": "1", "model": "m", "messages": [{"content": {"answer": 3}}]},
+            "expected text, got int",
+        ),
+        ("model_judgment/judge/m.jsonl", {"uid": "0", "games": 3}, "row 1: not an Arena-Hard judgment"),
+        (
+            "model_judgment/judge/m.jsonl",
+            {"uid": "0", "model": "m", "baseline": "b", "games": ["A>B", "B>A"]},
+            "row 1: not an Arena-Hard judgment",
+        ),
+        (
+            "model_judgment/judge/m.jsonl",
+            {"uid": ["0"], "games": [], "model": "m", "baseline": "b"},
+            "row 1: not an Arena-Hard judgment",
+        ),
+    ],
+)
+def test_a_file_of_another_form_beside_arena_hard_judgments_is_named_with_its_row(tmp_path, file, row, problem):
+    files = {
+        "question.jsonl": [{"uid": "0", "prompt": "p"}],
+        "model_answer/b.jsonl": [{"uid": "0", "model": "b", "messages": [{"content": {"answer": "x"}}]}],
+        "model_answer/m.jsonl": [{"uid": "0", "model": "m", "messages": [{"content": "y"}]}],
+        "model_judgment/judge/m.jsonl": [
+            {"uid": "0", "model": "m", "baseline": "b", "games": [{"score": "A>B"}, {"score": "B>A"}]}
+        ],
+    }
+    judgments = tmp_path / "model_judgment/judge/m.jsonl"
+    for name, rows in files.items():
+        write_rows(tmp_path / name, rows)
+    assert read_votes(judgments) == [Vote("p", "x", "y", 1.0), Vote("p", "y", "x", 0.0)]
+    write_rows(tmp_path / file, [*files[file], row])
+    with pytest.raises(DataError, match=re.escape(problem)) as raised:
+        read_votes(judgments)
+    assert str(raised.value).startswith(str(tmp_path / file))
+
+
+def test_a_file_nested_too_deeply_cannot_be_read(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 99_999)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_votes(tmp_path / "deep.json")
 
 
 def test_the_command_compares_files_and_says_why_it_cannot(tmp_path):
