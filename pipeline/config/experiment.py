@@ -138,6 +138,10 @@ class GenerateConfig(Section):
         default_factory=dict,
         description="further models to judge, name: model directory, PEFT adapter, Hub id, embedded:<name> or run:<run>",
     )
+    compare: Literal["all", "reference"] = Field(
+        "all",
+        description="which models judges compare: all: every two; reference: each with the reference, fewer verdicts",
+    )
     kl_samples: int = Field(
         1, ge=0, description="responses a prompt at temperature 1, by which KL to the reference is measured; 0 = none"
     )

@@ -77,7 +77,8 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
 
     samples, kl_samples = make_samples(config.generate, reference, run, prompts, models, listener)
     kl = measure_kl(config.generate, reference, run, prompts, models, kl_samples, listener)
-    comparisons = comparisons_of(samples, prompts, names)
+    against = "reference" if config.generate.compare == "reference" else None
+    comparisons = comparisons_of(samples, prompts, names, against)
     said = _judged(judges, comparisons, kl, prompts, listener)
     judgements += said.judgements
     free = {settings.shown for settings in config.judge if needs_no_model(settings)}

@@ -93,8 +93,13 @@ def response_of(row: dict[str, Any]) -> Response:
     return Response(row["response"].strip(), row["finish_reason"], tuple(row["response_ids"]))
 
 
-def comparisons_of(samples: pa.Table, prompts: Sequence[Prompt], models: Sequence[str]) -> list[Comparison]:
-    """Every two models' samples of the same prompt and number, the model that `models` lists later as the baseline."""
+def comparisons_of(
+    samples: pa.Table, prompts: Sequence[Prompt], models: Sequence[str], against: str | None = None
+) -> list[Comparison]:
+    """Every two models' samples of the same prompt and number, the model that `models` lists later as the baseline.
+
+    `against`: only those in which this model is the baseline.
+    """
     responses: dict[tuple[str, int], dict[str, Response]] = defaultdict(dict)
     for row in samples.to_pylist():
         responses[row["prompt_id"], row["sample"]][row["model"]] = response_of(row)
@@ -102,6 +107,7 @@ def comparisons_of(samples: pa.Table, prompts: Sequence[Prompt], models: Sequenc
     return [
         Comparison(by_id[prompt_id], number, model, baseline, both[model], both[baseline])
         for model, baseline in combinations(models, 2)
+        if against in (None, baseline)
         for (prompt_id, number), both in responses.items()
         if model in both and baseline in both
     ]

@@ -31,6 +31,7 @@ EVAL = {
     "generate.engine_args": ("{max_num_seqs: 3}", {}),
     "generate.baseline": ("other", {}),
     "generate.models": ("{x: other}", {}),
+    "generate.compare": ("reference", {"generate.models": "{x: other}"}),
     "generate.kl_samples": (2, {}),
 }
 PAIRS = {
