@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_serializer, model_validator
 
+from pipeline.config.rubrics import read_rubric
 from pipeline.config.rules import rule_problem, seen_by_rule
+from pipeline.errors import ConfigError
 
 IMPLICIT = "implicit"
 _OF_A_SERVER = {
@@ -34,6 +36,9 @@ class JudgeConfig(BaseModel):
     label: str | None = Field(None, description="name in tables and files; default: `name`")
     verdict: Literal["token", "reasoning"] = Field(
         "token", description="llm: token: one letter, with its probability; reasoning: free text that ends in a verdict"
+    )
+    rubric: str | None = Field(
+        None, description="llm: file that holds the question in words of one's own; default: the built-in question"
     )
     max_tokens: int = Field(512, ge=16, description="llm with reasoning: longest reply, in tokens")
     min_mass: float = Field(
@@ -64,7 +69,11 @@ class JudgeConfig(BaseModel):
     @classmethod
     def _from_text(cls, value: Any, handler: ModelWrapValidatorHandler[JudgeConfig]) -> JudgeConfig:
         judge = handler({"name": value} if isinstance(value, str) else value)
-        problems = [problem for problem in (_name_problem(judge.name), _unread(judge), _unpriced(judge)) if problem]
+        problems = [
+            problem
+            for problem in (_name_problem(judge.name), _unread(judge), _unpriced(judge), _rubric_problem(judge))
+            if problem
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return judge
@@ -165,7 +174,7 @@ def _annotations_problem(name: str, argument: str) -> str | None:
 
 
 def _read_by_llm(judge: JudgeConfig) -> set[str]:
-    of_the_verdict = {"verdict", "max_tokens" if judge.verdict == "reasoning" else "min_mass"}
+    of_the_verdict = {"verdict", "rubric", "max_tokens" if judge.verdict == "reasoning" else "min_mass"}
     return of_the_verdict | (_OF_A_SERVER if judge.remote else {"dtype"})
 
 
@@ -209,3 +218,13 @@ def _unpriced(judge: JudgeConfig) -> str | None:
     if judge.max_cost is None or judge.price_in or judge.price_out:
         return None
     return f"judge {judge.name!r}: max_cost says nothing without price_in or price_out"
+
+
+def _rubric_problem(judge: JudgeConfig) -> str | None:
+    if judge.rubric is None:
+        return None
+    try:
+        read_rubric(judge.rubric)
+    except ConfigError as error:
+        return f"judge {judge.name!r}: {error}"
+    return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.judges import JudgeConfig
+from pipeline.config.rubrics import read_rubric
 from pipeline.engines.protocol import engine_version
 from pipeline.engines.vllm.engine import prepare_environment, sized_engine
 from pipeline.engines.vllm.generator import stop_ids
@@ -51,16 +52,20 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     if knows_thoughts(tokenizer):
         how += " thoughts apart"
     engine = engine_version("vllm")
-    identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {wording()}"
+    rubric = read_rubric(settings.rubric) if settings.rubric else None
+    identity = f"{behaviour_digest(directory)} {engine} {judge_dtype(settings)} {how} {wording(rubric)}"
     asked: list[str] = []
     read = None if settings.verdict == "token" else read_verdict
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
-        return verdicts.values(
-            keys, duels, lambda missing: _ask_all(directory, tokenizer, settings, missing, verdicts), read
-        )
+
+        def ask(missing: dict[str, Duel]) -> None:
+            turns = {key: question(duel, settings.verdict, rubric) for key, duel in missing.items()}
+            _ask_all(directory, tokenizer, settings, turns, verdicts)
+
+        return verdicts.values(keys, duels, ask, read)
 
     def cost() -> dict[str, float]:
         answered = [verdict for key in dict.fromkeys(asked) if (verdict := verdicts.get(key))]
@@ -94,7 +99,7 @@ def _ask_all(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase,
     settings: JudgeConfig,
-    missing: dict[str, Duel],
+    turns: dict[str, str],
     verdicts: Verdicts,
 ) -> None:
     prepare_environment()
@@ -103,7 +108,7 @@ def _ask_all(
     one_token = settings.verdict == "token"
     letters = letter_ids(tokenizer) if one_token else {}
     new_tokens = 1 if one_token else settings.max_tokens
-    prompts = _fitting(directory, tokenizer, settings, missing, new_tokens)
+    prompts = _fitting(directory, tokenizer, settings, turns, new_tokens)
     if not prompts:
         return
     length = max(map(len, prompts.values())) + new_tokens + 1
@@ -143,16 +148,15 @@ def _fitting(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase,
     settings: JudgeConfig,
-    missing: dict[str, Duel],
+    turns: dict[str, str],
     new_tokens: int,
 ) -> dict[str, list[int]]:
     limit = position_limit(directory)
     fitting = {}
-    for key, duel in missing.items():
-        turn = [{"role": "user", "content": question(duel, settings.verdict)}]
-        ids = encode_turns(tokenizer, turn, reply_next=True)
+    for key, turn in turns.items():
+        ids = encode_turns(tokenizer, [{"role": "user", "content": turn}], reply_next=True)
         if limit is None or len(ids) + new_tokens < limit:
             fitting[key] = ids
-    if len(fitting) < len(missing):
-        log.warning("judge %s: %d duels are longer than it reads", settings.shown, len(missing) - len(fitting))
+    if len(fitting) < len(turns):
+        log.warning("judge %s: %d duels are longer than it reads", settings.shown, len(turns) - len(fitting))
     return fitting

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipeline.config.judges import JudgeConfig
+from pipeline.config.rubrics import read_rubric
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.judges.asking.completions import UnreadableReply, verdict_of
 from pipeline.judges.asking.prompts import question, wording
@@ -39,18 +40,20 @@ _BYTES_OF_A_TOKEN = 3
 def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     """The judge at `settings.argument`. Nothing is sent before the first duel that `verdicts` does not know."""
     asked: list[str] = []
+    rubric = read_rubric(settings.rubric) if settings.rubric else None
     read = None if settings.verdict == "token" else read_verdict
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
 
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
         model = settings.model or _only_model(settings)
-        identity = f"{settings.argument} {model} {how} {wording()}"
+        identity = f"{settings.argument} {model} {how} {wording(rubric)}"
         keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
         asked.extend(keys)
 
         def ask(missing: dict[str, Duel]) -> None:
-            _forecast(settings, missing, cost()["price"])
-            _ask_all(settings, model, missing, verdicts)
+            turns = {key: question(duel, settings.verdict, rubric) for key, duel in missing.items()}
+            _forecast(settings, turns, cost()["price"])
+            _ask_all(settings, model, turns, verdicts)
 
         return verdicts.values(keys, duels, ask, read)
 
@@ -65,13 +68,13 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
     return Judge(settings.shown, prefer, cost=cost)
 
 
-def _forecast(settings: JudgeConfig, missing: dict[str, Duel], spent: float) -> None:
+def _forecast(settings: JudgeConfig, turns: dict[str, str], spent: float) -> None:
     """Says what asking may cost. Raises ConfigError if that and what is `spent` are more than the judge may cost."""
-    tokens_in = sum(len(question(duel, settings.verdict).encode()) for duel in missing.values()) // _BYTES_OF_A_TOKEN
-    tokens_out = len(missing) * (1 if settings.verdict == "token" else settings.max_tokens)
+    tokens_in = sum(len(turn.encode()) for turn in turns.values()) // _BYTES_OF_A_TOKEN
+    tokens_out = len(turns) * (1 if settings.verdict == "token" else settings.max_tokens)
     price = _price(settings, tokens_in, tokens_out)
     forecast = (
-        f"{len(missing)} requests, about {tokens_in} prompt tokens, at most {tokens_out} generated tokens, "
+        f"{len(turns)} requests, about {tokens_in} prompt tokens, at most {tokens_out} generated tokens, "
         f"price about {price:.2f}"
     )
     log.info("judge %s: %s", settings.shown, forecast)
@@ -86,7 +89,7 @@ def _price(settings: JudgeConfig, tokens_in: int, tokens_out: int) -> float:
     return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
 
 
-def _ask_all(settings: JudgeConfig, model: str, missing: dict[str, Duel], verdicts: Verdicts) -> None:
+def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts: Verdicts) -> None:
     import openai
 
     client = _client(settings, _limiter(settings.requests_per_minute))
@@ -95,8 +98,8 @@ def _ask_all(settings: JudgeConfig, model: str, missing: dict[str, Duel], verdic
     pool = ThreadPoolExecutor(settings.concurrency)
     try:
         futures = {
-            pool.submit(lambda key, duel: verdicts.add(key, _ask(client, settings, model, duel)), key, duel): key
-            for key, duel in missing.items()
+            pool.submit(lambda key, turn: verdicts.add(key, _ask(client, settings, model, turn)), key, turn): key
+            for key, turn in turns.items()
         }
         for done in as_completed(futures):
             error = done.exception()
@@ -124,7 +127,7 @@ def _ask_all(settings: JudgeConfig, model: str, missing: dict[str, Duel], verdic
     if reasons:
         log.warning(
             "judge %s: %d of %d requests failed, most because: %s. The same command asks them again",
-            settings.shown, sum(reasons.values()), len(missing), max(reasons, key=lambda reason: reasons[reason]),
+            settings.shown, sum(reasons.values()), len(turns), max(reasons, key=lambda reason: reasons[reason]),
         )  # fmt: skip
 
 
@@ -151,14 +154,14 @@ def _reason(error: BaseException, settings: JudgeConfig) -> str:
     return first_line(Exception(text or type(error).__name__))
 
 
-def _ask(client: OpenAI, settings: JudgeConfig, model: str, duel: Duel) -> Verdict:
+def _ask(client: OpenAI, settings: JudgeConfig, model: str, turn: str) -> Verdict:
     how: dict[str, Any] = (
         {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
         if settings.verdict == "token"
         else {"max_tokens": settings.max_tokens}
     )
-    turn: Any = [{"role": "user", "content": question(duel, settings.verdict)}]
-    raw = client.chat.completions.with_raw_response.create(model=model, messages=turn, temperature=0.0, **how)
+    messages: Any = [{"role": "user", "content": turn}]
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=messages, temperature=0.0, **how)
     return verdict_of(raw.http_response.content, settings)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.config.judges import JudgeConfig
+from pipeline.judges.asking.prompts import question
 from pipeline.judges.encoding import control_tokens, encode_turns
 from pipeline.judges.judging import Duel, Prompt, Response, Shown
 from pipeline.judges.local import _fitting
@@ -21,7 +22,8 @@ def test_a_local_judge_reads_control_tokens_of_a_response_as_text(tmp_path):
     directory = make_tiny_model(tmp_path / "tiny", max_position_embeddings=4096)
     settings = JudgeConfig(name=f"llm:{directory}")
     duels = {text: Duel(Prompt("0", "p"), Response(text, "stop"), Response("b", "stop")) for text in ("a", HOSTILE)}
-    ids = _fitting(directory, tokenizer, settings, duels, 1)
+    turns = {text: question(duel, "token") for text, duel in duels.items()}
+    ids = _fitting(directory, tokenizer, settings, turns, 1)
     assert controls(tokenizer, ids[HOSTILE]) == controls(tokenizer, ids["a"])
     assert HOSTILE in tokenizer.decode(ids[HOSTILE])
 

@@ -22,6 +22,7 @@ from tests.conftest import make_tiny_model, make_tiny_tokenizer
 from tests.judges.letter_server import Server
 
 ANY, LOCAL, REMOTE, REWARD = "rule:contains=e", "llm:<model>", "llm:<url>", "reward_model:<model>"
+RUBRIC = "<rubric>"
 REASONED = {"verdict": "reasoning"}
 # (field, judge): the change, what must be set beside it (in both runs) to give it a meaning, and how the server behaves
 CHANGES = {
@@ -29,6 +30,8 @@ CHANGES = {
     ("label", ANY): ("another", {}, {}),
     ("verdict", LOCAL): ("reasoning", {}, {}),
     ("verdict", REMOTE): ("reasoning", {}, {}),
+    ("rubric", LOCAL): (RUBRIC, {}, {}),
+    ("rubric", REMOTE): (RUBRIC, {}, {}),
     ("max_tokens", LOCAL): (16, REASONED, {}),
     ("max_tokens", REMOTE): (16, REASONED, {}),
     ("min_mass", LOCAL): (0.6, {}, {}),
@@ -60,7 +63,9 @@ def models(tmp_path_factory):
     tiny = make_tiny_model(where / "tiny", max_position_embeddings=4096)
     LlamaForSequenceClassification(LlamaConfig.from_pretrained(tiny, num_labels=1)).save_pretrained(where / "reward")
     make_tiny_tokenizer().save_pretrained(where / "reward")
-    return {LOCAL: f"llm:{tiny}", REWARD: f"reward_model:{where / 'reward'}"}
+    rubric = where / "rubric.txt"
+    rubric.write_text("Which is politer?\n{prompt}\n{response_a}\n{response_b}\n")
+    return {RUBRIC: str(rubric), LOCAL: f"llm:{tiny}", REWARD: f"reward_model:{where / 'reward'}"}
 
 
 @pytest.mark.parametrize(("field", "kind"), CHANGES, ids=lambda part: part.split(":<")[0])
@@ -76,7 +81,8 @@ def test_changing_it_changes_something(models, tmp_path, monkeypatch, field, kin
             # what was said before is still there, but for what only the server sees
             place = tmp_path / (f"{len(found)}" if seen_by_the_server_only(field) else "verdicts")
             server.fail = list(behaviour.get("fail", ()))
-            found.append(outcome({**settings, **changes}, server, place, monkeypatch, field))
+            given = {name: models.get(value, value) for name, value in changes.items()}
+            found.append(outcome({**settings, **given}, server, place, monkeypatch, field))
     finally:
         server.shutdown()
         server.server_close()
@@ -107,7 +113,10 @@ def outcome(settings, server, place, monkeypatch, field):
             judgements, cost = judge_both_orders(judge, items), judge.cost()
         except RefscoreError as error:
             judgements, cost = str(error), None
-    sent = sorted((key, request["model"], request["max_tokens"]) for key, request in server.seen)
+    sent = sorted(
+        (key, request["model"], request["max_tokens"], request["messages"][0]["content"])
+        for key, request in server.seen
+    )
     pace = {"concurrency": server.most > 1, "requests_per_minute": time.monotonic() - begun > 2.2}.get(field)
     return judgements, cost, told, sent, pace
 
@@ -117,7 +126,7 @@ def doubles(patch, told):
     def sized_engine(directory, config, dtype, length, **options):
         told.append(dtype)
         tokenizer = load_tokenizer(directory, SimpleNamespace(trust_remote_code=False))
-        yield Letters(tokenizer)
+        yield Letters(tokenizer, told)
 
     patch.setattr(pipeline.judges.local, "sized_engine", sized_engine)
     for name in ("with_vllm", "with_transformers"):
@@ -131,10 +140,11 @@ def doubles(patch, told):
 class Letters:
     """An engine that says A with 0.3 and B with 0.1, or reasons for 20 tokens and then says A."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, told):
+        self.tokenizer, self.told = tokenizer, told
 
     def generate(self, inputs, params, use_tqdm):
+        self.told += [self.tokenizer.decode(one["prompt_token_ids"]) for one in inputs]
         reasoned = self.tokenizer("x" * 20 + "\nVerdict: A", add_special_tokens=False)["input_ids"]
         said = {token: self.tokenizer.decode([token]).strip().lower() for token in params.logprob_token_ids or []}
         chances = {
