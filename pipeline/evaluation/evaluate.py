@@ -60,7 +60,8 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     about = read_about(run.pairs)
     must_share_vocabulary(models, about.get("vocabulary"))
     # judges are opened before anything is generated: what is wrong with one is said at once
-    context = JudgeContext(run.verdicts, config.judge, (about.get("vocabulary", ""), about.get("template", "")))
+    made_by = (about.get("vocabulary", ""), about.get("template", ""))
+    context = JudgeContext(run.verdicts, config.judge, made_by, listener)
     judges = [open_judge(settings, context) for settings in config.judge if settings.kind != IMPLICIT]
     listener.say(f"prompts   {len(prompts)} held out, for {', '.join(names)}")
 

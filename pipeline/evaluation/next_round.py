@@ -43,7 +43,8 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     tokenizer = reference.tokenizer
     pairs = build_pairs(config.data, tokenizer)
     prompts = _training_prompts(pairs)[: config.generate.pair_prompts]
-    context = JudgeContext(run.verdicts, config.judge, (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))
+    made_by = (vocabulary_digest(tokenizer), chat_template_digest(tokenizer))
+    context = JudgeContext(run.verdicts, config.judge, made_by, listener)
     judge = open_judge(pair_judge(config), context)
     settings = settled(config.generate, reference.numerics.dtype)
     settings = settings.model_copy(update={"samples": config.generate.pair_samples})

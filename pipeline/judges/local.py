@@ -28,6 +28,7 @@ from pipeline.models.configuration import position_limit, text_config
 from pipeline.models.identity import behaviour_digest
 from pipeline.models.load import Named, load_tokenizer
 from pipeline.models.locate import locate
+from pipeline.progress import SILENT, Listener
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 _WAVE = 512
 
 
-def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
+def open_local(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = SILENT) -> Judge:
     """The judge; loads nothing before the first duel that `verdicts` does not know."""
     spec = Named(settings.argument)
     directory = locate(spec)
@@ -63,7 +64,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
 
         def ask(missing: dict[str, Duel]) -> None:
             turns = {key: question(duel, settings.verdict, rubric) for key, duel in missing.items()}
-            _ask_all(directory, tokenizer, settings, turns, verdicts)
+            _ask_all(directory, tokenizer, settings, turns, verdicts, listener)
 
         return verdicts.values(keys, duels, ask, read)
 
@@ -101,6 +102,7 @@ def _ask_all(
     settings: JudgeConfig,
     turns: dict[str, str],
     verdicts: Verdicts,
+    listener: Listener,
 ) -> None:
     prepare_environment()
     from vllm import SamplingParams, TokensPrompt
@@ -120,7 +122,10 @@ def _ask_all(
         logprob_token_ids=[token for ids in letters.values() for token in ids] or None,
     )
     config = text_config(directory)
-    with sized_engine(directory, config, judge_dtype(settings), length, skip_tokenizer_init=True) as engine:
+    with (
+        sized_engine(directory, config, judge_dtype(settings), length, skip_tokenizer_init=True) as engine,
+        listener.progress(f"{settings.shown} judges", len(prompts)) as ticker,
+    ):
         keys, inside_thought, cut_off = list(prompts), opens_thought(tokenizer), 0
         # wave by wave, so that a kill loses one wave
         for start in range(0, len(keys), _WAVE):
@@ -137,6 +142,7 @@ def _ask_all(
                 elif cut_off_thinking(text):
                     cut_off += 1
                 verdicts.add(key, Verdict(value, text, len(prompts[key]), len(reply.token_ids)))
+                ticker.advance_tokens(1, len(prompts[key]) + len(reply.token_ids))
     if cut_off:
         log.warning(
             "judge %s: %d replies end inside a thought: raise its max_tokens (%d)",

@@ -12,6 +12,7 @@ from pipeline.judges.annotations import open_annotations
 from pipeline.judges.judging import Duel, Judge, majority
 from pipeline.judges.memory import Verdicts, verdict_key
 from pipeline.judges.rules import open_rule
+from pipeline.progress import SILENT, Listener
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class JudgeContext:
 
     `verdicts`: the directory in which model judges keep what they said. `listed`: the configuration's judges, whose
     settings a panel's members take. `tokens`: digests of the vocabulary and template that made the samples' ids.
+    `listener`: who hears how far a judge that is asked has come.
     """
 
     verdicts: Path
     listed: Sequence[JudgeConfig] = ()
     tokens: tuple[str, str] | None = None
+    listener: Listener = SILENT
     # a judge that is listed and sits in a panel is one judge with one file
     opened: dict[str, Verdicts] = field(default_factory=dict)
 
@@ -49,10 +52,10 @@ def open_judge(settings: JudgeConfig, context: JudgeContext) -> Judge:
     if settings.remote:
         from pipeline.judges.remote import open_remote
 
-        return open_remote(settings, verdicts)
+        return open_remote(settings, verdicts, context.listener)
     from pipeline.judges.local import open_local
 
-    return open_local(settings, verdicts)
+    return open_local(settings, verdicts, context.listener)
 
 
 def _panel(settings: JudgeConfig, context: JudgeContext) -> Judge:

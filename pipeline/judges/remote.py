@@ -24,6 +24,7 @@ from pipeline.judges.asking.prompts import question, wording
 from pipeline.judges.asking.verdicts import read_verdict
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
+from pipeline.progress import SILENT, Listener, Ticker
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -37,7 +38,7 @@ _GIVE_UP = 8
 _BYTES_OF_A_TOKEN = 3
 
 
-def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
+def open_remote(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = SILENT) -> Judge:
     """The judge at `settings.argument`. Nothing is sent before the first duel that `verdicts` does not know."""
     asked: list[str] = []
     rubric = read_rubric(settings.rubric) if settings.rubric else None
@@ -53,7 +54,8 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts) -> Judge:
         def ask(missing: dict[str, Duel]) -> None:
             turns = {key: question(duel, settings.verdict, rubric) for key, duel in missing.items()}
             _forecast(settings, turns, cost()["price"])
-            _ask_all(settings, model, turns, verdicts)
+            with listener.progress(f"{settings.shown} judges", len(turns)) as ticker:
+                _ask_all(settings, model, turns, verdicts, ticker)
 
         return verdicts.values(keys, duels, ask, read)
 
@@ -89,7 +91,7 @@ def _price(settings: JudgeConfig, tokens_in: int, tokens_out: int) -> float:
     return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
 
 
-def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts: Verdicts) -> None:
+def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts: Verdicts, ticker: Ticker) -> None:
     import openai
 
     client = _client(settings, _limiter(settings.requests_per_minute))
@@ -105,6 +107,7 @@ def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts:
             error = done.exception()
             if error is None:
                 in_a_row = 0
+                ticker.advance(1, _failures(reasons))
                 continue
             if not isinstance(error, openai.APIError | UnreadableReply):
                 raise error
@@ -119,6 +122,7 @@ def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts:
             if reason not in reasons:
                 log.warning("judge %s: %s", settings.shown, reason)
             reasons[reason] = reasons.get(reason, 0) + 1
+            ticker.advance(1, _failures(reasons))
             in_a_row += 1
             if in_a_row >= _GIVE_UP and (isinstance(error, openai.APIConnectionError) or not len(verdicts)):
                 raise RefscoreError(_given_up(error, reason, settings, verdicts))
@@ -129,6 +133,10 @@ def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts:
             "judge %s: %d of %d requests failed, most because: %s. The same command asks them again",
             settings.shown, sum(reasons.values()), len(turns), max(reasons, key=lambda reason: reasons[reason]),
         )  # fmt: skip
+
+
+def _failures(reasons: dict[str, int]) -> str:
+    return f"{sum(reasons.values())} failed"
 
 
 def _given_up(error: BaseException, reason: str, settings: JudgeConfig, verdicts: Verdicts) -> str:

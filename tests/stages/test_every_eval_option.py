@@ -17,6 +17,7 @@ import pipeline.engines.vllm.generator
 import stages.iterate
 from pipeline.config.experiment import GenerateConfig
 from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
+from tests.judges.letter_server import Server
 
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning
 EVAL = {
@@ -92,6 +93,25 @@ def test_at_a_fixed_length_pairs_are_made_of_responses_without_an_end(ground, mo
     rows = [json.loads(line) for line in pairs.splitlines()]
     assert rows
     assert all(row["chosen_cut_off"] and row["rejected_cut_off"] for row in rows)
+
+
+@pytest.mark.parametrize("command", ["eval", "pairs"])
+def test_the_terminal_shows_how_far_a_judge_that_is_asked_has_come(ground, command, monkeypatch):
+    where, config, _ = ground
+    server = Server()
+    monkeypatch.setattr(
+        pipeline.engines.vllm.generator, "sized_engine", lambda *given, **how: sized_engine([], *given, **how)
+    )
+    judge = f"judge=[{{name: 'llm:{server.url}', label: far, model: m}}]"
+    # at a fixed length no response is too short for a pair
+    settings = {"pair_margin": 0, "pair_samples": 2, "kl_samples": 0, "max_tokens": 3, "fixed_length": True}
+    sets = [part for name, value in settings.items() for part in ("--set", f"generate.{name}={value}")]
+    try:
+        said = refscore_here(where, command, "--config", config, "--run", "r", "--set", judge, *sets)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert f"far judges {len(server.asked)}/{len(server.asked)}  0 failed" in said
 
 
 def outcome(where, config, command, settings, monkeypatch):
