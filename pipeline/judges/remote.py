@@ -21,6 +21,7 @@ from pipeline.config.rubrics import read_rubric
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.judges.asking.completions import UnreadableReply, verdict_of
 from pipeline.judges.asking.prompts import question, wording
+from pipeline.judges.asking.structured import Form
 from pipeline.judges.asking.verdicts import read_verdict
 from pipeline.judges.judging import Duel, Judge
 from pipeline.judges.memory import Verdict, Verdicts, verdict_key
@@ -41,6 +42,7 @@ _BYTES_OF_A_TOKEN = 3
 def open_remote(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = SILENT) -> Judge:
     """The judge at `settings.argument`. Nothing is sent before the first duel that `verdicts` does not know."""
     asked: list[str] = []
+    form = Form(settings.shown, lambda error: _reason(error, settings), as_json=settings.verdict == "reasoning")
     rubric = read_rubric(settings.rubric) if settings.rubric else None
     read = None if settings.verdict == "token" else read_verdict
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
@@ -55,7 +57,7 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = 
             turns = {key: question(duel, settings.verdict, rubric) for key, duel in missing.items()}
             _forecast(settings, turns, cost()["price"])
             with listener.progress(f"{settings.shown} judges", len(turns)) as ticker:
-                _ask_all(settings, model, turns, verdicts, ticker)
+                _ask_all(settings, model, form, turns, verdicts, ticker)
 
         return verdicts.values(keys, duels, ask, read)
 
@@ -91,7 +93,9 @@ def _price(settings: JudgeConfig, tokens_in: int, tokens_out: int) -> float:
     return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
 
 
-def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts: Verdicts, ticker: Ticker) -> None:
+def _ask_all(
+    settings: JudgeConfig, model: str, form: Form, turns: dict[str, str], verdicts: Verdicts, ticker: Ticker
+) -> None:
     import openai
 
     client = _client(settings, _limiter(settings.requests_per_minute))
@@ -100,7 +104,7 @@ def _ask_all(settings: JudgeConfig, model: str, turns: dict[str, str], verdicts:
     pool = ThreadPoolExecutor(settings.concurrency)
     try:
         futures = {
-            pool.submit(lambda key, turn: verdicts.add(key, _ask(client, settings, model, turn)), key, turn): key
+            pool.submit(lambda key, turn: verdicts.add(key, _ask(client, settings, model, form, turn)), key, turn): key
             for key, turn in turns.items()
         }
         for done in as_completed(futures):
@@ -162,14 +166,15 @@ def _reason(error: BaseException, settings: JudgeConfig) -> str:
     return first_line(Exception(text or type(error).__name__))
 
 
-def _ask(client: OpenAI, settings: JudgeConfig, model: str, turn: str) -> Verdict:
+def _ask(client: OpenAI, settings: JudgeConfig, model: str, form: Form, turn: str) -> Verdict:
     how: dict[str, Any] = (
         {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
         if settings.verdict == "token"
         else {"max_tokens": settings.max_tokens}
     )
     messages: Any = [{"role": "user", "content": turn}]
-    raw = client.chat.completions.with_raw_response.create(model=model, messages=messages, temperature=0.0, **how)
+    create = client.chat.completions.with_raw_response.create
+    raw = form.answer(lambda said: create(model=model, messages=messages, temperature=0.0, **how, **said))
     return verdict_of(raw.http_response.content, settings)
 
 

@@ -12,13 +12,16 @@ class Server(ThreadingHTTPServer):
     """Prefers the longer block; `fail` answers the first so many requests with an error of that status.
 
     `mass`: the probability of both letters together, four fifths of it that of the longer block's. `delay`: seconds before
-    an answer. `raw`: status, type and body of all answers. `asked`: when, and what; `seen`: the key and the request; `most`: requests that were there at once.
+    an answer. `raw`: status, type and body of all answers. `schema`: ignored, followed or refused, if a request names one.
+    `asked`: when, and what; `seen`: the key and the request; `most`: requests that were there at once.
     """
 
-    def __init__(self, *, fail=(), key=None, models=("m",), logprobs=True, mass=1.0, delay=0.0, raw=None):
+    def __init__(
+        self, *, fail=(), key=None, models=("m",), logprobs=True, mass=1.0, delay=0.0, raw=None, schema="ignored"
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked, self.fail, self.key, self.models, self.logprobs = [], list(fail), key, models, logprobs
-        self.mass, self.delay, self.raw = mass, delay, raw
+        self.mass, self.delay, self.raw, self.schema = mass, delay, raw, schema
         self.seen, self.here, self.most, self.lock = [], 0, 0, threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -58,6 +61,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fail:
             self.answer(self.server.fail.pop(), {"error": {"message": "not now"}})
             return
+        structured = "response_format" in request and self.server.schema
+        if structured == "refused":
+            self.answer(400, {"error": {"message": "response_format is unsupported"}})
+            return
         text = request["messages"][0]["content"]
         self.server.asked.append((time.monotonic(), text))
         first, second = (text.split(f"<response-{name}-")[1].split("\n")[1] for name in "AB")
@@ -73,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
                 reply["logprobs"] = {"content": [{"token": letter, "logprob": sure, "top_logprobs": top}]}
         else:
             said = "I cannot tell." if "unclear" in text else f"Both are fine. Verdict: A?\n**Verdict: {letter}**"
+            if structured == "followed":
+                said = json.dumps({"comparison": said, "verdict": "tie" if "unclear" in text else letter})
             reply = {"message": {"role": "assistant", "content": said}}
         usage = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
         self.answer(

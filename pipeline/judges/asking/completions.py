@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.judges import JudgeConfig
 from pipeline.judges.asking.prompts import letter_of, weighed
+from pipeline.judges.asking.structured import stated_in_json
 from pipeline.judges.asking.verdicts import CLOSED, OPENED, read_verdict
 from pipeline.judges.memory import Verdict
 
@@ -44,7 +45,8 @@ def _with_thought(choice: dict[str, Any], text: str) -> str:
     thought = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
     if thought:  # the server tells the two apart
         return text or OPENED + thought
-    return OPENED + text if choice.get("finish_reason") == "length" and CLOSED not in text else text
+    whole = CLOSED in text or stated_in_json(text) is not None
+    return OPENED + text if choice.get("finish_reason") == "length" and not whole else text
 
 
 def _from_logprobs(choice: dict[str, Any], text: str, settings: JudgeConfig) -> float | None:

@@ -1,15 +1,17 @@
 r"""What the text of a reply says about two responses: A, B, a tie, or nothing that can be read.
 
 A verdict is stated by a line or sentence that begins with the word verdict, by \boxed{...}, by [[...]], or by a last line that
-is nothing but the verdict. The last statement counts, even if it cannot be read. A statement that names both sides or none is a
-tie if it says so, else unreadable; it is never a win. What a model thinks before its reply is not read: a thought without an
-end was cut off.
+is nothing but the verdict; a reply that is JSON states it by its field "verdict" alone. The last statement counts, even if it
+cannot be read. A statement that names both sides or none is a tie if it says so, else unreadable; it is never a win. What a
+model thinks before its reply is not read: a thought without an end was cut off.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+
+from pipeline.judges.asking.structured import stated_in_json
 
 OPENED, CLOSED = "<think>", "</think>"
 _STATEMENT = re.compile(
@@ -37,6 +39,8 @@ _UNSURE = re.compile(r"\b(?:not|no|never|or|if|unless|hardly|nothing)\b|n't\b", 
 
 def read_verdict(reply: str) -> float | None:
     """The last verdict that a reply states: 1 for A, 0 for B, 0.5 for a tie, None if there is none or it cannot be read."""
+    if (stated := stated_in_json(reply)) is not None:
+        return _meaning(_visible(stated))
     if cut_off_thinking(reply):
         return None
     text = _visible(reply.rpartition(CLOSED)[2])
