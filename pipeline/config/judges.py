@@ -71,7 +71,13 @@ class JudgeConfig(BaseModel):
         judge = handler({"name": value} if isinstance(value, str) else value)
         problems = [
             problem
-            for problem in (_name_problem(judge.name), _unread(judge), _unpriced(judge), _rubric_problem(judge))
+            for problem in (
+                _name_problem(judge.name),
+                _label_problem(judge),
+                _unread(judge),
+                _unpriced(judge),
+                _rubric_problem(judge),
+            )
             if problem
         ]
         if problems:
@@ -212,6 +218,15 @@ def _unread(judge: JudgeConfig) -> str | None:
         return None  # said of its name
     unread = sorted(judge.model_fields_set - {"name", "label"} - KINDS[judge.kind].reads(judge))
     return f"judge {judge.name!r} does not read {', '.join(unread)}" if unread else None
+
+
+def _label_problem(judge: JudgeConfig) -> str | None:
+    # reports tell the judge of held-out pairs from judges of texts by this name
+    if judge.label is None or (judge.kind == IMPLICIT) == (judge.label == IMPLICIT):
+        return None
+    if judge.kind == IMPLICIT:
+        return f"judge {IMPLICIT!r} takes no label: figures of held-out pairs are known by that name"
+    return f"judge {judge.name!r}: {IMPLICIT!r} is no label for it: that name is the judge of held-out pairs"
 
 
 def _unpriced(judge: JudgeConfig) -> str | None:

@@ -21,8 +21,12 @@ from pipeline.evaluation.rates.winrates import ComparisonScore, both_orders, pro
 from pipeline.evaluation.results import Baselines, Split
 from pipeline.judges.judging import Comparison, Judge, Judgement, Response, judge_both_orders
 
-# a sentence's end with what closes it: before a space or the end of the text, in Chinese and Japanese before anything
-_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*_]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d\u300f\uff09]*")
+# a sentence's end with what closes it: before a space or the end of the text, in Chinese and Japanese before anything.
+# Beside Latin marks those of Armenian, Arabic and Urdu, Devanagari, Ethiopic, Burmese and Khmer (Unicode's Sentence_Terminal)
+_MARKS = r".!?\u2026\u0589\u061f\u06d4\u0964\u0965\u1362\u1367\u104a\u104b\u17d4\u17d5"
+_END = re.compile(
+    rf"[{_MARKS}]+[\"'\u201d\u2019\u00bb)\]*_]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d\u300f\uff09]*"
+)
 # what stands before the full stop of "1. Wash the rice": no sentence ends there
 _LIST_NUMBER = re.compile(r"[\s*_(-]*\d+")
 

@@ -45,6 +45,8 @@ def test_strings_and_mappings_both_name_judges_and_read_back_equal(tmp_path):
         ("{name: 'rule:no_repetition', vredict: x}", "vredict"),
         ("'annotations:gone.json'", "gone.json is no file"),
         ("['rule:no_repetition', 'rule:no_repetition']", "is listed twice"),
+        ("{name: implicit, label: pairs}", "judge 'implicit' takes no label"),
+        ("{name: 'rule:no_repetition', label: implicit}", "that name is the judge of held-out pairs"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, judge, problem):

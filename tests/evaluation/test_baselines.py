@@ -42,6 +42,15 @@ def comparison(number, policy, reference, sample=0):
         ("", "", ""),
         ("\u4f60\u597d\u3002\u518d\u89c1\uff01\u5c31", "\u4f60\u597d\u3002", "\u4f60\u597d\u3002\u518d\u89c1\uff01"),
         ("Wait... what? Yes", "Wait...", "Wait... what?"),
+        # Arabic, Hindi, Khmer, Amharic
+        (
+            "\u0643\u064a\u0641\u061f \u0646\u0639\u0645. \u062b",
+            "\u0643\u064a\u0641\u061f",
+            "\u0643\u064a\u0641\u061f \u0646\u0639\u0645.",
+        ),
+        ("\u0939\u093e\u0901\u0964 \u0924\u092c", "\u0939\u093e\u0901\u0964", "\u0939\u093e\u0901\u0964"),
+        ("\u1794\u17b6\u1791\u17d4 \u178a", "\u1794\u17b6\u1791\u17d4", "\u1794\u17b6\u1791\u17d4"),
+        ("\u12a0\u12ce\u1362 \u1290", "\u12a0\u12ce\u1362", "\u12a0\u12ce\u1362"),
     ],
 )
 def test_sentences_end_where_a_reader_sees_it(text, first, whole):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,10 @@ import urllib.request
 import pytest
 import torch
 
+from pipeline.config.judges import JudgeConfig
 from pipeline.evaluation.rates.winrates import win_rate
+from pipeline.judges.judging import Duel, Prompt, Response
+from pipeline.judges.open import JudgeContext, open_judge
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer
 from tests.judges.ask_judge import ask
 
@@ -106,3 +110,13 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(server, tmp_path):
     # and a third time asks nobody
     assert ask(server, directory, 20) == judged
     assert keys(directory) == after
+
+
+def test_vllm_holds_a_reasoned_reply_to_the_schema(server, tmp_path):
+    """The model knows A and B alone, so that it never ends the comparison: cut off, but JSON as far as it goes."""
+    judge = JudgeConfig(name=f"llm:{server}", verdict="reasoning", max_tokens=40)
+    duel = Duel(Prompt("0", "prompt"), Response("rice", "stop"), Response("a cat", "stop"))
+    assert open_judge(judge, JudgeContext(tmp_path)).prefer([duel]) == [None]
+    (file,) = tmp_path.iterdir()
+    reply = json.loads(file.read_text())["reply"]
+    assert re.fullmatch(r'<think>\{\s*"comparison"\s*:\s*"[^"]*', reply)
