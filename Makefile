@@ -86,7 +86,7 @@ frontier: .venv/.test ## reward against KL: DPO, IPO, SFT, shuffled labels, best
 bench: .venv/.test ## speed and memory of scoring and training on the demo data
 	@.venv/bin/python -m tests.benchmarks.stages
 
-demo-data: .venv/.run ## remake the pairs of data/demo (DATA=bad_rule: of data/bad_rule) from their prompts
+demo-data: .venv/.run ## remake the pairs of data/demo from their prompts (DATA=bad_rule or DATA=confirm: those)
 	@.venv/bin/python -m stages.demo_data $(DATA)
 
 requirements: .venv/.run ## compile requirements/*.txt from pyproject.toml again

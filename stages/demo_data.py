@@ -1,4 +1,4 @@
-"""Remakes the pairs of a demo from its prompts: `make demo-data`, or `DATA=bad_rule`.
+"""Remakes the pairs of a demo from its prompts: `make demo-data`, or `DATA=bad_rule`, or `DATA=confirm`.
 
 The same code as `refscore pairs`, with the embedded model as the policy and every fourth or fifth prompt of a topic held out.
 data/<name>/README.md describes the rule for readers.
@@ -10,7 +10,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ from stages import console
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a demo's pairs are made: the judge that chooses, how samples are drawn, which best ones are taken, what is held out."""
+    """How a demo's pairs are made: the judge that chooses, how samples are drawn, which best ones are taken, what is held out.
 
+    `prompts` is a file, and `names` are the files that the pairs of each split are written to, beside it.
+    """
+
+    prompts: Path
     judge: str
     settings: GenerateConfig
     chat: bool
@@ -42,10 +46,12 @@ class Recipe:
     margin: float = 0.25
     accept: Callable[[Sample], bool] = lambda _: True
     left_out: tuple[str, ...] = ("provenance",)
+    names: tuple[tuple[str, str], ...] = (("train", "train.jsonl"), ("eval", "eval.jsonl"))
 
 
 RECIPES = {
     "bad_rule": Recipe(
+        prompts=Path("data/bad_rule/prompts.jsonl"),
         judge="rule:complete_and_concise",
         settings=GenerateConfig(max_tokens=160, temperature=0.7, samples=8, seed=20, dtype="bfloat16"),
         chat=True,
@@ -54,6 +60,7 @@ RECIPES = {
         accept=lambda best: ends_well(best.text),
     ),
     "demo": Recipe(
+        prompts=Path("data/demo/prompts.jsonl"),
         judge="rule:sentiment=vader:even",
         settings=GenerateConfig(
             max_tokens=32, fixed_length=True, temperature=1.0, samples=16, seed=20, dtype="float32"
@@ -66,12 +73,19 @@ RECIPES = {
         left_out=("provenance", "differs_beyond_length"),
     ),
 }
+# openings that no setting was chosen by: all of them are held out
+RECIPES["confirm"] = replace(
+    RECIPES["demo"],
+    prompts=Path("data/demo/confirm_prompts.jsonl"),
+    eval_every=1,
+    names=(("eval", "confirm.jsonl"),),
+)
 
 
 def main(name: str) -> None:
     """Generate, pair, write, and say what came out."""
-    recipe, directory = RECIPES[name], Path("data") / name
-    requests, samples = _sampled(recipe, directory / "prompts.jsonl")
+    recipe = RECIPES[name]
+    requests, samples = _sampled(recipe)
     judge = open_rule(recipe.judge.removeprefix("rule:"), recipe.judge)
     rows_by_prompt, left_out = _rows(recipe, judge, requests, samples)
 
@@ -90,8 +104,8 @@ def main(name: str) -> None:
                 rows[split].append({name: value for name, value in row.items() if name not in recipe.left_out})
 
     console.say(f"no pair from {sum(left_out.values())} of {len(requests)} prompts: {left_out or 'none'}")
-    for split, of_split in rows.items():
-        path = directory / f"{split}.jsonl"
+    for split, file in recipe.names:
+        path, of_split = recipe.prompts.with_name(file), rows[split]
         durable.write_text(path, "".join(json.dumps(row) + "\n" for row in of_split))
         beyond = sum(row.get("differs_beyond_length", False) for row in of_split)
         more = "" if "differs_beyond_length" in recipe.left_out else f", {beyond} differ in more than length"
@@ -121,12 +135,12 @@ def _others(pair: NewPair) -> list[Sample]:
     ]
 
 
-def _sampled(recipe: Recipe, prompts: Path) -> tuple[list[TrainingPrompt], list[list[Sample]]]:
+def _sampled(recipe: Recipe) -> tuple[list[TrainingPrompt], list[list[Sample]]]:
     spec = PolicyConfig()
     directory = locate(spec)
     tokenizer = load_tokenizer(directory, spec)
     requests = []
-    for line in prompts.read_text(encoding="utf-8").splitlines():
+    for line in recipe.prompts.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         messages = [{"role": "user", "content": item["prompt"]}]
         text = item["prompt"]
