@@ -21,6 +21,9 @@ from pipeline.errors import DataError
 _ids = pa.list_(pa.int32())
 _logps = pa.list_(pa.float32())
 
+# of a table, raised if a reader of before would misread it; a column that is added needs no new format
+_FORMAT_KEY = b"refscore_format"
+FORMAT = 1
 PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -34,15 +37,14 @@ PAIRS = pa.schema(
         ("prompt_ids", _ids),
         ("chosen_ids", _ids),
         ("rejected_ids", _ids),
-        ("ref_chosen_logps", _logps),
-        ("ref_rejected_logps", _logps),
-        ("ref_chosen_logp", pa.float64()),
-        ("ref_rejected_logp", pa.float64()),
-    ]
+        ("ref_chosen_token_logps", _logps),
+        ("ref_rejected_token_logps", _logps),
+        # sums, under TRL's names and with TRL's meaning; in format 1 these names held the lists
+        ("ref_chosen_logps", pa.float64()),
+        ("ref_rejected_logps", pa.float64()),
+    ],
+    metadata={_FORMAT_KEY: b"2"},
 )
-# of all tables, raised if a reader of before would misread one; a column that is added needs no new format
-FORMAT = 1
-_FORMAT_KEY = b"refscore_format"
 # rows that are written, and read, together
 _AT_ONCE = 8192
 # marks a column that files of an earlier version lack; it reads as null
@@ -150,7 +152,7 @@ def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = No
 
 def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:
     """Writes tables of `schema` one after the other in this project's encoding, without any protocol around it."""
-    metadata = {**(schema.metadata or {}), _FORMAT_KEY: str(FORMAT).encode()}
+    metadata = {**(schema.metadata or {}), _FORMAT_KEY: str(format_of(schema)).encode()}
     if about is not None:
         metadata[b"refscore"] = json.dumps(about, sort_keys=True).encode()
     schema = schema.with_metadata(metadata)
@@ -163,6 +165,19 @@ def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None =
         use_byte_stream_split=[name for name, kind in _leaves(schema) if pa.types.is_floating(kind)],
         write_page_checksum=True,
     )
+
+
+def format_of(schema: pa.Schema) -> int:
+    """The format that a table was written in, or is to be written in."""
+    return int((schema.metadata or {}).get(_FORMAT_KEY, FORMAT))
+
+
+def in_format_of(path: Path, schema: pa.Schema) -> bool:
+    """Whether the file at `path` has the format in which `schema` is written now."""
+    try:
+        return format_of(pq.read_schema(path)) == format_of(schema)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def arrays_of(table: pa.Table, column: str) -> list[np.ndarray]:
@@ -191,7 +206,7 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     """
     try:
         schema_found = pq.read_schema(path)
-        _must_be_known(path, schema_found)
+        _must_be_known(path, schema_found, schema)
         later = [
             field for field in schema if field.name not in schema_found.names and (field.metadata or {}).get(b"later")
         ]
@@ -216,7 +231,7 @@ def read_groups(path: Path, schema: pa.Schema, columns: list[str]) -> Iterator[p
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _must_be_known(path, file.schema_arrow)
+            _must_be_known(path, file.schema_arrow, schema)
             _must_equal(path, file.schema_arrow, schema)
             # asked for all row groups at once, pyarrow keeps the bytes of those it has read
             for group in range(file.num_row_groups):
@@ -250,12 +265,17 @@ def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _must_be_known(path: Path, schema: pa.Schema) -> None:
-    made_in = int((schema.metadata or {}).get(_FORMAT_KEY, b"1"))
-    if made_in > FORMAT:
+def _must_be_known(path: Path, found: pa.Schema, declared: pa.Schema) -> None:
+    made_in, known = format_of(found), format_of(declared)
+    if made_in > known:
         raise DataError(
-            f"{path} has format {made_in}, written by a newer refscore; this one reads up to {FORMAT}: update refscore, or "
+            f"{path} has format {made_in}, written by a newer refscore; this one reads up to {known}: update refscore, or "
             "make the file again"
+        )
+    if made_in < known:
+        raise DataError(
+            f"{path} has format {made_in}, written by an older refscore; this one reads {known}: run 'refscore precompute' "
+            "again with the same configuration and run, which scores nothing that is stored"
         )
 
 

@@ -80,8 +80,8 @@ class _Scores:
         for side, name in enumerate(("chosen", "rejected")):
             places = np.arange(2 * (first - self._first) + side, 2 * (end - self._first), 2)
             columns |= {
-                f"ref_{name}_logps": self._logps.take(pa.array(places)),
-                f"ref_{name}_logp": pa.array(self._sums[places]),
+                f"ref_{name}_token_logps": self._logps.take(pa.array(places)),
+                f"ref_{name}_logps": pa.array(self._sums[places]),
             }
         return columns
 
@@ -107,7 +107,7 @@ class _Scores:
             self._sums[places] = table["logp"]
         absent = positions[np.isnan(self._sums)]
         self._must_be_there(absent[~np.isin(absent // 2, list(self._left_out))])
-        kind = PAIRS.field("ref_chosen_logps").type
+        kind = PAIRS.field("ref_chosen_token_logps").type
         self._logps = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
 
     def _must_cover(self, positions: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> None:

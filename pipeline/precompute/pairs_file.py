@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.tables import read_about, write_table
+from pipeline.artifacts.tables import PAIRS, in_format_of, read_about, write_table
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest
 from pipeline.config.losses import reference_free
@@ -36,7 +36,7 @@ def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
     would have to be fetched.
     """
     about = read_about(path)
-    if not about or about.get("inputs_digest") != inputs_digest(config):
+    if not about or not in_format_of(path, PAIRS) or about.get("inputs_digest") != inputs_digest(config):
         return False
     if scored and not about.get("scored", True):
         return False

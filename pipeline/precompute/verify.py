@@ -46,13 +46,13 @@ def draw_sample(path: Path, rows: int) -> Sample:
     if not read_about(path).get("scored", True):
         raise DataError(f"{path} holds no reference scores: the run's loss compares nothing with the reference")
     sides = ("chosen", "rejected")
-    columns = ["prompt_ids", *(f"{side}_ids" for side in sides), *(f"ref_{side}_logps" for side in sides)]
+    columns = ["prompt_ids", *(f"{side}_ids" for side in sides), *(f"ref_{side}_token_logps" for side in sides)]
     table = read_table(path, PAIRS, columns)
     chosen = sorted(np.random.default_rng(0).choice(len(table), min(rows, len(table)), replace=False).tolist())
     pairs = table.take(chosen).to_pylist()
     return Sample(
         [Request(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in sides],
-        [np.asarray(pair[f"ref_{side}_logps"], np.float32) for pair in pairs for side in sides],
+        [np.asarray(pair[f"ref_{side}_token_logps"], np.float32) for pair in pairs for side in sides],
     )
 
 

@@ -66,8 +66,8 @@ class Pairs:
 
     pair_ids: Sequence[str]
     trees: Sequence[Tree]
-    ref_chosen_logps: Sequence[np.ndarray]
-    ref_rejected_logps: Sequence[np.ndarray]
+    ref_chosen_token_logps: Sequence[np.ndarray]
+    ref_rejected_token_logps: Sequence[np.ndarray]
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -92,8 +92,8 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
     Raises DataError if a row's scores do not fit its tokens or its sums.
     """
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    logps = ["ref_chosen_logps", "ref_rejected_logps"] if scored else []
-    sums = ["ref_chosen_logp", "ref_rejected_logp"] if scored else []
+    logps = ["ref_chosen_token_logps", "ref_rejected_token_logps"] if scored else []
+    sums = ["ref_chosen_logps", "ref_rejected_logps"] if scored else []
     kept = ["pair_id", *ids, *logps]
     longest, ends = 0, set[int]()
     with tempfile.NamedTemporaryFile(prefix="split-", dir=durable.scratch_place()) as file:
@@ -169,7 +169,7 @@ def tokens_in_a_pass(train: TrainConfig, kind: str) -> int:
 
 
 def _must_fit(path: Path, side: str, table: pa.Table) -> None:
-    scores = table[f"ref_{side}_logps"].combine_chunks()
+    scores = table[f"ref_{side}_token_logps"].combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
     values, ends = scores.flatten().to_numpy(), np.cumsum(lengths)
     broken = (lengths == 0) | (lengths != pc.list_value_length(table[f"{side}_ids"]).to_numpy())
@@ -178,8 +178,8 @@ def _must_fit(path: Path, side: str, table: pa.Table) -> None:
     if broken.any():
         pair_id = table["pair_id"][int(np.argmax(broken))]
         raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
-    sums = table[f"ref_{side}_logp"].to_numpy()
+    sums = table[f"ref_{side}_logps"].to_numpy()
     off = ~(np.abs(np.add.reduceat(values, ends - lengths, dtype=np.float64) - sums) <= 1e-6 * (1 + np.abs(sums)))
     if off.any():
         pair_id = table["pair_id"][int(np.argmax(off))]
-        raise DataError(f"{path}: pair {pair_id}: ref_{side}_logp is not the sum of ref_{side}_logps")
+        raise DataError(f"{path}: pair {pair_id}: ref_{side}_logps is not the sum of ref_{side}_token_logps")

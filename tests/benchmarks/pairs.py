@@ -37,8 +37,8 @@ def build(path: Path, number: int) -> None:
                 columns[f"{side}_ids"] = list_column(list(ids), pa.list_(pa.int32()))
                 if side != "prompt":
                     logps = -draw.random((rows, length), dtype=np.float32)
-                    columns[f"ref_{side}_logps"] = list_column(list(logps), pa.list_(pa.float32()))
-                    columns[f"ref_{side}_logp"] = pa.array(logps.sum(axis=1, dtype=np.float64))
+                    columns[f"ref_{side}_token_logps"] = list_column(list(logps), pa.list_(pa.float32()))
+                    columns[f"ref_{side}_logps"] = pa.array(logps.sum(axis=1, dtype=np.float64))
             missing = {name: pa.nulls(rows, PAIRS.field(name).type) for name in PAIRS.names if name not in columns}
             writer.write_table(pa.table({name: {**columns, **missing}[name] for name in PAIRS.names}, schema=PAIRS))
 
@@ -56,7 +56,7 @@ def measure(path: Path, number: int) -> None:
     opened, after = time.monotonic() - begun, resident()
     begun = time.monotonic()
     rows = np.random.default_rng(1).permutation(number)[:64]
-    tokens = sum(len(pairs.trees[row]) + len(pairs.ref_chosen_logps[row]) for row in rows.tolist())
+    tokens = sum(len(pairs.trees[row]) + len(pairs.ref_chosen_token_logps[row]) for row in rows.tolist())
     step = time.monotonic() - begun
     print(
         f"| {number:,} | {opened:.1f} s | {after / 2**30:.2f} GiB | {(after - before) / number:.0f} | {step * 1000:.1f} ms |"

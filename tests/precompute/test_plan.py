@@ -61,8 +61,8 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
     assert len(engine.asked) == 13
     for row in pa.concat_tables(joined(plan)).to_pylist():
         for side in ("chosen", "rejected"):
-            assert row[f"ref_{side}_logps"] == pytest.approx([-token / 100 for token in row[f"{side}_ids"]])
-            assert row[f"ref_{side}_logp"] == pytest.approx(-sum(row[f"{side}_ids"]) / 100)
+            assert row[f"ref_{side}_token_logps"] == pytest.approx([-token / 100 for token in row[f"{side}_ids"]])
+            assert row[f"ref_{side}_logps"] == pytest.approx(-sum(row[f"{side}_ids"]) / 100)
     again = make_plan(config)
     assert (again.sequences, len(again.missing)) == (13, 0)
 
@@ -123,7 +123,7 @@ def test_without_scores_the_pairs_are_the_same_and_the_store_is_not_asked(config
     monkeypatch.setattr(type(plan.store), "lookup", lambda *_: pytest.fail("asked"))
     without = pa.concat_tables(joined(plan, scored=False))
     assert without.schema == with_scores.schema == PAIRS
-    scores = [f"ref_{side}_{what}" for side in ("chosen", "rejected") for what in ("logps", "logp")]
+    scores = [f"ref_{side}_{what}" for side in ("chosen", "rejected") for what in ("token_logps", "logps")]
     assert without.drop(scores).equals(with_scores.drop(scores))
     assert all(without[name].null_count == 7 for name in scores)
 
@@ -162,7 +162,7 @@ def test_a_single_pair_is_joined(config):
     write_rows(Path(config.data.path[0]), preference_rows(1))
     (table,) = joined(scored_plan(config))
     assert len(table) == 1
-    assert table["ref_chosen_logps"].null_count == 0
+    assert table["ref_chosen_token_logps"].null_count == 0
 
 
 def infinite(length):

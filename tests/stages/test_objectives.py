@@ -25,7 +25,7 @@ def test_reference_free_losses_skip_stage_one(tmp_path, config, loss):
     said = refscore_here(tmp_path, "train", *options)
     assert "gate      does not apply: nothing is compared" in said
     pairs = pl.read_parquet(tmp_path / f"data/runs/{loss}/pairs.parquet")
-    assert pairs["ref_chosen_logps"].null_count() == len(pairs) > 0
+    assert pairs["ref_chosen_token_logps"].null_count() == len(pairs) > 0
     losses = pl.read_parquet(tmp_path / f"data/runs/{loss}/metrics.parquet")["eval_loss"].drop_nulls()
     assert losses[-1] < losses[0]
     # pairs without scores do not pass for pairs with scores
@@ -37,7 +37,7 @@ def test_pairs_with_scores_serve_reference_free_losses_too(tmp_path, config):
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
     said = refscore_here(tmp_path, "train", "--config", config, "--run", "r", "--set", "train.loss_type=simpo")
     assert "nothing to score" not in said
-    assert pl.read_parquet(tmp_path / "data/runs/r/pairs.parquet")["ref_chosen_logps"].null_count() == 0
+    assert pl.read_parquet(tmp_path / "data/runs/r/pairs.parquet")["ref_chosen_token_logps"].null_count() == 0
 
 
 def test_a_training_that_is_not_finite_stops_and_keeps_its_pairs(tmp_path, config):

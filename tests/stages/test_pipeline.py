@@ -68,9 +68,9 @@ def test_vllm_scores_equal_a_plain_transformers_forward(run, tiny_model):
             plain = -torch.nn.functional.cross_entropy(
                 logits, torch.tensor(row[f"{side}_ids"]), reduction="none"
             ).numpy()
-            stored = np.array(row[f"ref_{side}_logps"], dtype=np.float32)
+            stored = np.array(row[f"ref_{side}_token_logps"], dtype=np.float32)
             assert np.abs(stored - plain).max() < 1e-4
-            assert abs(stored.astype(np.float64).sum() - row[f"ref_{side}_logp"]) < 1e-9
+            assert abs(stored.astype(np.float64).sum() - row[f"ref_{side}_logps"]) < 1e-9
 
 
 def test_what_was_dropped_is_said_and_kept(pipeline_run, run):
@@ -225,7 +225,7 @@ def test_show_prints_every_artifact(pipeline_run, run):
         *run.parent.parent.glob("store/*/*.parquet"),
     ]:
         assert refscore_here(pipeline_run[0], "show", path).strip()
-    assert "ref_chosen_logps (length)" in refscore_here(pipeline_run[0], "show", run / "pairs.parquet")
+    assert "ref_chosen_token_logps (length)" in refscore_here(pipeline_run[0], "show", run / "pairs.parquet")
 
 
 def test_the_store_is_listed_and_verified(pipeline_run, tmp_path):
@@ -273,8 +273,8 @@ def shift_reference(path, amount, sides=("chosen", "rejected")):
     table = pq.read_table(path)
     frame = pl.from_arrow(table)
     for side in sides:
-        moved = frame[f"ref_{side}_logps"].list.eval(pl.element() - amount)
-        frame = frame.with_columns(moved.alias(f"ref_{side}_logps"))
+        moved = frame[f"ref_{side}_token_logps"].list.eval(pl.element() - amount)
+        frame = frame.with_columns(moved.alias(f"ref_{side}_token_logps"))
         sums = [float(np.asarray(row, dtype=np.float32).sum(dtype=np.float64)) for row in moved.to_list()]
-        frame = frame.with_columns(pl.Series(f"ref_{side}_logp", sums))
+        frame = frame.with_columns(pl.Series(f"ref_{side}_logps", sums))
     tables.write_table(path, frame.to_arrow().cast(tables.PAIRS).replace_schema_metadata(table.schema.metadata))

@@ -55,7 +55,7 @@ def check(where, said):
     assert all(
         len(row["prompt_ids"]) and len(row["chosen_ids"]) and len(row["rejected_ids"]) for row in left_out.values()
     )
-    assert pairs["ref_chosen_logp"].is_finite().all()
+    assert pairs["ref_chosen_logps"].is_finite().all()
 
 
 def test_the_job_goes_on_and_the_exit_code_says_so(tmp_path, config):

@@ -57,7 +57,7 @@ def test_the_store_is_shared_with_the_pairs(where):
     )
     said, table = scored(where, "same.jsonl")
     assert f"{len(pairs)} hits, 0 scored" in said
-    by_row = dict(pairs.select("source_row", "ref_chosen_logp").iter_rows())
+    by_row = dict(pairs.select("source_row", "ref_chosen_logps").iter_rows())
     assert table["logp"].to_list() == [by_row[row] for row in table["source_row"].to_list()]
     # and Parquet in, with a second time nothing to do
     pl.DataFrame([json.loads(line) for line in (where / "same.jsonl").open()]).write_parquet(where / "same.parquet")

@@ -102,10 +102,10 @@ def test_a_policy_with_another_template_is_called_out(where):
 def test_one_value_that_was_never_computed_is_found(where):
     path = where / "data/runs/r/pairs.parquet"
     table = pl.read_parquet(path)
-    logps = table["ref_chosen_logps"].to_list()
+    logps = table["ref_chosen_token_logps"].to_list()
     for row in logps:
         row[3] -= 0.01
-    spoiled = table.with_columns(pl.Series("ref_chosen_logps", logps))
+    spoiled = table.with_columns(pl.Series("ref_chosen_token_logps", logps))
     write_table(path, spoiled.to_arrow().cast(tables.PAIRS), tables.read_about(path))
     assert "single values are wrong" in verdict(where, 4)[1]["verdict"]
 

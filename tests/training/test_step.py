@@ -38,10 +38,10 @@ def write_pairs(path, rows, logps):
         filled.append(
             {name: "" for name in PAIRS.names if PAIRS.field(name).type == pa.string()}
             | {"pair_id": f"p{number}", "split": "train", "source_row": number, **row}
-            | {"ref_chosen_logps": chosen.tolist(), "ref_rejected_logps": rejected.tolist()}
+            | {"ref_chosen_token_logps": chosen.tolist(), "ref_rejected_token_logps": rejected.tolist()}
             | {
-                "ref_chosen_logp": float(chosen.sum(dtype=np.float64)),
-                "ref_rejected_logp": float(rejected.sum(dtype=np.float64)),
+                "ref_chosen_logps": float(chosen.sum(dtype=np.float64)),
+                "ref_rejected_logps": float(rejected.sum(dtype=np.float64)),
             }
         )
     write_table(path, pa.Table.from_pylist(filled, schema=PAIRS))
@@ -162,9 +162,9 @@ def test_scores_that_do_not_fit_their_tokens_are_refused(tmp_path, reference, da
         import pyarrow.parquet as pq
 
         table = pq.read_table(path)
-        at = table.schema.get_field_index("ref_chosen_logp")
+        at = table.schema.get_field_index("ref_chosen_logps")
         write_table(
-            path, table.set_column(at, "ref_chosen_logp", pa.array(np.asarray(table["ref_chosen_logp"]) + 0.01))
+            path, table.set_column(at, "ref_chosen_logps", pa.array(np.asarray(table["ref_chosen_logps"]) + 0.01))
         )
     with pytest.raises(DataError, match="pair p0" if damage == "sum" else "pair p1"):
         load_pairs(path, "train")
@@ -194,8 +194,8 @@ def test_a_forward_pass_reads_no_more_than_its_budget_whatever_the_way(pairs, re
     doubled = Pairs(
         [*pairs.pair_ids, "a", "b"],
         [*pairs.trees, Tree(trunk, ([1, 2, 4], [3, 4])), Tree(trunk, ([1, 2, 5], [3, 4]))],
-        [*pairs.ref_chosen_logps, *(np.zeros(3, np.float32),) * 2],
-        [*pairs.ref_rejected_logps, *(np.zeros(2, np.float32),) * 2],
+        [*pairs.ref_chosen_token_logps, *(np.zeros(3, np.float32),) * 2],
+        [*pairs.ref_rejected_token_logps, *(np.zeros(2, np.float32),) * 2],
     )
     for size, budget in ((3, 10**6), (18, 60), (2, 45), (18, 1)):
         groups = list(micro_batches(forward, doubled, range(18), TrainConfig(tokens_per_batch=budget), size))
@@ -244,9 +244,9 @@ def test_losses_that_look_beyond_a_pair_see_the_whole_step(pairs, reference, set
 def test_moving_the_stored_reference_moves_the_loss(pairs, reference):
     forward, train = forward_of(reference, "tree"), TrainConfig(beta=0.5)
     before = train_step(forward, pairs, range(4), train)["loss"]
-    logps = list(pairs.ref_chosen_logps)
+    logps = list(pairs.ref_chosen_token_logps)
     logps[2] = logps[2] - 0.5
-    moved = dataclasses.replace(pairs, ref_chosen_logps=logps)
+    moved = dataclasses.replace(pairs, ref_chosen_token_logps=logps)
     assert abs(train_step(forward, moved, range(4), train)["loss"] - before) > 1e-3
 
 

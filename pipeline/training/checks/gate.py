@@ -33,7 +33,7 @@ def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: 
     scores, stored = [], []
     for row in rows:
         scores += [logps.double().cpu().numpy() for logps in forward([pairs.trees[row]])[0]]
-        stored += [pairs.ref_chosen_logps[row], pairs.ref_rejected_logps[row]]
+        stored += [pairs.ref_chosen_token_logps[row], pairs.ref_rejected_token_logps[row]]
     figures = agreement(scores, stored, beta)
     signed, absolute = TOLERANCES[numerics]
     passed = abs(figures["mean_signed_difference"]) <= signed and figures["mean_absolute_difference"] <= absolute

@@ -82,7 +82,8 @@ def pair_logps(
         reference = torch.zeros(2, len(trees), dtype=torch.float64)
     else:
         stored = [
-            [torch.tensor(side[row]) for side in (pairs.ref_chosen_logps, pairs.ref_rejected_logps)] for row in group
+            [torch.tensor(side[row]) for side in (pairs.ref_chosen_token_logps, pairs.ref_rejected_token_logps)]
+            for row in group
         ]
         reference = torch.stack([weighted_sums(logps, ld_alpha=train.ld_alpha) for logps in stored], dim=1)
     lengths = np.array([[len(branch) for branch in tree.branches] for tree in trees], dtype=np.float64)
