@@ -15,8 +15,9 @@ from typing import Any
 from ruamel.yaml.error import YAMLError
 
 from pipeline.artifacts import durable
+from pipeline.config.documents import read_yaml
 from pipeline.config.experiment import Config
-from pipeline.config.files import dump_config, read_yaml
+from pipeline.config.files import dump_config
 from pipeline.errors import ConfigError
 from pipeline.hardware import describe
 from pipeline.version import __version__

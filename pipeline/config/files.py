@@ -1,26 +1,31 @@
 """A configuration as people write it: a YAML file and `section.field=value` overrides, and back.
 
-Every problem is reported at once, an unknown key with the nearest known one. Imports neither torch nor vLLM.
+Every problem is reported at once and blamed on what it comes from, the file or one `--set`; an unknown key with the nearest
+known one. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
-import io
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.config.documents import read_yaml, unclear_numbers, write_yaml
 from pipeline.config.experiment import Config
 from pipeline.config.training import LoraConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 
 PRESETS = Path(__file__).parent.parent / "presets"
+
+# where the next override may begin in a text that holds several: at white space before section.field=, or before judge=
+_NEXT = re.compile(rf"\s+(?=(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|{'|'.join(Config.model_fields)})\s*=)")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -35,7 +40,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path} is not readable as YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), got {type(content).__name__}")
     return load_overrides(content, overrides, str(path))
@@ -46,39 +53,114 @@ def _preset(name: str | Path) -> Path | None:
     return path if not Path(name).is_file() and path.parent == PRESETS and path.is_file() else None
 
 
+class _Problem(NamedTuple):
+    """What is wrong, and the keys from the top to the field that it is about."""
+
+    place: tuple[str, ...]
+    text: str
+
+
 def load_overrides(
     content: dict[str, Any], overrides: list[str] | tuple[str, ...], name: str = "configuration"
 ) -> Config:
     """Apply overrides to plain values and validate; `name` says in messages where the values are from."""
-    problems = [problem for override in overrides if (problem := _apply(content, override))]
+    before = copy.deepcopy(content)
+    refused: list[str] = []
+    given: dict[tuple[str, ...], str] = {}
+    for override in split_overrides(overrides):
+        keys = tuple(key.strip() for key in override.partition("=")[0].split("."))
+        if problem := _apply(content, keys, override):
+            refused.append(f"--set {override!r}: {problem}")
+        else:
+            given[keys] = override
+    checked = _checked(content)
+    if isinstance(checked, Config) and not refused:
+        return checked
+    found = checked if isinstance(checked, list) else []
+    of_file = _checked(before) if given else found
+    said = [_blamed(problem, given, of_file if isinstance(of_file, list) else []) for problem in found]
+    in_file = [problem.text for problem, override in zip(found, said, strict=True) if override is None]
+    refused += [f"{blame}: {problem.text}" for problem, blame in zip(found, said, strict=True) if blame is not None]
+    if not refused:
+        raise ConfigError(f"{name}: {_listed(in_file)}")
+    raise ConfigError(_listed([*(f"{name}: {text}" for text in in_file), *refused]))
+
+
+def split_overrides(overrides: list[str] | tuple[str, ...]) -> list[str]:
+    """One override each, where a text holds several: "train.beta=1 data.path=my file.jsonl" is two.
+
+    It is cut at white space before the next section.field= where what stands before is a whole value; so brackets and quotes hold
+    together.
+    """
+    parts = []
+    for override in overrides:
+        start = 0
+        for match in _NEXT.finditer(override):
+            if start < match.start() and _is_whole(override[start : match.start()]):
+                parts.append(override[start : match.start()].strip())
+                start = match.end()
+        parts.append(override[start:].strip())
+    return parts
+
+
+def _is_whole(override: str) -> bool:
+    try:
+        read_yaml(override.partition("=")[2])
+    except YAMLError:
+        return False
+    return True
+
+
+def _apply(content: dict[str, Any], keys: tuple[str, ...], override: str) -> str | None:
+    """Write one override into `content`; what is wrong with it if it cannot be."""
+    _, equals, text = override.partition("=")
+    if not equals or not all(keys):
+        return "not of the form section.field=value, for example train.beta=0.05"
+    if not text.strip():
+        return "no value after '=': write null for none, \"''\" for an empty text"
+    try:
+        value = read_yaml(text)
+    except YAMLError as error:
+        return f"the value is not readable as YAML: {error}"
+    target = content
+    for key in keys[:-1]:
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            return f"{key!r} is {target!r}, which has no fields"
+    target[keys[-1]] = value
+    return None
+
+
+def _checked(content: dict[str, Any]) -> Config | list[_Problem]:
+    """The configuration, or all that is wrong with it."""
+    problems = [_Problem(place, f"{'.'.join(place)}: {text}") for place, text in unclear_numbers(content)]
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        problems += [_explain(dict(item)) for item in error.errors()]
-    if problems:
-        raise ConfigError(f"{name}: {_listed(problems)}")
-    return config
+        known = {problem.place for problem in problems}
+        found = [(tuple(map(str, item["loc"])), dict(item)) for item in error.errors()]
+        problems += [_Problem(place, _explain(item)) for place, item in found if place not in known]
+        return problems
+    return problems or config
+
+
+def _blamed(problem: _Problem, given: dict[tuple[str, ...], str], of_file: list[_Problem]) -> str | None:
+    """The override that a problem comes from, as it is to be named; None if the file has it by itself."""
+    here = [override for keys, override in given.items() if problem.place[: len(keys)] == keys]
+    if here:
+        return f"--set {here[-1]!r}"
+    if problem in of_file or not given:
+        return None
+    # a combination: of the section's overrides, or of all
+    within = [override for keys, override in given.items() if keys[: len(problem.place)] == problem.place]
+    return " ".join(f"--set {override!r}" for override in within or given.values())
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal value."""
-    text = io.StringIO()
-    _yaml().dump(config.model_dump(mode="json"), text)
-    return text.getvalue()
-
-
-def read_yaml(text: str) -> Any:
-    """The plain values of a YAML 1.2 document, in which 1e-6 is a number and `on` a string. Raises YAMLError."""
-    return _yaml().load(text)
-
-
-def _yaml() -> YAML:
-    # pure: the C library knows YAML 1.1 alone
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
-    yaml.width = 100
-    return yaml
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def digest(*parts: BaseModel | dict[str, Any] | str) -> str:
@@ -97,26 +179,6 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         elif was != now:
             fields.append(f"{prefix}{name}: {was!r} -> {now!r}")
     return fields
-
-
-def _apply(content: dict[str, Any], override: str) -> str | None:
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        return f"--set {override!r} is not of the form section.field=value"
-    try:
-        value = read_yaml(text)
-    except YAMLError as error:
-        return f"--set {override!r}: the value is not readable as YAML: {_one_line(error)}"
-    target = content
-    for key in keys[:-1]:
-        if target.get(key) is None:
-            target[key] = {}
-        target = target[key]
-        if not isinstance(target, dict):
-            return f"--set {override!r}: {key!r} has no fields"
-    target[keys[-1]] = value
-    return None
 
 
 def _explain(item: dict[str, Any]) -> str:
@@ -145,7 +207,3 @@ def _listed(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_serializer, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_serializer, model_validator
 
 from pipeline.config.rubrics import read_rubric
 from pipeline.config.rules import rule_problem, seen_by_rule
+from pipeline.config.training import Section
 from pipeline.errors import ConfigError
 
 IMPLICIT = "implicit"
@@ -25,10 +26,8 @@ _OF_A_SERVER = {
 }  # fmt: skip
 
 
-class JudgeConfig(BaseModel):
+class JudgeConfig(Section):
     """A judge by name, with the settings of judges that are models."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     name: str = Field(
         description="which judge: implicit, rule:, reward_model:, llm:, panel: or annotations:, see docs/evaluation.md"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.losses import LossType, loss_problems
 
@@ -20,7 +20,23 @@ LossTypes = Annotated[list[LossType], BeforeValidator(as_list), Field(min_length
 class Section(BaseModel):
     """A part of the configuration: strict, and never changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic takes true for 1
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        values = value if isinstance(value, list) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(one, bool) for one in values):
+            raise ValueError("true and false are no numbers")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, down to the innermost."""
+    inner = get_args(annotation)
+    return set().union(*map(_kinds, inner)) if inner else {annotation} if isinstance(annotation, type) else set()
 
 
 def _changed(section: BaseModel) -> set[str]:

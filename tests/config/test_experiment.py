@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline.config.experiment import Config
-from pipeline.config.files import PRESETS, dump_config, load_config
+from pipeline.config.files import PRESETS, dump_config, load_config, split_overrides
 from pipeline.errors import ConfigError
 from pipeline.pairs.rows import local_path
 
@@ -45,7 +45,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_known_name(tmp_path)
         load_config(path, ["train.seed=x", "nonsense"])
     text = str(error.value)
     assert "unknown key 'train.bta', did you mean 'train.beta'?" in text
-    for part in ("train.learning_rate", "train.seed", "'nonsense' is not of the form"):
+    for part in ("train.learning_rate", "train.seed", "--set 'nonsense': not of the form"):
         assert part in text
 
 
@@ -64,6 +64,90 @@ def test_nonsense_is_refused(tmp_path, override, problem):
     with pytest.raises(ConfigError) as error:
         load_config(path, [override])
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("train:\n  beta: 0.1\n  beta: 0.2", 'line 4, column 3: found duplicate key "beta"; keep one'),
+        ("train: {beta: true}", "train.beta: true and false are no numbers"),
+        ("train: {loss_weights: [true]}", "train.loss_weights: true and false are no numbers"),
+        ("judge: [{name: implicit, max_tokens: true}]", "judge.0.max_tokens: true and false are no numbers"),
+        ("policy: {lora: {r: false}}", "policy.lora.r: true and false are no numbers"),
+        ("train: {seed: 010}", "train.seed: 010 is 10 to some readers of YAML and 8 to others: write 10, or 8"),
+        ("reference: {engine_args: {a: 08}}", "reference.engine_args.a: 08 has a leading zero: write 8"),
+        ("train: {beta: .inf}", "train.beta: Input should be a finite number, got inf"),
+        ("train: {f_alpha_divergence_coef: .nan}", "train.f_alpha_divergence_coef: Input should be a finite number"),
+        ("train: {learning_rate: 1e999}", "train.learning_rate: Input should be a finite number, got inf"),
+        ("train: {seed: 99999999999999999999}", "train.seed: larger than any number here may be"),
+        ("train: !!int x", "not readable as YAML: invalid literal for int()"),
+        ("train: " + "[" * 5000, "not readable as YAML: nested too deeply"),
+        ("train: &a {beta: *a}", "train.beta"),
+    ],
+)
+def test_what_could_be_meant_otherwise_is_refused_with_its_name(tmp_path, text, problem):
+    path = write(tmp_path, f"data: {{path: a.jsonl}}\n{text}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    said = str(error.value)
+    assert problem in said
+    assert str(path) in said
+    assert "--set" not in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.beta=-1"], ["--set 'train.beta=-1': train.beta: Input should be greater than 0"]),
+        (["train={seed: 08}"], ["--set 'train={seed: 08}': train.seed: 08 has a leading zero"]),
+        (["train.seed=1", "train.bta=1"], ["--set 'train.bta=1': unknown key 'train.bta'"]),
+        (["train.beta="], ["--set 'train.beta=': no value after '='"]),
+        ([""], ["--set '': not of the form section.field=value"]),
+        (["=1"], ["--set '=1': not of the form"]),
+        (["train..beta=1"], ["--set 'train..beta=1': not of the form"]),
+        (["policy.lora={r: 1, r: 2}"], ["--set 'policy.lora={r: 1, r: 2}': the value is not", 'duplicate key "r"']),
+        (["train.seed=3", "train.optimizer_in_backward=true"], ["--set 'train.seed=3' --set 'train.optimizer_in"]),
+        (["train.learning_rate.x=3"], ["'learning_rate' is 0.1, which has no fields"]),
+    ],
+)
+def test_what_an_override_breaks_is_blamed_on_it_and_not_on_the_file(tmp_path, overrides, said):
+    path = write(tmp_path, "data: {path: a.jsonl}\ntrain: {learning_rate: 0.1}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    for part in said:
+        assert part in str(error.value)
+    assert str(path) not in str(error.value)
+
+
+def test_file_and_overrides_each_get_their_own_blame(tmp_path):
+    path = write(tmp_path, "data: {path: a.jsonl}\ntrain: {beta: -1}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["train.seed=x"])
+    assert f"{path}: train.beta: Input should be greater" in str(error.value)
+    assert "--set 'train.seed=x': train.seed" in str(error.value)
+    # what an override mends is no problem of the file's any more
+    assert load_config(path, ["train.beta=0.3"]).train.beta == 0.3
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train.beta=1 train.seed=2", ["train.beta=1", "train.seed=2"]),
+        (" train.beta=1\n judge=implicit ", ["train.beta=1", "judge=implicit"]),
+        (
+            "data.columns={prompt: question, chosen: a b} train.seed=2",
+            ["data.columns={prompt: question, chosen: a b}", "train.seed=2"],
+        ),
+        ("data.path=my pairs.jsonl data.max_rows=2", ["data.path=my pairs.jsonl", "data.max_rows=2"]),
+        ("data.path=Bob's.jsonl data.max_rows=2", ["data.path=Bob's.jsonl", "data.max_rows=2"]),
+        ("data.path='a data.max_rows=2' train.seed=1", ["data.path='a data.max_rows=2'", "train.seed=1"]),
+        ("train.seed=1 trian.beta=2", ["train.seed=1", "trian.beta=2"]),
+        ("data.path=a=b.jsonl", ["data.path=a=b.jsonl"]),
+    ],
+)
+def test_a_text_may_hold_several_overrides(text, parts):
+    assert split_overrides([text]) == parts
 
 
 def test_overrides_reach_nested_fields_and_numbers_are_numbers(tmp_path):
