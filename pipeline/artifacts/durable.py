@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from pipeline.errors import RefscoreError
 TEMPORARY = ".tmp-"
 
 CACHE = Path("data/cache")
+
+# numbers of the system's errors: nothing more fits; this may not be done
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def temporary_beside(path: Path) -> Path:
@@ -26,16 +31,17 @@ def temporary_beside(path: Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on a clean exit it takes `path`'s place durably, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
         with explaining_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             flush(temporary)
             temporary.replace(path)
             flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,16 +73,27 @@ def explaining_disk(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn a full disk, a read-only directory or missing rights into a message with the path and the bytes `needed`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except RefscoreError:
+        raise
+    except Exception as error:
+        number = error_number(error)
+        if number in FULL:
             space = f"about {needed:,} bytes are needed" if needed else "more is needed"
             raise RefscoreError(
                 f"no space left to write {path}: {space}. What was published before stays; free some space, or choose "
                 "another place, and run the same command again"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise RefscoreError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+        if number in REFUSED:
+            raise RefscoreError(f"{path} cannot be written ({os.strerror(number)}): choose another place") from None
         raise
+
+
+def error_number(error: BaseException) -> int:
+    """The system's number of what went wrong; libraries written in Rust say it in words alone. 0: it was something else."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else 0
 
 
 def file_name(text: str) -> str:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import read_about, write_table
+from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT, seen_by
 from pipeline.engines.reference import open_reference
@@ -42,6 +43,7 @@ class Evaluation:
     gains: dict[str, GainByLength]
 
 
+@one_writer
 def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluation:
     """Generate with each model, measure KL, judge; writes samples, kl and judgements.parquet.
 

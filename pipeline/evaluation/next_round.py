@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_table
+from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig
 from pipeline.engines.reference import open_reference
@@ -33,6 +34,7 @@ class NewPairs:
     left_out: dict[str, int]
 
 
+@one_writer
 def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> NewPairs:
     """Sample training prompts with the run's policy and judge; write new_pairs.jsonl and the held-out pairs beside it.
 

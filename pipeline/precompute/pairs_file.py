@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import PAIRS, in_format_of, read_about, write_table
+from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest
 from pipeline.config.losses import reference_free
@@ -75,6 +76,7 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
     }
 
 
+@one_writer
 def write_pairs(
     plan: Plan, config: Config, run: Run, *, scored: bool = True, quarantined: Mapping[bytes, str] | None = None
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import TRAIN_METRICS, read_about
+from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.config.training import TrainConfig
@@ -58,6 +59,7 @@ class Trained:
     results: dict[str, float | None]
 
 
+@one_writer
 def train(config: Config, run: Run, *, restart: bool = False, listener: Listener = SILENT) -> Trained | None:
     """Train the policy on the run's pairs and save it; goes on after the last checkpoint of the same training.
 
