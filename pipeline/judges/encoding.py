@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.judges.asking.verdicts import CLOSED, OPENED
+from pipeline.models.control_tokens import broken, control_tokens, encode_text, encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, r
     turns = [{**turn, "content": turn["content"].encode("utf-8", "replace").decode()} for turn in turns]
     control = control_tokens(tokenizer)
     if not any(_acts(tokenizer, turn["content"], control) for turn in turns):
-        return _encoded(tokenizer, _rendered(tokenizer, turns, reply_next=reply_next))
+        return encoded(tokenizer, _rendered(tokenizer, turns, reply_next=reply_next))
     places = {f"placeholder{uuid.uuid4().hex}": turn["content"] for turn in turns}
     rest = _rendered(
         tokenizer,
@@ -34,22 +35,13 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, r
     )
     if any(rest.count(place) != 1 for place in places):
         # a template that does more with a text than show it: it gets the text with its control tokens broken
-        safe = [{**turn, "content": _broken(turn["content"], control)} for turn in turns]
-        return _encoded(tokenizer, _rendered(tokenizer, safe, reply_next=reply_next))
+        safe = [{**turn, "content": broken(turn["content"], control)} for turn in turns]
+        return encoded(tokenizer, _rendered(tokenizer, safe, reply_next=reply_next))
     ids: list[int] = []
     for place in sorted(places, key=rest.index):
         before, _, rest = rest.partition(place)
-        ids += _encoded(tokenizer, before) + encode_text(tokenizer, places[place], control)
-    return ids + _encoded(tokenizer, rest)
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, str]) -> list[int]:
-    """Token ids of a text, none of which is in `control`."""
-    ids = _encoded(tokenizer, text, split_special_tokens=True)
-    if control.keys() & set(ids):
-        # not every class of tokenizers knows that option, and it does not hold for tokens not called special
-        ids = _encoded(tokenizer, _broken(text, control))
-    return [token for token in ids if token not in control]
+        ids += encoded(tokenizer, before) + encode_text(tokenizer, places[place], control)
+    return ids + encoded(tokenizer, rest)
 
 
 def knows_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -73,34 +65,9 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, inside
     return OPENED + text if inside_thought else text
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Tokens that structure a conversation: those called special, and added ones between brackets such as <think>."""
-    added = {
-        token: added.content
-        for token, added in tokenizer.added_tokens_decoder.items()
-        if added.special or (added.content[:1], added.content[-1:]) in (("<", ">"), ("[", "]"))
-    }
-    control = {**dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)), **added}
-    # what stands for unknown characters is the text's own business, unless it is also something else
-    unknown = tokenizer.unk_token_id
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return {token: name for token, name in control.items() if token != unknown or token in others}
-
-
 def _acts(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, str]) -> bool:
     named = any(name in text for name in control.values())
-    return named or bool(control.keys() & set(_encoded(tokenizer, text)))
-
-
-def _broken(text: str, control: dict[int, str]) -> str:
-    # the longest first: one name may hold another
-    for name in sorted(control.values(), key=len, reverse=True):
-        text = text.replace(name, f"{name[:1]} {name[1:]}")
-    return text
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, **how: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, **how)["input_ids"]) if text else []
+    return named or bool(control.keys() & set(encoded(tokenizer, text)))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, reply_next: bool) -> str:
