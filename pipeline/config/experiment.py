@@ -51,7 +51,12 @@ class DataConfig(Section):
     template: Literal["chat", "none"] = Field(
         "chat", description="chat: the model's chat template; none: plain text, ended by the end-of-sequence token"
     )
-    max_length: int = Field(1024, ge=2, description="prompt plus response, in tokens")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="prompt plus response, in tokens; default: as many as the reference has positions for, so that no pair that "
+        "it can read is left out",
+    )
     too_long: Literal["drop", "truncate_response"] = Field("drop", description="what happens to longer pairs")
     max_rows: int | None = Field(None, ge=1, description="read at most this many rows of each source")
 

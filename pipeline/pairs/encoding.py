@@ -7,6 +7,7 @@ a model that never wrote an end must not be taught, or scored on, one there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -45,8 +46,8 @@ class Encoder:
         if end is None:
             raise ConfigError("the tokenizer names no end-of-sequence token, so a response's end cannot be marked")
         self._data, self._tokenizer, self._end = data, tokenizer, end
-        self._limit, self._limit_is = data.max_length, f"data.max_length is {data.max_length}"
-        if positions is not None and positions < data.max_length:
+        self._limit, self._limit_is = data.max_length or sys.maxsize, f"data.max_length is {data.max_length}"
+        if positions is not None and positions < self._limit:
             self._limit, self._limit_is = positions, f"the model reads {positions}"
         self._texts = _chat_texts if data.template == "chat" else _plain_texts
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.tables import PAIRS, in_format_of, read_about, write_table
+from pipeline.artifacts.tables import DROPPED, PAIRS, in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest
 from pipeline.config.losses import reference_free
 from pipeline.engines.quarantine import pairs_left_out
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models.identity import identify_model
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.models.locate import at_hand
@@ -22,11 +22,38 @@ from pipeline.precompute.join import dropped_with, write_joined
 from pipeline.precompute.plan import Plan, make_plan
 from pipeline.progress import SILENT, Listener
 
+# data.max_length where a configuration gave none, up to version 0.1
+_ONCE_DEFAULT_LENGTH = 1024
+
 
 def inputs_digest(config: Config) -> str:
     """Digest of every configuration field that decides pairs.parquet; the data files' bytes are digested apart."""
     reference = config.reference.model_dump(mode="json", include={"model", "revision", "adapter", "engine", "dtype"})
     return digest(config.data, reference)
+
+
+def _asked_for(about: dict[str, Any], config: Config, path: Path) -> bool:
+    """Whether pairs.parquet was made from a configuration that says what `config` does.
+
+    Where no length is given, that is also one with the length that once was the default, if it left no pair out and cut none.
+    """
+    made_from = about.get("inputs_digest")
+    if made_from == inputs_digest(config):
+        return True
+    data = config.data
+    if data.max_length is not None or data.too_long != "drop":
+        return False
+    once = config.model_copy(update={"data": data.model_copy(update={"max_length": _ONCE_DEFAULT_LENGTH})})
+    return made_from == inputs_digest(once) and not _left_out_by_length(path.with_name("dropped.parquet"))
+
+
+def _left_out_by_length(dropped: Path) -> bool:
+    try:
+        rows = read_table(dropped, DROPPED, ["reason", "detail"]).to_pylist()
+    except DataError:
+        return True
+    # what the model has no positions for is left out with either
+    return any(row["reason"] == "too_long" and "data.max_length" in row["detail"] for row in rows)
 
 
 def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
@@ -37,7 +64,7 @@ def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
     would have to be fetched.
     """
     about = read_about(path)
-    if not about or not in_format_of(path, PAIRS) or about.get("inputs_digest") != inputs_digest(config):
+    if not about or not in_format_of(path, PAIRS) or not _asked_for(about, config, path):
         return False
     if scored and not about.get("scored", True):
         return False

@@ -6,6 +6,7 @@ store. A row that cannot be scored keeps its place, with its problem instead of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -44,11 +45,13 @@ class RowScorer:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._reference = reference = open_reference(config.reference)
-        self._encoder = Encoder(config.data, reference.tokenizer, position_limit(reference.paths.base))
+        self._positions = position_limit(reference.paths.base)
+        self._encoder = Encoder(config.data, reference.tokenizer, self._positions)
         self.identity: ReferenceIdentity = reference.identity
         self._store = Store(config.reference.store, self.identity)
         self._stack = ExitStack()
         self._scorer: Scorer | None = None
+        self._longest = 0
         self._quarantined: dict[bytes, str] = {}
         self.hits = self.scored = self.dropped = 0
 
@@ -102,9 +105,16 @@ class RowScorer:
             return Dropped(item.source, item.row, "not_finite", self._quarantined[key])
         return encoded
 
+    def _rounded(self, longest: int) -> int:
+        # up, so that a row that is a little longer than those before it starts no engine anew
+        return min(1 << (longest - 1).bit_length(), self._positions or sys.maxsize)
+
     def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
-        if self._scorer is None:
-            self._scorer = self._stack.enter_context(self._reference.start(self._config.data.max_length))
+        longest = max(len(request) for request in requests.values() if request is not None)
+        if self._scorer is None or longest > self._longest:
+            self._stack.close()
+            self._longest = self._config.data.max_length or self._rounded(longest)
+            self._scorer = self._stack.enter_context(self._reference.start(self._longest))
         asked = [(key, request) for key in missing if (request := requests[key]) is not None]
         asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
         sequences = [request for _, request in asked]
