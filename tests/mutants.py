@@ -28,7 +28,7 @@ COVERING = {
     "evaluation/rates/statistics": ["evaluation/test_statistics.py"],
     "evaluation/rates/paired": ["evaluation/test_paired.py"],
     "evaluation/rates/seeds": ["evaluation/test_seeds.py"],
-    "evaluation/rates/winrates": ["judges/test_judging.py", "report/test_exchange.py", "evaluation/test_winrates.py"],
+    "evaluation/rates/winrates": ["judges/test_judging.py", "exchange/test_judged_samples.py", "evaluation/test_winrates.py"],
     "engines/sharing": ["engines/test_vllm_runners.py", "engines/test_transformers.py"],
     "engines/vllm/runners": ["engines/test_vllm_runners.py"],
     "pairs/splits": ["pairs/test_splits.py"],

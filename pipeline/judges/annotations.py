@@ -1,6 +1,6 @@
 """Verdicts that other tools wrote, as a judge: files of AlpacaEval annotations and of Arena-Hard judgments.
 
-What such files hold is described in `pipeline.report.exchange`, which writes them.
+What such files hold is described in `pipeline.exchange.judged_samples`, which writes them.
 """
 
 from __future__ import annotations

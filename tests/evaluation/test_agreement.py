@@ -15,7 +15,7 @@ from pipeline.evaluation.results import Results, write_results
 from pipeline.judges.annotations import Vote, read_votes
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders, judge_implicitly
 from pipeline.pairs.splits import prompt_id_of
-from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
+from pipeline.exchange.judged_samples import write_alpaca_eval, write_arena_hard
 from tests.conftest import refscore_here, write_rows
 
 

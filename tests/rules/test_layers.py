@@ -20,7 +20,7 @@ FLOORS = [
     {"precompute", "judges"},
     {"training"},
     {"evaluation", "planning"},
-    {"report"},
+    {"report", "exchange"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # what a floor would allow and the design does not: training reads pairs.parquet alone, forward knows no files

@@ -8,9 +8,9 @@ from pipeline.config.experiment import Config
 from pipeline.config.judges import JudgeConfig
 from pipeline.errors import DataError
 from pipeline.evaluation.rates.winrates import win_rate
+from pipeline.exchange.judged_samples import write_alpaca_eval, write_arena_hard
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
 from pipeline.judges.open import JudgeContext, open_judge
-from pipeline.report.exchange import write_alpaca_eval, write_arena_hard
 
 
 def comparisons():
