@@ -1,13 +1,21 @@
-# make precompute train eval: the pipeline. Variables: CONFIG, RUN, SET="train.beta=0.05 train.max_steps=10".
+# make precompute train eval: the pipeline. Variables: CONFIG, RUN, SET="train.beta=0.05 data.path=my pairs.jsonl".
 CONFIG ?= pipeline/presets/demo.yaml
-RUN ?= $(basename $(notdir $(CONFIG)))
 SET ?=
 ROUNDS ?= 2
 MINUTES ?= 20
 DATA ?= demo
 
 refscore = .venv/bin/refscore
-options = --config $(CONFIG) --run $(RUN) $(foreach override,$(SET),--set '$(override)')
+# as they were given, spaces, quotes, brackets and dollars too: not expanded here, and read by the shell from the environment
+override CONFIG := $(value CONFIG)
+override SET := $(value SET)
+export CONFIG SET
+options = --config "$$CONFIG" $(if $(SET),--set "$$SET")
+ifneq ($(origin RUN),undefined)
+override RUN := $(value RUN)
+export RUN
+options += --run "$$RUN"
+endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
@@ -17,7 +25,7 @@ declared = pyproject.toml $(wildcard requirements/*)
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
-	@echo '  variables        CONFIG=$(CONFIG) RUN=$(RUN) SET="section.field=value ..."'
+	@echo "  variables        CONFIG=$$CONFIG RUN=name (default: that of CONFIG) SET=\"section.field=value ...\""
 
 setup: .venv/.run ## install what the stages need into .venv (the other targets do it by themselves)
 

@@ -31,7 +31,9 @@ ConfigOption = Annotated[
 RunOption = Annotated[
     str | None, typer.Option("--run", help="Name of the run; default: the configuration's file name.")
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. train.beta=0.05; repeatable.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override, e.g. train.beta=0.05; repeatable, or several in one text.")
+]
 DEMO = Path("demo")
 
 
@@ -218,7 +220,7 @@ def judges(
     from pipeline.artifacts.runs import open_run
     from stages import judges as stage
 
-    stage.main(open_run(run) if run else None, annotations, against)
+    stage.main(open_run(run) if run is not None else None, annotations, against)
 
 
 store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)
@@ -306,8 +308,13 @@ def main() -> None:
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:
     from pipeline.artifacts.runs import open_run
     from pipeline.config.files import load_config
+    from pipeline.errors import ConfigError
 
-    return load_config(config, overrides or []), open_run(run if run is not None else config.stem)
+    resolved = load_config(config, overrides or [])
+    try:
+        return resolved, open_run(run if run is not None else config.stem)
+    except ConfigError as error:
+        raise error if run is not None else ConfigError(f"{error}; this is that of {config}: give --run NAME") from None
 
 
 if __name__ == "__main__":

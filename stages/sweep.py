@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.artifacts.grid import grid
 from pipeline.artifacts.runs import Run, open_run
-from pipeline.config.files import load_config
+from pipeline.config.files import load_config, split_overrides
 from pipeline.errors import ConfigError
 from stages import console
 from stages.steps import step
@@ -17,7 +17,7 @@ from stages.steps import step
 
 def main(path: Path, name: str, overrides: list[str]) -> list[Run]:
     """Every point of the grid: precompute (which finds its scores in the store), train, eval; returns their runs."""
-    points = grid(overrides)
+    points = grid(split_overrides(overrides))
     if len(points) < 2:
         raise ConfigError(
             f"nothing to sweep in {overrides}: give a field several values, --set train.beta=0.03,0.1,0.3"

@@ -88,6 +88,11 @@ def test_every_command_and_option_has_help_and_every_command_stands_in_the_readm
         (["nonsense"], 2, "nonsense"),
         (["precompute", "--config", "c.yaml", "--set", "train.bta=1"], 2, "did you mean 'train.beta'"),
         (["precompute", "--config", "c.yaml", "--run", "../up"], 2, "run name '../up'"),
+        (["precompute", "--config", "c.yaml", "--run", ""], 2, "run name ''"),
+        (["judges", "--run", ""], 2, "run name ''"),
+        (["sweep", "--config", "c.yaml", "--run", "", "--set", "train.beta=1,2"], 2, "run name '-beta1'"),
+        (["iterate", "--config", "c.yaml", "--run", ""], 2, "run name '-r1'"),
+        (["precompute", "--config", "my config.yaml"], 2, "this is that of my config.yaml: give --run NAME"),
         (["precompute", "--config", "c.yaml", "--set", "reference.model=nowhere/at/all"], 2, "no such directory"),
         (["precompute", "--config", "c.yaml", "--set", "reference.model=nobody/nothing"], 2, "Without a network"),
         (
@@ -113,6 +118,7 @@ def test_every_command_and_option_has_help_and_every_command_stands_in_the_readm
 )
 def test_what_a_user_gets_wrong_is_a_message_and_a_code(tmp_path, tiny_model, arguments, code, text):
     experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(4))).rename(tmp_path / "c.yaml")
+    (tmp_path / "my config.yaml").write_text((tmp_path / "c.yaml").read_text())
     (tmp_path / "broken.jsonl").write_text('{"prompt" "x"}\n')
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
     said = refscore_here(tmp_path, *arguments, code=code)
