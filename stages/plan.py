@@ -1,10 +1,13 @@
-"""`refscore plan`: what will it take? Memory, steps, tokens and time, before any of them is spent."""
+"""`refscore plan`: what will it take? Memory, disk, steps, tokens and time, before any of them is spent."""
 
 from __future__ import annotations
 
 from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.hardware import device_kind
+from pipeline.planning.cautions import warnings_of
+from pipeline.planning.forecast import Disk, Speeds, disk, length_that_fits, memory_here, speeds
 from pipeline.planning.outlook import Outlook, on_a_gpu, outlook, smaller
-from pipeline.precompute.plan import make_plan
+from pipeline.precompute.plan import Plan, make_plan
 from pipeline.progress import duration
 from stages import console
 
@@ -14,31 +17,42 @@ _HEAD = ["GiB on one device", "weights", "gradients", "optimizer", "activations"
 def main(
     config: Config, devices: int, gpu_memory: float | None, scoring_speed: float | None, speed: float | None
 ) -> None:
-    """Print what the experiment takes; `gpu_memory` GiB asks for a GPU and says what to set if it is too small.
+    """Print what the experiment takes, and what to set if it is too much.
 
-    `devices` share the scoring; `scoring_speed` and `speed` are tokens per second and device of stages one and two.
+    `gpu_memory` GiB asks for a GPU instead of this machine. `devices` share the scoring; `scoring_speed` and `speed` are tokens
+    per second and device of stages one and two, None: forecast for this machine.
     """
     if gpu_memory is not None:
         config = on_a_gpu(config)
     plan = make_plan(config)
-    for line in plan.lines():
+    for line in [*plan.lines(), *warnings_of(config, plan)]:
         console.say(line)
     console.say("simulating a step ...")
-    seen = outlook(config, plan, "cuda" if gpu_memory is not None else None)
-    _show_training(seen, speed)
+    kind = "cuda" if gpu_memory is not None else device_kind()
+    seen = outlook(config, plan, kind)
+    here = speeds(config, plan) if kind == device_kind() and None in (scoring_speed, speed) else None
+    _show_training(seen, speed, here)
     if seen.scoring is not None:
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(seen.scoring).items())
         tokens = seen.scoring_tokens // devices
         console.say(
             f"scoring   {seen.scoring_gib:.2f} GiB on each device ({listed}), {tokens:,} tokens on each of {devices}"
-            + _time(tokens, scoring_speed)
+            + _time(tokens, scoring_speed, here.scoring if here else None)
             + _price(config.reference, devices, tokens, scoring_speed)
         )
-    if gpu_memory is not None and seen.training is not None:
-        _show_fit(config, seen, gpu_memory)
+    _show_sampling(config, plan)
+    if here is None and None in (scoring_speed, speed):
+        console.say("time      not forecast for a GPU that is not here: give --scoring-speed and --training-speed")
+    elif here is not None:
+        console.say(
+            f"time      by products of matrices, {here.products / 1e9:.0f} GFLOP/s here now; half or twice is as likely"
+        )
+    _show_disk(disk(config, plan, seen))
+    if seen.training is not None:
+        _show_fit(config, plan, seen, gpu_memory or memory_here())
 
 
-def _show_training(seen: Outlook, speed: float | None) -> None:
+def _show_training(seen: Outlook, speed: float | None, here: Speeds | None) -> None:
     held = seen.training
     if held is None:
         console.say(f"training  {seen.unpredicted}")
@@ -49,26 +63,49 @@ def _show_training(seen: Outlook, speed: float | None) -> None:
         console.table(f"Training on {seen.kind}, simulated", _HEAD, [["one step", *row]])
     console.say(
         f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {seen.tokens_per_pass:,} in a forward pass "
-        f"(longest pair {seen.longest:,})" + _time(seen.training_tokens, speed)
+        f"(longest pair {seen.longest:,})" + _time(seen.training_tokens, speed, here.training if here else None)
     )
 
 
-def _show_fit(config: Config, seen: Outlook, gpu_memory: float) -> None:
+def _show_sampling(config: Config, plan: Plan) -> None:
+    generate, held_out = config.generate, plan.pairs.splits.get("eval", 0)
+    prompts = min(held_out, generate.max_prompts or held_out)
+    if prompts:
+        models, each = 2 + len(generate.models), generate.samples + generate.kl_samples
+        responses = f"{each} responses of up to {generate.max_tokens} tokens"
+        console.say(f"sampling  at most {prompts} held-out prompts x {models} models x {responses}")
+
+
+def _show_disk(needed: Disk) -> None:
+    parts = {"checkpoints": needed.checkpoints, "model": needed.model, "pairs": needed.pairs, "store": needed.store}
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    console.say(f"disk      {needed.total / 2**30:.2f} GiB ({listed}), {needed.free / 2**30:.1f} GiB are free")
+    if needed.total > needed.free:
+        console.say("warning   too little disk is free: work where there is more, or set policy.lora={r: 16}")
+
+
+def _show_fit(config: Config, plan: Plan, seen: Outlook, memory: float) -> None:
     needed = seen.training_gib
-    fits = needed <= gpu_memory
-    console.say(f"{'fits' if fits else 'too large':9} training takes {needed:.1f} of {gpu_memory:g} GiB")
+    fits = needed <= memory
+    console.say(f"{'fits' if fits else 'too large':9} training takes {needed:.1f} of {memory:.4g} GiB")
     if fits:
         return
-    for settings, needed in smaller(config, seen, gpu_memory):
+    for settings, needed in smaller(config, seen, memory):
         console.say(f"          {needed:.1f} GiB with {settings}")
-    if needed > gpu_memory:
+    if needed > memory:
         console.say(
             "          less still: policy.lora={r: 16}, fewer train.tokens_per_batch, a shorter data.max_length"
         )
+    if length := length_that_fits(config, plan, seen, memory):
+        console.say(
+            f"          or with data.max_length={length}: one long pair takes the memory, {seen.longest:,} tokens"
+        )
 
 
-def _time(tokens: float, speed: float | None) -> str:
-    return f", {duration(tokens / speed)} at {speed:g} tokens/s" if speed else ""
+def _time(tokens: float, speed: float | None, here: float | None) -> str:
+    if speed:
+        return f", {duration(tokens / speed)} at {speed:g} tokens/s"
+    return f", about {duration(tokens / here)} at {here:.2g} tokens/s" if here else ""
 
 
 def _price(reference: ReferenceConfig, devices: int, tokens: float, speed: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
@@ -10,6 +11,7 @@ from pipeline.config.losses import reference_free
 from pipeline.engines.reference import OpenedReference, open_reference
 from pipeline.errors import CheckError, ConfigError
 from pipeline.models.weights import tensor_digests, unread_bytes
+from pipeline.planning.cautions import warnings_of
 from pipeline.precompute.launch import score
 from pipeline.precompute.pairs_file import write_pairs, write_unscored
 from pipeline.precompute.plan import make_plan, part_of
@@ -26,14 +28,14 @@ def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None)
     """
     part = _part(shard)
     if reference_free(config.train):
-        write_unscored(config, run, console, plan_only=plan_only)
+        write_unscored(config, run, console, plan_only=plan_only, remarks=partial(warnings_of, config))
         return
     reference = open_reference(config.reference)
     _hash_weights(reference)
     plan = make_plan(config, reference)
     if part:
         plan = part_of(plan, *part)
-    for line in plan.lines():
+    for line in [*plan.lines(), *warnings_of(config, plan)]:
         console.say(line)
     if plan_only:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,22 @@ def write_pairs(
     )
 
 
-def write_unscored(config: Config, run: Run, listener: Listener = SILENT, *, plan_only: bool = False) -> None:
-    """Write the pairs of an experiment that compares with no reference: without scores, and without an engine."""
+def write_unscored(
+    config: Config,
+    run: Run,
+    listener: Listener = SILENT,
+    *,
+    plan_only: bool = False,
+    remarks: Callable[[Plan], Iterable[str]] = lambda _: (),
+) -> None:
+    """Write the pairs of an experiment that compares with no reference: without scores, and without an engine.
+
+    `remarks`: what else to say of the plan before it is carried out.
+    """
     reader = "the reward model" if config.train.objective == "reward" else " + ".join(config.train.loss_type)
     listener.say(f"nothing to score: {reader} compares nothing with the reference; no engine is started")
     plan = make_plan(without_reference(config))
-    for line in plan.lines(scored=False):
+    for line in [*plan.lines(scored=False), *remarks(plan)]:
         listener.say(line)
     if not plan_only:
         write_pairs(plan, without_reference(config), run, scored=False)

@@ -1,0 +1,161 @@
+"""What should be known of the data before anything is scored or trained: each with its number and what to set.
+
+Read from a plan: nothing is read twice but the pairs' texts. A caution stops nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config.experiment import Config
+from pipeline.models.configuration import position_limit
+from pipeline.models.control_tokens import control_tokens
+from pipeline.precompute.plan import Plan
+
+# fewer held-out pairs than this give intervals that say little
+ENOUGH_HELD_OUT = 20
+_MANY_DROPPED, _ONE_SIDED, _KEPT = 0.1, 0.8, 0.95
+_SOME_PAIRS = 10  # of fewer, most may have the longer response first by chance
+_TEXTS = ("prompt", "chosen", "rejected")
+
+
+def cautions(config: Config, plan: Plan) -> list[str]:
+    """All that applies to the plan's data, in the order in which it would be met."""
+    return [
+        *_left_out(config, plan),
+        *_held_out(config, plan),
+        *_contradictions(plan),
+        *_one_sided(plan),
+        *_control_tokens(plan),
+    ]
+
+
+def warnings_of(config: Config, plan: Plan) -> list[str]:
+    """The same as lines of a plan."""
+    return [f"warning   {caution}" for caution in cautions(config, plan)]
+
+
+def length_that_keeps(lengths: np.ndarray, share: float) -> int:
+    """The least multiple of 8 that `share` of the lengths do not exceed."""
+    return 8 * math.ceil(float(np.quantile(lengths, share, method="higher")) / 8)
+
+
+def _left_out(config: Config, plan: Plan) -> list[str]:
+    pairs = plan.pairs
+    read = len(pairs) + pairs.dropped
+    if pairs.dropped <= _MANY_DROPPED * read:
+        return []
+    reason = next(iter(pairs.drops))
+    said = f"{pairs.dropped} of {read} rows ({pairs.dropped / read:.0%}) are left out, most as {reason}"
+    if reason not in ("too_long", "prompt_too_long"):
+        return [f"{said}: 'refscore validate' shows them, dropped.parquet lists them all"]
+    longest = pairs.prompt_tokens + pairs.response_tokens.reshape(-1, 2).max(1)
+    wanted = length_that_keeps(np.concatenate([longest, _too_long(plan)]), _KEPT)
+    positions = position_limit(plan.reference.paths.base)
+    if positions is not None and wanted > positions:
+        cut = "" if config.data.too_long == "truncate_response" else ", or data.too_long=truncate_response"
+        return [
+            f"{said}: {_KEPT:.0%} would need {wanted} tokens, and the model reads {positions}: take another model{cut}"
+        ]
+    return [f"{said}: data.max_length={wanted} would keep {_KEPT:.0%}"]
+
+
+def _too_long(plan: Plan) -> np.ndarray:
+    rows = plan.pairs.dropped_table().select(["reason", "detail"]).to_pylist()
+    found = [re.match(r"(\d+) tokens", row["detail"]) for row in rows if row["reason"].endswith("too_long")]
+    return np.asarray([int(match[1]) for match in found if match], np.int64)
+
+
+def _held_out(config: Config, plan: Plan) -> list[str]:
+    held_out, train = (plan.pairs.splits.get(split, 0) for split in ("eval", "train"))
+    if held_out >= ENOUGH_HELD_OUT:
+        return []
+    few = f"only {held_out} pairs are" if held_out else "no pair is"
+    consequence = (
+        "intervals will be wide"
+        if held_out
+        else "the training shows no held-out figures, and 'refscore eval' will have nothing to judge"
+    )
+    if config.data.eval_path:
+        return [f"{few} held out, so {consequence}: give data.eval_path more"]
+    share = math.ceil(100 * 1.25 * ENOUGH_HELD_OUT / (held_out + train)) / 100
+    if share > 0.5:
+        return [f"{few} held out, so {consequence}; {held_out + train} pairs are too few to hold {ENOUGH_HELD_OUT} out"]
+    share = max(0.1, share)
+    about = f"data.eval_fraction={share:g} would hold about {round(share * (held_out + train))} out"
+    return [f"{few} held out, so {consequence}: {about}, or give data.eval_path"]
+
+
+def _contradictions(plan: Plan) -> list[str]:
+    """Pairs of the same two responses, each of which is once the chosen one; and rows that say the same twice."""
+    said = []
+    pairs = plan.pairs
+    read = len(pairs) + pairs.dropped
+    twice = pairs.drops["duplicate"].count if "duplicate" in pairs.drops else 0
+    if twice:
+        said.append(f"{twice} of {read} rows ({twice / read:.0%}) say what another row says, and are read once")
+    # sums of 64 bits of both keys, weighed so that they differ with the order
+    buffer = plan.keys.buffers()[1]
+    words = np.frombuffer(buffer, "<u8").reshape(-1, 4)[plan.keys.offset :][: len(plan.keys), 0]
+    chosen, rejected = words[::2], words[1::2]
+    opposite = np.isin(chosen * np.uint64(3) + rejected, rejected * np.uint64(3) + chosen)
+    if opposite.any():
+        rows = ", ".join(map(str, pairs.source_rows()[opposite][:2]))
+        said.append(
+            f"{int(opposite.sum())} pairs contradict one another: the same two responses, the other one chosen (rows {rows}). "
+            "Nothing can be learned from them: remove one of each"
+        )
+    return said
+
+
+def _one_sided(plan: Plan) -> list[str]:
+    lengths = plan.pairs.response_tokens.reshape(-1, 2)
+    if len(lengths) < _SOME_PAIRS:
+        return []
+    means = lengths.mean(0)
+    for side, other, share in (
+        ("chosen", "rejected", (lengths[:, 0] > lengths[:, 1]).mean()),
+        ("rejected", "chosen", (lengths[:, 1] > lengths[:, 0]).mean()),
+    ):
+        if share > _ONE_SIDED:
+            longer, shorter = sorted(means, reverse=True)
+            often = f"in {share:.0%} of the pairs (on average {longer:.0f} and {shorter:.0f} tokens)"
+            habit = "long" if side == "chosen" else "short"
+            advice = "train.ld_alpha=0.5 gives half the weight to what goes beyond the shorter response"
+            return [
+                f"{side} is longer than {other} {often}: a policy learns from that to write {habit} responses; {advice}"
+            ]
+    return []
+
+
+def _control_tokens(plan: Plan) -> list[str]:
+    named = control_tokens(plan.reference.tokenizer, bracketed=False)
+    # RE2, which Arrow searches with, knows fewer escapes than re.escape writes
+    names = [re.sub(r"([\\.+*?()\[\]{}|^$])", r"\\\1", token) for token in named.values() if token]
+    pattern = "|".join(sorted(names, key=len, reverse=True))
+    if not pattern:
+        return []
+    count, first = 0, ""
+    for number, table in plan.pairs.groups(list(_TEXTS)):
+        found = pa.array([False] * len(table))
+        for column in _TEXTS:
+            found = pc.or_(found, pc.match_substring_regex(table[column].combine_chunks(), pattern))
+        rows = np.flatnonzero(found.to_numpy(zero_copy_only=False))
+        if len(rows) and not count:
+            first = _first(plan, number + int(rows[0]), pattern)
+        count += len(rows)
+    if not count:
+        return []
+    return [f"{count} of {len(plan.pairs)} pairs hold control tokens of the model in their text (first: {first})"]
+
+
+def _first(plan: Plan, number: int, pattern: str) -> str:
+    row = plan.row(number)
+    text = next(row[column] for column in _TEXTS if re.search(pattern, row[column]))
+    found = re.search(pattern, text)
+    return f"{row['source']} row {row['source_row']}: {found[0] if found else ''}"

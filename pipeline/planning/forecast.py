@@ -1,0 +1,147 @@
+"""What an experiment takes beside memory: disk by what is kept there, and time by how fast this machine multiplies."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from pipeline.artifacts.runs import RUNS
+from pipeline.config.experiment import Config
+from pipeline.hardware import device_kind, memory_gib
+from pipeline.models.configuration import read_config
+from pipeline.models.locate import locate
+from pipeline.models.weights import loaded_files
+from pipeline.planning.outlook import Outlook, of_process
+from pipeline.planning.training import simulate_step
+from pipeline.precompute.plan import Plan
+from pipeline.training.examples import tokens_in_a_pass
+from pipeline.training.policies import precision_of
+
+# of what a plain product of matrices reaches, in whole stages; measured on a CPU with a model of 135 million parameters
+_OF_PRODUCTS = {"scoring": 0.5, "training": 0.5}
+_PRODUCT_SECONDS = 0.3
+# a score's key, lengths and sum beside its log-probabilities
+_BESIDE_A_SCORE = 80
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that an experiment writes, by what they are, and what is free there."""
+
+    checkpoints: int
+    model: int
+    pairs: int
+    store: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """All that is written."""
+        return self.checkpoints + self.model + self.pairs + self.store
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens per second on one device of this machine, and the products of matrices per second that they rest on (FLOP/s)."""
+
+    scoring: float
+    training: float
+    products: float
+
+
+def parameters_in(directory: Path) -> int:
+    """Numbers in a model's weights, by the headers of its files alone."""
+    count = 0
+    for file in loaded_files(directory):
+        with safe_open(file, framework="np") as tensors:
+            count += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
+    return count
+
+
+def disk(config: Config, plan: Plan, seen: Outlook) -> Disk:
+    """What the three stages write for `config`, without samples and reports, which are small beside it."""
+    parameters = parameters_in(locate(config.policy))
+    state = seen.training.optimizer if seen.training else 8 * parameters
+    # an adapter's weights are half of what AdamW keeps of them
+    learning = state // 2 if config.policy.lora else parameters * (4 if config.policy.dtype == "float32" else 2)
+    # the new one is whole before an old one is removed
+    checkpoints = (config.train.save_total_limit + 1) * (learning + state)
+    merged = config.policy.lora is None or config.policy.lora.merge
+    responses = plan.pairs.response_tokens
+    working = sum(file.stat().st_size for file in Path(plan.pairs.directory.name).iterdir())
+    missing = len(plan.missing) * _BESIDE_A_SCORE + 4 * int(responses[plan.missing].sum(dtype=np.int64))
+    place = next(path for path in (RUNS, *RUNS.parents) if path.exists())
+    return Disk(
+        checkpoints=checkpoints,
+        model=parameters * _saved_width(config, seen.kind) * int(merged),
+        pairs=working + 4 * int(responses.sum(dtype=np.int64)),
+        store=missing,
+        free=shutil.disk_usage(place).free,
+    )
+
+
+def speeds(config: Config, plan: Plan) -> Speeds:
+    """How fast the stages would be here, from a product of matrices that is timed now; half or twice as fast is as likely."""
+    scored_in = torch.float32 if plan.identity.numerics.dtype == "float32" else torch.bfloat16
+    trained_in = precision_of(config)
+    products = {dtype: _products_per_second(dtype) for dtype in {scored_in, trained_in}}
+    scored, trained = parameters_in(plan.reference.paths.merged), parameters_in(locate(config.policy))
+    checkpointing = config.train.gradient_checkpointing
+    again = checkpointing is True or (checkpointing == "auto" and device_kind() == "cuda")
+    return Speeds(
+        # a forward pass is two operations per parameter and token, a backward pass four
+        scoring=_OF_PRODUCTS["scoring"] * products[scored_in] / (2 * scored),
+        training=_OF_PRODUCTS["training"] * products[trained_in] / ((8 if again else 6) * trained),
+        products=products[trained_in],
+    )
+
+
+def memory_here() -> float:
+    """GiB of the device that this machine trains on."""
+    if device_kind() == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return memory_gib()
+
+
+def length_that_fits(config: Config, plan: Plan, seen: Outlook, gib: float) -> int | None:
+    """The largest `data.max_length` whose pairs train within `gib`; None if something else than a long pair takes the memory."""
+    if seen.training is None or seen.longest <= tokens_in_a_pass(config.train, seen.kind):
+        return None
+    # memory grows evenly with the tokens of a pass: two passes tell how
+    half = seen.tokens_per_pass // 2
+    held = simulate_step(config, locate(config.policy), half, int(half * seen.scored_share), seen.kind)
+    low = of_process(held.total, seen.kind)
+    per_token = (seen.training_gib - low) / (seen.tokens_per_pass - half)
+    tokens = half + int((gib - low) / per_token)
+    prompts = plan.pairs.prompt_tokens.astype(np.int64)
+    responses = plan.pairs.response_tokens.astype(np.int64).reshape(-1, 2)
+    too_large = prompts + responses.sum(1) - 2 > tokens
+    length = int((prompts + responses.max(1))[too_large].min()) - 1 if too_large.any() else None
+    return length if length and tokens > 0 else None
+
+
+def _saved_width(config: Config, kind: str) -> int:
+    policy = config.policy
+    if policy.save_dtype == "float32" or (policy.save_dtype == "auto" and kind == "cpu"):
+        return 2 if policy.save_dtype == "auto" and policy.dtype == "bfloat16" else 4
+    base = read_config(locate(policy))
+    return 4 if "float32" in str(base.get("dtype") or base.get("torch_dtype") or "float32") else 2
+
+
+def _products_per_second(dtype: torch.dtype) -> float:
+    kind = device_kind()
+    left, right = (torch.ones(1024, 1024, dtype=dtype, device=kind) for _ in range(2))
+    left @ right  # the first one starts threads or kernels
+    done, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < _PRODUCT_SECONDS:
+        left @ right
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        done += 1
+    return done * 2 * 1024**3 / passed
