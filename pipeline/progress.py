@@ -23,14 +23,14 @@ class Ticker(Protocol):
 
 
 class Listener(Protocol):
-    """What hears of long work; the module `stages.console` is one."""
+    """What hears of long work; `stages.console.working` is one."""
 
     def say(self, text: str) -> None:
         """A line for people."""
         ...
 
-    def progress(self, title: str, total: int) -> AbstractContextManager[Ticker]:
-        """A task of `total` units begins."""
+    def progress(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Ticker]:
+        """A task of `total` units begins, or goes on after `done` of them."""
         ...
 
 
@@ -47,7 +47,7 @@ class _Silent:
     def say(self, text: str) -> None: ...
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Ticker]:  # noqa: ARG002  # the protocol's names
+    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Ticker]:  # noqa: ARG002  # the protocol's names
         yield _SilentTicker()
 
 

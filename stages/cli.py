@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import RefscoreError
-from stages import console
+from pipeline.version import __version__
+from stages import ending, manner
 
 if TYPE_CHECKING:
     from pipeline.artifacts.runs import Run
     from pipeline.config.experiment import Config
 
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"refscore {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="refscore",
-    help="Score a DPO reference model once, train the policy alone against the stored scores, judge the result.",
+    cls=manner.Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -32,9 +37,21 @@ RunOption = Annotated[
     str | None, typer.Option("--run", help="Name of the run; default: the configuration's file name.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override, e.g. train.beta=0.05; repeatable, or several in one text.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Override, e.g. train.beta=0.05; repeatable, or several in one text."
+    ),
 ]
 DEMO = Path("demo")
+
+
+@app.callback()
+def refscore(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Score a DPO reference model once, train the policy alone against the stored scores, judge the result."""
 
 
 @app.command()
@@ -49,9 +66,11 @@ def precompute(
 ) -> None:
     """Stage 1: score chosen and rejected under the reference model; writes pairs.parquet."""
     resolved, opened = _open(config, run, set_)
-    from stages import precompute as stage
+    # neither a plan nor a part of the scores writes anything into the run
+    with nullcontext() if plan or shard is not None else ending.working_on(opened, ending.from_the_store):
+        from stages import precompute as stage
 
-    stage.main(resolved, opened, plan_only=plan, shard=shard)
+        stage.main(resolved, opened, plan_only=plan, shard=shard)
 
 
 @app.command()
@@ -81,18 +100,20 @@ def train(
 ) -> None:
     """Stage 2: train the policy alone against pairs.parquet; resumes an interrupted training."""
     resolved, opened = _open(config, run, set_)
-    from stages import train as stage
+    with ending.working_on(opened, ending.from_a_checkpoint):
+        from stages import train as stage
 
-    stage.main(resolved, opened, restart=restart)
+        stage.main(resolved, opened, restart=restart)
 
 
 @app.command(name="eval")
 def evaluate(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
     """Stage 3: generate with policy and reference on held-out prompts, judge, report."""
     resolved, opened = _open(config, run, set_)
-    from stages import eval as stage
+    with ending.working_on(opened, ending.from_what_was_made):
+        from stages import eval as stage
 
-    stage.main(resolved, opened)
+        stage.main(resolved, opened)
 
 
 @app.command()
@@ -166,16 +187,19 @@ def sweep(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = 
     from stages import compare as comparison
     from stages import sweep as stage
 
-    comparison.main(stage.main(config, run if run is not None else config.stem, set_ or []), None)
+    with ending.interruptible(ending.from_the_last_stage):
+        runs = stage.main(config, run if run is not None else config.stem, set_ or [])
+    comparison.main(runs, None)
 
 
 @app.command()
 def pairs(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
     """New preference pairs: the run's policy answers its training prompts, a judge sets best against worst."""
     resolved, opened = _open(config, run, set_)
-    from stages import pairs as stage
+    with ending.working_on(opened, ending.from_what_was_made):
+        from stages import pairs as stage
 
-    stage.main(resolved, opened)
+        stage.main(resolved, opened)
 
 
 @app.command()
@@ -190,7 +214,8 @@ def iterate(
     from stages import iterate as stage
 
     resolved = load_config(config, set_ or [])
-    stage.main(resolved, config, run if run is not None else config.stem, set_ or [], rounds)
+    with ending.interruptible(ending.from_the_last_stage):
+        stage.main(resolved, config, run if run is not None else config.stem, set_ or [], rounds)
 
 
 @app.command()
@@ -223,7 +248,7 @@ def judges(
     stage.main(open_run(run) if run is not None else None, annotations, against)
 
 
-store_app = typer.Typer(help="The store of reference scores.", no_args_is_help=True)
+store_app = typer.Typer(cls=manner.Commands, help="The store of reference scores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]
 
@@ -281,28 +306,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: run a command, turn every failure into a message and an exit code."""
-    console.quiet_libraries()
-    console.show_warnings()
-    try:
-        app(prog_name="refscore")
-    except RefscoreError as error:
-        console.fail(str(error))
-        sys.exit(error.exit_code)
-    except SystemExit as stop:
-        # Typer turns Ctrl-C into 130
-        if stop.code == 130:
-            console.fail("interrupted")
-            sys.exit(1)
-        raise
-    except BrokenPipeError:
-        # the reader of our output went away (refscore show ... | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Exception as error:
-        if os.environ.get("REFSCORE_DEBUG"):
-            raise
-        console.report_bug(error)
-        sys.exit(1)
+    ending.finish(ending.run(app))
 
 
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:

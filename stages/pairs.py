@@ -10,7 +10,7 @@ from stages import console
 
 def main(config: Config, run: Run) -> None:
     """Make new pairs from the run's policy, and say how many, and why not more."""
-    new_pairs = write_new_pairs(config, run, console)
+    new_pairs = write_new_pairs(config, run, console.working)
     for reason, count in new_pairs.left_out.items():
         console.say(f"left out  {count} x {reason}")
     console.say(f"pairs     {new_pairs.pairs} in {run.new_pairs}")

@@ -28,7 +28,7 @@ def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None)
     """
     part = _part(shard)
     if reference_free(config.train):
-        write_unscored(config, run, console, plan_only=plan_only, remarks=partial(warnings_of, config))
+        write_unscored(config, run, console.working, plan_only=plan_only, remarks=partial(warnings_of, config))
         return
     reference = open_reference(config.reference)
     _hash_weights(reference)
@@ -40,7 +40,7 @@ def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None)
     if plan_only:
         return
 
-    quarantined = score(plan, run.directory, console)
+    quarantined = score(plan, run.directory, console.working)
 
     if part:
         console.say(

@@ -15,18 +15,25 @@ from stages import console
 def step(stage: str, config: Path, run: str, overrides: Sequence[str]) -> None:
     """Run one stage as the command line would. Raises with the stage's own exit code if it fails."""
     options = [part for override in overrides for part in ("--set", override)]
-    command = [stage, "--config", str(config), "--run", run, *options]
+    command = [stage, "--config", str(config), "--run", run, *options, *console.as_asked()]
     console.say(f"\nrefscore {' '.join(command)}")
     sys.stdout.flush()
     # the same code, wherever this process found it
     here = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.cli", *command], env={**os.environ, "PYTHONPATH": path}, check=False
-    )
-    if done.returncode:
+    with subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", *command], env={**os.environ, "PYTHONPATH": path}
+    ) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            # it says how it goes on, and leaves nothing half done: that takes a moment
+            child.terminate()
+            child.wait()
+            raise
+    if code:
         failed = RefscoreError(
             f"'refscore {stage}' of run {run!r} failed, see above; once mended, the same command goes on"
         )
-        failed.exit_code = done.returncode
+        failed.exit_code = code
         raise failed

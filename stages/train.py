@@ -10,4 +10,4 @@ from stages import console
 
 def main(config: Config, run: Run, *, restart: bool) -> None:
     """Train, and say how it goes."""
-    train(config, run, restart=restart, listener=console)
+    train(config, run, restart=restart, listener=console.working)

@@ -57,6 +57,14 @@ class Run:
         return self.directory / "provenance.json"
 
     @property
+    def log(self) -> Path:
+        return self.directory / "log.txt"
+
+    @property
+    def training(self) -> Path:
+        return self.directory / "training.json"
+
+    @property
     def pairs(self) -> Path:
         return self.directory / "pairs.parquet"
 

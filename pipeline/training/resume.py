@@ -50,7 +50,7 @@ def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpo
         return None
     if checkpoint is not None and checkpoint.training == training:
         return checkpoint
-    saved = read_json(run.directory / "training.json").get("config", {})
+    saved = read_json(run.training).get("config", {})
     now = trained_fields(config)
     fields = "; ".join(differing_fields(saved, now)) or "the data, the reference's scores or the policy's weights"
     raise ConfigError(

@@ -108,7 +108,7 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
         listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
     if first == 0:
-        durable.write_json(run.directory / "training.json", {"config": trained_fields(config)})
+        durable.write_json(run.training, {"steps": steps, "config": trained_fields(config)})
         check_gate(config, run, about, base, policy, pairs, listener)
 
     in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
@@ -158,7 +158,7 @@ class _Loop:
             self._evaluate(0)
         self.policy.model.train()
         kinds_said: set[str] = set()
-        with self.listener.progress("training", self.steps - first) as ticker:
+        with self.listener.progress("training", self.steps, first) as ticker:
             pending: list[dict[str, float]] = []
             tokens, since = 0, time.monotonic()
             saved, writing = since, 0.0
