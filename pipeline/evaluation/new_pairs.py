@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.engines.vllm.generator import Sample
 from pipeline.judges.judging import Duel, Judge, Prompt, Response, Shown
 from pipeline.judges.marks import marks, words_of
-from pipeline.pairs.formats import Message
+from pipeline.pairs.messages import Message
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,25 @@
 The boundary between prompt and response is decided on token ids: the prompt's ids must begin the ids of prompt plus
 response, or the row is dropped. A response ends with the template's end-of-turn token, unless its row says that it was cut off:
 a model that never wrote an end must not be taught, or scored on, one there.
+
+Control tokens are the template's alone: one that stands in a row's text is encoded as the text that it is, unless
+`data.special_tokens` is parse. Such rows are counted.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError
+from pipeline.models.control_tokens import control_tokens, encode_text
+from pipeline.pairs.messages import Message, texts_in
 from pipeline.pairs.preferences import Dropped, Preference
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ class Encoded:
 class Encoder:
     """Tokenises rows as they come; `positions`: tokens that the model has positions for, if anything limits them.
 
+    `control` counts the rows so far whose text names a control token of the tokenizer, by its name.
     Raises ConfigError if the tokenizer cannot do what `data` asks.
     """
 
@@ -50,6 +58,8 @@ class Encoder:
         if positions is not None and positions < self._limit:
             self._limit, self._limit_is = positions, f"the model reads {positions}"
         self._texts = _chat_texts if data.template == "chat" else _plain_texts
+        self._control = ControlTokens(tokenizer)
+        self.control: dict[str, int] = {}
 
     def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         """Every row in order, with chosen and rejected; responses of equal ids are no pair."""
@@ -72,16 +82,30 @@ class Encoder:
     def _encode(self, items: Iterable[Preference | Dropped], sides: tuple[str, ...]) -> Iterator[Encoded | Dropped]:
         stream = iter(items)
         while chunk := list(islice(stream, _CHUNK)):
-            texts = [None if isinstance(item, Dropped) else self._texts(item, sides, self._tokenizer) for item in chunk]
-            flat = [text for of_row in texts if isinstance(of_row, list) for text in of_row]
+            texts = [item if isinstance(item, Dropped) else self._rendered(item, sides) for item in chunk]
+            flat = [
+                text for of_row in texts if isinstance(of_row, _Texts) and not of_row.named for text in of_row.texts
+            ]
             ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
             for item, of_row in zip(chunk, texts, strict=True):
-                if isinstance(item, Dropped):
-                    yield item
-                elif isinstance(of_row, Dropped):
+                if isinstance(of_row, Dropped):
                     yield of_row
-                else:
-                    yield self._cut(item, next(ids), {side: next(ids) for side in sides})
+                elif isinstance(item, Preference):
+                    of_texts = self._control.encode(of_row) if of_row.named else list(islice(ids, len(of_row.texts)))
+                    yield self._cut(item, of_texts[0], dict(zip(sides, of_texts[1:], strict=True)))
+
+    def _rendered(self, item: Preference, sides: tuple[str, ...]) -> _Texts | Dropped:
+        """The texts of the prompt, and of prompt and response for each side."""
+        named = self._control.named_in([item.prompt, *(item.response(side) for side in sides), item.tools])
+        for name in named:
+            self.control[name] = self.control.get(name, 0) + 1
+        if not named or self._data.special_tokens == "parse":
+            texts = self._texts(item, sides, self._tokenizer)
+            return texts if isinstance(texts, Dropped) else _Texts(texts)
+        # the template gets placeholders, so that its own control tokens are those that are left
+        places = {name: f"placeholder{uuid.uuid4().hex}" for name in named}
+        texts = self._texts(self._control.hidden(item, places), sides, self._tokenizer)
+        return texts if isinstance(texts, Dropped) else _Texts(texts, places)
 
     def _cut(self, item: Preference, prompt: list[int], whole: dict[str, list[int]]) -> Encoded | Dropped:
         """The responses behind `prompt` in `whole` (side to ids), shortened if that is wanted."""
@@ -94,7 +118,7 @@ class Encoder:
         responses = []
         for side, ids in whole.items():
             if ids[: len(prompt)] != prompt:
-                return drop("prompt_not_a_prefix", _where_it_differs(side, prompt, ids))
+                return drop("prompt_not_a_prefix", _where_it_differs(side, prompt, ids) + _merges(getattr(item, side)))
             ended = _ended(ids[len(prompt) :], self._end)
             responses.append(ended[:-1] if side in item.cut_off else ended)
             if not responses[-1]:
@@ -134,19 +158,123 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """A row's texts before they are tokens; `named`: control tokens that its own words name, and what stands for them."""
+
+    texts: list[str]
+    named: dict[str, str] = field(default_factory=dict)
+
+
+class ControlTokens:
+    """The tokenizer's control tokens, and how texts that name one are encoded without it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # <think> and its like are what a response is made of; only special tokens end or begin a turn
+        self._control = control_tokens(tokenizer, bracketed=False)
+        self._ids = {name: token for token, name in self._control.items()}
+        self._added = {added.content: added for added in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+        # the longest first: one name may hold another
+        names = sorted(map(re.escape, filter(None, self._ids)), key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(names)})") if names else None
+
+    def named_in(self, value: Any) -> list[str]:
+        """Control tokens that texts in `value` name, each once."""
+        if self._pattern is None:
+            return []
+        return list(dict.fromkeys(name for text in texts_in(value) for name in self._pattern.findall(text)))
+
+    def hidden(self, item: Preference, places: dict[str, str]) -> Preference:
+        """The row with a placeholder for every control token that its words name."""
+
+        def hide(text: str) -> str:
+            return self._pattern.sub(lambda found: places[found[0]], text) if self._pattern else text
+
+        return replace(
+            item,
+            prompt=_mapped(item.prompt, hide),
+            chosen=hide(item.chosen),
+            rejected=hide(item.rejected),
+            tools=_mapped(item.tools, hide),
+            calls=_mapped(item.calls, hide),
+        )
+
+    def encode(self, rendered: _Texts) -> list[list[int]]:
+        """Token ids of each text: control tokens of the template as such, what the row's own words name as text."""
+        return [self._encode(text, {place: name for name, place in rendered.named.items()}) for text in rendered.texts]
+
+    def _encode(self, text: str, names: dict[str, str]) -> list[int]:
+        # a tokenizer too encodes what stands between its control tokens piece by piece
+        pieces = self._pattern.split(text) if self._pattern else [text]
+        ids: list[int] = []
+        for at, piece in enumerate(pieces):
+            if at % 2:
+                ids.append(self._ids[piece])
+            else:
+                ids += encode_text(self._tokenizer, self._restored(pieces, at, names), self._control)
+        return ids
+
+    def _restored(self, pieces: list[str], at: int, names: dict[str, str]) -> str:
+        """What stands between two control tokens, without the white space that they take, and with the row's own words."""
+        text = pieces[at]
+        before, after = (
+            self._added.get(pieces[side]) if 0 <= side < len(pieces) else None for side in (at - 1, at + 1)
+        )
+        text = text.lstrip() if before is not None and before.rstrip else text
+        text = text.rstrip() if after is not None and after.lstrip else text
+        for place, name in names.items():
+            text = text.replace(place, name)
+        return text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, names of fields excepted."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
+
+
 def _chat_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
     from jinja2 import TemplateError
 
+    def rendered(messages: list[Message], tools: list[dict[str, Any]], *, reply_next: bool) -> str:
+        how = {"tools": tools} if tools else {}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next, **how))
+
     try:
-        prompt = tokenizer.apply_chat_template(item.prompt, tokenize=False, add_generation_prompt=True)
-        turns = [{"role": "assistant", "content": getattr(item, side)} for side in sides]
-        whole = [tokenizer.apply_chat_template([*item.prompt, turn], tokenize=False) for turn in turns]
-    except (TemplateError, TypeError, KeyError) as error:
+        texts = [rendered(item.prompt, item.tools, reply_next=True)]
+        texts += [rendered([*item.prompt, item.response(side)], item.tools, reply_next=False) for side in sides]
+        if item.tools and texts[0] == rendered(item.prompt, [], reply_next=True):
+            return Dropped(item.source, item.row, "tools_not_rendered", "the chat template shows no tools")
+        for number, text in enumerate(texts):
+            messages = [*item.prompt, *([item.response(sides[number - 1])] if number else [])]
+            called = any("tool_calls" in message for message in messages)
+            if called and text == rendered(_without_calls(messages), item.tools, reply_next=not number):
+                return Dropped(
+                    item.source, item.row, "tool_calls_not_rendered", "the chat template shows no tool calls"
+                )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         return Dropped(item.source, item.row, "template_refused", str(error)[:200])
-    return [str(prompt), *map(str, whole)]
+    for message in item.prompt:
+        if message["role"] == "tool" and message["content"].strip() not in texts[0]:
+            return Dropped(
+                item.source, item.row, "tool_message_not_rendered", "the chat template shows no tool's answer"
+            )
+    return texts
+
+
+def _without_calls(messages: list[Message]) -> list[Message]:
+    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
 
 
 def _plain_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
+    if item.tools or item.calls or any("tool_calls" in message for message in item.prompt):
+        return Dropped(
+            item.source, item.row, "tools_not_rendered", "data.template=none is text without tools and tool calls"
+        )
     prompt = "".join(message["content"] for message in item.prompt)
     # add_special_tokens is off for all texts alike, so the beginning-of-sequence token, if there is one, is set here
     prompt = (tokenizer.bos_token or "") + prompt if getattr(tokenizer, "add_bos_token", False) else prompt
@@ -156,6 +284,13 @@ def _plain_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrained
 def _where_it_differs(name: str, prompt: list[int], full: list[int]) -> str:
     position = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
     return f"{name}: token {position} of {len(prompt)} differs once a response follows"
+
+
+def _merges(response: str) -> str:
+    """What is said of a response that begins with white space, which many tokenizers join with what stands before."""
+    if not response[:1].isspace():
+        return ""
+    return f"; the response begins with {response[0]!r}, which merges with the prompt's end: strip it"
 
 
 def _ended(response: list[int], end: int) -> list[int]:

@@ -1,59 +1,104 @@
-"""The forms that preference data comes in: does a row fit, and what does it say.
+"""The forms that preference data comes in: does a row fit, what does it say, and which columns does that read.
 
 FORMATS is asked in order. A conversion gives the prompt's messages and the two responses, or raises RowProblem.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import takewhile
 
 from pipeline.errors import DataError
-from pipeline.pairs.rows import Row
+from pipeline.pairs.messages import (
+    READ_OF_A_MESSAGE,
+    Message,
+    RowProblem,
+    branching,
+    dialogue,
+    is_messages,
+    messages_of,
+    must_alternate,
+    must_be_unicode,
+    response_of,
+    text_of,
+)
+from pipeline.pairs.near_forms import near_form
+from pipeline.pairs.reading.json_rows import Row
 
-Message = dict[str, str]
-Converted = tuple[list[Message], str, str]
+Converted = tuple[list[Message], Message, Message]
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+# read of a row of any form
+_BESIDE = frozenset({"chosen", "rejected", "system", "tools", "topic", "chosen_cut_off", "rejected_cut_off"})
+# what `refscore pairs` writes for people
+_OWN_NOTES = frozenset({"margin", "differs_beyond_length", "provenance"})
+# columns that would be a prompt if they were named so
+_PROMPT_LIKE = ("question", "query", "input", "instruction", "context", "messages", "conversation", "conversations")
+_SHOWN_COLUMNS = 20
 
 
-class RowProblem(Exception):
-    """A row that cannot become a preference; `reason` is a short fixed word, `detail` what was seen."""
+@dataclass(frozen=True)
+class Format:
+    """One form: whether a row has it, what a row says, and the columns that this reads besides those of every form."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+    fits: Callable[[Row], bool]
+    convert: Callable[[Row], Converted]
+    reads: frozenset[str]
+    chat_only: bool = False
 
 
-def detect_format(name: str, rows: list[Row]) -> str:
-    """The first format (in the order of FORMATS) that most of `rows` fit; DataError with the columns seen if none."""
-    for title, (fits, _) in FORMATS.items():
-        if sum(map(fits, rows)) * 2 > len(rows):
+def detect_format(name: str, rows: list[Row], *, chat: bool = True) -> str:
+    """The first format (in the order of FORMATS) that most of `rows` fit; DataError with what they are if none.
+
+    Without a chat template (not `chat`) a dialogue in a prompt's text is plain text.
+    """
+    for title, form in FORMATS.items():
+        if (chat or not form.chat_only) and sum(map(form.fits, rows)) * 2 > len(rows):
+            if title == "TRL implicit, strings":
+                _must_have_no_other_prompt(name, rows)
             return title
-    seen = ", ".join(sorted({str(key) for row in rows for key in row})) or "none"
+    columns = sorted({shown(key) for row in rows for key in row})
+    seen = ", ".join(columns[:_SHOWN_COLUMNS]) or "none"
+    more = f" and {len(columns) - _SHOWN_COLUMNS} more" if len(columns) > _SHOWN_COLUMNS else ""
+    if said := near_form(rows):
+        raise DataError(f"{name}: columns {seen}{more}: the file {said}")
     raise DataError(
-        f"{name}: columns {seen} fit no known format ({'; '.join(FORMATS)}). "
+        f"{name}: columns {seen}{more} fit no known format ({'; '.join(FORMATS)}). "
         "Name them with data.columns, for example --set 'data.columns={prompt: question, chosen: good, rejected: bad}'"
     )
 
 
+def other_form(row: Row, format_name: str) -> str:
+    """The form that a row has that cannot be read as its file's; empty if it has no other."""
+    fitting = next((title for title, form in FORMATS.items() if form.fits(row)), format_name)
+    return "" if fitting == format_name else f"the row is {fitting}, the file {format_name}: one form for each file"
+
+
+def unread(row: Row, format_name: str) -> Iterable[str]:
+    """Columns of a row, and fields of its messages, that nothing reads."""
+    read = _BESIDE | _OWN_NOTES | FORMATS[format_name].reads
+    for column, value in row.items():
+        if value is None:
+            continue
+        if column not in read or (column in ("topic", "system") and not isinstance(value, str)):
+            yield shown(column)
+        elif isinstance(value, (list, dict)) and column not in ("tools", *_OWN_NOTES):
+            for message in value if isinstance(value, list) else [value]:
+                if not isinstance(message, dict):
+                    continue
+                named = {"name"} if message.get("role") == "tool" else set()
+                for key in message.keys() - READ_OF_A_MESSAGE - named - {"type", "text"}:
+                    if message[key] is not None:
+                        yield f"{shown(column)}[].{shown(key)}"
+
+
+def shown(name: object) -> str:
+    """A column's name for people: on one line, at most 40 characters, printable."""
+    text = " ".join(str(name).split()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
 # --- one pair of functions a form
-
-
-def _is_messages(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _is_hh(row: Row) -> bool:
@@ -62,49 +107,93 @@ def _is_hh(row: Row) -> bool:
 
 
 def _from_hh(row: Row) -> Converted:
-    return _branching(_hh_messages(row, "chosen"), _hh_messages(row, "rejected"))
+    prompt, chosen, rejected = branching(dialogue(text_of(row, "chosen")), dialogue(text_of(row, "rejected")))
+    return _with_system(row, prompt), chosen, rejected
 
 
-def _hh_messages(row: Row, column: str) -> list[Message]:
-    text = _string(row, column)
-    parts = re.split(r"\n\n(Human|Assistant):", text)
-    messages = [{"role": "system", "content": parts[0].strip()}] if parts[0].strip() else []
-    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        messages.append({"role": ROLES["human" if speaker == "Human" else "assistant"], "content": content.strip()})
-    return messages
-
-
-def _is_sharegpt(row: Row) -> bool:
-    return _is_messages(row.get("conversations")) and "chosen" in row and "rejected" in row
-
-
-def _from_sharegpt(row: Row) -> Converted:
-    prompt = _messages(row["conversations"], "conversations")
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
-    return prompt, _response(row, "chosen"), _response(row, "rejected")
-
-
-def _is_ultrafeedback(row: Row) -> bool:
+def _is_hh_prompt(row: Row) -> bool:
+    prompt, sides = row.get("prompt"), (row.get("chosen"), row.get("rejected"))
     return (
-        isinstance(row.get("prompt"), str)
-        and _starts_with_prompt(row, "chosen")
-        and _starts_with_prompt(row, "rejected")
+        isinstance(prompt, str)
+        and prompt.lstrip().startswith("Human:")
+        and all(isinstance(side, str) for side in sides)
     )
 
 
-def _starts_with_prompt(row: Row, column: str) -> bool:
+def _from_hh_prompt(row: Row) -> Converted:
+    text = text_of(row, "prompt")
+    prompt = dialogue("\n\n" + text.lstrip())
+    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
+        prompt = prompt[:-1]
+    responses = [_behind_prompt(text_of(row, side), text, side) for side in ("chosen", "rejected")]
+    chosen, rejected = ({"role": "assistant", "content": response} for response in responses)
+    return _with_system(row, prompt), chosen, rejected
+
+
+def _behind_prompt(response: str, prompt: str, side: str) -> str:
+    """The response of a text that may repeat the prompt, and begin with the word Assistant."""
+    response = response.strip()
+    if response.startswith("Human:"):
+        if not response.startswith(prompt.strip()):
+            raise RowProblem("prompt_contradicts_messages", f"{side} is a dialogue that does not begin with the prompt")
+        response = response[len(prompt.strip()) :].strip()
+    return response.removeprefix("Assistant:").strip()
+
+
+def _is_sharegpt(row: Row) -> bool:
+    return is_messages(row.get("conversations")) and "chosen" in row and "rejected" in row
+
+
+def _from_sharegpt(row: Row) -> Converted:
+    return _with_responses(row, messages_of(row.get("conversations"), "conversations"))
+
+
+def _is_beside_messages(row: Row) -> bool:
+    return "prompt" not in row and is_messages(row.get("messages")) and _are_single(row)
+
+
+def _from_beside_messages(row: Row) -> Converted:
+    return _with_responses(row, messages_of(row.get("messages"), "messages"))
+
+
+def _are_single(row: Row) -> bool:
+    """Whether chosen and rejected are one text or message each, no conversations."""
+    sides = (row.get("chosen"), row.get("rejected"))
+    return all(isinstance(side, (str, dict)) or (isinstance(side, list) and len(side) == 1) for side in sides)
+
+
+def _is_ultrafeedback(row: Row) -> bool:
+    return isinstance(row.get("prompt"), str) and _repeats_prompt(row, "chosen") and _repeats_prompt(row, "rejected")
+
+
+def _repeats_prompt(row: Row, column: str) -> bool:
     # UltraFeedback-binarized repeats the prompt inside both message lists; TRL's explicit format does not
     messages = row.get(column)
-    return isinstance(messages, list) and len(messages) > 1 and _is_messages(messages)
+    return isinstance(messages, list) and len(messages) > 1 and is_messages(messages)
+
+
+def _from_ultrafeedback(row: Row) -> Converted:
+    if not _is_ultrafeedback(row):
+        return _from_explicit_strings(row)
+    prompt, chosen, rejected = _from_implicit_messages(row)
+    given = _words(text_of(row, "prompt"))
+    asked = [_words(message["content"]) for message in prompt if message["role"] != "assistant"]
+    # some repeat the last request, some the first, some all of the conversation
+    if given and not any(text and (text in given or given in text) for text in [*asked, " ".join(asked)]):
+        raise RowProblem("prompt_contradicts_messages", "the column prompt is nowhere in the messages of chosen")
+    return prompt, chosen, rejected
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _is_explicit_messages(row: Row) -> bool:
-    return _is_messages(row.get("prompt")) and "chosen" in row and "rejected" in row
+    return is_messages(row.get("prompt")) and "chosen" in row and "rejected" in row
 
 
 def _from_explicit_messages(row: Row) -> Converted:
-    return _with_system(row, _messages(row["prompt"], "prompt")), _response(row, "chosen"), _response(row, "rejected")
+    return _with_responses(row, messages_of(row.get("prompt"), "prompt"))
 
 
 def _is_explicit_strings(row: Row) -> bool:
@@ -112,16 +201,34 @@ def _is_explicit_strings(row: Row) -> bool:
 
 
 def _from_explicit_strings(row: Row) -> Converted:
-    prompt = _with_system(row, [{"role": "user", "content": _string(row, "prompt")}])
-    return prompt, _response(row, "chosen"), _response(row, "rejected")
+    return _with_responses(row, [{"role": "user", "content": text_of(row, "prompt")}])
+
+
+def _is_alpaca(row: Row) -> bool:
+    return "prompt" not in row and isinstance(row.get("instruction"), str) and _are_single(row)
+
+
+def _from_alpaca(row: Row) -> Converted:
+    """Instruction and input are one request; earlier turns stand in `history` as pairs of request and response."""
+    request = text_of(row, "instruction")
+    if row.get("input") is not None and (more := text_of(row, "input")).strip():
+        request = f"{request}\n{more}" if request.strip() else more
+    prompt: list[Message] = []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise RowProblem("wrong_type", "a turn in history is no pair of request and response")
+        prompt += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return _with_responses(row, [*prompt, {"role": "user", "content": request}])
 
 
 def _is_implicit_messages(row: Row) -> bool:
-    return "prompt" not in row and _is_messages(row.get("chosen")) and _is_messages(row.get("rejected"))
+    return "prompt" not in row and is_messages(row.get("chosen")) and is_messages(row.get("rejected"))
 
 
 def _from_implicit_messages(row: Row) -> Converted:
-    prompt, chosen, rejected = _branching(_column_messages(row, "chosen"), _column_messages(row, "rejected"))
+    prompt, chosen, rejected = branching(
+        messages_of(row.get("chosen"), "chosen"), messages_of(row.get("rejected"), "rejected")
+    )
     return _with_system(row, prompt), chosen, rejected
 
 
@@ -130,7 +237,7 @@ def _is_implicit_strings(row: Row) -> bool:
 
 
 def _from_implicit_strings(row: Row) -> Converted:
-    chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     # the prompt ends at the last white space before the texts part, as a word must not be cut in two
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     common = sum(1 for _ in alike)
@@ -140,113 +247,64 @@ def _from_implicit_strings(row: Row) -> Converted:
     prompt = chosen[:common]
     if not prompt.strip():
         raise RowProblem("no_common_prompt", "chosen and rejected share no beginning")
-    return _with_system(row, [{"role": "user", "content": prompt}]), chosen[common:], rejected[common:]
+    one, other = ({"role": "assistant", "content": text[common:]} for text in (chosen, rejected))
+    return _with_system(row, [{"role": "user", "content": prompt}]), one, other
 
 
-FORMATS: dict[str, tuple[Callable[[Row], bool], Callable[[Row], Converted]]] = {
-    "sharegpt": (_is_sharegpt, _from_sharegpt),
-    "HH-RLHF dialogue strings": (_is_hh, _from_hh),
-    "UltraFeedback-binarized": (_is_ultrafeedback, _from_implicit_messages),
-    "TRL explicit, messages": (_is_explicit_messages, _from_explicit_messages),
-    "TRL explicit, strings": (_is_explicit_strings, _from_explicit_strings),
-    "TRL implicit, messages": (_is_implicit_messages, _from_implicit_messages),
-    "TRL implicit, strings": (_is_implicit_strings, _from_implicit_strings),
+FORMATS: dict[str, Format] = {
+    "sharegpt": Format(_is_sharegpt, _from_sharegpt, frozenset({"conversations"})),
+    "messages beside responses": Format(_is_beside_messages, _from_beside_messages, frozenset({"messages"})),
+    "HH-RLHF dialogue strings": Format(_is_hh, _from_hh, frozenset()),
+    "HH-RLHF prompt beside responses": Format(_is_hh_prompt, _from_hh_prompt, frozenset({"prompt"}), chat_only=True),
+    "UltraFeedback-binarized": Format(_is_ultrafeedback, _from_ultrafeedback, frozenset({"prompt"})),
+    "TRL explicit, messages": Format(_is_explicit_messages, _from_explicit_messages, frozenset({"prompt"})),
+    "TRL explicit, strings": Format(_is_explicit_strings, _from_explicit_strings, frozenset({"prompt"})),
+    "Alpaca": Format(_is_alpaca, _from_alpaca, frozenset({"instruction", "input", "history"})),
+    "TRL implicit, messages": Format(_is_implicit_messages, _from_implicit_messages, frozenset()),
+    "TRL implicit, strings": Format(_is_implicit_strings, _from_implicit_strings, frozenset()),
 }
 
 
 def one_response(row: Row) -> tuple[list[Message], str]:
     """The prompt's messages and the one response of a row with the columns `prompt` and `response`; else RowProblem."""
+    given = row.get("prompt")
     prompt = (
-        [{"role": "user", "content": row["prompt"]}]
-        if isinstance(row.get("prompt"), str)
-        else _column_messages(row, "prompt")
+        [{"role": "user", "content": text_of(row, "prompt")}]
+        if isinstance(given, str)
+        else messages_of(given, "prompt")
     )
-    response = _response(row, "response")
-    if not response.strip():
+    response = response_of(row, "response", prompt)
+    if response.get("tool_calls") or row.get("tools"):
+        raise RowProblem("tool_calls_not_scored", "a row with tools or a response with tool calls is not scored alone")
+    if not response["content"].strip():
         raise RowProblem("empty_response")
     prompt = _with_system(row, prompt)
-    must_be_unicode(prompt, {"response": response})
-    return prompt, response
+    must_alternate(prompt)
+    must_be_unicode(prompt, {"response": response["content"]})
+    return prompt, response["content"]
 
 
-def must_be_unicode(prompt: list[Message], responses: dict[str, str]) -> None:
-    """Raise RowProblem for half a character (a lone surrogate), which JSON can write and no tokenizer reads."""
-    texts = [*((message["role"], message["content"]) for message in prompt), *responses.items()]
-    for name, text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowProblem("half_a_character", f"{name}, at character {error.start}") from None
-
-
-def _branching(chosen: list[Message], rejected: list[Message]) -> Converted:
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if len(chosen) - shared != 1 or len(rejected) - shared != 1:
-        raise RowProblem(
-            "diverges_before_last_turn",
-            f"after {shared} common messages chosen goes on for {len(chosen) - shared}, rejected for {len(rejected) - shared}",
-        )
-    for message in (chosen[-1], rejected[-1]):
-        if message["role"] != "assistant":
-            raise RowProblem("last_turn_not_assistant", f"the last message is by {message['role']!r}")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _response(row: Row, column: str) -> str:
-    value = row.get(column)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        value = [value]
-    messages = _messages(value, column)
-    if len(messages) != 1:
-        raise RowProblem("response_of_many_messages", f"{column} holds {len(messages)} messages, expected one")
-    if messages[0]["role"] != "assistant":
-        raise RowProblem("last_turn_not_assistant", f"{column} is by {messages[0]['role']!r}")
-    return messages[0]["content"]
-
-
-def _column_messages(row: Row, column: str) -> list[Message]:
-    if row.get(column) is None:
-        raise RowProblem("missing_field", column)
-    return _messages(row[column], column)
-
-
-def _messages(value: object, column: str) -> list[Message]:
-    if value is None:
-        raise RowProblem("missing_field", column)
-    if not isinstance(value, list) or not value:
-        raise RowProblem("wrong_type", f"{column} is {_kind(value)}, expected a list of messages")
-    messages = []
-    for item in value:
-        if not isinstance(item, dict):
-            raise RowProblem("wrong_type", f"a message in {column} is {_kind(item)}")
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise RowProblem("unknown_role", f"{role!r} in {column}; known: {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise RowProblem("wrong_type", f"a message's content in {column} is {_kind(content)}, expected text")
-        messages.append({"role": ROLES[role.lower()], "content": content})
-    return messages
+def _with_responses(row: Row, prompt: list[Message]) -> Converted:
+    """A prompt of its own, with the system's message if a column has it, and the two responses beside it."""
+    chosen, rejected = (response_of(row, side, prompt) for side in ("chosen", "rejected"))
+    return _with_system(row, prompt), chosen, rejected
 
 
 def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and not any(message["role"] == "system" for message in prompt):
-        return [{"role": "system", "content": system}, *prompt]
-    return prompt
+    if not isinstance(system, str) or not system.strip():
+        return prompt
+    said = [message["content"] for message in prompt if message["role"] == "system"]
+    if said and said != [system]:
+        raise RowProblem("two_system_messages", "the column system says something else than the messages do")
+    return prompt if said else [{"role": "system", "content": system}, *prompt]
 
 
-def _string(row: Row, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise RowProblem("missing_field", column)
-    if not isinstance(value, str):
-        raise RowProblem("wrong_type", f"{column} is {_kind(value)}, expected text")
-    return value
-
-
-def _kind(value: object) -> str:
-    return "missing" if value is None else type(value).__name__
+def _must_have_no_other_prompt(name: str, rows: list[Row]) -> None:
+    """Raise DataError if a column looks like the prompt of responses that stand alone."""
+    for column in _PROMPT_LIKE:
+        if sum(isinstance(row.get(column), (str, list)) and bool(row[column]) for row in rows) * 2 > len(rows):
+            raise DataError(
+                f"{name}: no column is called prompt, and {column!r} is not read beside chosen and rejected. If it is the "
+                f"prompt: --set 'data.columns={{prompt: {column}}}'; if the responses begin with the prompt, leave the column out"
+            )

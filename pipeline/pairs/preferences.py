@@ -1,24 +1,34 @@
 """Preference data as people have it, turned into one kind of record.
 
-Nothing is skipped silently: a row is either a `Preference` or a `Dropped` with its reason. It knows no tokenizer: lengths
-and boundaries are `pipeline.pairs.splits`' concern.
+Nothing is skipped silently: a row is either a `Preference` or a `Dropped` with its reason, and a source counts the rows that
+were read apart from what became of them. It knows no tokenizer: lengths and boundaries are `pipeline.pairs.encoding`'s concern.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 from pipeline.config.experiment import DataConfig
-from pipeline.errors import ConfigError, DataError
-from pipeline.pairs.formats import FORMATS, Message, RowProblem, detect_format, must_be_unicode
-from pipeline.pairs.rows import Row, open_rows
+from pipeline.errors import CheckError, ConfigError, DataError
+from pipeline.pairs.formats import FORMATS, detect_format, other_form, shown, unread
+from pipeline.pairs.messages import Message, RowProblem, must_alternate, must_be_unicode, tools_of
+from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.rows import Part, open_parts
+
+_LOOKED_AT = 20
 
 
 @dataclass(frozen=True)
 class Preference:
     """One prompt and two responses, as messages. `row` counts from 0 within `source`; `cut_off` names the sides that were not
     ended by their writer.
+
+    `chosen` and `rejected` are the responses' texts; `calls` holds the tool calls that follow a side's text, `tools` what may be
+    called.
     """
 
     source: str
@@ -28,6 +38,18 @@ class Preference:
     rejected: str
     topic: str = ""
     cut_off: frozenset[str] = frozenset()
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def response(self, side: str) -> Message:
+        """A side as the assistant's message."""
+        message: Message = {"role": "assistant", "content": getattr(self, side)}
+        return message | ({"tool_calls": self.calls[side]} if side in self.calls else {})
+
+    def shown(self, side: str) -> str:
+        """A side for people: its text, and its tool calls as JSON."""
+        calls = [json.dumps(call, ensure_ascii=False) for call in self.calls.get(side, [])]
+        return "\n".join(filter(None, [getattr(self, side), *calls])) if calls else getattr(self, side)
 
 
 @dataclass(frozen=True)
@@ -41,66 +63,120 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class _Reading:
+    """How one part of a source is read."""
+
+    part: Part
+    format: str
+
+
+@dataclass
 class Source:
-    """One opened source: its name as configured, the format seen in it, a digest of its bytes, and its rows."""
+    """One opened source: its name as configured, a digest of its bytes, and how each of its parts is read.
+
+    After `preferences` has ended, `read` is the number of rows that were read and `unread` names the columns that nothing
+    reads.
+    """
 
     name: str
-    format: str
     digest: str
-    rows: Callable[[], Iterator[Row]] = field(repr=False)
-    columns: dict[str, str] = field(default_factory=dict)
+    readings: list[_Reading] = field(repr=False)
+    data: DataConfig = field(repr=False)
+    read: int = 0
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        """The formats of its parts, each named once."""
+        return "; ".join(dict.fromkeys(reading.format for reading in self.readings))
 
     def preferences(self) -> Iterator[Preference | Dropped]:
         """Every row in order, converted or dropped with its reason."""
-        convert = FORMATS[self.format][1]
-        for number, row in enumerate(self.rows()):
-            try:
-                prompt, chosen, rejected = convert(_renamed(row, self.columns) if self.columns else row)
-                _must_be_usable(prompt, chosen, rejected)
-                topic = row.get("topic")
-                topic = topic if isinstance(topic, str) else ""
-                yield Preference(self.name, number, prompt, chosen, rejected, topic, _cut_off(row))
-            except RowProblem as problem:
-                yield Dropped(self.name, number, problem.reason, problem.detail)
+        self.read, given = 0, 0
+        nothing_reads: dict[str, None] = {}
+        columns = _column_map(self.data)
+        for reading in self.readings:
+            for number, row in enumerate(self._rows(reading.part)):
+                nothing_reads |= dict.fromkeys(_unread(row, reading.format, columns))
+                given += 1
+                yield self._item(reading, number, row, columns)
+        self.unread = list(nothing_reads)
+        must_balance(self.name, self.read, given)
+
+    def _rows(self, part: Part) -> Iterator[Row]:
+        """The part's rows as far as data.max_rows allows, counted as they are read."""
+        limit = self.data.max_rows
+        for row in islice(part.rows(), None if limit is None else max(0, limit - self.read)):
+            self.read += 1
+            yield row
+
+    def _item(self, reading: _Reading, number: int, row: Row, columns: dict[str, str]) -> Preference | Dropped:
+        name = reading.part.name
+        try:
+            return _preference(name, number, row, reading.format, columns, chat=self.data.template == "chat")
+        except RowProblem as problem:
+            other = other_form(_renamed(row, columns, missing_ok=True), reading.format)
+            detail = "; ".join(filter(None, [problem.detail, other]))
+            return Dropped(name, number, problem.reason, detail.encode("utf-8", "backslashreplace").decode())
 
 
 def open_source(name: str, data: DataConfig) -> Source:
-    """Open a file, a folder or a Hub data set and detect its format from its first rows.
+    """Open what a name leads to and detect the format of each of its parts from their first rows.
 
     Raises DataError if it cannot be read, is empty or its columns fit no format.
     """
-    rows, digest = open_rows(name, data)
-    first = []
-    for row in rows():
-        first.append(row)
-        if len(first) == 20:
-            break
-    if not first:
+    parts, digest = open_parts(name, data)
+    columns = _column_map(data)
+    readings = []
+    for part in parts:
+        first = list(islice(part.rows(), _LOOKED_AT))
+        if first and columns:
+            _check_columns(part.name, first, columns)
+            first = [_renamed(row, columns, missing_ok=True) for row in first]
+        if first:
+            readings.append(_Reading(part, detect_format(part.name, first, chat=data.template == "chat")))
+    if not readings:
         raise DataError(f"{name} holds no rows")
-    columns = {str(wanted): given for wanted, given in data.columns.items()}
-    if columns:
-        _check_columns(name, first[0], columns)
-        first = [_renamed(row, columns, missing_ok=True) for row in first]
-    limit = data.max_rows
-
-    def limited() -> Iterator[Row]:
-        for number, row in enumerate(rows()):
-            if limit is not None and number >= limit:
-                return
-            yield row
-
-    return Source(name, detect_format(name, first), digest, limited, columns)
+    return Source(name, digest, readings, data)
 
 
-def _must_be_usable(prompt: list[Message], chosen: str, rejected: str) -> None:
-    must_be_unicode(prompt, {"chosen": chosen, "rejected": rejected})
-    if not any(message["content"].strip() for message in prompt if message["role"] != "system"):
+def must_balance(name: str, read: int, given: int) -> None:
+    """Raise CheckError unless rows in equal rows out and dropped."""
+    if read != given:
+        raise CheckError(
+            f"{name}: {read} rows were read, and {given} are pairs or dropped with a reason: rows were lost"
+        )
+
+
+def _preference(
+    name: str, number: int, row: Row, format_name: str, columns: dict[str, str], *, chat: bool
+) -> Preference:
+    named = _renamed(row, columns) if columns else row
+    prompt, *responses = FORMATS[format_name].convert(named)
+    sides = dict(zip(("chosen", "rejected"), responses, strict=True))
+    calls = {side: message["tool_calls"] for side, message in sides.items() if message.get("tool_calls")}
+    texts = {side: message["content"] for side, message in sides.items()}
+    topic = row.get("topic")
+    topic = topic if isinstance(topic, str) else ""
+    found = Preference(
+        name, number, prompt, texts["chosen"], texts["rejected"], topic, _cut_off(row), tools_of(named), calls
+    )
+    _must_be_usable(found, chat=chat)
+    return found
+
+
+def _must_be_usable(item: Preference, *, chat: bool) -> None:
+    others = {"chosen": item.chosen, "rejected": item.rejected, "topic": item.topic}
+    must_be_unicode(item.prompt, {**others, "tool calls": list(item.calls.values()), "tools": item.tools})
+    if not any(message["content"].strip() for message in item.prompt if message["role"] != "system"):
         raise RowProblem("empty_prompt")
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response.strip():
+    for name in ("chosen", "rejected"):
+        if not item.shown(name).strip():
             raise RowProblem("empty_response", name)
-    if chosen == rejected:
+    if item.shown("chosen") == item.shown("rejected"):
         raise RowProblem("identical_responses")
+    if chat:
+        must_alternate(item.prompt)
 
 
 def _cut_off(row: Row) -> frozenset[str]:
@@ -110,6 +186,17 @@ def _cut_off(row: Row) -> frozenset[str]:
         if value is not None and not isinstance(value, bool):
             raise RowProblem("wrong_type", f"{side}_cut_off is {type(value).__name__}, expected true or false")
     return frozenset(side for side, value in given.items() if value)
+
+
+def _column_map(data: DataConfig) -> dict[str, str]:
+    return {str(wanted): given for wanted, given in data.columns.items()}
+
+
+def _unread(row: Row, format_name: str, columns: dict[str, str]) -> Iterator[str]:
+    # a column that another one stands for is not read either
+    replaced = [wanted for wanted, given in columns.items() if wanted in row and given != wanted]
+    yield from map(shown, replaced)
+    yield from unread(_renamed(row, columns, missing_ok=True) if columns else row, format_name)
 
 
 def _renamed(row: Row, columns: dict[str, str], *, missing_ok: bool = False) -> Row:
@@ -126,7 +213,8 @@ def _renamed(row: Row, columns: dict[str, str], *, missing_ok: bool = False) -> 
     return renamed
 
 
-def _check_columns(name: str, row: Row, columns: dict[str, str]) -> None:
-    absent = [given for given in columns.values() if given not in row]
+def _check_columns(name: str, rows: list[Row], columns: dict[str, str]) -> None:
+    seen = dict.fromkeys(key for row in rows for key in row)
+    absent = [given for given in columns.values() if given not in seen]
     if absent:
-        raise ConfigError(f"data.columns names {', '.join(absent)}, but {name} has: {', '.join(map(str, row))}")
+        raise ConfigError(f"data.columns names {', '.join(absent)}, but {name} has: {', '.join(map(shown, seen))}")

@@ -1,49 +1,86 @@
-"""Rows of preference data, from JSONL, JSON and Parquet files, folders and Hub data sets.
+"""What a name in the configuration leads to: files, a pattern of files, a folder, standard input, a data set of the Hub.
 
-A file that cannot be read is an error with file, line and column. What a row means is `pipeline.pairs.formats`' concern.
+A source is one or more parts, each read by itself. Its digest is that of all their bytes.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError, first_line
-
-Row = dict[str, Any]
+from pipeline.pairs.reading.files import PACKED, SUFFIXES, file_rows, suffix_of
+from pipeline.pairs.reading.folders import files_of, is_saved, left_to_datasets
+from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.reading.spool import STDIN, is_spooled, spooled
 
 _EMBEDDED = "embedded:"
+_PATTERN = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a source, or all of a data set: its name for people, and its rows from the start."""
+
+    name: str
+    rows: Callable[[], Iterator[Row]] = field(repr=False)
+
+
+def open_parts(name: str, data: DataConfig) -> tuple[list[Part], str]:
+    """The parts of a source, and a digest of their bytes. Raises DataError if there are none or one cannot be read."""
+    path = local_path(name)
+    if is_spooled(name):
+        copy = spooled(name)
+        place = Path("standard input" if name == STDIN else name)
+        return [Part(name, partial(file_rows, copy, place))], _file_digest(copy)
+    if path.is_dir() and left_to_datasets(path, data.split):
+        rows, digest = _data_set(str(path), data.split, None)
+        return [Part(name, rows)], digest
+    if files := _files(name, path, data.split):
+        digest = _digest_of(name, files)
+        single = len(files) == 1 and path == files[0]
+        return [Part(name if single else str(file), partial(file_rows, file)) for file in files], digest
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix.lower() not in (*SUFFIXES, *PACKED):
+        rows, digest = _data_set(name, data.split, data.revision)
+        return [Part(name, rows)], digest
+    if path.is_symlink():
+        raise DataError(f"{name} is a link to {path.readlink()}, which is not there")
+    if path.exists():
+        raise DataError(f"{name} is no file, folder or pipe")
+    raise DataError(f"{name}: no such file or folder, and not of a Hub data set's form owner/name")
 
 
 def open_rows(name: str, data: DataConfig) -> tuple[Callable[[], Iterator[Row]], str]:
     """A function that reads a source's rows from the start, and a digest of its bytes. Raises DataError."""
-    path = local_path(name)
-    if path.is_file():
-        readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise DataError(f"{name}: files ending in {', '.join(readers)} are read, got {path.suffix!r}")
-        return lambda: reader(path), _file_digest(path)
-    if path.is_dir():
-        return _data_set(str(path), data.split, None)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix not in (".jsonl", ".json", ".parquet"):
-        return _data_set(name, data.split, data.revision)
-    raise DataError(f"{name}: no such file or folder, and not of a Hub data set's form owner/name")
+    parts, digest = open_parts(name, data)
+    return lambda: chain.from_iterable(part.rows() for part in parts), digest
 
 
 def local_path(name: str) -> Path:
     """Where a source lies if it is a file or a folder: `embedded:<file>` is one that comes with refscore.
 
-    Raises DataError for an embedded file that there is not.
+    Raises ConfigError for a name that is none, DataError for an embedded file that there is not.
     """
+    if not name.strip():
+        raise ConfigError(
+            "data.path is empty: name a file, a folder, a pattern, a Hub data set, or - for standard input"
+        )
     if not name.startswith(_EMBEDDED):
-        return Path(name).expanduser()
+        try:
+            path = Path(name).expanduser()
+            path.exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DataError(f"{name[:80]}: no path ({first_line(error)})") from None
+        return path
     package = Path(__file__).parent.parent
     # in an installed package, and in a checkout
     places = (package / "presets", package.parent / "data")
@@ -58,65 +95,77 @@ def local_path(name: str) -> Path:
 
 def must_read_all(data: DataConfig) -> None:
     """Raise ConfigError if a field says how to read a kind of source that `data` has none of."""
-    sources = [local_path(name) for name in [*data.path, *filter(None, [data.eval_path])]]
-    if data.revision and all(path.exists() for path in sources):
+    names = [*data.path, *filter(None, [data.eval_path])]
+    if data.revision and all(_is_file_like(name) or local_path(name).exists() for name in names):
         raise ConfigError("data.revision is that of a Hub data set, and data.path names none: remove it")
-    if data.split != DataConfig.model_fields["split"].default and all(path.is_file() for path in sources):
+    if data.split != DataConfig.model_fields["split"].default and all(map(_is_file_like, names)):
         raise ConfigError(
             f"data.split={data.split} chooses a split of a folder or Hub data set, and data.path names files only: remove it, "
             "or give the folder"
         )
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            yield _must_be_object(_decode(path, line, number), f"{path}, line {number}")
+def source_digest(name: str, split: str) -> str | None:
+    """Digest of what a source holds now; None if it is not at hand or only loading would tell (standard input, the Hub)."""
+    path = local_path(name)
+    if is_spooled(name) or (path.is_dir() and left_to_datasets(path, split)):
+        return None
+    files = [path] if path.is_file() else _files(name, path, split) if path.is_dir() or _matches(name, path) else []
+    if not files or not all(os.access(file, os.R_OK) for file in files):
+        return None
+    return _digest_of(name, files)
 
 
-def _decode(path: Path, line: bytes, number: int) -> Any:
+def _is_file_like(name: str) -> bool:
+    path = local_path(name)
+    return is_spooled(name) or path.is_file() or (bool(_PATTERN.search(name)) and not path.exists())
+
+
+def _files(name: str, path: Path, split: str) -> list[Path]:
+    """The files of a name; none if it is no local one. Raises DataError if it leads to other things than files."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return files_of(path, split)
+    if not _PATTERN.search(name):
+        return []
+    files = _matches(name, path)
+    if not files:
+        raise DataError(f"{name}: no file is of this pattern")
+    folders = [str(file) for file in files if file.is_dir()]
+    if folders:
+        raise DataError(
+            f"{name}: the pattern also fits the folder {folders[0]}: name files, for example with *.jsonl at its end"
+        )
+    unknown = [str(file) for file in files if suffix_of(file) is None]
+    if unknown:
+        raise DataError(
+            f"{name}: the pattern also fits {', '.join(unknown[:5])}; files ending in {', '.join(SUFFIXES)} are read"
+        )
+    return files
+
+
+def _matches(name: str, path: Path) -> list[Path]:
+    if path.exists() or not _PATTERN.search(name):
+        return []
+    return sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207  # a pattern may be absolute
+
+
+def _digest_of(name: str, files: list[Path]) -> str:
+    """sha256 of one file's bytes; of several files' names and digests."""
+    if [local_path(name)] == files:
+        return _file_digest(files[0])
+    root = local_path(name)
+    named = [(str(file.relative_to(root) if root.is_dir() else file), _file_digest(file)) for file in files]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except json.JSONDecodeError as error:
-        line_number = number + error.lineno - 1
-        raise DataError(f"{path}, line {line_number}, column {error.colno}: not valid JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number}, byte {error.start + 1}: not valid UTF-8") from None
-    except RecursionError:
-        raise DataError(f"{path}, line {number}: nested too deeply") from None
-
-
-def _json(path: Path) -> Iterator[Row]:
-    content = _decode(path, path.read_bytes(), 1)
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else content
-    if not isinstance(content, list):
-        raise DataError(f"{path}: a JSON file must hold a list of rows, got {type(content).__name__}")
-    for number, row in enumerate(content):
-        yield _must_be_object(row, f"{path}, row {number}")
-
-
-def _must_be_object(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a row must be a JSON object, got {type(row).__name__}")
-    return row
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            # asked for all row groups at once, pyarrow keeps the bytes of those it has read
-            batches = (batch for group in range(file.num_row_groups) for batch in file.iter_batches(1024, [group]))
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[], Iterator[Row]], str]:
@@ -125,24 +174,17 @@ def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[],
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(name, split=split, revision=revision)
+        if is_saved(Path(name)):
+            table = datasets.load_from_disk(name)
+            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            table = datasets.load_dataset(name, split=split, revision=revision)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError) as error:
         # datasets reports a Hub that cannot be reached as a missing file or a connection error
         raise DataError(
             f"{name}: the data set cannot be loaded ({first_line(error)}). Without a network give data.path a local file "
             "or folder; with one, check the name, your rights (HF_TOKEN) and HF_HUB_OFFLINE"
         ) from None
-    except ValueError as error:
+    except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: {first_line(error)} (data.split is {split!r})") from None
     return lambda: iter(table), hashlib.sha256(table._fingerprint.encode()).hexdigest()  # noqa: SLF001  # no public name
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def source_digest(name: str) -> str | None:
-    """sha256 of a local file's bytes; None for folders and Hub data sets, whose digest needs loading them."""
-    path = local_path(name)
-    return _file_digest(path) if path.is_file() and os.access(path, os.R_OK) else None

@@ -6,6 +6,7 @@ The split is by prompt: a prompt is never on both sides, and adding rows moves n
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,12 +16,14 @@ import numpy as np
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import DataError
 from pipeline.pairs.encoding import Encoded, Encoder
-from pipeline.pairs.formats import Message
-from pipeline.pairs.preferences import Dropped, Preference, open_source
+from pipeline.pairs.messages import Message
+from pipeline.pairs.preferences import Dropped, Preference, must_balance, open_source
 from pipeline.pairs.rows import must_read_all, source_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairSet:
-    """All pairs of an experiment, what was left out, and where they came from."""
+    """All pairs of an experiment, what was left out, where they came from, and how many rows name a control token, by its name."""
 
     pairs: list[Pair]
     dropped: list[Dropped]
     formats: dict[str, str]
     digests: dict[str, str]
+    control: dict[str, int]
 
 
 class PairStream:
     """Every row of every source of `data`, tokenised, as it is read: a pair, or why it is none.
 
-    `formats` and `digests` of a source are known once its rows come. Raises ConfigError if the tokenizer cannot do what
-    is asked, DataError if a source cannot be read.
+    `formats` and `digests` of a source are known once its rows come, `read` and `unread` (columns that nothing reads) once they
+    have ended; `control` counts rows whose text names a control token, by its name.
+
+    Raises ConfigError if the tokenizer cannot do what is asked, DataError if a source cannot be read, CheckError if rows were
+    lost on the way.
     """
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
@@ -57,8 +64,25 @@ class PairStream:
         self._data, self._encoder = data, Encoder(data, tokenizer, positions)
         self.formats: dict[str, str] = {}
         self.digests: dict[str, str] = {}
+        self.read: dict[str, int] = {}
+        self.unread: dict[str, list[str]] = {}
+
+    @property
+    def control(self) -> dict[str, int]:
+        """Rows whose text names a control token, by its name."""
+        return self._encoder.control
 
     def __iter__(self) -> Iterator[Pair | Dropped]:
+        given = 0
+        for item in self._items():
+            given += 1
+            yield item
+        must_balance(", ".join(self.read), sum(self.read.values()), given)
+        for name, columns in self.unread.items():
+            if columns:
+                log.warning("%s: nothing reads %s", name, listed(columns))
+
+    def _items(self) -> Iterator[Pair | Dropped]:
         data = self._data
         seen: set[bytes] = set()
         held_out: set[bytes] = set()
@@ -71,19 +95,21 @@ class PairStream:
                 if isinstance(item, Dropped):
                     yield item
                     continue
-                prompt, row = _digest(item.prompt_ids), item.preference.row
+                prompt, part, row = _digest(item.prompt_ids), item.preference.source, item.preference.row
                 if role == "train" and prompt in held_out:
-                    yield Dropped(name, row, "prompt_is_held_out", f"also in {data.eval_path}")
+                    yield Dropped(part, row, "prompt_is_held_out", f"also in {data.eval_path}")
                     continue
                 pair_id = _pair_id(item, split_rule(data))
                 if bytes.fromhex(pair_id) in seen:
-                    yield Dropped(name, row, "duplicate", f"pair {pair_id[:12]} was read before")
+                    yield Dropped(part, row, "duplicate", f"pair {pair_id[:12]} was read before")
                     continue
                 seen.add(bytes.fromhex(pair_id))
                 if role == "eval":
                     held_out.add(prompt)
                 split = role if data.eval_path else _split_of(prompt, data.eval_fraction)
                 yield Pair(pair_id, split, item.preference, item.prompt_ids, *item.responses)
+            self.read[name] = self.read.get(name, 0) + source.read
+            self.unread[name] = source.unread
 
 
 def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
@@ -100,7 +126,7 @@ def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet
         else:
             pairs.append(item)
     must_train(sum(pair.split == "train" for pair in pairs), data, count_reasons(dropped))
-    return PairSet(pairs, dropped, stream.formats, stream.digests)
+    return PairSet(pairs, dropped, stream.formats, stream.digests, stream.control)
 
 
 def must_train(pairs: int, data: DataConfig, reasons: dict[str, int]) -> None:
@@ -119,8 +145,16 @@ def count_reasons(dropped: Iterable[Dropped]) -> dict[str, int]:
 
 
 def source_digests(data: DataConfig) -> dict[str, str | None]:
-    """Digest of every local file that `data` reads now; None if only loading would tell."""
-    return {name: source_digest(name) for name in [*([data.eval_path] if data.eval_path else []), *data.path]}
+    """Digest of every local source that `data` reads now; None if only loading would tell."""
+    return {
+        name: source_digest(name, data.split) for name in [*([data.eval_path] if data.eval_path else []), *data.path]
+    }
+
+
+def listed(columns: list[str]) -> str:
+    """Columns for people: the first ten, and how many more."""
+    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+    return f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns[:10])}{more}"
 
 
 def split_rule(data: DataConfig) -> str:
@@ -137,7 +171,7 @@ def prompt_text(prompt: list[Message]) -> str:
     """A prompt for people: the request itself if it is a single one, else every turn with its role."""
     turns = [message for message in prompt if message["role"] != "system"]
     if len(turns) == 1 and len(prompt) == 1:
-        return turns[0]["content"]
+        return str(turns[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 

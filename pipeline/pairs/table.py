@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.artifacts.durable import scratch_place
 from pipeline.artifacts.tables import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
-from pipeline.pairs.preferences import Dropped
+from pipeline.pairs.preferences import Dropped, must_balance
 from pipeline.pairs.splits import Pair, PairStream, must_train, prompt_text
 
 GROUP = 2048
@@ -40,7 +40,7 @@ class PairTable:
     """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected.
 
     `prompt_tokens` [rows] and `response_tokens` [2 x rows] are lengths; `cut_off` counts responses without an end token as they
-    were not ended.
+    were not ended; `unread` are columns that nothing reads, of each source, `control` counts rows that name a control token.
     """
 
     formats: dict[str, str]
@@ -48,6 +48,8 @@ class PairTable:
     directory: tempfile.TemporaryDirectory[str] = field(repr=False)
     splits: dict[str, int] = field(default_factory=dict)
     cut_off: int = 0
+    unread: dict[str, list[str]] = field(default_factory=dict)
+    control: dict[str, int] = field(default_factory=dict)
     drops: dict[str, DropCount] = field(default_factory=dict)
     prompt_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
     response_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
@@ -121,6 +123,8 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
             response_lengths = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
             responses.append(np.stack(response_lengths, axis=1).ravel())
     pair_table.prompt_tokens, pair_table.response_tokens = np.concatenate(prompts), np.concatenate(responses)
+    must_balance(", ".join(stream.read), sum(stream.read.values()), len(pair_table) + pair_table.dropped)
+    pair_table.unread, pair_table.control = dict(stream.unread), dict(stream.control)
     pair_table.drops = dict(sorted(pair_table.drops.items(), key=lambda item: -item[1].count))
     must_train(
         pair_table.splits.get("train", 0), data, {reason: drop.count for reason, drop in pair_table.drops.items()}
@@ -152,8 +156,8 @@ def _table(pairs: list[Pair]) -> pa.Table:
         "source_row": [pair.preference.row for pair in pairs],
         "topic": [pair.preference.topic for pair in pairs],
         "prompt": [prompt_text(pair.preference.prompt) for pair in pairs],
-        "chosen": [pair.preference.chosen for pair in pairs],
-        "rejected": [pair.preference.rejected for pair in pairs],
+        "chosen": [pair.preference.shown("chosen") for pair in pairs],
+        "rejected": [pair.preference.shown("rejected") for pair in pairs],
         "prompt_ids": [pair.prompt_ids for pair in pairs],
         "chosen_ids": [pair.chosen_ids for pair in pairs],
         "rejected_ids": [pair.rejected_ids for pair in pairs],

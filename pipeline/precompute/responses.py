@@ -25,9 +25,11 @@ from pipeline.errors import DataError
 from pipeline.hardware import circumstances
 from pipeline.models.configuration import position_limit
 from pipeline.pairs.encoding import Encoded, Encoder
-from pipeline.pairs.formats import RowProblem, one_response
+from pipeline.pairs.formats import one_response
+from pipeline.pairs.messages import RowProblem
 from pipeline.pairs.preferences import Dropped, Preference
-from pipeline.pairs.rows import Row, open_rows
+from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.rows import open_rows
 from pipeline.pairs.splits import prompt_text
 from pipeline.precompute.score import check_scores
 from pipeline.store.identity import ReferenceIdentity, score_key

@@ -34,6 +34,7 @@ CHANGES = {
     "data.revision": ("old", {"data.path": "tests/pairs"}),
     "data.columns": ("{prompt: question, chosen: good, rejected: bad}", {"data.path": "renamed.jsonl"}),
     "data.template": ("none", {}),
+    "data.special_tokens": ("parse", {"data.path": "control.jsonl"}),
     "data.max_length": (70, {}),
     "data.too_long": ("truncate_response", {"data.max_length": 70}),
     "data.max_rows": (5, {}),
@@ -77,6 +78,7 @@ def ground(tmp_path_factory, tiny_model):
         where / "renamed.jsonl",
         [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows],
     )
+    write_rows(where / "control.jsonl", [{**row, "chosen": row["chosen"] + "<|end|>"} for row in rows])
     for split, part in (("train", rows[:8]), ("test", rows[8:])):
         write_rows(where / "folder" / f"{split}.jsonl", part)
     make_tiny_model(where / "other", seed=1)

@@ -1,0 +1,109 @@
+"""The files of a folder that belong to a split. A folder is read whole, or refused with the names of what stands in the way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pipeline.errors import DataError
+from pipeline.pairs.reading.files import SUFFIXES, suffix_of
+
+# words in the names of files and folders that say which split they hold; the library `datasets` has the same
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+# about the data, not data
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+_DOCUMENTS = {
+    ".md",
+    ".txt",
+    ".rst",
+    ".html",
+    ".pdf",
+    ".png",
+    ".jpg",
+    ".svg",
+    ".py",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".sh",
+    ".lock",
+    "",
+}
+_SHOWN = 5
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The folder's files of a split, by name. Raises DataError if there is none, or if any file's part is not clear."""
+    found = sorted(
+        path for path in _walked(folder) if path.suffix.lower() not in _DOCUMENTS and path.name not in _ABOUT
+    )
+    strange = [path for path in found if suffix_of(path) is None]
+    if strange:
+        raise DataError(
+            f"{folder} also holds {_names(strange, folder)}, which {'is' if len(strange) == 1 else 'are'} not read (read are "
+            f"{', '.join(SUFFIXES)}): name the files that are meant, as a glob in quotes or a list"
+        )
+    if not found:
+        raise DataError(f"{folder} holds no file of preference data ({', '.join(SUFFIXES)})")
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    nowhere = splits.pop("", [])
+    if not splits:
+        splits, nowhere = {"train": nowhere}, []
+    if nowhere:
+        raise DataError(
+            f"{folder}: {_names(nowhere, folder)} {'belongs' if len(nowhere) == 1 else 'belong'} to no split, others to "
+            f"{', '.join(splits)}: name the files that are meant, as a glob in quotes or a list"
+        )
+    if split not in splits:
+        raise DataError(f"{folder} has no split {split!r}: its files give {', '.join(splits)} (data.split)")
+    return splits[split]
+
+
+def left_to_datasets(folder: Path, split: str) -> bool:
+    """Whether a folder says in the way of the library `datasets` how it is read, or a split is more than a name."""
+    return bool(re.search(r"[\[+]", split)) or _has_card_with_configurations(folder) or is_saved(folder)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved this folder with save_to_disk."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _has_card_with_configurations(folder: Path) -> bool:
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return bool(header and re.search(r"^configs:", header[1], re.MULTILINE))
+
+
+def _walked(folder: Path) -> list[Path]:
+    """Every file below a folder, but what is hidden."""
+    found = []
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if not any(part.startswith((".", "__")) for part in parts) and not path.is_dir():
+            found.append(path)
+    return found
+
+
+def _split_of(path: Path) -> str:
+    """The split that the names on the way to a file speak of: its folders' before its own."""
+    for named in (path.parts[:-1], (path.name,)):
+        words = {word for part in named for word in re.split(r"[-._ 0-9]+", part)}
+        for split, names in _SPLITS.items():
+            if words & set(names):
+                return split
+    return ""
+
+
+def _names(paths: list[Path], folder: Path) -> str:
+    names = [str(path.relative_to(folder)) for path in paths]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
