@@ -1,6 +1,6 @@
 """What should be known of the data before anything is scored or trained: each with its number and what to set.
 
-Read from a plan: nothing is read twice but the pairs' texts. A caution stops nothing.
+Read from a plan: no row is read twice. A caution stops nothing. Columns that nothing reads are named by the reader itself.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ import math
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config.experiment import Config
 from pipeline.models.configuration import position_limit
-from pipeline.models.control_tokens import control_tokens
 from pipeline.precompute.plan import Plan
 
 # fewer held-out pairs than this give intervals that say little
 ENOUGH_HELD_OUT = 20
 _MANY_DROPPED, _ONE_SIDED, _KEPT = 0.1, 0.8, 0.95
 _SOME_PAIRS = 10  # of fewer, most may have the longer response first by chance
-_TEXTS = ("prompt", "chosen", "rejected")
 
 
 def cautions(config: Config, plan: Plan) -> list[str]:
@@ -31,7 +27,7 @@ def cautions(config: Config, plan: Plan) -> list[str]:
         *_held_out(config, plan),
         *_contradictions(plan),
         *_one_sided(plan),
-        *_control_tokens(plan),
+        *_control_tokens(config, plan),
     ]
 
 
@@ -133,29 +129,14 @@ def _one_sided(plan: Plan) -> list[str]:
     return []
 
 
-def _control_tokens(plan: Plan) -> list[str]:
-    named = control_tokens(plan.reference.tokenizer, bracketed=False)
-    # RE2, which Arrow searches with, knows fewer escapes than re.escape writes
-    names = [re.sub(r"([\\.+*?()\[\]{}|^$])", r"\\\1", token) for token in named.values() if token]
-    pattern = "|".join(sorted(names, key=len, reverse=True))
-    if not pattern:
-        return []
-    count, first = 0, ""
-    for number, table in plan.pairs.groups(list(_TEXTS)):
-        found = pa.array([False] * len(table))
-        for column in _TEXTS:
-            found = pc.or_(found, pc.match_substring_regex(table[column].combine_chunks(), pattern))
-        rows = np.flatnonzero(found.to_numpy(zero_copy_only=False))
-        if len(rows) and not count:
-            first = _first(plan, number + int(rows[0]), pattern)
-        count += len(rows)
-    if not count:
-        return []
-    return [f"{count} of {len(plan.pairs)} pairs hold control tokens of the model in their text (first: {first})"]
-
-
-def _first(plan: Plan, number: int, pattern: str) -> str:
-    row = plan.row(number)
-    text = next(row[column] for column in _TEXTS if re.search(pattern, row[column]))
-    found = re.search(pattern, text)
-    return f"{row['source']} row {row['source_row']}: {found[0] if found else ''}"
+def _control_tokens(config: Config, plan: Plan) -> list[str]:
+    held = {
+        "text": "they are encoded as the text they are; data.special_tokens=parse would let them act",
+        "parse": "they act, so a text can end a turn or begin one; data.special_tokens=text encodes them as text",
+    }
+    named = ", ".join(f"{token} in {count}" for token, count in plan.pairs.control.items())
+    return (
+        [f"rows name control tokens of the model in their text ({named}): {held[config.data.special_tokens]}"]
+        if named
+        else []
+    )

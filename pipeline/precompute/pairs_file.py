@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import DROPPED, PAIRS, in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
@@ -14,6 +16,7 @@ from pipeline.config.files import digest
 from pipeline.config.losses import reference_free
 from pipeline.engines.quarantine import pairs_left_out
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.control_tokens import control_tokens
 from pipeline.models.identity import identify_model
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.models.locate import at_hand
@@ -28,23 +31,34 @@ _ONCE_DEFAULT_LENGTH = 1024
 
 def inputs_digest(config: Config) -> str:
     """Digest of every configuration field that decides pairs.parquet; the data files' bytes are digested apart."""
-    reference = config.reference.model_dump(mode="json", include={"model", "revision", "adapter", "engine", "dtype"})
-    return digest(config.data, reference)
+    return _digest_with(config.data.model_dump(mode="json"), config.reference)
+
+
+def _digest_with(data: dict[str, Any], reference: ReferenceConfig) -> str:
+    return digest(data, reference.model_dump(mode="json", include={"model", "revision", "adapter", "engine", "dtype"}))
 
 
 def _asked_for(about: dict[str, Any], config: Config, path: Path) -> bool:
-    """Whether pairs.parquet was made from a configuration that says what `config` does.
+    """Whether pairs.parquet was made from a configuration that says what `config` does, be it that of an earlier version.
 
-    Where no length is given, that is also one with the length that once was the default, if it left no pair out and cut none.
+    One without `special_tokens` parsed them; one without `max_length` meant 1024. Both say the same where no text names a control
+    token, and where that length left no pair out.
     """
-    made_from = about.get("inputs_digest")
+    made_from, data = about.get("inputs_digest"), config.data.model_dump(mode="json")
     if made_from == inputs_digest(config):
         return True
-    data = config.data
-    if data.max_length is not None or data.too_long != "drop":
-        return False
-    once = config.model_copy(update={"data": data.model_copy(update={"max_length": _ONCE_DEFAULT_LENGTH})})
-    return made_from == inputs_digest(once) and not _left_out_by_length(path.with_name("dropped.parquet"))
+    earlier = {name: value for name, value in data.items() if name != "special_tokens"}
+    for fields in (data, earlier):
+        lengths = {data["max_length"]} | ({_ONCE_DEFAULT_LENGTH} if data["max_length"] is None else set())
+        for length in lengths:
+            if made_from == _digest_with(fields | {"max_length": length}, config.reference):
+                as_long = length == data["max_length"] or (
+                    data["too_long"] == "drop" and not _left_out_by_length(path.with_name("dropped.parquet"))
+                )
+                return as_long and (
+                    fields is data or data["special_tokens"] == "parse" or not _names_control(path, config)
+                )
+    return False
 
 
 def _left_out_by_length(dropped: Path) -> bool:
@@ -54,6 +68,21 @@ def _left_out_by_length(dropped: Path) -> bool:
         return True
     # what the model has no positions for is left out with either
     return any(row["reason"] == "too_long" and "data.max_length" in row["detail"] for row in rows)
+
+
+def _names_control(path: Path, config: Config) -> bool:
+    """Whether a text of pairs.parquet names a control token of the reference, if its tokenizer is at hand."""
+    base = at_hand(config.reference)
+    if base is None:
+        return False
+    names = control_tokens(load_tokenizer(base, config.reference)).values()
+    texts = read_table(path, PAIRS, ["prompt", "chosen", "rejected"])
+    return any(
+        pc.any(pc.match_substring(texts[column], name)).as_py()
+        for column in texts.column_names
+        for name in names
+        if name
+    )
 
 
 def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:

@@ -100,13 +100,23 @@ def test_one_sided_lengths(tmp_path, tiny_model, side, habit, not_in):
     assert warnings(tmp_path, tiny_model, mixed) == []
 
 
-@pytest.mark.parametrize("text", ["Say <|end|> now", "<|assistant|>"])
-def test_control_tokens_in_texts(tmp_path, tiny_model, text):
-    rows = [*SOUND, row(61, chosen=text), row(62, rejected=text), {**row(63), "prompt": f"What is {text}?"}]
-    (said,) = warnings(tmp_path, tiny_model, rows)
-    assert re.match(
-        r"3 of 63 pairs hold control tokens of the model in their text \(first: \S+d.jsonl row 60: <\|", said
-    )
+@pytest.mark.parametrize(
+    ("setting", "what"), [("text", "encoded as the text they are"), ("parse", "they act, so a text")]
+)
+def test_control_tokens_in_texts(tmp_path, tiny_model, setting, what):
+    text = "Say <|end|> now"
+    rows = [*SOUND, row(61, chosen=text), row(62, rejected=text), {**row(63), "prompt": "What is <|assistant|>?"}]
+    (said,) = warnings(tmp_path, tiny_model, rows, f"data.special_tokens={setting}")
+    assert said.startswith("rows name control tokens of the model in their text (<|end|> in 2, <|assistant|> in 1)")
+    assert what in said
+
+
+def test_columns_that_nothing_reads_are_named_once(tmp_path, tiny_model):
+    rows = [one | {"annotator": "x"} for one in SOUND]
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", rows))
+    said = refscore_here(tmp_path, "plan", "--config", config)
+    assert said.count("annotator") == 1
+    assert "nothing reads the column annotator" in " ".join(said.split())
 
 
 def test_the_tests_own_rows_are_warned_of(tmp_path, tiny_model):

@@ -3,10 +3,11 @@
 import json
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.files import load_config
-from pipeline.precompute.pairs_file import is_current
+from pipeline.precompute.pairs_file import _digest_with, is_current
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 
 
@@ -56,6 +57,29 @@ def test_a_run_of_the_length_that_once_was_the_default_stays_if_it_left_nothing_
         # what is not known to have been left out may have been
         pairs.with_name("dropped.parquet").unlink()
         assert not is_current(pairs, load_config(config))
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "stays"), [("a", "text", True), ("<|end|>", "text", False), ("<|end|>", "parse", True)]
+)
+def test_a_run_from_before_control_tokens_were_text_stays_if_no_text_names_one(
+    tmp_path, tiny_model, text, setting, stays
+):
+    config = config_of(tmp_path, tiny_model, [*preference_rows(8), {"prompt": "Hi?", "chosen": text, "rejected": "b"}])
+    settings = [f"data.special_tokens={setting}", "data.max_length=300"]
+    options = ("--config", config, "--run", "r", *(part for one in settings for part in ("--set", one)))
+    refscore_here(tmp_path, "precompute", *options)
+    pairs = tmp_path / "data/runs/r/pairs.parquet"
+    now = load_config(config, settings)
+    assert is_current(pairs, now)
+    fields = now.data.model_dump(mode="json", exclude={"special_tokens"})
+    table = pq.read_table(pairs)
+    about = json.loads(table.schema.metadata[b"refscore"])
+    about["inputs_digest"] = _digest_with(fields, now.reference)
+    pq.write_table(
+        table.replace_schema_metadata(table.schema.metadata | {b"refscore": json.dumps(about).encode()}), pairs
+    )
+    assert is_current(pairs, now) is stays
 
 
 def test_responses_of_any_length_are_scored_without_a_length(tmp_path, tiny_model, monkeypatch):
