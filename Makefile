@@ -19,7 +19,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -78,6 +78,9 @@ bench-train: .venv/.test ## our trainer against TRL's: time of a step, peak memo
 
 bench-score: .venv/.test ## scoring against TRL's precompute and a plain loop, each in a fresh process
 	@.venv/bin/python -m tests.benchmarks.scoring
+
+bench-trl: .venv/.test ## TRL's DPOTrainer from stored scores against its own precomputation
+	@.venv/bin/python -m tests.benchmarks.exchange
 
 bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 	@.venv/bin/python -m tests.benchmarks.memory

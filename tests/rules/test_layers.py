@@ -30,6 +30,8 @@ FORBIDDEN = {
 }  # fmt: skip
 # the names for scripts and notebooks, looked up when they are used
 API = ROOT / "pipeline" / "__init__.py"
+# plain tensors in the only form that another trainer loads; nothing reads it here
+FOREIGN_FORMS = {"pipeline/exchange/scored_pairs.py": {"torch.save"}}
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 
 
@@ -61,7 +63,8 @@ def test_a_file_keeps_its_place(path):
         assert "sys.argv" not in text
         assert not re.search(r"\bprint\(", text)
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert not called & {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads"}
+    forbidden = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads"}
+    assert not called & forbidden - FOREIGN_FORMS.get(named(path), set())
 
 
 def modules_of(path) -> Iterator[str]:

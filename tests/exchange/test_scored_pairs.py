@@ -1,0 +1,261 @@
+"""Other trainers take our scores: TRL's own DPOTrainer trains from them, and the files hold what the other loaders read."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.artifacts.tables import PAIRS, read_table, write_table
+from pipeline.exchange.scored_pairs import write_fairseq2
+from tests.conftest import experiment, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
+
+SIDES = ("chosen", "rejected")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, tiny_model):
+    """A directory with a run whose pairs are scored in float32."""
+    where = tmp_path_factory.mktemp("scored")
+    data = write_rows(where / "preferences.jsonl", preference_rows(24))
+    config = experiment(where, tiny_model, data, reference={"dtype": "float32"})
+    refscore_here(where, "precompute", "--config", config, "--run", "r")
+    return where
+
+
+def exported(where, format_name, to):
+    said = refscore_here(where, "export", "--run", "r", "--format", format_name, "--to", to)
+    assert "Traceback" not in said
+    return said
+
+
+def pairs_of(where, split):
+    return pl.read_parquet(where / "data/runs/r/pairs.parquet").filter(pl.col("split") == split)
+
+
+@pytest.fixture(scope="module")
+def for_trl(scored, tmp_path_factory):
+    to = tmp_path_factory.mktemp("export") / "trl"
+    exported(scored, "trl", to)
+    return to
+
+
+@pytest.fixture
+def stored_reference(for_trl, monkeypatch):
+    """The module that lies beside the data, as its user imports it."""
+    monkeypatch.syspath_prepend(str(for_trl))
+    monkeypatch.delitem(sys.modules, "stored_reference", raising=False)
+    import stored_reference
+
+    assert stored_reference.__file__ == str(for_trl / "stored_reference.py")
+    return stored_reference
+
+
+def arguments(tmp_path, **changed):
+    from trl import DPOConfig
+
+    settings = {
+        "output_dir": str(tmp_path / "out"), "precompute_ref_log_probs": True, "max_length": None, "beta": 0.1,
+        "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "use_cpu": True,
+    }  # fmt: skip
+    return DPOConfig(**{**settings, **changed})
+
+
+def loaded(model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
+
+
+def test_the_export_is_a_data_set_that_datasets_loads(scored, for_trl, tmp_path):
+    from datasets import load_dataset
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path))
+    assert set(data) == {"train", "test"}
+    for split, ours in (("train", "train"), ("test", "eval")):
+        pairs = pairs_of(scored, ours)
+        assert data[split].column_names == [
+            "pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"
+        ]  # fmt: skip
+        for name in data[split].column_names:
+            assert list(data[split][name]) == pairs[name].to_list()
+
+
+def test_trl_trains_from_it_without_a_reference_and_as_from_its_own_precomputation(
+    for_trl, stored_reference, tiny_model, tmp_path
+):
+    from datasets import load_dataset
+    from trl import DPOTrainer
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))
+
+    class Own(DPOTrainer):
+        """TRL's own way on the same ids: it computes the reference, and its data has no scores of ours."""
+
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+
+    def run(trainer_class):
+        model, tokenizer = loaded(tiny_model)
+        trainer = trainer_class(
+            model=model, args=arguments(tmp_path), train_dataset=data["train"], eval_dataset=data["test"],
+            processing_class=tokenizer,
+        )  # fmt: skip
+        assert trainer.ref_model is None
+        trainer.train()
+        return trainer
+
+    stored, own = run(stored_reference.StoredReferenceTrainer), run(Own)
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        np.testing.assert_allclose(stored.train_dataset[name], own.train_dataset[name], atol=1e-4)
+    losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (stored, own)]
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert stored.evaluate()["eval_loss"] == pytest.approx(own.evaluate()["eval_loss"], abs=1e-4)
+
+
+def test_another_model_is_noticed_before_it_trains(for_trl, stored_reference, tmp_path):
+    from datasets import load_dataset
+
+    from tests.conftest import make_tiny_model
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))
+    make_tiny_model(tmp_path / "other", seed=5)
+    model, tokenizer = loaded(tmp_path / "other")
+
+    def trainer(of=stored_reference.StoredReferenceTrainer):
+        return of(model=model, args=arguments(tmp_path), train_dataset=data["train"], processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match=r"chosen log-probabilities differ .* not the model that was scored"):
+        trainer()
+
+    class Elsewhere(stored_reference.StoredReferenceTrainer):
+        check_pairs = 0
+
+    assert trainer(Elsewhere).ref_model is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"precompute_ref_log_probs": False}, "set precompute_ref_log_probs=True"),
+        ({"max_length": 20}, "would cut sequences of up to"),
+        ({"ld_alpha": 0.5}, "ld_alpha weighs tokens"),
+    ],
+)
+def test_settings_that_the_scores_do_not_fit_are_refused(
+    for_trl, stored_reference, tiny_model, tmp_path, changed, problem
+):
+    from datasets import load_dataset
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))
+    model, tokenizer = loaded(tiny_model)
+    with pytest.raises(ValueError, match=problem):
+        stored_reference.StoredReferenceTrainer(
+            model=model, args=arguments(tmp_path, **changed), train_dataset=data["train"], processing_class=tokenizer
+        )
+
+
+def test_data_without_scores_is_refused(for_trl, stored_reference, tiny_model, tmp_path):
+    from datasets import load_dataset
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))["train"].remove_columns("ref_chosen_logps")
+    model, tokenizer = loaded(tiny_model)
+    with pytest.raises(ValueError, match="the train data lacks ref_chosen_logps"):
+        stored_reference.StoredReferenceTrainer(
+            model=model, args=arguments(tmp_path), train_dataset=data, processing_class=tokenizer
+        )
+
+
+def test_open_instruct_finds_the_cache_of_the_rows_in_their_order(scored, tmp_path):
+    """Read as TensorCache.from_disk and its loss read it: by index, labels shifted, -100 masked."""
+    exported(scored, "open_instruct", tmp_path)
+    for split, ours in (("train", "train"), ("test", "eval")):
+        rows, pairs = pl.read_parquet(tmp_path / f"{split}.parquet"), pairs_of(scored, ours)
+        assert rows["index"].to_list() == list(range(len(pairs)))
+        sums, means = (
+            torch.load(tmp_path / f"{split}_reference_logprobs{of}.pt", weights_only=True) for of in ("", "_average")
+        )
+        assert set(sums) == set(means) == {"chosen_logps", "rejected_logps"}
+        for row, pair in zip(rows.iter_rows(named=True), pairs.iter_rows(named=True), strict=True):
+            for side in SIDES:
+                ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
+                assert ids == pair["prompt_ids"] + pair[f"{side}_ids"]
+                assert row[f"{side}_attention_mask"] == [1] * len(ids)
+                assert [token for token in labels[1:] if token != -100] == pair[f"{side}_ids"]
+                at = torch.tensor([row["index"]])
+                logp = sums[f"{side}_logps"][at.long()].item()
+                assert logp == pytest.approx(pair[f"ref_{side}_logps"], rel=1e-6)
+                assert means[f"{side}_logps"][at].item() == pytest.approx(logp / len(pair[f"{side}_ids"]), rel=1e-6)
+        assert sums["chosen_logps"].dtype == torch.float32
+
+
+def test_fairseq2_tokenises_what_was_scored(scored, tmp_path):
+    """Its loader encodes src and the targets and puts an end after these."""
+    exported(scored, "fairseq2", tmp_path)
+    tokenizer = make_tiny_tokenizer()
+    for split, ours in (("train", "train"), ("test", "eval")):
+        rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        pairs = pairs_of(scored, ours)
+        assert [row["id"] for row in rows] == pairs["pair_id"].to_list()
+        for row, pair in zip(rows, pairs.iter_rows(named=True), strict=True):
+            assert tokenizer(row["src"])["input_ids"] == pair["prompt_ids"]
+            for side in SIDES:
+                assert [*tokenizer(row[f"tgt_{side}"])["input_ids"], tokenizer.eos_token_id] == pair[f"{side}_ids"]
+                assert row[f"reference_score_{side}"] == pair[f"ref_{side}_logps"]
+
+
+def test_what_fairseq2_would_read_otherwise_is_left_out_and_counted(scored, tmp_path):
+    """A response without an end gets one there, whose score is in no sum."""
+    table = read_table(scored / "data/runs/r/pairs.parquet", PAIRS)
+    rows = table.to_pylist()
+    rows[0]["chosen_ids"] = rows[0]["chosen_ids"][:-1]
+    rows[1]["ref_rejected_logps"] = 0.0
+    # letters of a word that is one token
+    rows[2]["prompt_ids"] = [*rows[2]["prompt_ids"], *make_tiny_tokenizer().convert_tokens_to_ids(list("rice"))]
+    write_table(tmp_path / "pairs.parquet", pa.Table.from_pylist(rows, schema=PAIRS), {"scored": True})
+    found = write_fairseq2(tmp_path / "pairs.parquet", tmp_path / "out", make_tiny_tokenizer())
+    assert sum(found.pairs.values()) + sum(found.left_out.values()) == len(rows)
+    assert found.left_out == {
+        "pairs with a response that its end token does not end": 1,
+        "pairs with a score of exactly 0, which is read as none": 1,
+        "prompts whose text gives other tokens": 1,
+    }
+
+
+def test_plain_lines_hold_tokens_and_sums(scored, tmp_path):
+    said = exported(scored, "jsonl", tmp_path)
+    pairs = pairs_of(scored, "train")
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == len(pairs)
+    assert f"pairs     {len(pairs)} train, {len(pairs_of(scored, 'eval'))} eval" in said
+    for row, pair in zip(rows, pairs.iter_rows(named=True), strict=True):
+        assert row == {name: value for name, value in pair.items() if name != "split"}
+
+
+def test_the_card_says_what_scored_the_pairs(scored, for_trl):
+    about = json.loads((scored / "data/runs/r/provenance.json").read_text())
+    card = (for_trl / "README.md").read_text()
+    assert about["reference_id"] in card
+    assert "float32" in card
+
+
+def test_pairs_without_scores_are_no_export(tiny_model, tmp_path):
+    data = write_rows(tmp_path / "preferences.jsonl", preference_rows(8))
+    config = experiment(tmp_path, tiny_model, data, train={"loss_type": "simpo"})
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
+    said = refscore_here(tmp_path, "export", "--run", "r", "--format", "trl", code=2)
+    assert "holds no scores" in said
+    assert not list((tmp_path / "data/runs/r").rglob("*.pt")) + list(
+        (tmp_path / "data/runs/r/export").rglob("*.parquet")
+    )
+
+
+def test_a_run_that_is_not_there_and_a_form_that_is_not_known(scored):
+    assert "has no configuration" in refscore_here(scored, "export", "--run", "none", "--format", "trl", code=2)
+    assert "fairseq2" in refscore_here(scored, "export", "--run", "r", "--format", "tlr", code=2)
