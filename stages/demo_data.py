@@ -100,8 +100,9 @@ def main(name: str) -> None:
         for row in of_prompt if split == "train" else of_prompt[:1]:
             if kept[split, topic] < recipe.per_topic[split]:
                 kept[split, topic] += 1
-                # one rule made them all, and the README beside the files names it
-                rows[split].append({name: value for name, value in row.items() if name not in recipe.left_out})
+                kept_of_row = {name: value for name, value in row.items() if name not in recipe.left_out}
+                # what made all of them, so that reports know it; the rest stands in the README beside the files
+                rows[split].append({**kept_of_row, "provenance": {"judge": recipe.judge}})
 
     console.say(f"no pair from {sum(left_out.values())} of {len(requests)} prompts: {left_out or 'none'}")
     for split, file in recipe.names:

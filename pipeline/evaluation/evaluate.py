@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -11,7 +12,7 @@ from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import read_about, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config
-from pipeline.config.judges import IMPLICIT, seen_by
+from pipeline.config.judges import IMPLICIT, JudgeConfig, pair_judge_problem, seen_by
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
 from pipeline.evaluation.baselines import GainByLength, cut_rates, gain_by_length, needs_no_model
@@ -23,7 +24,6 @@ from pipeline.evaluation.figures import (
     results_of,
     worst_first,
 )
-from pipeline.evaluation.next_round import pair_judge
 from pipeline.evaluation.results import Baselines, HeldOut, Results, SideBySide
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
 from pipeline.evaluation.sampling import make_samples, measure_kl
@@ -60,6 +60,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
             "set data.eval_path or data.eval_fraction and run precompute again"
         )
     about = read_about(run.pairs)
+    maker = _maker_of_the_pairs(about)
     must_share_vocabulary(models, about.get("vocabulary"))
     # judges are opened before anything is generated: what is wrong with one is said at once
     made_by = (about.get("vocabulary", ""), about.get("template", ""))
@@ -92,8 +93,8 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     side_by_side = worst_first(comparisons, judgements)
     results = results_of(
         models={model.name: model.described for model in models},
-        pair_judge=config.generate.pair_judge,
-        shared=_shared_with_the_maker(config),
+        pair_judge=maker,
+        shared=_shared_with_the_maker(config, maker),
         judgements=judgements,
         comparisons=comparisons,
         samples=samples,
@@ -109,13 +110,22 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     return Evaluation(results, side_by_side, said.gains)
 
 
-def _shared_with_the_maker(config: Config) -> dict[str, list[str]]:
+def _maker_of_the_pairs(about: dict[str, Any]) -> str | None:
+    """The judge that made all training pairs, as the rows of their data say; None if they do not, or name several."""
+    judges = about.get("judges", {})
+    return next(iter(judges)) or None if len(judges) == 1 else None
+
+
+def _shared_with_the_maker(config: Config, maker: str | None) -> dict[str, list[str]]:
     """Of every judge what its verdicts rest on that those of the judge that made the pairs do too, if both are known."""
-    if config.generate.pair_judge is None:
+    if maker is None:
         return {}
-    maker = seen_by(pair_judge(config))
+    judge = next((judge for judge in config.judge if judge.shown == maker), None)
+    if judge is None and pair_judge_problem(maker):
+        return {}  # a label that the data's maker had for it
+    made_by = seen_by(judge or JudgeConfig(name=maker))
     seen = {judge.shown: seen_by(judge) for judge in config.judge}
-    return {judge: sorted(rests_on & maker) for judge, rests_on in seen.items() if rests_on is not None and maker}
+    return {judge: sorted(rests_on & made_by) for judge, rests_on in seen.items() if rests_on is not None and made_by}
 
 
 @dataclass(frozen=True)

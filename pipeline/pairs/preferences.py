@@ -28,7 +28,7 @@ class Preference:
     ended by their writer.
 
     `chosen` and `rejected` are the responses' texts; `calls` holds the tool calls that follow a side's text, `tools` what may be
-    called.
+    called. `judge`: which one made the pair, if its row says so (in `provenance`).
     """
 
     source: str
@@ -40,6 +40,7 @@ class Preference:
     cut_off: frozenset[str] = frozenset()
     tools: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    judge: str = ""
 
     def response(self, side: str) -> Message:
         """A side as the assistant's message."""
@@ -159,10 +160,26 @@ def _preference(
     topic = row.get("topic")
     topic = topic if isinstance(topic, str) else ""
     found = Preference(
-        name, number, prompt, texts["chosen"], texts["rejected"], topic, _cut_off(row), tools_of(named), calls
+        name,
+        number,
+        prompt,
+        texts["chosen"],
+        texts["rejected"],
+        topic,
+        _cut_off(row),
+        tools_of(named),
+        calls,
+        _judge_of(row),
     )
     _must_be_usable(found, chat=chat)
     return found
+
+
+def _judge_of(row: Row) -> str:
+    """The judge that a row names as its maker, as `refscore pairs` writes it."""
+    provenance = row.get("provenance")
+    judge = provenance.get("judge") if isinstance(provenance, dict) else None
+    return " ".join(judge.split())[:200] if isinstance(judge, str) else ""
 
 
 def _must_be_usable(item: Preference, *, chat: bool) -> None:

@@ -40,7 +40,8 @@ class PairTable:
     """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected.
 
     `prompt_tokens` [rows] and `response_tokens` [2 x rows] are lengths; `cut_off` counts responses without an end token as they
-    were not ended; `unread` are columns that nothing reads, of each source, `control` counts rows that name a control token.
+    were not ended, `judges` training pairs by the judge that made them ("": their rows do not say), `control` rows that name a
+    control token; `unread` are columns that nothing reads, of each source.
     """
 
     formats: dict[str, str]
@@ -48,6 +49,7 @@ class PairTable:
     directory: tempfile.TemporaryDirectory[str] = field(repr=False)
     splits: dict[str, int] = field(default_factory=dict)
     cut_off: int = 0
+    judges: dict[str, int] = field(default_factory=dict)
     unread: dict[str, list[str]] = field(default_factory=dict)
     control: dict[str, int] = field(default_factory=dict)
     drops: dict[str, DropCount] = field(default_factory=dict)
@@ -119,6 +121,9 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
             for pair in kept:
                 pair_table.splits[pair.split] = pair_table.splits.get(pair.split, 0) + 1
                 pair_table.cut_off += len(pair.preference.cut_off)
+                if pair.split == "train":
+                    judge = pair.preference.judge
+                    pair_table.judges[judge] = pair_table.judges.get(judge, 0) + 1
             prompts.append(_lengths(table, "prompt_ids"))
             response_lengths = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
             responses.append(np.stack(response_lengths, axis=1).ravel())
