@@ -1,8 +1,12 @@
 """Which judge made the pairs is what their rows say, and nothing that a configuration says."""
 
+import json
+
 import pytest
 
 from pipeline.artifacts.tables import read_about
+from pipeline.config.files import load_config
+from pipeline.pairs.rows import local_path
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 
 
@@ -39,3 +43,11 @@ def test_data_of_ones_own_inherits_no_claim_from_a_preset(tmp_path, tiny_model, 
     options = [part for one in settings for part in ("--set", one)]
     refscore_here(tmp_path, "precompute", "--config", preset, "--run", "r", *options)
     assert set(read_about(tmp_path / "data/runs/r/pairs.parquet")["judges"]) == {""}
+
+
+@pytest.mark.parametrize("preset", ["demo", "bad_rule"])
+def test_the_rows_that_come_with_refscore_name_what_made_them(preset):
+    config = load_config(preset)
+    for name in [*config.data.path, config.data.eval_path]:
+        for line in local_path(name).read_text().splitlines():
+            assert json.loads(line)["provenance"] == {"judge": config.generate.pair_judge}
