@@ -48,15 +48,19 @@ class Format:
 
 
 def detect_format(name: str, rows: list[Row], *, chat: bool = True) -> str:
-    """The first format (in the order of FORMATS) that most of `rows` fit; DataError with what they are if none.
+    """The first format (in the order of FORMATS) that most of `rows` fit, or half of them; DataError with what they are if none.
 
     Without a chat template (not `chat`) a dialogue in a prompt's text is plain text.
     """
-    for title, form in FORMATS.items():
-        if (chat or not form.chat_only) and sum(map(form.fits, rows)) * 2 > len(rows):
-            if title == "TRL implicit, strings":
-                _must_have_no_other_prompt(name, rows)
-            return title
+    fitting = {title: sum(map(form.fits, rows)) * 2 for title, form in FORMATS.items() if chat or not form.chat_only}
+    # of two rows one may be broken
+    title = next(
+        (title for enough in (len(rows) + 1, len(rows)) for title in fitting if fitting[title] >= enough), None
+    )
+    if title is not None:
+        if title == "TRL implicit, strings":
+            _must_have_no_other_prompt(name, rows)
+        return title
     columns = sorted({shown(key) for row in rows for key in row})
     seen = ", ".join(columns[:_SHOWN_COLUMNS]) or "none"
     more = f" and {len(columns) - _SHOWN_COLUMNS} more" if len(columns) > _SHOWN_COLUMNS else ""

@@ -98,12 +98,10 @@ def _must_be_object(row: Any, place: str) -> Row:
 
 def _decoded(path: Path, line: bytes, number: int) -> Any:
     try:
-        return _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return _DECODER.decode(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
     except json.JSONDecodeError as error:
         several = " after the row's object; a line holds one row" if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{path}, line {number + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}{several})"
-        ) from None
+        raise DataError(f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}{several})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}, byte {error.start + 1}: {not_utf8(path)}") from None
     except (ValueError, RecursionError) as error:

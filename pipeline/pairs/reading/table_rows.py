@@ -23,7 +23,8 @@ def csv_rows(content: BinaryIO, path: Path, delimiter: str = ",") -> Iterator[Ro
     """A row for each record after the line of names; a cell that holds messages as JSON is read as messages."""
     # a field may be as long as a response
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     names: list[str] | None = None
     try:
         for cells in reader:
@@ -44,6 +45,9 @@ def csv_rows(content: BinaryIO, path: Path, delimiter: str = ",") -> Iterator[Ro
         ) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}, near line {reader.line_num + 1}: {not_utf8(path)}") from None
+    finally:
+        # the file is closed by whoever opened it
+        text.detach()
 
 
 def parquet_rows(path: Path, place: Path) -> Iterator[Row]:
