@@ -10,21 +10,17 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pyarrow as pa
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 import pipeline
 from pipeline.artifacts import tables
-from pipeline.config.experiment import Config
-from pipeline.config.judges import JudgeConfig
 from pipeline.config.losses import LOSS_FACTS
+from pipeline.config.reference import fields_of, sections
 from pipeline.config.rules import RULES
-from pipeline.config.training import LoraConfig
 from pipeline.training.objectives.losses import LOSSES
 
 PAGES = Path(__file__).parent
@@ -98,12 +94,9 @@ _MEANING = {
 def regions() -> dict[str, str]:
     """Every region's text by its name."""
     made = {f"columns-{name}": _columns(schema) for name, schema in _TABLES.items()}
-    for name, field in Config.model_fields.items():
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            made[f"options-{name}"] = _options(field.annotation)
+    for name, section in sections().items():
+        made[f"options-{name.replace('.', '-')}"] = _options(section)
     return made | {
-        "options-policy-lora": _options(LoraConfig),
-        "options-judge": _options(JudgeConfig),
         "rules": _table(
             ["rule", "argument", "what it rewards"],
             [[f"`rule:{name}`", rule.argument or "-", rule.says] for name, rule in RULES.items()],
@@ -119,27 +112,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _options(section: type[BaseModel]) -> str:
-    rows = []
-    for name, field in section.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        shown = "required" if default is PydanticUndefined else _plain(default)
-        limits = ", ".join(
-            f"{sign} {value:g}"
-            for part in field.metadata
-            for word, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-            if (value := getattr(part, word, None)) is not None
-        )
-        said = field.description or ""
-        rows.append([f"`{name}`", f"`{shown}`" if shown else "", "; ".join(filter(None, [said, limits]))])
+    rows = [
+        [f"`{fact.name}`", f"`{fact.default}`" if fact.default else "", fact.meaning] for fact in fields_of(section)
+    ]
     return _table(["field", "default", "meaning and limits"], rows)
-
-
-def _plain(default: Any) -> str:
-    if isinstance(default, BaseModel):
-        return "see below"
-    if isinstance(default, bool) or default is None:
-        return {True: "true", False: "false", None: "null"}[default]
-    return ", ".join(map(str, default)) if isinstance(default, list) else str(default) if default != {} else "{}"
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.version import __version__
-from stages import ending, manner
+from stages import console, ending, manner
 
 if TYPE_CHECKING:
     from pipeline.artifacts.runs import Run
@@ -42,7 +42,19 @@ SetOption = Annotated[
         "--set", metavar="FIELD=VALUE", help="Override, e.g. train.beta=0.05; repeatable, or several in one text."
     ),
 ]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON value on standard output; what is said goes to the error stream.")
+]
 DEMO = Path("demo")
+
+
+def _run_names() -> list[str]:
+    from pipeline.artifacts.runs import existing_runs
+
+    return existing_runs()
+
+
+RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.", autocompletion=_run_names)]
 
 
 @app.callback()
@@ -83,8 +95,10 @@ def plan(
         float | None, typer.Option(min=1, help="Tokens per second of stage 1 on one device.")
     ] = None,
     training_speed: Annotated[float | None, typer.Option(min=1, help="Tokens per second of stage 2.")] = None,
+    json: JsonOption = False,
 ) -> None:
     """What an experiment will take: memory, steps, tokens, time, and what to set if it does not fit."""
+    console.answer_alone(json)
     from pipeline.config.files import load_config
     from stages import plan as stage
 
@@ -107,13 +121,63 @@ def train(
 
 
 @app.command(name="eval")
-def evaluate(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
+def evaluate(
+    config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None, json: JsonOption = False
+) -> None:
     """Stage 3: generate with policy and reference on held-out prompts, judge, report."""
+    console.answer_alone(json)
     resolved, opened = _open(config, run, set_)
     with ending.working_on(opened, ending.from_what_was_made):
         from stages import eval as stage
 
         stage.main(resolved, opened)
+
+
+@app.command(name="list")
+def list_(json: JsonOption = False) -> None:
+    """The runs that are here: how far each has come, whether it runs now, its size and key figures."""
+    console.answer_alone(json)
+    from stages import list as stage
+
+    stage.main()
+
+
+@app.command()
+def rm(
+    runs: RunsArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete runs, after asking; their scores stay in the store. A run that is being written is refused."""
+    from stages import rm as stage
+
+    stage.main(runs, yes=yes)
+
+
+@app.command()
+def prune(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN...]", help="Names of runs; default: all.", autocompletion=_run_names),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it.")] = False,
+) -> None:
+    """Checkpoints of finished runs, and what killed writers left behind; changes nothing without --apply."""
+    from stages import prune as stage
+
+    stage.main(runs or [], apply=apply)
+
+
+@app.command(name="config")
+def config_(
+    field: Annotated[
+        str | None, typer.Argument(help="A field or a section, e.g. train.beta; default: all fields.")
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema of configuration files.")] = False,
+) -> None:
+    """The fields of a configuration: meaning, default and limits; or a JSON schema for editors."""
+    from stages import config as stage
+
+    stage.main(field, as_schema=schema)
 
 
 @app.command()
@@ -169,12 +233,14 @@ def score(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Names of runs.")],
+    runs: RunsArgument,
     page: Annotated[
         Path | None, typer.Option("--page", help="Where the page goes; default: data/runs/compare.html.")
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Experiments side by side: settings that differ, figures, paired differences, and the frontier as a page."""
+    console.answer_alone(json)
     from pipeline.artifacts.runs import open_run
     from stages import compare as stage
 
@@ -254,8 +320,9 @@ StoreOption = Annotated[str, typer.Option("--store", help="Directory of the stor
 
 
 @store_app.command(name="ls")
-def store_ls(store: StoreOption = "data/store") -> None:
+def store_ls(store: StoreOption = "data/store", json: JsonOption = False) -> None:
     """References in the store: sequences, tokens, bytes, and which runs use them."""
+    console.answer_alone(json)
     from stages import store as stage
 
     stage.ls(store)

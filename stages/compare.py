@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.artifacts import durable
@@ -25,6 +26,7 @@ def main(runs: list[Run], page: Path | None) -> None:
     settings, figures, paired = differing_settings(runs), reached(runs), differences(runs)
     if not settings and not figures:
         console.say("the runs have the same settings and no figures yet: run 'refscore eval' for each")
+        _answer(runs, settings, paired, None)
         return
     console.table("", head, settings + figures)
     compared = [_row(difference) for difference in paired]
@@ -56,6 +58,20 @@ def main(runs: list[Run], page: Path | None) -> None:
     texts = [markdown_table(head, settings + figures), markdown_table(_HEAD, compared)]
     durable.write_text(path.with_suffix(".md"), "\n\n".join(text for text in texts if text) + "\n")
     console.say(f"page      {path}")
+    _answer(runs, settings, paired, path)
+
+
+def _answer(runs: list[Run], settings: list[list[str]], paired: list[Difference], page: Path | None) -> None:
+    results = {run.name: read_results(run.eval) for run in runs}
+    console.answer(
+        {
+            "runs": list(results),
+            "settings": {name: dict(zip(results, values, strict=True)) for name, *values in settings},
+            "results": {name: asdict(result) if result else None for name, result in results.items()},
+            "differences": [asdict(difference) for difference in paired],
+            "page": str(page) if page else None,
+        }
+    )
 
 
 _HEAD = ["judge", "first", "second", "compares", "prompts", "difference", "95 % interval", "p, corrected"]

@@ -118,8 +118,15 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
             _write_down(line)
 
 
+def answer_alone(asked: bool) -> None:  # noqa: FBT001
+    """Keep standard output for one JSON value, if `asked`; what is said goes to the error stream."""
+    manner.json = asked
+
+
 def answer(value: Any) -> None:
-    """The one JSON value that standard output is kept for."""
+    """The JSON value that standard output is kept for; nothing if it is not."""
+    if not manner.json:
+        return
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str)
     try:
         sys.stdout.write(text + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
 from pipeline.evaluation.evaluate import evaluate
@@ -20,3 +22,4 @@ def main(config: Config, run: Run) -> None:
     for line in notes(results):
         console.say(f"  {line}")
     console.say(f"report    {run.report}")
+    console.answer({"run": run.name, "report": str(run.report), **asdict(results)})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.hardware import device_kind
-from pipeline.planning.cautions import warnings_of
+from pipeline.planning.cautions import cautions
 from pipeline.planning.forecast import Disk, Speeds, disk, length_that_fits, memory_here, speeds
 from pipeline.planning.outlook import Outlook, on_a_gpu, outlook, smaller
 from pipeline.precompute.plan import Plan, make_plan
@@ -25,7 +28,8 @@ def main(
     if gpu_memory is not None:
         config = on_a_gpu(config)
     plan = make_plan(config)
-    for line in [*plan.lines(), *warnings_of(config, plan)]:
+    said = cautions(config, plan)
+    for line in [*plan.lines(), *(f"warning   {caution}" for caution in said)]:
         console.say(line)
     console.say("simulating a step ...")
     kind = "cuda" if gpu_memory is not None else device_kind()
@@ -47,9 +51,55 @@ def main(
         console.say(
             f"time      by products of matrices, {here.products / 1e9:.0f} GFLOP/s here now; half or twice is as likely"
         )
-    _show_disk(disk(config, plan, seen))
+    on_disk = disk(config, plan, seen)
+    _show_disk(on_disk)
+    memory = gpu_memory or memory_here()
     if seen.training is not None:
-        _show_fit(config, plan, seen, gpu_memory or memory_here())
+        _show_fit(config, plan, seen, memory)
+    rates = (scoring_speed or (here.scoring if here else None), speed or (here.training if here else None))
+    console.answer(
+        {
+            **_of_data(plan),
+            "warnings": said,
+            "training": {**_of_training(seen, memory), "tokens_per_second": rates[1]},
+            "scoring": {
+                "tokens": seen.scoring_tokens,
+                "devices": devices,
+                "gib": seen.scoring_gib if seen.scoring else None,
+                "tokens_per_second": rates[0],
+            },
+            "disk_bytes": {**asdict(on_disk), "total": on_disk.total},
+        }
+    )
+
+
+def _of_data(plan: Plan) -> dict[str, Any]:
+    pairs = plan.pairs
+    return {
+        "reference_id": plan.identity.reference_id,
+        "data": pairs.formats,
+        "rows": len(pairs) + pairs.dropped,
+        "pairs": pairs.splits,
+        "dropped": {reason: drop.count for reason, drop in pairs.drops.items()},
+        "sequences": plan.sequences,
+        "hits": plan.sequences - len(plan.missing),
+        "misses": len(plan.missing),
+    }
+
+
+def _of_training(seen: Outlook, memory: float) -> dict[str, Any]:
+    known = seen.training is not None
+    return {
+        "device": seen.kind,
+        "steps": seen.steps,
+        "tokens": seen.training_tokens,
+        "longest_pair": seen.longest,
+        "gib": seen.training_gib if known else None,
+        "of_gib": memory,
+        "fits": seen.training_gib <= memory if known else None,
+        "bytes": asdict(seen.training) if seen.training else None,
+        "not_predicted": seen.unpredicted or None,
+    }
 
 
 def _show_training(seen: Outlook, speed: float | None, here: Speeds | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.artifacts.runs import RUNS, uses_of_references
@@ -20,7 +21,7 @@ from stages import console
 def ls(store: str) -> None:
     """A row for each reference."""
     used, last = uses_of_references()
-    rows = []
+    rows, found = [], []
     references = holdings(store)
     for contents in references:
         registrations = {registration.name for registration in registered(contents.directory) if registration.in_use()}
@@ -37,11 +38,16 @@ def ls(store: str) -> None:
                 ", ".join(sorted(names)) or "none",
             ]
         )
+        last_used = last.get(contents.directory.name) or None
+        found.append(
+            {"reference_id": contents.directory.name, **asdict(contents), "last_used": last_used, "runs": sorted(names)}
+        )
     console.table(
         str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows
     )
     for problem in (problem for contents in references for problem in contents.problems):
         console.say(problem)
+    console.answer({"store": store, "references": found})
 
 
 def gc(store: str, *, apply: bool, unreferenced: bool) -> None:

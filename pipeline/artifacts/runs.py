@@ -152,7 +152,7 @@ def open_run(name: str) -> Run:
 
 def existing_runs() -> list[str]:
     """Names of the runs in this directory."""
-    return sorted(path.parent.name for path in RUNS.glob("*/config.yaml"))
+    return sorted(path.parent.name for path in RUNS.glob("[!.]*/config.yaml"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -78,7 +78,6 @@ def writing(run: Run, command: str = "refscore in Python") -> Iterator[None]:
         yield
         return
     with durable.explaining_disk(run.directory):
-        run.directory.mkdir(parents=True, exist_ok=True)
         descriptor, writer = _take(run, path, command)
     _HELD[path] = threading.get_ident()
     _DESCRIPTORS.add(descriptor)
@@ -134,9 +133,10 @@ def sweep(directory: Path) -> list[Path]:
     return swept
 
 
-def leftovers(directory: Path) -> list[Path]:
-    """Temporary files and directories below `directory` of processes that are gone."""
-    found = sorted(directory.rglob(f"{durable.TEMPORARY}*"))
+def leftovers(directory: Path, *, within: bool = True) -> list[Path]:
+    """Temporary files and directories in `directory`, and `within` its own, of processes that are gone."""
+    pattern = f"{durable.TEMPORARY}*"
+    found = sorted(directory.rglob(pattern) if within else directory.glob(pattern))
     gone = [path for path in found if not _writes(path.name)]
     # what lies in one that goes goes with it
     return [path for path in gone if not any(parent in gone for parent in path.parents)]
@@ -151,7 +151,11 @@ def _writes(name: str) -> bool:
 def _take(run: Run, path: Path, command: str) -> tuple[int, Writer]:
     """An open, locked descriptor of `path` with our record in it."""
     for _ in range(_TRIES):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # `refscore rm` was quicker
         try:
             locked = _flock(descriptor)
             if locked is not False and _is_named(descriptor, path):
