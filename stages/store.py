@@ -10,11 +10,13 @@ from pipeline.artifacts.runs import RUNS, uses_of_references
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, DataError, first_line
 from pipeline.precompute.explain import explain as why
+from pipeline.precompute.plan import make_plan
 from pipeline.store.compaction import compact, look
 from pipeline.store.inventory import bytes_of, holdings, references
 from pipeline.store.places import set_aside_if_damaged
 from pipeline.store.registrations import registered
 from pipeline.store.shard import shard_files
+from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from stages import console
 
 
@@ -106,6 +108,33 @@ def verify(store: str) -> None:
         raise CheckError(
             f"{bad} shards were damaged and set aside in corrupt/: the next precompute scores their rows again"
         )
+
+
+def copy(source: str, target: str, config: Config | None) -> None:
+    """Copy scores from one store to another: all of them, or those that a configuration's data needs of its reference."""
+    held = described_references(source)
+    if config is None:
+        copies = copy_shards(source, target, list(held.values()), console)
+        unit = "shards"
+    else:
+        plan = make_plan(config)
+        identity = plan.identity
+        if identity.reference_id not in held:
+            raise DataError(
+                f"{source} holds nothing of reference {identity.reference_id[:12]} ({identity.numerics.engine} "
+                f"{identity.numerics.engine_version}, {identity.numerics.dtype} on {identity.numerics.device}): scores are "
+                f"found under the same weights and numerics alone. It has {len(held)} other references"
+            )
+        copies = [copy_rows(plan.keys, source, target, identity)]
+        unit = "sequences"
+        console.say(f"needed    {plan.sequences} sequences")
+    for copied in copies:
+        console.say(
+            f"copied    {copied.rows:,} sequences in {copied.shards} shards of {copied.reference_id[:12]}; "
+            f"{copied.there:,} {unit} were there"
+        )
+    if not copies:
+        console.say(f"nothing to copy: {source} holds no reference that this version reads")
 
 
 def explain(config: Config, row: int | None) -> None:

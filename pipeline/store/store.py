@@ -51,7 +51,7 @@ class Store:
     def __init__(self, places: Sequence[str], reference: ReferenceIdentity) -> None:
         self.reference = reference
         self.places = [
-            _open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
+            open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
         ]
 
     def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
@@ -129,7 +129,8 @@ class Store:
         return name
 
 
-def _open_place(place: str, reference_id: str, *, first: bool) -> Place:
+def open_place(place: str, reference_id: str, *, first: bool) -> Place:
+    """One reference's part of a directory or a URL; `first` is the place that is written. Opening creates nothing."""
     if is_url(place):
         return RemotePlace(place, reference_id)
     return LocalPlace(Path(place).expanduser() / reference_id, first=first)
