@@ -287,10 +287,13 @@ def iterate(
 @app.command()
 def export(
     run: Annotated[str, typer.Option("--run", help="Name of the run.")],
-    format_: Annotated[str, typer.Option("--format", help="alpaca_eval or arena_hard.")] = "alpaca_eval",
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="trl, open_instruct, fairseq2, jsonl: pairs; alpaca_eval, arena_hard: samples."),
+    ] = "trl",
     to: Annotated[Path | None, typer.Option("--to", help="Directory; default: export/<format> in the run.")] = None,
 ) -> None:
-    """Responses and judgements as files of AlpacaEval or Arena-Hard; the judge annotations:<file> reads them back."""
+    """Scored pairs in the files of other trainers, or samples and judgements in those of other judges."""
     from pipeline.artifacts.runs import open_run
     from stages import export as stage
 
@@ -350,6 +353,36 @@ def store_gc(
     stage.gc(store, apply=apply, unreferenced=unreferenced)
 
 
+@store_app.command(name="push")
+def store_push(
+    to: Annotated[str, typer.Argument(help="Store to copy to: a directory or a URL (s3://..., hf://datasets/...).")],
+    store: StoreOption = "data/store",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Publish scores: copy a store, or the part that a data set needs, to a bucket, a Hub data set or a directory."""
+    from stages import store as stage
+
+    stage.copy(store, to, _some_config(config, set_))
+
+
+@store_app.command(name="pull")
+def store_pull(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="Store to copy from: a directory or a URL.")],
+    store: StoreOption = "data/store",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Fetch scores that others published, or the part of them that a data set needs."""
+    from stages import store as stage
+
+    stage.copy(source, store, _some_config(config, set_))
+
+
 @store_app.command(name="explain")
 def store_explain(
     config: ConfigOption = DEMO,
@@ -374,6 +407,15 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: run a command, turn every failure into a message and an exit code."""
     ending.finish(ending.run(app))
+
+
+def _some_config(config: Path | None, overrides: list[str] | None) -> Config | None:
+    from pipeline.config.files import load_config
+    from pipeline.errors import ConfigError
+
+    if config is None and overrides:
+        raise ConfigError("--set changes a configuration: name it with --config")
+    return load_config(config, overrides or []) if config else None
 
 
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:
