@@ -7,7 +7,7 @@ one of duels plays every two against each other in both orders, and a response's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
@@ -21,10 +21,11 @@ from pipeline.pairs.messages import Message
 
 @dataclass(frozen=True)
 class TrainingPrompt:
-    """A training prompt: the conversation as the data has it, and its ids."""
+    """A training prompt: the conversation as the data has it, its ids, and the tools that may be called in it."""
 
     prompt: Prompt
     messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def pair_row(pair: NewPair, provenance: dict[str, Any]) -> dict[str, Any]:
     return {
         **({"topic": pair.request.prompt.topic} if pair.request.prompt.topic else {}),
         "prompt": prompt,
+        **({"tools": pair.request.tools} if pair.request.tools else {}),
         **responses,
         **{f"{name}_cut_off": True for name, side in sides.items() if side.finish_reason != "stop"},
         "margin": round(pair.choice.margin, 3),

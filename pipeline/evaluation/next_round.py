@@ -96,7 +96,7 @@ def _training_prompts(pairs: PairSet) -> list[TrainingPrompt]:
             messages = pair.preference.prompt
             prompt_id = prompt_id_of(pair.prompt_ids)
             prompt = Prompt(prompt_id, prompt_text(messages), pair.preference.topic or "", pair.prompt_ids)
-            prompts.setdefault(prompt_id, TrainingPrompt(prompt, messages))
+            prompts.setdefault(prompt_id, TrainingPrompt(prompt, messages, pair.preference.tools))
     return list(prompts.values())
 
 
@@ -105,8 +105,8 @@ def _held_out_row(pair: Pair) -> dict[str, object]:
     return {
         **({"topic": pair.preference.topic} if pair.preference.topic else {}),
         "prompt": pair.preference.prompt,
-        "chosen": [{"role": "assistant", "content": pair.preference.chosen}],
-        "rejected": [{"role": "assistant", "content": pair.preference.rejected}],
+        **{side: [pair.preference.response(side)] for side in ("chosen", "rejected")},
+        **({"tools": pair.preference.tools} if pair.preference.tools else {}),
         **{f"{side}_cut_off": True for side in sorted(pair.preference.cut_off)},
     }
 

@@ -107,11 +107,13 @@ def shown(name: object) -> str:
 
 def _is_hh(row: Row) -> bool:
     sides = (row.get("chosen"), row.get("rejected"))
-    return "prompt" not in row and all(isinstance(side, str) and "\n\nAssistant:" in side for side in sides)
+    dialogues = all(isinstance(side, str) and "\n\nAssistant:" in side for side in sides)
+    return dialogues and ("prompt" not in row or all(str(side).lstrip().startswith("Human:") for side in sides))
 
 
 def _from_hh(row: Row) -> Converted:
     prompt, chosen, rejected = branching(dialogue(text_of(row, "chosen")), dialogue(text_of(row, "rejected")))
+    _must_agree(row, prompt)
     return _with_system(row, prompt), chosen, rejected
 
 
@@ -149,7 +151,9 @@ def _is_sharegpt(row: Row) -> bool:
 
 
 def _from_sharegpt(row: Row) -> Converted:
-    return _with_responses(row, messages_of(row.get("conversations"), "conversations"))
+    prompt = messages_of(row.get("conversations"), "conversations")
+    _must_agree(row, prompt)
+    return _with_responses(row, prompt)
 
 
 def _is_beside_messages(row: Row) -> bool:
@@ -180,16 +184,23 @@ def _from_ultrafeedback(row: Row) -> Converted:
     if not _is_ultrafeedback(row):
         return _from_explicit_strings(row)
     prompt, chosen, rejected = _from_implicit_messages(row)
-    given = _words(text_of(row, "prompt"))
-    asked = [_words(message["content"]) for message in prompt if message["role"] != "assistant"]
-    # some repeat the last request, some the first, some all of the conversation
-    if given and not any(text and (text in given or given in text) for text in [*asked, " ".join(asked)]):
-        raise RowProblem("prompt_contradicts_messages", "the column prompt is nowhere in the messages of chosen")
+    _must_agree(row, prompt)
     return prompt, chosen, rejected
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
+def _must_agree(row: Row, messages: list[Message]) -> None:
+    """Raise RowProblem if the text in the column prompt is nowhere in the messages, nor they in it."""
+    given = _words(row.get("prompt"))
+    asked = [_words(message["content"]) for message in messages if message["role"] != "assistant"]
+    # some repeat the last request, some the first, some all of the conversation
+    texts = [*asked, f" {' '.join(' '.join(asked).split())} "]
+    if given.strip() and not any(text.strip() and (text in given or given in text) for text in texts):
+        raise RowProblem("prompt_contradicts_messages", "the text of prompt is nowhere in the messages of the row")
+
+
+def _words(text: object) -> str:
+    """A text's words between single spaces, to be looked for as whole words."""
+    return f" {' '.join(text.split())} " if isinstance(text, str) else ""
 
 
 def _is_explicit_messages(row: Row) -> bool:
@@ -256,9 +267,9 @@ def _from_implicit_strings(row: Row) -> Converted:
 
 
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format(_is_sharegpt, _from_sharegpt, frozenset({"conversations"})),
+    "sharegpt": Format(_is_sharegpt, _from_sharegpt, frozenset({"conversations", "prompt"})),
     "messages beside responses": Format(_is_beside_messages, _from_beside_messages, frozenset({"messages"})),
-    "HH-RLHF dialogue strings": Format(_is_hh, _from_hh, frozenset()),
+    "HH-RLHF dialogue strings": Format(_is_hh, _from_hh, frozenset({"prompt"})),
     "HH-RLHF prompt beside responses": Format(_is_hh_prompt, _from_hh_prompt, frozenset({"prompt"}), chat_only=True),
     "UltraFeedback-binarized": Format(_is_ultrafeedback, _from_ultrafeedback, frozenset({"prompt"})),
     "TRL explicit, messages": Format(_is_explicit_messages, _from_explicit_messages, frozenset({"prompt"})),

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.pairs.reading.files import PACKED, SUFFIXES, file_rows, suffix_of
 from pipeline.pairs.reading.folders import files_of, is_saved, left_to_datasets
 from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.reading.misnamed import STDIN as SHOWN_STDIN
 from pipeline.pairs.reading.spool import STDIN, is_spooled, spooled
 
 _EMBEDDED = "embedded:"
@@ -40,7 +41,7 @@ def open_parts(name: str, data: DataConfig) -> tuple[list[Part], str]:
     path = local_path(name)
     if is_spooled(name):
         copy = spooled(name)
-        place = Path("standard input" if name == STDIN else name)
+        place = SHOWN_STDIN if name == STDIN else Path(name)
         return [Part(name, partial(file_rows, copy, place))], _file_digest(copy)
     if path.is_dir() and left_to_datasets(path, data.split):
         rows, digest = _data_set(str(path), data.split, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import DataError
@@ -83,14 +85,20 @@ def _has_card_with_configurations(folder: Path) -> bool:
     return bool(header and re.search(r"^configs:", header[1], re.MULTILINE))
 
 
-def _walked(folder: Path) -> list[Path]:
-    """Every file below a folder, but what is hidden."""
-    found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        if not any(part.startswith((".", "__")) for part in parts) and not path.is_dir():
-            found.append(path)
-    return found
+def _walked(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, through links too, but what is hidden."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=_cannot_be_listed, followlinks=True):
+        # a link may lead back to where one is
+        real = os.path.realpath(place)
+        known = real in seen
+        seen.add(real)
+        folders[:] = [] if known else [name for name in folders if not name.startswith((".", "__"))]
+        yield from (Path(place, name) for name in files if not known and not name.startswith((".", "__")))
+
+
+def _cannot_be_listed(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})")
 
 
 def _split_of(path: Path) -> str:

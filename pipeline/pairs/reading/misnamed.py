@@ -17,18 +17,17 @@ _PACKED = {
 }
 _UNICODE = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
 HEAD = 4096
+# what messages call standard input
+STDIN = Path("standard input")
 
 
 def must_be_text(head: bytes, path: Path, *, unpacked: bool) -> None:
     """Raise DataError if a text file begins as none does, with what to run; `unpacked`: it was decompressed on the way here."""
-    name = shlex.quote(str(path))
     for magic, (kind, command, suffix) in _PACKED.items():
         if head.startswith(magic):
             rename = f", or name it {path.name}{suffix}" if suffix and not unpacked else ""
             twice = "compressed twice: " if unpacked else ""
-            raise DataError(
-                f"{path} is {twice}{kind}-compressed data: run {command} {name} > unpacked{_plain_suffix(path)}{rename}"
-            )
+            raise DataError(f"{path} is {twice}{kind}-compressed data: {_run(command, path, 'unpacked')}{rename}")
     if head.startswith(b"PAR1"):
         raise DataError(f"{path} is a Parquet file: name it {path.with_suffix('.parquet').name}")
     if head.startswith(b"version https://git-lfs"):
@@ -39,27 +38,30 @@ def must_be_text(head: bytes, path: Path, *, unpacked: bool) -> None:
         raise DataError(f"{path} is a web page or XML, not data: download the file itself")
     for mark, encoding in _UNICODE:
         if head.startswith(mark):
-            raise DataError(
-                f"{path} is {encoding} text, UTF-8 is read: run {_convert(path, encoding, unpacked=unpacked)}"
-            )
+            raise DataError(f"{path} is {encoding} text, UTF-8 is read: {_convert(path, encoding, unpacked=unpacked)}")
     if len(head) >= 4 and (head[1:4:2] == b"\0\0" or head[0:4:2] == b"\0\0"):
         encoding = "UTF-16LE" if head[1:2] == b"\0" else "UTF-16BE"
-        raise DataError(f"{path} is {encoding} text, UTF-8 is read: run {_convert(path, encoding, unpacked=unpacked)}")
+        raise DataError(f"{path} is {encoding} text, UTF-8 is read: {_convert(path, encoding, unpacked=unpacked)}")
 
 
 def not_utf8(path: Path) -> str:
     """What is said of bytes that are no UTF-8."""
-    run = _convert(path, "WINDOWS-1252", unpacked=path.suffix.lower() in (".gz", ".zst"))
-    return f"not valid UTF-8. If it is Latin-1 or Windows-1252, run {run}"
+    unpacked = path.suffix.lower() in (".gz", ".zst")
+    return f"not valid UTF-8. If it is Latin-1 or Windows-1252, {_convert(path, 'WINDOWS-1252', unpacked=unpacked)}"
 
 
 def _convert(path: Path, encoding: str, *, unpacked: bool) -> str:
-    name = shlex.quote(str(path))
-    to = f"> utf8{_plain_suffix(path)}"
-    if not unpacked:
-        return f"iconv -f {encoding} -t UTF-8 {name} {to}"
-    command = "zstd -dc" if path.suffix.lower() == ".zst" else "gunzip -c"
-    return f"{command} {name} | iconv -f {encoding} -t UTF-8 {to}"
+    command = f"iconv -f {encoding} -t UTF-8"
+    if not unpacked or path == STDIN:
+        return _run(command, path, "utf8")
+    unpack = "zstd -dc" if path.suffix.lower() == ".zst" else "gunzip -c"
+    return f"run {unpack} {shlex.quote(str(path))} | {command} > utf8{_plain_suffix(path)}"
+
+
+def _run(command: str, path: Path, to: str) -> str:
+    if path == STDIN:
+        return f"pipe it through {command}"
+    return f"run {command} {shlex.quote(str(path))} > {to}{_plain_suffix(path)}"
 
 
 def _plain_suffix(path: Path) -> str:
