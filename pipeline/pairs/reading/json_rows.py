@@ -132,7 +132,8 @@ class _Text:
     def __init__(self, content: BinaryIO, path: Path) -> None:
         self._content, self._path = content, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._at, self._lines, self._bytes = "", 0, 0, 0
+        self._text, self._at, self._bytes = "", 0, 0
+        self._lines = self._left_of_line = 0
         self._ended = False
 
     def peek(self) -> str:
@@ -164,15 +165,17 @@ class _Text:
                 return value
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _NEAR_END
+                inside = error.pos - self._at
                 if not (cut and self._more()):
-                    self._at = error.pos
+                    self._at += inside
                     self.fail(error.msg)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self._path}, line {self._line()}: {_said(error)}") from None
 
     def fail(self, message: str) -> None:
         """Raise DataError for this place."""
-        column = self._at - self._text.rfind("\n", 0, self._at)
+        line_began = self._text.rfind("\n", 0, self._at)
+        column = self._at - line_began + (self._left_of_line if line_began < 0 else 0)
         raise DataError(f"{self._path}, line {self._line()}, column {column}: not valid JSON ({message})")
 
     def _line(self) -> int:
@@ -190,8 +193,9 @@ class _Text:
             byte = self._bytes + error.start + 1
             raise DataError(f"{self._path}, about byte {byte}: {not_utf8(self._path)}") from None
         self._bytes += len(piece)
-        # what was understood goes, from the last line's beginning on kept for the column's number
-        begun = self._text.rfind("\n", 0, self._at) + 1
-        self._lines += self._text.count("\n", 0, begun)
-        self._text, self._at = self._text[begun:] + added, self._at - begun
+        # what was understood goes; where it was stays known
+        line_began = self._text.rfind("\n", 0, self._at)
+        self._left_of_line = self._at - line_began - 1 + (self._left_of_line if line_began < 0 else 0)
+        self._lines += self._text.count("\n", 0, self._at)
+        self._text, self._at = self._text[self._at :] + added, 0
         return not self._ended or bool(added)

@@ -1,0 +1,206 @@
+"""What a row says in each form: the prompt's messages and the two responses; what nothing reads is named."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.experiment import DataConfig
+from pipeline.pairs.formats import one_response
+from pipeline.pairs.messages import RowProblem
+from pipeline.pairs.preferences import Dropped, open_source
+from tests.pairs.inputs import ANSWER, CALL, GOOD, OTHER, TOOL, USER, lines, parquet
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+A, B, C = turn("user", "A"), turn("assistant", "B"), turn("user", "C")
+S = turn("system", "S")
+DIALOGUE = "\n\nHuman: A\n\nAssistant: B\n\nHuman: C"
+# row, prompt, chosen, rejected
+SAYS = {
+    "HH prompt": (
+        {"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": " D", "rejected": " E\n"},
+        [A, B, C], "D", "E",
+    ),
+    "HH prompt without its first blank lines": (
+        {"prompt": "Human: A\n\nAssistant:", "chosen": "D", "rejected": "E"},
+        [A], "D", "E",
+    ),
+    "HH prompt and whole dialogues": (
+        {"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": f"{DIALOGUE}\n\nAssistant: D", "rejected": f"{DIALOGUE}\n\nAssistant: E"},
+        [A, B, C], "D", "E",
+    ),
+    "HH prompt and a side that repeats it": (
+        {"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": f"{DIALOGUE}\n\nAssistant: D", "rejected": "E"},
+        [A, B, C], "D", "E",
+    ),
+    "HH dialogues beside the last request": (
+        {"prompt": "C", "chosen": f"{DIALOGUE}\n\nAssistant: D", "rejected": f"{DIALOGUE}\n\nAssistant: E"},
+        [A, B, C], "D", "E",
+    ),
+    "HH with a system message": (
+        {"system": "S", "chosen": f"{DIALOGUE}\n\nAssistant: D", "rejected": f"{DIALOGUE}\n\nAssistant: E"},
+        [S, A, B, C], "D", "E",
+    ),
+    "a dialogue that is no prompt of HH": (
+        {"prompt": "Explain \n\nHuman: x", "chosen": "D", "rejected": "E"},
+        [turn("user", "Explain \n\nHuman: x")], "D", "E",
+    ),
+    "instruction": ({"instruction": "A", "input": "", "chosen": "D", "rejected": "E"}, [A], "D", "E"),
+    "instruction and input": (
+        {"instruction": "A", "input": "x", "system": "S", "chosen": "D", "rejected": "E"},
+        [S, turn("user", "A\nx")], "D", "E",
+    ),
+    "input without instruction": ({"instruction": "", "input": "A", "chosen": "D", "rejected": "E"}, [A], "D", "E"),
+    "instruction and history": (
+        {"instruction": "C", "input": None, "history": [["A", "B"]], "chosen": "D", "rejected": "E"},
+        [A, B, C], "D", "E",
+    ),
+    "instruction beside whole conversations": (
+        {"instruction": "A", "chosen": [A, turn("assistant", "D")], "rejected": [A, turn("assistant", "E")]},
+        [A], "D", "E",
+    ),
+    "messages beside responses": ({"messages": [A, B, C], "chosen": ANSWER, "rejected": "E"}, [A, B, C], "Hello.", "E"),
+    "messages beside whole conversations": (
+        {"messages": [USER, ANSWER], "chosen": [A, turn("assistant", "D")], "rejected": [A, turn("assistant", "E")]},
+        [A], "D", "E",
+    ),
+    "a prompt that the responses repeat": (
+        {"prompt": [S, A], "chosen": [S, A, turn("assistant", "D")], "rejected": [A, turn("assistant", "E")]},
+        [S, A], "D", "E",
+    ),
+    "parts": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "x"}]}],
+         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "D"}]}], "rejected": [{"type": "text", "text": "E"}]},
+        [turn("user", "Ax")], "D", "E",
+    ),
+    "a system message that is said twice": (
+        {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "A"}], "system": "S", "chosen": "D", "rejected": "E"},
+        [S, A], "D", "E",
+    ),
+}  # fmt: skip
+
+
+def read(*rows, **data):
+    Path("d.jsonl").write_bytes(lines(*rows))
+    return source_of("d.jsonl", **data)
+
+
+def source_of(path, **data):
+    source = open_source(path, DataConfig(path=path, **data))
+    return source, list(source.preferences())
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_a_row_says(name):
+    row, prompt, chosen, rejected = SAYS[name]
+    _, (found,) = read(row)
+    assert not isinstance(found, Dropped), found
+    assert (found.prompt, found.chosen, found.rejected) == (prompt, chosen, rejected)
+
+
+def test_plain_text_keeps_a_dialogue_as_it_is():
+    row = {"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": " D", "rejected": " E"}
+    source, (found,) = read(row, template="none")
+    assert source.format == "TRL explicit, strings"
+    assert (found.prompt[0]["content"], found.chosen) == (row["prompt"], " D")
+
+
+def test_a_file_of_messages_as_csv_is_that_of_lines():
+    text = (
+        b'chosen,rejected\n"[{""role"": ""user"", ""content"": ""A""}, {""role"": ""assistant"", ""content"": ""D""}]",'
+    )
+    Path("d.csv").write_bytes(text + text.partition(b"\n")[2].replace(b"D", b"E").rstrip(b",") + b"\n")
+    _, (found,) = source_of("d.csv")
+    assert (found.prompt, found.chosen, found.rejected) == ([A], "D", "E")
+
+
+def test_tool_calls_and_tools_are_kept_in_the_form_that_templates_take():
+    asked = {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "index": None, "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    ]}  # fmt: skip
+    told = {"role": "tool", "content": "12:00", "tool_call_id": "1", "name": "clock"}
+    row = {
+        "prompt": [USER, asked, told],
+        "chosen": [ANSWER],
+        "rejected": [{**OTHER, "tool_calls": [CALL]}],
+        "tools": f"[{TOOL}]".replace("'", '"'),
+    }
+    for source, (found,) in (read(row), parquet_of(row)):
+        assert not source.unread
+        assert found.tools == [TOOL]
+        assert found.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALL}]}
+        assert found.prompt[2] == told
+        assert (found.chosen, found.rejected, found.calls) == ("Hello.", "Go away.", {"rejected": [CALL]})
+        assert (
+            found.shown("rejected")
+            == 'Go away.\n{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}'
+        )
+
+
+def parquet_of(row):
+    """The row as Parquet, where all messages have all fields."""
+    Path("d.parquet").write_bytes(parquet([row, row]))
+    source, found = source_of("d.parquet", max_rows=1)
+    return source, found
+
+
+def test_a_response_of_a_tool_call_alone_is_one():
+    row = {
+        "prompt": [USER],
+        "chosen": [{"role": "assistant", "tool_calls": [CALL]}],
+        "rejected": [{"role": "assistant", "content": ""}],
+    }
+    _, (found, dropped) = read({**row, "rejected": [OTHER]}, row)
+    assert (found.chosen, found.calls) == ("", {"chosen": [CALL]})
+    assert (dropped.reason, dropped.detail) == ("empty_response", "rejected")
+    # two calls of the same are one response
+    _, (same,) = read({**row, "rejected": row["chosen"]})
+    assert same.reason == "identical_responses"
+
+
+UNREAD = {
+    "columns": ({**GOOD, "score": 1, "source": "x"}, ["score", "source"]),
+    "a column without a value": ({**GOOD, "score": None}, []),
+    "what refscore writes": ({**GOOD, "topic": "t", "margin": 1, "provenance": {"a": 1}, "chosen_cut_off": False}, []),
+    "a topic that is no text": ({**GOOD, "topic": 3}, ["topic"]),
+    "a system message that is no text": ({**GOOD, "system": ["x"]}, ["system"]),
+    "instruction beside a prompt": ({**GOOD, "instruction": "x", "input": "y"}, ["instruction", "input"]),
+    "a message's field": ({"prompt": [{**USER, "name": "Ann"}], "chosen": [{**ANSWER, "weight": 1}], "rejected": "b"}, ["prompt[].name", "chosen[].weight"]),
+    "a message's field without a value": ({"prompt": [{**USER, "name": None}], "chosen": "a", "rejected": "b"}, []),
+    "a form's other columns": ({"conversations": [{"from": "human", "value": "A"}], "instruction": "z", "chosen": "a", "rejected": "b"}, ["instruction"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_nothing_reads_is_named(name):
+    row, unread = UNREAD[name]
+    source, _ = read(row, GOOD if "prompt" in row and isinstance(row["prompt"], str) else row)
+    assert source.unread == unread
+
+
+def test_a_column_that_another_stands_for_is_unread_and_one_that_is_named_is_read():
+    source, (found,) = read({**GOOD, "question": "Who?", "other": 1}, columns={"prompt": "question"})
+    assert found.prompt[0]["content"] == "Who?"
+    assert source.unread == ["prompt", "other"]
+
+
+def test_one_response_alone_is_read_alike():
+    parts = {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "A"}]}],
+        "response": [turn("assistant", "B")],
+    }
+    assert one_response(parts) == ([A], "B")
+    assert one_response({"prompt": "A", "system": "S", "response": "B"}) == ([S, A], "B")
+    for row, reason in (
+        ({"prompt": [A, B], "response": "C"}, "assistant_after_assistant"),
+        ({"prompt": "A", "response": [{**B, "tool_calls": [CALL]}]}, "tool_calls_not_scored"),
+        ({"prompt": "A", "response": "B", "tools": [TOOL]}, "tool_calls_not_scored"),
+        ({"prompt": None, "response": "B"}, "missing_field"),
+        ({"prompt": "A", "response": " "}, "empty_response"),
+    ):
+        with pytest.raises(RowProblem) as problem:
+            one_response(row)
+        assert problem.value.reason == reason
