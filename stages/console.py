@@ -61,6 +61,17 @@ _WIDTH = None if (sys.stdout and sys.stdout.isatty()) or "COLUMNS" in os.environ
 out = _Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = _Console(stderr=True, highlight=False, soft_wrap=True, width=_WIDTH)
 
+# what libraries are told where to keep things by: the directory, and a variable that, if the user set it, says where already
+_CACHES = {
+    "HF_HOME": ("huggingface", "XDG_CACHE_HOME"),
+    "TORCH_HOME": ("torch", "XDG_CACHE_HOME"),
+    "TORCHINDUCTOR_CACHE_DIR": ("torchinductor", ""),
+    "TRITON_CACHE_DIR": ("triton", "TRITON_HOME"),
+    "FLASHINFER_WORKSPACE_BASE": ("flashinfer", ""),
+    "CUDA_CACHE_PATH": ("cuda", ""),
+    "MPLCONFIGDIR": ("matplotlib", ""),
+}
+
 # between two lines of progress, in the first minute and after it: what lasts for hours does not fill a log
 _EVERY_SECONDS, _LATER_SECONDS = 10.0, 60.0
 
@@ -260,7 +271,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("MPLCONFIGDIR", str(Path("data/cache/matplotlib").absolute()))
+
+
+def keep_caches_here() -> None:
+    """Let libraries keep what they fetch and compile in data/cache instead of the home directory, unless the user says where.
+
+    vLLM's own are set where it is started. A token for the Hub is read from where its tools put it.
+    """
+    token = Path.home() / ".cache/huggingface/token"
+    if {"HF_HOME", "XDG_CACHE_HOME"}.isdisjoint(os.environ) and token.is_file():
+        os.environ.setdefault("HF_TOKEN_PATH", str(token))
+    for name, (directory, also_says_where) in _CACHES.items():
+        if also_says_where not in os.environ:
+            os.environ.setdefault(name, str((durable.CACHE / directory).absolute()))
 
 
 class _ToLog(logging.Handler):

@@ -53,6 +53,7 @@ def run(app: Callable[..., object]) -> int:
     """Run a Typer application; its exit code."""
     console.open_closed_streams()
     console.quiet_libraries()
+    console.keep_caches_here()
     console.speak()
     stdout = sys.stdout
     with _signals_interrupt():

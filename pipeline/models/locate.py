@@ -76,11 +76,14 @@ def at_hand(spec: ModelSpec) -> Path | None:
         directory = Path(name).expanduser()
     else:
         directory = _in_hub_cache(name, spec.revision)
+    return directory if directory is not None and _is_whole(directory) else None
+
+
+def _is_whole(directory: Path) -> bool:
     try:
-        whole = directory is not None and (directory / "config.json").is_file() and bool(loaded_files(directory))
+        return (directory / "config.json").is_file() and bool(loaded_files(directory))
     except ConfigError:
-        whole = False  # some of its files, as a cache holds them that was asked for the tokenizer alone
-    return directory if whole else None
+        return False  # some of its files, as a cache holds them that was asked for the tokenizer alone
 
 
 class ReferencePaths(NamedTuple):
@@ -159,19 +162,38 @@ def _in_hub_cache(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+    for cache in (None, *_home_cache()):
+        try:
+            found = snapshot_download(
+                name, revision=revision, allow_patterns=_PATTERNS, local_files_only=True, cache_dir=cache
+            )
+        except (LocalEntryNotFoundError, HFValidationError):
+            continue
+        if _is_whole(Path(found)):
+            return Path(found)
+    return None
+
+
+def _home_cache() -> list[Path]:
+    """The Hub's cache in the home directory, if another one is used here: what other tools fetched is read, nothing is written."""
+    from huggingface_hub import constants
+
+    home = Path.home() / ".cache/huggingface/hub"
+    return [home] if home.is_dir() and home != Path(constants.HF_HUB_CACHE) else []
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    # a commit is the same wherever it lies; a branch, or none, is looked up anew if there is a network
+    if revision and re.fullmatch("[0-9a-f]{40}", revision) and (cached := _in_hub_cache(name, revision)):
+        return cached
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if cached := _in_hub_cache(name, revision):
+            return cached
         at_revision = f" at revision {revision}" if revision else ""
         raise ConfigError(
             f"model {name!r}{at_revision} is not in the local Hub cache and cannot be fetched ({first_line(error)}). "

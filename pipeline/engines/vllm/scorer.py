@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import Request
-from pipeline.engines.vllm.engine import kv_cache_gib, speed_up_float32_output_layer, start_engine, stop_engine
-from pipeline.engines.vllm.runners import RowsRunner, response_rows_are_likely, runner_of, score_with
+from pipeline.engines.protocol import Request, TopTokens
+from pipeline.engines.vllm.engine import (
+    kv_cache_gib,
+    prepare_environment,
+    speed_up_float32_output_layer,
+    start_engine,
+    stop_engine,
+)
+from pipeline.engines.vllm.runners import RowsRunner, response_rows_are_likely, runner_of, score_with, top_with
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, note_circumstances
 from pipeline.models.configuration import position_limit, text_config
@@ -63,6 +69,8 @@ class VllmScorer:
                 **{"enforce_eager": True, **options, **reference.engine_args},
             )
 
+        # asking vLLM imports it
+        prepare_environment(reference.tensor_parallel_size)
         guessed = response_rows_are_likely()
         start(
             reference.max_batched_tokens
@@ -73,7 +81,9 @@ class VllmScorer:
             rows = isinstance(self._runner, RowsRunner)
             fewer = batched_tokens(vocabulary, model_len, numerics.device, response_rows=rows)
             if reference.max_batched_tokens is None and fewer < self.batched_tokens:
-                log.info("vLLM: started again with %d tokens in a forward pass, as it runs its V1 runner", fewer)
+                log.info(
+                    "vLLM: started again with %d tokens in a forward pass: it keeps the logits of all of them", fewer
+                )
                 self.close()
                 start(fewer)
                 self._set_up(reference, numerics)
@@ -96,15 +106,19 @@ class VllmScorer:
             ),
             tensor_parallel_size=str(reference.tensor_parallel_size),
         )
+        log.debug("vLLM: %s", self._runner)
         log.info(
-            "vLLM: %s, %s",
-            self._runner,
-            "prompts are read once" if self._shares else "every sequence is read whole",
+            "vLLM: %s",
+            "a prompt is read once for all its responses" if self._shares else "every sequence is read whole",
         )
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
         return score_with(self._runner, sequences, shared=self._shares)
+
+    def top(self, sequences: Sequence[Request], count: int) -> list[TopTokens]:
+        """See `Engine.top`: every sequence is read whole, as what stands in the cache has no log-probabilities."""
+        return top_with(self._llm, sequences, count)
 
     def close(self) -> None:
         """See `Scorer.close`."""
