@@ -190,7 +190,10 @@ def show(path: Annotated[Path, typer.Argument(help="A run, a store, or any file 
 
 @app.command()
 def validate(
-    data: Annotated[str, typer.Argument(help="Preference data: a file, a folder or a Hub data set id.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Preference data: files, patterns in quotes, folders, Hub data set ids, or - for standard input."),
+    ],
     set_: SetOption = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Tokenise as for this model too: lengths, boundaries, truncation.")

@@ -22,7 +22,7 @@ _CONTROL = {
 }
 
 
-def main(data: str | list[str], overrides: list[str], model: str | None) -> None:
+def main(data: list[str], overrides: list[str], model: str | None) -> None:
     """Report on each source of `data`. Raises DataError if one holds no row that is usable."""
     config = load_overrides({"data": {"path": data}}, overrides)
     if model is not None:
@@ -53,7 +53,7 @@ def _source(name: str, data: DataConfig) -> None:
         "messages in the prompt: " + (", ".join(f"{n} ({count} rows)" for n, count in sorted(turns.items())) or "none")
     )
     _unread(source.unread)
-    _problems(first, reasons)
+    _problems(first, reasons, [name])
     if not pairs:
         raise DataError(f"{name}: no row is usable")
 
@@ -75,7 +75,7 @@ def _tokenised(config: Config, model: str) -> None:
     }
     rows = [[name, str(v[0]), str(v[len(v) // 2]), str(v[-1])] for name, v in lengths.items()]
     console.table("tokens", ["part", "least", "median", "most"], rows)
-    _problems(pairs.dropped[:_SHOWN], count_reasons(pairs.dropped))
+    _problems(pairs.dropped[:_SHOWN], count_reasons(pairs.dropped), config.data.path)
 
 
 def _without_split(data: DataConfig) -> DataConfig:
@@ -87,14 +87,13 @@ def _unread(columns: list[str]) -> None:
         console.say(f"nothing reads {listed(columns)}")
 
 
-def _problems(first: list[Dropped], reasons: dict[str, int]) -> None:
+def _problems(first: list[Dropped], reasons: dict[str, int], sources: list[str]) -> None:
     """How many rows each reason dropped, and the first rows with what was seen."""
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         console.say(f"dropped {count} x {reason}")
     width = shutil.get_terminal_size().columns
-    several = len({row.source for row in first}) > 1
     for row in first:
-        where = f"{row.source} row {row.row}" if several else f"row {row.row}"
+        where = f"row {row.row}" if [row.source] == sources else f"{row.source} row {row.row}"
         console.say(f"  {where}: {row.reason}{f' ({row.detail})' if row.detail else ''}"[: max(60, width)])
     left = sum(reasons.values()) - len(first)
     if left:

@@ -25,6 +25,7 @@ from pipeline.pairs.messages import (
 )
 from pipeline.pairs.near_forms import near_form
 from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.reading.misnamed import printable
 
 Converted = tuple[list[Message], Message, Message]
 
@@ -98,7 +99,7 @@ def unread(row: Row, format_name: str) -> Iterable[str]:
 
 def shown(name: object) -> str:
     """A column's name for people: on one line, at most 40 characters, printable."""
-    text = " ".join(str(name).split()).encode("utf-8", "backslashreplace").decode()
+    text = printable(" ".join(str(name).split()))
     return text if len(text) <= 40 else text[:39] + "…"
 
 

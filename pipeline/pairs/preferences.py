@@ -17,6 +17,7 @@ from pipeline.errors import CheckError, ConfigError, DataError
 from pipeline.pairs.formats import FORMATS, detect_format, other_form, shown, unread
 from pipeline.pairs.messages import Message, RowProblem, must_alternate, must_be_unicode, tools_of
 from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.reading.misnamed import printable
 from pipeline.pairs.rows import Part, open_parts
 
 _LOOKED_AT = 20
@@ -118,7 +119,7 @@ class Source:
         except RowProblem as problem:
             other = other_form(_renamed(row, columns, missing_ok=True), reading.format)
             detail = "; ".join(filter(None, [problem.detail, other]))
-            return Dropped(name, number, problem.reason, detail.encode("utf-8", "backslashreplace").decode())
+            return Dropped(name, number, problem.reason, printable(detail))
 
 
 def open_source(name: str, data: DataConfig) -> Source:

@@ -22,6 +22,7 @@ from pipeline.pairs.reading.files import PACKED, SUFFIXES, file_rows, suffix_of
 from pipeline.pairs.reading.folders import files_of, is_saved, left_to_datasets
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.reading.misnamed import STDIN as SHOWN_STDIN
+from pipeline.pairs.reading.misnamed import printable
 from pipeline.pairs.reading.spool import STDIN, is_spooled, spooled
 
 _EMBEDDED = "embedded:"
@@ -49,7 +50,7 @@ def open_parts(name: str, data: DataConfig) -> tuple[list[Part], str]:
     if files := _files(name, path, data.split):
         digest = _digest_of(name, files)
         single = len(files) == 1 and path == files[0]
-        return [Part(name if single else str(file), partial(file_rows, file)) for file in files], digest
+        return [Part(name if single else printable(str(file)), partial(file_rows, file)) for file in files], digest
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix.lower() not in (*SUFFIXES, *PACKED):
         rows, digest = _data_set(name, data.split, data.revision)
         return [Part(name, rows)], digest
@@ -79,8 +80,12 @@ def local_path(name: str) -> Path:
         try:
             path = Path(name).expanduser()
             path.exists()
+            # names are written into tables and files of UTF-8
+            name.encode()
         except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"{name[:80]}: no path ({first_line(error)})") from None
+            raise DataError(
+                f"{printable(name)[:80]}: no path that can be read ({printable(first_line(error))})"
+            ) from None
         return path
     package = Path(__file__).parent.parent
     # in an installed package, and in a checkout

@@ -44,6 +44,11 @@ def must_be_text(head: bytes, path: Path, *, unpacked: bool) -> None:
         raise DataError(f"{path} is {encoding} text, UTF-8 is read: {_convert(path, encoding, unpacked=unpacked)}")
 
 
+def printable(text: str) -> str:
+    """The text with what is no character of Unicode written out, as in a file's name of other bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def not_utf8(path: Path) -> str:
     """What is said of bytes that are no UTF-8."""
     unpacked = path.suffix.lower() in (".gz", ".zst")
