@@ -1,5 +1,6 @@
 """What a row says in each form: the prompt's messages and the two responses; what nothing reads is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pipeline.config.experiment import DataConfig
 from pipeline.pairs.formats import one_response
 from pipeline.pairs.messages import RowProblem
 from pipeline.pairs.preferences import Dropped, open_source
+from tests.conftest import ROOT
 from tests.pairs.inputs import ANSWER, CALL, GOOD, OTHER, TOOL, USER, lines, parquet
 
 
@@ -204,3 +206,11 @@ def test_one_response_alone_is_read_alike():
         with pytest.raises(RowProblem) as problem:
             one_response(row)
         assert problem.value.reason == reason
+
+
+def test_every_reason_stands_in_the_page():
+    sources = "".join(path.read_text() for path in (ROOT / "pipeline/pairs").rglob("*.py"))
+    reasons = set(re.findall(r"""(?:RowProblem\(|drop\(|Dropped\([\w.]+, [\w.]+,)\s*"(\w+)\"""", sources))
+    assert {"missing_field", "too_long", "duplicate", "tools_not_rendered", "response_of_many_messages"} <= reasons
+    page = (ROOT / "docs/data.md").read_text()
+    assert {reason for reason in reasons if f"`{reason}`" not in page} == {"tool_calls_not_scored"}
