@@ -67,6 +67,21 @@ def refscore(
 
 
 @app.command()
+def init(
+    data: Annotated[list[str], typer.Argument(help="Preference data: files, folders or Hub data set ids.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Directory or Hub id; default: the model that comes with refscore.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: the data's name.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write a configuration for data of your own: looks at data, model and memory, and says what it chose and why."""
+    from stages import init as stage
+
+    stage.main(data, model, out, force=force)
+
+
+@app.command()
 def precompute(
     config: ConfigOption = DEMO,
     run: RunOption = None,
@@ -192,7 +207,9 @@ def show(path: Annotated[Path, typer.Argument(help="A run, a store, or any file 
 def validate(
     data: Annotated[
         list[str],
-        typer.Argument(help="Preference data: files, patterns in quotes, folders, Hub data set ids, or - for standard input."),
+        typer.Argument(
+            help="Preference data: files, patterns in quotes, folders, Hub data set ids, or - for standard input."
+        ),
     ],
     set_: SetOption = None,
     model: Annotated[

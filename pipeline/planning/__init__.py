@@ -1,1 +1,1 @@
-"""What an experiment will take before it is spent: memory of training and of scoring, steps, tokens, time."""
+"""Before anything is spent: what fits data, model and memory, what is wrong with the data, what it will take."""

@@ -11,6 +11,7 @@ from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore
 
 COMMANDS = [
     (),
+    ("init",),
     ("precompute",),
     ("plan",),
     ("train",),

@@ -1,0 +1,315 @@
+"""A configuration for data and a model that were looked at: every value with the number that it rests on.
+
+The values are DPO's usual ones where nothing was found that speaks against them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.experiment import Config
+from pipeline.config.judges import IMPLICIT
+from pipeline.errors import ConfigError
+from pipeline.hardware import device_kind
+from pipeline.judges.judging import Prompt, Response, Shown
+from pipeline.judges.rules import open_rule
+from pipeline.planning.cautions import ENOUGH_HELD_OUT
+from pipeline.planning.forecast import memory_here, parameters_in
+from pipeline.planning.outlook import of_process
+from pipeline.planning.survey import Survey
+from pipeline.planning.training import simulate_step
+from pipeline.training.examples import tokens_in_a_pass
+
+# of the device's memory; the rest is for evaluation, the allocator and other processes
+_OF_MEMORY = 0.8
+# share of the prompts, and number of them, that are held out where there are enough
+_HELD_OUT, _MOST_HELD_OUT, _LARGEST_PERCENT = 0.1, 500, 34
+_SMALL_MODEL = 1e9
+# a rule judges if it tells such a share of the pairs apart, and at least so many, and prefers the chosen response so often
+_TELLS_APART, _SOME_PAIRS, _AGREES = 0.1, 20, 0.55
+_RULES = ("complete_and_concise", "json_valid", "no_repetition")
+_FLUENCY = "no_repetition"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of the configuration, its value, and why."""
+
+    field: str
+    value: Any
+    because: str
+
+    @property
+    def shown(self) -> str:
+        """The value as YAML on one line."""
+        if isinstance(self.value, float) and 0 < self.value < 1e-3:
+            return f"{self.value:.1e}"
+        return json.dumps(self.value, ensure_ascii=False)
+
+
+@dataclass
+class Proposal:
+    """Choices in the order of the file, and what a reader should know beside them."""
+
+    choices: list[Choice] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: Any, because: str) -> None:
+        """Choose a value for a field."""
+        self.choices.append(Choice(name, value, because))
+
+    def content(self) -> dict[str, Any]:
+        """Plain values, as a configuration's file holds them."""
+        content: dict[str, Any] = {}
+        for choice in self.choices:
+            section, _, name = choice.field.partition(".")
+            if name:
+                content.setdefault(section, {})[name] = choice.value
+            else:
+                content[section] = choice.value
+        return content
+
+    def text(self, title: str) -> str:
+        """The file: each value below the reason for it."""
+        lines = [f"# {' '.join(title.split())}", "# Every field, its meaning and its limits: docs/configuration.md."]
+        section = ""
+        for choice in self.choices:
+            of, _, name = choice.field.partition(".")
+            if of != section:
+                lines += ["", f"{of}:"] if name else [""]
+                section = of
+            start = f"{'  ' if name else ''}# "
+            lines += textwrap.wrap(" ".join(choice.because.split()), 98, initial_indent=start, subsequent_indent=start)
+            lines.append(f"{'  ' if name else ''}{name or of}: {choice.shown}")
+        return "\n".join([*lines, ""])
+
+
+def propose(found: Survey) -> Proposal:
+    """What to write for the data and the model that were found, on this machine."""
+    kind = device_kind()
+    shape = _shaped(found, kind, memory_here())
+    proposal = Proposal()
+    _about_data(proposal, found, shape)
+    _about_models(proposal, found, shape)
+    _about_training(proposal, found, shape)
+    _about_evaluation(proposal, found)
+    if not shape.fits:
+        advice = "take a smaller model, or ask 'refscore plan --gpu-memory 80' for the machine that trains"
+        proposal.remarks.append(f"{shape.memory}: {advice}")
+    return proposal
+
+
+# --- length, adapters and the tokens of a pass are chosen together, as the memory of a step depends on all of them
+
+
+@dataclass
+class _Shape:
+    """What the memory of a step depends on, which pairs are within the length, and what was predicted, in words."""
+
+    length: int
+    kept: np.ndarray
+    batch: int
+    tokens_per_batch: int
+    lora: bool
+    checkpointing: bool
+    memory: str = ""
+    fits: bool = True
+
+
+def _shaped(found: Survey, kind: str, memory: float) -> _Shape:
+    """The first shape, from the usual one to ever smaller ones, whose training fits; the smallest if none does."""
+    shapes = _shapes(found, kind)
+    for shape in shapes:
+        try:
+            needed = _needed(found, shape, kind)
+        except ConfigError as reason:
+            shapes[0].memory = str(reason)
+            return shapes[0]
+        shape.memory = f"training is predicted to take {needed:.1f} of {memory:.1f} GiB"
+        shape.fits = needed <= _OF_MEMORY * memory
+        if shape.fits:
+            return shape
+    return shapes[-1]
+
+
+def _shapes(found: Survey, kind: str) -> list[_Shape]:
+    usual = _length(found)
+    quantiles = (_rounded(float(np.quantile(found.lengths, share))) for share in (0.95, 0.9, 0.75, 0.5))
+    shorter = [length for length in dict.fromkeys(quantiles) if length < usual]
+    # a GPU recomputes activations by default
+    recomputing = (False, True) if kind == "cpu" else (False,)
+    ways = [(usual, lora, again) for lora in (False, True) for again in recomputing]
+    ways += [(length, True, recomputing[-1]) for length in shorter]
+    default = tokens_in_a_pass(Config.model_validate({"data": {"path": "x"}}).train, kind)
+    shapes = []
+    for length, lora, again in ways:
+        kept = found.lengths <= length
+        batch = _batch(int(kept.sum()))
+        # a pass holds one whole pair at least, so fewer tokens help only if that is short
+        smaller = [default // 4] if found.trees[kept].max() < default else []
+        shapes += [_Shape(length, kept, batch, tokens, lora, again) for tokens in (default, *smaller)]
+    return shapes
+
+
+def _needed(found: Survey, shape: _Shape, kind: str) -> float:
+    """GiB of a training step."""
+    trees, responses = found.trees[shape.kept], found.responses[shape.kept]
+    train: dict[str, Any] = {"tokens_per_batch": shape.tokens_per_batch}
+    if shape.checkpointing:
+        train["gradient_checkpointing"] = True
+    policy = {"model": found.model, "lora": {"r": 16} if shape.lora else None}
+    config = Config.model_validate({"data": {"path": "x"}, "policy": policy, "train": train})
+    tokens = int(max(trees.max(), min(shape.tokens_per_batch, trees.mean() * shape.batch)))
+    scored = int(tokens * responses.sum() / trees.sum())
+    return of_process(simulate_step(config, found.base, tokens, scored, kind).total, kind)
+
+
+def _length(found: Survey) -> int:
+    """The longest pair, or if it stands out what 99 % of the pairs do not exceed; never more than the model reads."""
+    longest, nearly_all = int(found.lengths.max()), float(np.quantile(found.lengths, 0.99, method="higher"))
+    usual = float(np.quantile(found.lengths, 0.9))
+    wanted = _rounded(nearly_all if longest > 2 * usual else longest)
+    return min(wanted, found.positions) if found.positions else wanted
+
+
+def _rounded(length: float) -> int:
+    return 64 * math.ceil(length / 64)
+
+
+def _batch(pairs: int) -> int:
+    # of few pairs large steps would be few
+    return 8 if pairs < 500 else 16 if pairs < 2000 else 32
+
+
+# --- section by section
+
+
+def _about_data(proposal: Proposal, found: Survey, shape: _Shape) -> None:
+    path = found.data[0] if len(found.data) == 1 else found.data
+    proposal.add("data.path", path, "; ".join(f"{name}: {form}" for name, form in found.formats.items()))
+    if found.columns:
+        proposal.add("data.columns", found.columns, "the names of the columns can mean nothing else")
+    proposal.add("data.template", found.template, _why_this_template(found))
+    lengths = found.lengths
+    too_long = found.drops["too_long"].count if "too_long" in found.drops else 0
+    reads = f"the model reads {found.positions:,}" if found.positions else "nothing limits what the model reads"
+    kept = int(shape.kept.sum())
+    proposal.add(
+        "data.max_length",
+        shape.length,
+        f"tokens of prompt and response: {kept} of {len(lengths) + too_long} pairs are within it (median "
+        f"{int(np.median(lengths)):,}, 99% up to {int(np.quantile(lengths, 0.99, method='higher')):,}, longest "
+        f"{int(lengths.max()):,}); {reads}",
+    )
+    share, held_out, prompts = _held_out(found.places[shape.kept])
+    because = f"{held_out} of {prompts} prompts are held out"
+    if held_out < ENOUGH_HELD_OUT:
+        because += f", the data is too small for {ENOUGH_HELD_OUT}"
+        advice = "add pairs of other prompts, or name a file of held-out pairs in data.eval_path"
+        proposal.remarks.append(f"{because}, from which on figures say something: {advice}")
+    proposal.add("data.eval_fraction", share, because)
+
+
+def _why_this_template(found: Survey) -> str:
+    if not found.has_template:
+        return "the model's tokenizer has no chat template"
+    continuing = (
+        f"{found.continues:.0%} of the first {len(found.looked_at)} pairs have responses that begin with white space"
+    )
+    if found.template == "none":
+        return f"texts that are gone on with: {continuing}"
+    return f"the tokenizer has a chat template, and the texts are questions and answers: {continuing}"
+
+
+def _held_out(places: np.ndarray) -> tuple[float, int, int]:
+    """The share to hold out, how many prompts it holds out, and how many there are."""
+    prompts = np.unique(places)
+    target = min(_MOST_HELD_OUT, max(ENOUGH_HELD_OUT, _HELD_OUT * len(prompts)))
+    counts = [(percent / 100, int((prompts < percent / 100).sum())) for percent in range(1, 100)]
+    enough = [(share, count) for share, count in counts[:_LARGEST_PERCENT] if count >= target]
+    # of too few as many as may be, and at least one to train on and one to look at
+    allowed = [pair for pair in reversed(counts[:_LARGEST_PERCENT]) if 0 < pair[1] < len(prompts)]
+    any_share = [pair for pair in counts if 0 < pair[1] < len(prompts)]
+    share, held_out = [*enough, *allowed, *any_share, (0.0, 0)][0]
+    return share, held_out, len(prompts)
+
+
+def _about_models(proposal: Proposal, found: Survey, shape: _Shape) -> None:
+    engine, here = ("vllm", "is") if find_spec("vllm") else ("transformers", "is not")
+    proposal.add("reference.model", found.model, "the frozen model that the policy starts from and is compared with")
+    proposal.add("reference.engine", engine, f"vLLM {here} installed here")
+    proposal.add("reference.store", "data/store", "keeps the scores for all experiments")
+    proposal.add("policy.model", found.model, "the model that is trained: the reference's")
+    if shape.lora:
+        proposal.add("policy.lora", {"r": 16}, f"adapters, as training all weights takes more memory; {shape.memory}")
+
+
+def _about_training(proposal: Proposal, found: Survey, shape: _Shape) -> None:
+    parameters = parameters_in(found.base)
+    share = next(choice.value for choice in proposal.choices if choice.field == "data.eval_fraction")
+    pairs = int((found.places[shape.kept] >= share).sum())
+    epochs = 1 if pairs >= 5000 else 2 if pairs >= 1000 else 3
+    steps = math.ceil(pairs * epochs / shape.batch)
+    rate, size = (5e-6 if parameters < _SMALL_MODEL else 1e-6), f"a model of {parameters / 1e6:,.0f} million parameters"
+    usual = f"usual for DPO of all weights of {size}"
+    if shape.lora:
+        rate, usual = 10 * rate, f"ten times what is {usual}: adapters start from nothing"
+    proposal.add("train.beta", 0.1, "DPO's usual one")
+    proposal.add("train.learning_rate", rate, usual)
+    an_epoch = math.ceil(pairs / shape.batch)
+    because = f"pairs of one optimizer step: the {pairs} training pairs give {an_epoch} steps per epoch"
+    proposal.add("train.per_device_train_batch_size", shape.batch, because)
+    proposal.add("train.gradient_accumulation_steps", 1, "tokens_per_batch cuts a step up as memory needs it")
+    proposal.add("train.tokens_per_batch", shape.tokens_per_batch, f"tokens of one forward pass; {shape.memory}")
+    if shape.checkpointing:
+        proposal.add("train.gradient_checkpointing", True, "without it a step takes more memory than there is")
+    proposal.add("train.num_train_epochs", epochs, f"{steps} steps; few pairs are read more often")
+    proposal.add("train.eval_steps", max(5, math.ceil(steps / 5)), "about five looks at the held-out pairs")
+
+
+def _about_evaluation(proposal: Proposal, found: Survey) -> None:
+    longest = int(np.quantile(found.responses[:, 0], 0.9, method="higher"))
+    tokens = min(512, 32 * math.ceil(longest / 32))
+    room = found.positions - int(found.prompts.max()) - 1 if found.positions else tokens
+    because = f"nine of ten chosen responses have at most {longest:,} tokens; more than 512 take long to sample"
+    proposal.add("generate.max_tokens", max(1, min(tokens, room)), because)
+    judges, because = _judges(found)
+    proposal.add("judge", judges, because)
+
+
+def _judges(found: Survey) -> tuple[list[str], str]:
+    """Rules that tell the pairs' responses apart and mostly prefer the chosen one, best first; one of fluency; the pairs."""
+    agreeing: dict[str, float] = {}
+    said = []
+    for rule in _RULES:
+        _, apart, agrees = _on_pairs(rule, found)
+        if apart >= max(_TELLS_APART, _SOME_PAIRS / len(found.looked_at)) and agrees >= _AGREES:
+            agreeing[rule] = agrees
+            said.append(
+                f"rule:{rule} tells {apart:.0%} of the pairs apart and prefers the chosen one in {agrees:.0%} of them"
+            )
+    judges = sorted(agreeing, key=lambda rule: -agreeing[rule])
+    if _FLUENCY not in judges and _on_pairs(_FLUENCY, found)[0] >= 1 - _TELLS_APART:
+        judges.append(_FLUENCY)
+        said.append(f"rule:{_FLUENCY} watches over fluency")
+    said.append(f"{IMPLICIT}: does the policy prefer the chosen responses of held-out pairs")
+    because = f"{'; '.join(said)}. docs/evaluation.md lists judges that ask a model"
+    return [*(f"rule:{rule}" for rule in judges), IMPLICIT], because
+
+
+def _on_pairs(rule: str, found: Survey) -> tuple[float, float, float]:
+    """Of the pairs that were looked at: the share that a rule can read, that it tells apart, and of these that it agrees with."""
+    judge = open_rule(rule, rule)
+    shown = [Shown(Prompt("", prompt), Response(text, "stop")) for prompt, *sides in found.texts() for text in sides]
+    rewards = judge.reward(shown) if judge.reward else []
+    pairs = list(zip(rewards[::2], rewards[1::2], strict=True))
+    read = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
+    apart = [chosen > rejected for chosen, rejected in read if abs(chosen - rejected) > 0.05]
+    return len(read) / len(pairs), len(apart) / len(pairs), sum(apart) / len(apart) if apart else 0.0
