@@ -10,7 +10,9 @@ import copy
 import difflib
 import hashlib
 import json
+import logging
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,10 @@ from pipeline.config.experiment import Config
 from pipeline.config.training import LoraConfig
 from pipeline.errors import ConfigError, first_line
 
+log = logging.getLogger(__name__)
+
 PRESETS = Path(__file__).parent.parent / "presets"
+NEUTRAL = "neutral"
 
 # where the next override may begin in a text that holds several: at white space before section.field=, or before judge=
 _NEXT = re.compile(rf"\s+(?=(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|{'|'.join(Config.model_fields)})\s*=)")
@@ -45,7 +50,29 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), got {type(content).__name__}")
-    return load_overrides(content, overrides, str(path))
+    config = load_overrides(content, overrides, str(path))
+    if path.parent == PRESETS and path.stem != NEUTRAL:
+        _warn_of_other_data(path.stem, config)
+    return config
+
+
+def _warn_of_other_data(preset: str, config: Config) -> None:
+    # a later round's pairs are of the same kind as the first one's
+    other = [
+        name for name in config.data.path if not name.startswith("embedded:") and Path(name).name != "new_pairs.jsonl"
+    ]
+    if other:
+        _warn(
+            f"the settings of the preset {preset} are those of its own data (data.max_length={config.data.max_length}, "
+            f"train.beta={config.train.beta:g}, train.learning_rate={config.train.learning_rate:g}, and others): for "
+            f"{other[0]} 'refscore init' writes a configuration, or take --config {NEUTRAL}"
+        )
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once per process, however often a configuration is read."""
+    log.warning(text)
 
 
 def _preset(name: str | Path) -> Path | None:

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import BaseModel
 
+from pipeline.config import files
 from pipeline.config.experiment import Config
 from pipeline.config.files import PRESETS, dump_config, load_config, split_overrides
 from pipeline.errors import ConfigError
@@ -29,6 +30,21 @@ def test_a_preset_has_a_name_that_a_file_of_ones_own_comes_before(tmp_path, monk
     assert load_config("demo") == load_config(PRESETS / "demo.yaml")
     (tmp_path / "demo").write_text("data: {path: mine.jsonl}\n")
     assert load_config("demo").data.path == ["mine.jsonl"]
+
+
+@pytest.mark.parametrize("preset", ["demo", "bad_rule"])
+def test_settings_of_a_preset_for_other_data_are_said_to_be_its_own(preset, caplog):
+    files._warn.cache_clear()
+    beta = load_config(preset).train.beta
+    load_config(preset, ["data.path=data/runs/r/new_pairs.jsonl"])  # a later round
+    load_config("neutral", ["data.path=mine.jsonl"])
+    assert not caplog.messages
+    for _ in range(2):
+        load_config(preset, ["data.path=mine.jsonl"])
+    (said,) = caplog.messages
+    assert f"preset {preset} are those of its own data" in said
+    assert f"train.beta={beta:g}" in said
+    assert "for mine.jsonl 'refscore init' writes a configuration, or take --config neutral" in said
 
 
 def test_numbers_are_those_of_yaml_1_2_and_words_stay_words(tmp_path):
