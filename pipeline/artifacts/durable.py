@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import hashlib
 import json
 import os
+import platform
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +25,8 @@ CACHE = Path("data/cache")
 # numbers of the system's errors: nothing more fits; this may not be done
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+_WORKED_IN: set[Path] = set()
 
 
 def temporary_beside(path: Path) -> Path:
@@ -83,9 +89,15 @@ def explaining_disk(path: Path, needed: int | None = None) -> Iterator[None]:
                 f"no space left to write {path}: {space}. What was published before stays; free some space, or choose "
                 "another place, and run the same command again"
             ) from None
-        if number in REFUSED:
+        if number in REFUSED and _concerns(error, path):
             raise RefscoreError(f"{path} cannot be written ({os.strerror(number)}): choose another place") from None
         raise
+
+
+def _concerns(error: BaseException, path: Path) -> bool:
+    """Whether it was `path`, or something beside or below it, that was refused, and not a file that was read meanwhile."""
+    named = getattr(error, "filename", None)
+    return named is None or Path(os.fsdecode(named)).absolute().is_relative_to(path.absolute().parent)
 
 
 def error_number(error: BaseException) -> int:
@@ -102,9 +114,36 @@ def file_name(text: str) -> str:
 
 
 def scratch_place() -> str | None:
-    """The directory for working files, data/cache; None, the system's temporary one, if it cannot be written."""
+    """This process's directory for working files, below data/cache; None, the system's temporary one, if it cannot be made.
+
+    It goes when the process ends; what killed ones left is removed by the next.
+    """
+    here = CACHE.absolute() / "work" / f"{os.getpid()}-{_machine()}"
+    if here in _WORKED_IN:
+        return str(here)
+    # of a process that was killed, and had the same number
+    shutil.rmtree(here, ignore_errors=True)
     try:
-        CACHE.mkdir(parents=True, exist_ok=True)
+        here.mkdir(parents=True)
     except OSError:
         return None
-    return str(CACHE)
+    _WORKED_IN.add(here)
+    atexit.register(_clear, here, os.getpid())
+    for other in here.parent.iterdir():
+        pid, _, machine = other.name.partition("-")
+        # what another machine works on cannot be told from what it left
+        if machine == _machine() and not Path("/proc", pid).exists():
+            shutil.rmtree(other, ignore_errors=True)
+    return str(here)
+
+
+def _clear(place: Path, pid: int) -> None:
+    if os.getpid() == pid:  # and not in a fork, which would do this too
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _machine() -> str:
+    """A name of this machine, and of the namespace in which pids mean what they mean here."""
+    with suppress(OSError):
+        return hashlib.sha256(f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}".encode()).hexdigest()[:8]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]

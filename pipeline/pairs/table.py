@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.durable import scratch_place
+from pipeline.artifacts.durable import explaining_disk, scratch_place
 from pipeline.artifacts.tables import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
 from pipeline.pairs.preferences import Dropped, must_balance
@@ -106,6 +106,7 @@ def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Tab
     pair_table = PairTable(stream.formats, stream.digests, directory)
     prompts, responses = [pair_table.prompt_tokens], [pair_table.response_tokens]
     with (
+        explaining_disk(Path(directory.name)),
         pq.ParquetWriter(Path(directory.name) / "pairs.parquet", TEXT, compression="zstd") as pairs,
         pq.ParquetWriter(Path(directory.name) / "dropped.parquet", DROPPED, compression="zstd") as dropped,
     ):
