@@ -35,14 +35,21 @@ OWN_ENGINE_ARGS = {
 TAKEN = ("policy", "reference", "tie", "failed", "pair")
 
 
+def _dash(value: object) -> object:
+    """A lone "-", which YAML takes for a list that holds nothing, as the text that names standard input."""
+    return "-" if value == [None] else value
+
+
 class DataConfig(Section):
     """Preference data, how it becomes token ids, and the split."""
 
-    path: OneOrMore = Field(
+    path: Annotated[OneOrMore, BeforeValidator(_dash)] = Field(
         description="files (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), patterns like data/*.jsonl, folders, Hub data set ids, "
         "or - for standard input; one or a list"
     )
-    eval_path: str | None = Field(None, description="held-out pairs from here instead of from `path`")
+    eval_path: Annotated[str | None, BeforeValidator(_dash)] = Field(
+        None, description="held-out pairs from here instead of from `path`"
+    )
     eval_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of prompts held out when there is no `eval_path`; 0 = none"
     )
@@ -55,7 +62,8 @@ class DataConfig(Section):
         "chat", description="chat: the model's chat template; none: plain text, ended by the end-of-sequence token"
     )
     special_tokens: Literal["text", "parse"] = Field(
-        "text", description="control tokens that stand in texts: text: encoded as the text they are; parse: as tokens that act"
+        "text",
+        description="control tokens that stand in texts: text: encoded as the text they are; parse: as tokens that act",
     )
     max_length: int | None = Field(
         None,

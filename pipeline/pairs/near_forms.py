@@ -32,6 +32,10 @@ def near_form(rows: list[Row]) -> str | None:
     return None
 
 
+def _is_openai(row: Row) -> bool:
+    return "preferred_output" in row and "non_preferred_output" in row
+
+
 def _is_kto(row: Row) -> bool:
     labelled = isinstance(row.get("label"), (bool, int, float)) or str(row.get("label")).lower() in ("true", "false")
     one = any(name in row for name in (*_ONE_RESPONSE, "messages", "conversations"))
@@ -71,6 +75,11 @@ def _is_token_ids(row: Row) -> bool:
 
 _NEAR: dict[str, tuple[Callable[[Row], bool], str]] = {
     "half a pair": (_is_half_a_pair, "has one of chosen and rejected: a pair needs both"),
+    "OpenAI": (
+        _is_openai,
+        "is in the form of OpenAI's fine-tuning: make prompt of input.messages, tools of input.tools, chosen of "
+        + "preferred_output, rejected of non_preferred_output",
+    ),
     "stepwise": (_is_stepwise, "is stepwise data (completions with labels), of which nothing is a pair"),
     "KTO": (
         _is_kto,

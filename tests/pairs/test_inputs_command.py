@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_config
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.pairs.rows import open_parts
 from pipeline.precompute.pairs_file import ensure_pairs
 from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
@@ -77,6 +77,15 @@ def test_validate_as_a_process_of_its_own():
     # among others it is written out
     code, said = refscore("validate", "*.jsonl")
     assert (code, "1 rows, 1 usable" in said) == (0, True)
+
+
+@pytest.mark.parametrize("field", ["path", "eval_path"])
+def test_a_dash_names_standard_input_although_yaml_takes_it_for_a_list(field, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"data:\n  path: x\n  {field}: '-'\n")
+    for config in (load_config(tmp_path / "c.yaml"), load_config("demo", [f"data.{field}=-"])):
+        assert getattr(config.data, field) in ("-", ["-"])
+    with pytest.raises(ConfigError):
+        load_config("demo", [f"data.{field}=[null, x]"])
 
 
 def test_names_are_written_out_where_tables_keep_them():

@@ -402,6 +402,7 @@ ROWS = {
 }  # fmt: skip
 
 NEAR = {
+    "OpenAI": ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [OTHER]}, "make prompt of input.messages"),
     "KTO": ({"prompt": "a", "completion": "b", "label": True}, "unpaired data as KTO"),
     "KTO with a text as label": ({"prompt": "a", "completion": "b", "label": "True"}, "unpaired data as KTO"),
     "KTO of messages": ({"messages": [USER, ANSWER], "label": False}, "unpaired data as KTO"),
