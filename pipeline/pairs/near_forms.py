@@ -77,8 +77,7 @@ _NEAR: dict[str, tuple[Callable[[Row], bool], str]] = {
     "half a pair": (_is_half_a_pair, "has one of chosen and rejected: a pair needs both"),
     "OpenAI": (
         _is_openai,
-        "is in the form of OpenAI's fine-tuning: make prompt of input.messages, tools of input.tools, chosen of "
-        + "preferred_output, rejected of non_preferred_output",
+        "is in OpenAI's form: make prompt of input.messages, chosen of preferred_output, rejected of non_preferred_output",
     ),
     "stepwise": (_is_stepwise, "is stepwise data (completions with labels), of which nothing is a pair"),
     "KTO": (

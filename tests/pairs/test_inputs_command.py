@@ -81,7 +81,7 @@ def test_validate_as_a_process_of_its_own():
 
 @pytest.mark.parametrize("field", ["path", "eval_path"])
 def test_a_dash_names_standard_input_although_yaml_takes_it_for_a_list(field, tmp_path):
-    (tmp_path / "c.yaml").write_text(f"data:\n  path: x\n  {field}: '-'\n")
+    (tmp_path / "c.yaml").write_text("data:\n  path: '-'\n  eval_path: '-'\n")
     for config in (load_config(tmp_path / "c.yaml"), load_config("demo", [f"data.{field}=-"])):
         assert getattr(config.data, field) in ("-", ["-"])
     with pytest.raises(ConfigError):
