@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -152,7 +151,10 @@ def show_warnings() -> None:
     Verbose: all of both; quiet: warnings alone.
     """
     level = logging.INFO if manner.verbose else logging.WARNING
-    handlers = [RichHandler(console=err, show_time=False, show_path=False, markup=False), _ToLog()]
+    handlers = [_ToErrorStream(), _ToLog()]
+    once = _Once()
+    for handler in handlers:
+        handler.addFilter(once)
     logging.basicConfig(level=level, format="%(message)s", handlers=handlers, force=True)
     own = logging.DEBUG if manner.verbose else logging.WARNING if manner.quiet else logging.INFO
     for name in ("pipeline", "stages"):
@@ -284,6 +286,27 @@ def keep_caches_here() -> None:
     for name, (directory, also_says_where) in _CACHES.items():
         if also_says_where not in os.environ:
             os.environ.setdefault(name, str((durable.CACHE / directory).absolute()))
+
+
+class _Once(logging.Filter):
+    """Lets a text pass once: engines that are started one after the other, and libraries, say the same again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, str], logging.LogRecord] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # the same record comes by once for each handler
+        return self._said.setdefault((record.levelname, record.getMessage()), record) is record
+
+
+class _ToErrorStream(logging.Handler):
+    """Log records as lines; a stream that nobody reads is no reason to stop."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        colour = "yellow" if record.levelno < logging.ERROR else "red"
+        with suppress(OutputLost, OSError):
+            err.print(f"[{colour}]{record.levelname:8}[/] {escape(record.getMessage())}")
 
 
 class _ToLog(logging.Handler):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
@@ -25,6 +27,40 @@ def test_after_a_minute_progress_is_a_line_per_minute(clock, capsys):
     assert [int(line.split()[1].partition("/")[0]) for line in lines[:8]] == [1, 11, 21, 31, 41, 51, 111, 171]
     assert lines[-1].startswith("scoring 1000/1000  some  0 s left")
     assert lines[7].endswith("13 min 49 s left")
+
+
+def test_a_text_is_warned_of_once(capsys):
+    console.speak()
+    one, other = logging.getLogger("pipeline.some"), logging.getLogger("a.library")
+    for logger in (one, other, one):
+        logger.warning("%s is [not] whole", "x" * 150)
+    one.info("begun")
+    other.info("begun")
+    one.debug("details")
+    # as lines: neither padded nor folded
+    assert capsys.readouterr().err == f"WARNING  {'x' * 150} is [not] whole\nINFO     begun\n"
+
+
+def test_verbose_says_what_libraries_say_and_quiet_warnings_alone(capsys):
+    try:
+        for manner, expected in (({"verbose": True}, ["DEBUG", "INFO", "WARNING"]), ({"quiet": True}, ["WARNING"])):
+            console.speak(**manner)
+            logger = logging.getLogger("pipeline.some")
+            logger.debug("a")
+            logger.info("b")
+            logger.warning("c")
+            assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == expected
+            console.working.say("step")
+            assert capsys.readouterr().out == ("" if "quiet" in manner else "step\n")
+    finally:
+        console.speak()
+
+
+def test_progress_that_goes_on_counts_from_where_it_was_and_forecasts_what_is_left(clock, capsys):
+    with console.progress("training", 10, 6) as ticker:
+        clock[0] += 20
+        ticker.advance(2, "some")
+    assert capsys.readouterr().out == "training 8/10  some  20 s left\n"
 
 
 def test_tokens_are_told_per_second(clock, capsys):
