@@ -123,6 +123,26 @@ def test_the_names_of_control_tokens_may_hold_one_another(tokenizer):
     assert tokenizer.decode(found.prompt_ids).startswith("<|user|><s><|end|>[x]<s><|end|>\n")
 
 
+def test_the_templates_own_token_is_the_longest_that_stands_there(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<s><|end|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", "<s><|end|><|assistant|>").replace(
+        "<|{{ message['role'] }}|>", "{{ '<s><|end|>' if message.role == 'assistant' }}<|{{ message['role'] }}|>"
+    )
+    _, (plain, named) = encoded(tokenizer, preference("a", "b"), preference("a", "b<s>"))
+    assert named.prompt_ids == plain.prompt_ids
+    assert tokenizer.convert_tokens_to_ids("<s><|end|>") in plain.prompt_ids
+
+
+def test_the_marks_of_a_thought_are_what_a_response_is_made_of(tokenizer):
+    tokenizer.add_tokens(["<think>", "</think>"])
+    thought = tokenizer.convert_tokens_to_ids("<think>")
+    encoder, (alone, beside) = encoded(
+        tokenizer, preference("a", "<think>x</think>y"), preference("a", "<think>x</think><|end|>")
+    )
+    assert [found.responses[0].count(thought) for found in (alone, beside)] == [1, 1]
+    assert encoder.control == {"<|end|>": 1}
+
+
 def test_rows_are_counted_and_kept(tmp_path, tokenizer):
     rows = [row(f"{n}?", chosen="Hello.<|end|>" if n % 2 else "Hello.") for n in range(5)]
     found = build(tmp_path, tokenizer, rows, eval_fraction=0)

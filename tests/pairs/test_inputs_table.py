@@ -337,6 +337,9 @@ ROWS = {
         {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "?"}]}], "chosen": "a", "rejected": "b"},
         dropped={"content_not_text": 1}, detail="'image'",
     ),
+    "a picture with a text": only(
+        {"prompt": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}], "chosen": "a", "rejected": "b"}, dropped={"content_not_text": 1}
+    ),
     "a part without text": only(
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}], "chosen": "a", "rejected": "b"}, dropped={"content_not_text": 1}
     ),
