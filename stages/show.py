@@ -20,9 +20,16 @@ def main(path: Path) -> None:
     elif path.suffix == ".parquet":
         _parquet(path)
     elif path.suffix in (".json", ".yaml", ".yml", ".md", ".jinja", ".txt", ".jsonl"):
-        console.say(path.read_text(encoding="utf-8").rstrip())
+        console.say(_text(path))
     else:
         raise DataError(f"{path}: directories, Parquet, JSON, YAML and text files can be shown")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _directory(path: Path) -> None:

@@ -173,12 +173,22 @@ def read_saved_config(run: Run) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def finished_stages(run: Run) -> dict[str, dict[str, Any]]:
+    """What provenance.json says of every stage that finished; what is of another form, by somebody's hand, is left out."""
+    stages = _object(read_json(run.provenance).get("stages"))
+    return {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def record(run: Run, config: Config, stage: str, **facts: Any) -> None:
     """Save the resolved configuration, and what `stage` did into provenance.json beside what other stages wrote."""
     durable.write_text(run.config, dump_config(config))
     provenance = read_json(run.provenance)
     stages = {
-        **provenance.get("stages", {}),
+        **finished_stages(run),
         stage: {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts},
     }
     durable.write_json(
@@ -189,7 +199,7 @@ def record(run: Run, config: Config, stage: str, **facts: Any) -> None:
             "git_commit": git_commit(),
             "versions": versions(),
             "hardware": describe(),
-            "digests": {**provenance.get("digests", {}), **facts.get("digests", {})},
+            "digests": {**_object(provenance.get("digests")), **facts.get("digests", {})},
             "stages": stages,
         },
     )
@@ -203,7 +213,7 @@ def uses_of_references() -> tuple[dict[str, list[str]], dict[str, str]]:
         provenance = read_json(open_run(name).provenance)
         reference = str(provenance.get("reference_id"))
         used.setdefault(reference, []).append(name)
-        times = [stage.get("finished", "") for stage in provenance.get("stages", {}).values()]
+        times = [str(stage.get("finished", "")) for stage in finished_stages(open_run(name)).values()]
         last[reference] = max([last.get(reference, ""), *times])
     return used, last
 

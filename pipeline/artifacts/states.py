@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.runs import RUNS, Run, read_json
+from pipeline.artifacts.runs import RUNS, Run, finished_stages, read_json
 from pipeline.artifacts.tables import read_about
 from pipeline.artifacts.writer import Writer, leftovers, writer_of
 from pipeline.config.judges import IMPLICIT
@@ -58,7 +58,7 @@ def state_of(run: Run) -> RunState:
 def is_trained(run: Run) -> bool:
     """Whether a training of this run came to its end, and what it made is there: its checkpoints serve nobody any more."""
     made = (run.model / "config.json").is_file() or (run.adapter / "adapter_config.json").is_file()
-    return made and "train" in _stages(run)
+    return made and "train" in finished_stages(run)
 
 
 def checkpoints_of(run: Run) -> list[tuple[Path, int]]:
@@ -93,14 +93,8 @@ def _is_a_run(run: Run) -> bool:
     return any(path.exists() for path in (run.config, run.pairs, run.log))
 
 
-def _stages(run: Run) -> dict[str, Any]:
-    stages = read_json(run.provenance).get("stages", {})
-    return stages if isinstance(stages, dict) else {}
-
-
 def _state(run: Run) -> str:
-    stages = _stages(run)
-    finished = {name: str(stage.get("finished", "")) for name, stage in stages.items() if isinstance(stage, dict)}
+    finished = {name: str(stage.get("finished", "")) for name, stage in finished_stages(run).items()}
     if is_trained(run):
         return "evaluated" if run.eval.is_file() and finished.get("eval", "") >= finished["train"] else "trained"
     if run.training.is_file():

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.runs import Run, read_json
+from pipeline.artifacts.runs import Run, finished_stages, read_json
 from pipeline.config.experiment import Config
 from pipeline.config.files import differing_fields, digest
 from pipeline.errors import ConfigError
@@ -40,7 +40,7 @@ def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpo
         shutil.rmtree(run.tensorboard, ignore_errors=True)
         run.metrics.unlink(missing_ok=True)
         return None
-    finished = read_json(run.provenance).get("stages", {}).get("train", {}).get("training")
+    finished = finished_stages(run).get("train", {}).get("training")
     results = [run.model / "config.json", run.adapter / "adapter_config.json"]
     needed = results[1:] if config.policy.lora and not config.policy.lora.merge else results[:1]
     if finished == training and all(path.is_file() for path in needed):
