@@ -256,7 +256,15 @@ def _chat_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedT
                 return Dropped(
                     item.source, item.row, "tool_calls_not_rendered", "the chat template shows no tool calls"
                 )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         return Dropped(item.source, item.row, "template_refused", str(error)[:200])
     for message in item.prompt:
         if message["role"] == "tool" and message["content"].strip() not in texts[0]:

@@ -116,6 +116,8 @@ class Source:
         name = reading.part.name
         try:
             return _preference(name, number, row, reading.format, columns, chat=self.data.template == "chat")
+        except RecursionError:
+            return Dropped(name, number, "wrong_type", "nested too deeply")
         except RowProblem as problem:
             other = other_form(_renamed(row, columns, missing_ok=True), reading.format)
             detail = "; ".join(filter(None, [problem.detail, other]))

@@ -143,7 +143,7 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
         raise DataError(
             f"{name}: the pattern also fits the folder {folders[0]}: name files, for example with *.jsonl at its end"
         )
-    unknown = [str(file) for file in files if suffix_of(file) is None]
+    unknown = [str(file) for file in files if suffix_of(file) is None or (file.exists() and not file.is_file())]
     if unknown:
         raise DataError(
             f"{name}: the pattern also fits {', '.join(unknown[:5])}; files ending in {', '.join(SUFFIXES)} are read"

@@ -219,6 +219,14 @@ def folder(files, **how):
     return Input({f"set/{name}": content for name, content in files.items()}, path="set", **how)
 
 
+def pipe(where):
+    os.mkfifo(where / "set/pipe.jsonl")
+
+
+def dangling(where):
+    (where / "set/b.jsonl").symlink_to(where / "gone.jsonl")
+
+
 def link(where):
     (where / "d.jsonl").symlink_to(where / "gone.jsonl")
 
@@ -256,6 +264,11 @@ SOURCES = {
     "a folder of folders of splits": folder({"train/a.jsonl": TWO, "validation/a.jsonl": lines(hi("V?"))}, kept=1, data={"split": "validation"}),
     "a folder where a file has no split": data_error({"set/train.jsonl": TWO, "set/more.jsonl": TWO}, "more.jsonl belongs to no split", path="set"),
     "a folder without the split": data_error({"set/train.jsonl": TWO}, "no split 'dev': its files give train", path="set", data={"split": "dev"}),
+    "a folder with a pipe": data_error({"set/a.jsonl": TWO}, "also holds pipe.jsonl, which is not read", path="set", before=pipe),
+    "a pattern with a pipe": data_error({"set/a.jsonl": TWO}, "also fits set/pipe.jsonl", path="set/*", before=pipe),
+    "a folder with a link to nowhere": data_error(
+        {"set/a.jsonl": TWO}, "set/b.jsonl cannot be read (No such file or directory)", path="set", before=dangling
+    ),
     "an empty folder": data_error({}, "holds no file of preference data", path="set", before=lambda where: (where / "set").mkdir()),
     "a folder without data": data_error({"set/README.md": b""}, "holds no file of preference data", path="set"),
     "a missing file": data_error({}, "no such file or folder", path="gone.jsonl"),
@@ -280,6 +293,14 @@ def hh(*turns):
 HH = hh(("Human", "A"), ("Assistant", "B"), ("Human", "C"))
 ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOLD = {"role": "tool", "content": "12:00", "tool_call_id": "1"}
+
+
+def nested(depth):
+    tool = {}
+    for _ in range(depth):
+        tool = {"a": tool}
+    return tool
+
 
 ROWS = {
     "prompt, chosen, rejected": only(GOOD, kept=1),
@@ -397,6 +418,9 @@ ROWS = {
     "tools that the template does not show": only({**GOOD, "tools": [TOOL]}, dropped={"tools_not_rendered": 1}),
     "no tools": only({**GOOD, "tools": None}, {**WHO, "tools": []}, kept=2),
     "tools as plain text": only({**GOOD, "tools": [TOOL]}, dropped={"tools_not_rendered": 1}, data={"template": "none"}),
+    "tools in tools in tools": only(
+        {**GOOD, "tools": [nested(900)]}, {**WHO, "tools": [nested(300)]}, dropped={"wrong_type": 1, "tools_not_rendered": 1}, detail="nested too deeply"
+    ),
     "tools that are text": only({**GOOD, "tools": "a clock"}, dropped={"wrong_type": 1}),
     "tool calls that are text": only({"prompt": [USER, {**ASKED, "tool_calls": "x"}, USER], "chosen": "a", "rejected": "b"}, dropped={"wrong_type": 1}),
     "cut off, said in words": only({**GOOD, "chosen_cut_off": "yes"}, dropped={"wrong_type": 1}),

@@ -43,7 +43,8 @@ def files_of(folder: Path, split: str) -> list[Path]:
     found = sorted(
         path for path in _walked(folder) if path.suffix.lower() not in _DOCUMENTS and path.name not in _ABOUT
     )
-    strange = [path for path in found if suffix_of(path) is None]
+    # a link to nowhere is met when it is read
+    strange = [path for path in found if suffix_of(path) is None or (path.exists() and not path.is_file())]
     if strange:
         raise DataError(
             f"{folder} also holds {_names(strange, folder)}, which {'is' if len(strange) == 1 else 'are'} not read (read are "
