@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from stages import sweep
 from tests.conftest import ROOT, preference_rows, refscore_here, write_rows
 
 DEMO = ["--config", "pipeline/presets/demo.yaml"]
@@ -80,3 +82,9 @@ def test_the_command_understands_what_make_passes_on(tmp_path, tiny_model):
     )
     said = refscore_here(tmp_path, "precompute", "--plan", "--config", "neutral", "--set", settings)
     assert "8 read, 8 pairs" in said
+
+
+def test_a_sweep_finds_its_axes_in_one_text(monkeypatch):
+    monkeypatch.setattr(sweep, "step", lambda *_: None)
+    runs = sweep.main(Path("demo"), "s", ["train.beta=1,2 train.seed=3,4"])
+    assert [run.name for run in runs] == ["s-beta1-seed3", "s-beta1-seed4", "s-beta2-seed3", "s-beta2-seed4"]

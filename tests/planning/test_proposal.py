@@ -132,6 +132,14 @@ def test_rules_judge_that_tell_the_pairs_apart_as_they_were_chosen():
     assert few == ["rule:no_repetition", "implicit"]
 
 
+def test_the_rule_that_agrees_most_often_leads():
+    cut_off = [("Rice is boiled in water and then it", "Rice is boiled in water for ten minutes.")] * 10
+    apart = [("Rice is boiled in water for ten minutes.", REPEATING)] * 30
+    judges, because = _judges(found("x", [100], texts=[*apart, *cut_off]))
+    assert judges == ["rule:no_repetition", "rule:complete_and_concise", "implicit"]
+    assert "prefers the chosen one in 75% of them" in because
+
+
 def test_json_is_judged_where_the_chosen_responses_are_json():
     judges, _ = _judges(found("x", [100], texts=[('{"a": 1}', "a is 1")] * 30))
     assert "rule:json_valid" in judges

@@ -97,6 +97,11 @@ def test_every_command_and_option_has_help_and_every_command_stands_in_the_readm
         (["judges", "--run", ""], 2, "run name ''"),
         (["sweep", "--config", "c.yaml", "--run", "", "--set", "train.beta=1,2"], 2, "run name '-beta1'"),
         (["iterate", "--config", "c.yaml", "--run", ""], 2, "run name '-r1'"),
+        (
+            ["sweep", "--config", "c.yaml", "--set", "train.beta=-1 train.seed=2,3"],
+            2,
+            "--set 'train.beta=-1': train.beta",
+        ),
         (["precompute", "--config", "my config.yaml"], 2, "this is that of my config.yaml: give --run NAME"),
         (["precompute", "--config", "c.yaml", "--set", "reference.model=nowhere/at/all"], 2, "no such directory"),
         (["precompute", "--config", "c.yaml", "--set", "reference.model=nobody/nothing"], 2, "Without a network"),
