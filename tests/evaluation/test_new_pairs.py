@@ -4,9 +4,11 @@ import pytest
 
 from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row, score_samples
-from pipeline.evaluation.next_round import _held_out_row
+from pipeline.evaluation.next_round import _held_out_row, _training_prompts
 from pipeline.judges.judging import Judge, Prompt, by_reward
+from pipeline.pairs.splits import PairSet
 from tests.conftest import make_tiny_tokenizer
+from tests.pairs.inputs import CALL, TOOL, TOOL_TEMPLATE
 from tests.pairs.pair_rows import build, row
 
 
@@ -111,3 +113,22 @@ def test_held_out_pairs_keep_what_was_cut_off(tmp_path):
     again = _held_out_row(pair)
     assert again["rejected_cut_off"]
     assert "chosen_cut_off" not in again
+
+
+def test_tools_and_their_calls_reach_the_next_round(tmp_path):
+    """Held-out rows and new pairs are read back as what they were: the same token ids."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    prompt = [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    prompt.append({"role": "tool", "content": "12:00", "tool_call_id": "1"})
+    sides = {
+        "chosen": [{"role": "assistant", "content": "Noon."}],
+        "rejected": [{"role": "assistant", "tool_calls": [CALL]}],
+    }
+    (pair,) = build(tmp_path, tokenizer, [{"prompt": prompt, "tools": [TOOL], **sides}], eval_fraction=0).pairs
+    (again,) = build(tmp_path, tokenizer, [_held_out_row(pair)], eval_fraction=0).pairs
+    assert again == pair
+    (asked,) = _training_prompts(PairSet([pair], [], {}, {}, {}))
+    (made,), _ = make_pairs(LENGTH, [asked], [samples("aa", "a")], 1)
+    (new,) = build(tmp_path, tokenizer, [pair_row(made, {})], eval_fraction=0).pairs
+    assert new.prompt_ids == pair.prompt_ids

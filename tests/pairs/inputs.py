@@ -27,6 +27,13 @@ USER, ANSWER, OTHER = (
 )
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+# a chat template that shows tools and their calls
+TOOL_TEMPLATE = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}@{{ call.function | tojson }}{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @dataclass(frozen=True)

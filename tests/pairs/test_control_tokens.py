@@ -7,15 +7,8 @@ from pipeline.config.experiment import DataConfig
 from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.preferences import Dropped, Preference
 from tests.conftest import make_tiny_tokenizer
-from tests.pairs.inputs import CALL, TOOL
+from tests.pairs.inputs import CALL, TOOL, TOOL_TEMPLATE
 from tests.pairs.pair_rows import build, row
-
-TOOL_TEMPLATE = (
-    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% for call in m.tool_calls or [] %}@{{ call.function | tojson }}{% endfor %}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture

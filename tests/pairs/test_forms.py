@@ -9,8 +9,10 @@ from pipeline.config.experiment import DataConfig
 from pipeline.pairs.formats import one_response
 from pipeline.pairs.messages import RowProblem
 from pipeline.pairs.preferences import Dropped, open_source
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_tiny_tokenizer
 from tests.pairs.inputs import ANSWER, CALL, GOOD, OTHER, TOOL, USER, lines, parquet
+from tests.pairs.pair_rows import build
+from tests.pairs.test_preferences import FORMS
 
 
 def turn(role, content):
@@ -214,3 +216,27 @@ def test_every_reason_stands_in_the_page():
     assert {"missing_field", "too_long", "duplicate", "tools_not_rendered", "response_of_many_messages"} <= reasons
     page = (ROOT / "docs/data.md").read_text()
     assert {reason for reason in reasons if f"`{reason}`" not in page} == {"tool_calls_not_scored"}
+
+
+LITERAL = {
+    "TRL explicit, strings": "<|user|>Hi?<|end|>\n<|assistant|>",
+    "TRL explicit, messages": "<|system|>Be brief.<|end|>\n<|user|>Hi?<|end|>\n<|assistant|>",
+    "TRL implicit, messages": "<|user|>A<|end|>\n<|assistant|>B<|end|>\n<|user|>Hi?<|end|>\n<|assistant|>",
+    "UltraFeedback-binarized": "<|user|>Hi?<|end|>\n<|assistant|>",
+    "HH-RLHF dialogue strings": "<|user|>A<|end|>\n<|assistant|>B<|end|>\n<|user|>Hi?<|end|>\n<|assistant|>",
+    "sharegpt": "<|system|>Be brief.<|end|>\n<|user|>Hi?<|end|>\n<|assistant|>",
+}
+
+
+@pytest.mark.parametrize("name", LITERAL)
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_the_token_ids_of_the_forms_are_those_of_this_text(name, template, tmp_path):
+    """Written down: scores are stored by these ids, and other ids would be scored again."""
+    tokenizer = make_tiny_tokenizer()
+    (pair,) = build(tmp_path, tokenizer, [FORMS[name][0]], eval_fraction=0, template=template).pairs
+    text = LITERAL[name]
+    if template == "none":
+        text = re.sub(r"<\|end\|>\n|<\|\w+\|>", "", text)
+    for response, ids in (("Hello.", pair.chosen_ids), ("Go away.", pair.rejected_ids)):
+        assert pair.prompt_ids == tokenizer(text)["input_ids"]
+        assert pair.prompt_ids + ids == tokenizer(text + response + "<|end|>")["input_ids"]
