@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,7 +94,8 @@ def precompute(
     """Stage 1: score chosen and rejected under the reference model; writes pairs.parquet."""
     resolved, opened = _open(config, run, set_)
     # neither a plan nor a part of the scores writes anything into the run
-    with nullcontext() if plan or shard is not None else ending.working_on(opened, ending.from_the_store):
+    alone = ending.interruptible if plan or shard is not None else partial(ending.working_on, opened)
+    with alone(ending.from_the_store):
         from stages import precompute as stage
 
         stage.main(resolved, opened, plan_only=plan, shard=shard)
@@ -246,9 +247,12 @@ def score(
 ) -> None:
     """Score any responses under the reference, through the same store; writes their log-probabilities."""
     from pipeline.config.files import load_config
-    from stages import score as stage
 
-    stage.main(data, out, load_config(config, set_ or []))
+    resolved = load_config(config, set_ or [])
+    with ending.interruptible(ending.from_the_store):
+        from stages import score as stage
+
+        stage.main(data, out, resolved)
 
 
 @app.command()

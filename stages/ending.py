@@ -126,8 +126,8 @@ def interruptible(how: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def from_the_store(_: Run) -> str:
-    """Where stage one goes on."""
+def from_the_store(_: Run | None = None) -> str:
+    """Where scoring goes on."""
     return "what was scored is in the store, and the same command goes on from there"
 
 
