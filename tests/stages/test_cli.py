@@ -36,6 +36,8 @@ COMMANDS = [
     ("store", "verify"),
     ("store", "gc"),
     ("store", "explain"),
+    ("store", "push"),
+    ("store", "pull"),
 ]
 
 
