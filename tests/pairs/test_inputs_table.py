@@ -178,6 +178,8 @@ FILES = {
     "no ending": data_error({"data": TWO}, "got 'no ending'"),
     "a text file": data_error({"d.txt": TWO}, "got '.txt'"),
     "a web page": data_error({"d.jsonl": b"\n<!DOCTYPE html><html>"}, "web page"),
+    "CSV with a name in brackets": Input({"d.csv": b"<id>," + CSV.replace(b"\n", b"\n1,").rstrip(b"1,")}, kept=2),
+    "XML": data_error({"d.json": b'<?xml version="1.0"?><a/>'}, "web page or XML"),
     "a pointer of Git LFS": data_error({"d.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"}, "git lfs pull"),
     "UTF-16 with its mark": data_error(TWO.decode().encode("utf-16"), "run iconv -f UTF-16 -t UTF-8 d.jsonl > utf8.jsonl"),
     "UTF-16 without a mark": data_error(TWO.decode().encode("utf-16-le"), "iconv -f UTF-16LE"),

@@ -34,7 +34,7 @@ def must_be_text(head: bytes, path: Path, *, unpacked: bool) -> None:
         raise DataError(f"{path} is a pointer of Git LFS, not the data: run git lfs pull in its checkout")
     if head and not head.strip(b"\0"):
         raise DataError(f"{path} begins with zero bytes alone: it was not written to its end, copy it again")
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{path} is a web page or XML, not data: download the file itself")
     for mark, encoding in _UNICODE:
         if head.startswith(mark):
