@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from pipeline.config.experiment import Config
 
 
+def _run_names() -> list[str]:
+    from pipeline.artifacts.runs import existing_runs
+
+    return existing_runs()
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"refscore {__version__}")
@@ -34,7 +40,8 @@ ConfigOption = Annotated[
     Path, typer.Option("--config", help="YAML file of the experiment, or a preset's name.", show_default=True)
 ]
 RunOption = Annotated[
-    str | None, typer.Option("--run", help="Name of the run; default: the configuration's file name.")
+    str | None,
+    typer.Option("--run", help="Name of the run; default: the configuration's file name.", autocompletion=_run_names),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -46,14 +53,6 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON value on standard output; what is said goes to the error stream.")
 ]
 DEMO = Path("demo")
-
-
-def _run_names() -> list[str]:
-    from pipeline.artifacts.runs import existing_runs
-
-    return existing_runs()
-
-
 RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.", autocompletion=_run_names)]
 
 
@@ -235,7 +234,9 @@ def verify(
     from pipeline.artifacts.runs import open_run
     from stages import verify as stage
 
-    stage.main(open_run(run), rows, [name.strip() for name in engines.split(",") if name.strip()])
+    opened = open_run(run)
+    with ending.noting(opened):
+        stage.main(opened, rows, [name.strip() for name in engines.split(",") if name.strip()])
 
 
 @app.command()

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -97,14 +97,17 @@ def working_on(run: Run, how: Callable[[Run], str]) -> Iterator[None]:
     """Write the run alone within the block, and keep its log. `how` says where the same command goes on."""
     from pipeline.artifacts.writer import writing
 
-    command = f"refscore {shlex.join(sys.argv[1:])}"
-    with (
-        writing(run, command),
-        _leaving_no_log_alone(run),
-        console.keeping_log(run.log, command),
-        interruptible(lambda: how(run)),
-    ):
+    with writing(run, _command()), _leaving_no_log_alone(run), noting(run), interruptible(lambda: how(run)):
         yield
+
+
+def noting(run: Run) -> AbstractContextManager[None]:
+    """Keep what is said within the block in the run's log, if the run is there."""
+    return console.keeping_log(run.log, _command())
+
+
+def _command() -> str:
+    return f"refscore {shlex.join(sys.argv[1:])}"
 
 
 @contextmanager

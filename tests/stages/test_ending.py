@@ -76,6 +76,12 @@ def test_a_shell_is_told_how_to_complete(tmp_path):
     assert "complete -o default -F" in said.stdout
     words = shell(tmp_path, "refscore", _REFSCORE_COMPLETE="complete_bash", COMP_WORDS="refscore sto", COMP_CWORD="1")
     assert words.stdout.split() == ["store"]
+    for run in ("one", "other", "two"):
+        (tmp_path / "data/runs" / run).mkdir(parents=True)
+        (tmp_path / "data/runs" / run / "config.yaml").touch()
+    for before in ("refscore compare", "refscore train --run"):
+        words = shell(tmp_path, "refscore", _REFSCORE_COMPLETE="complete_bash", COMP_WORDS=f"{before} o", COMP_CWORD=str(len(before.split())))  # fmt: skip
+        assert words.stdout.split() == ["one", "other"]
 
 
 def test_a_quiet_training_says_nothing_and_its_log_everything(tmp_path, config):

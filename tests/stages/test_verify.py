@@ -44,6 +44,9 @@ def test_true_scores_pass_with_their_figures(where):
     said, kept = verdict(where)
     assert "passed: the scores are what float32 gives" in said
     assert kept["passed"]
+    log = (where / "data/runs/r/log.txt").read_text()
+    assert "$ refscore verify --run r" in log
+    assert "passed: the scores are" in log
     assert (kept["pairs"], kept["beta"]) == (6, 0.1)
     assert kept["max_absolute_difference"] < 1e-4
     assert kept["margin_noise_reward"] == pytest.approx(0.1 * kept["margin_noise_nats"])
