@@ -19,10 +19,10 @@ def step(stage: str, config: Path, run: str, overrides: Sequence[str]) -> None:
     console.say(f"\nrefscore {' '.join(command)}")
     sys.stdout.flush()
     # the same code, wherever this process found it
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(__file__).resolve().parents[1 + str(__package__).count(".")])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", *command], env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-m", f"{__package__}.cli", *command], env={**os.environ, "PYTHONPATH": path}
     ) as child:
         try:
             code = child.wait()
