@@ -257,7 +257,7 @@ def _about_training(proposal: Proposal, found: Survey, shape: _Shape) -> None:
     pairs = int((found.places[shape.kept] >= share).sum())
     epochs = 1 if pairs >= 5000 else 2 if pairs >= 1000 else 3
     steps = math.ceil(pairs * epochs / shape.batch)
-    rate, size = (5e-6 if parameters < _SMALL_MODEL else 1e-6), f"a model of {parameters / 1e6:,.0f} million parameters"
+    rate, size = (5e-6 if parameters < _SMALL_MODEL else 1e-6), f"a model of {_millions(parameters)} million parameters"
     usual = f"usual for DPO of all weights of {size}"
     if shape.lora:
         rate, usual = 10 * rate, f"ten times what is {usual}: adapters start from nothing"
@@ -272,6 +272,10 @@ def _about_training(proposal: Proposal, found: Survey, shape: _Shape) -> None:
         proposal.add("train.gradient_checkpointing", True, "without it a step takes more memory than there is")
     proposal.add("train.num_train_epochs", epochs, f"{steps} steps; few pairs are read more often")
     proposal.add("train.eval_steps", max(5, math.ceil(steps / 5)), "about five looks at the held-out pairs")
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.0f}" if parameters >= 1e7 else f"{parameters / 1e6:.2g}"
 
 
 def _about_evaluation(proposal: Proposal, found: Survey) -> None:

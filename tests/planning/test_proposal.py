@@ -100,6 +100,10 @@ def test_what_fits_nowhere_is_said_with_the_memory_of_a_real_step(tiny_model, mo
     assert "training is predicted to take 0.7 of 0.1 GiB: take a smaller model" in given.remarks[0]
 
 
+def test_models_of_any_size_are_named_by_it():
+    assert [proposal._millions(number) for number in (123_456, 134_515_008, 8_030_261_248)] == ["0.12", "135", "8,030"]
+
+
 def test_every_reason_names_the_memory_that_was_predicted(tiny_model, monkeypatch):
     monkeypatch.setattr(proposal, "memory_here", lambda: 64.0)
     made = propose(found(tiny_model, [100] * 100))
