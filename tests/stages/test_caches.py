@@ -88,6 +88,8 @@ def run_stages(where, config, *stages):
             env={"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        # nor is there a warning of a library, which its user could do nothing about
+        assert "WARNING" not in done.stderr
     return list(home.rglob("*")), list(temporary.rglob("*"))
 
 

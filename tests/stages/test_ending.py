@@ -228,3 +228,28 @@ def test_a_stage_of_several_is_given_time_to_end(tmp_path, config):
     assert re.search(r"interrupted; (no checkpoint|the same command goes on from step)", said), said
     assert "interrupted; what was finished is not done again" in said
     assert not list((tmp_path / "data/runs").rglob(".*"))
+
+
+SLOW = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from stages import steps
+slow = Path("slow").absolute()
+slow.write_text("#!/bin/sh\\ntrap 'sleep 1; touch ended; exit 1' TERM\\ntouch begun\\nwhile :; do sleep 0.1; done\\n")
+slow.chmod(0o755)
+def interrupt():
+    while not Path("begun").exists():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+sys.executable = str(slow)
+try:
+    steps.step("train", Path("c.yaml"), "r", [])
+except KeyboardInterrupt:
+    print("ended" if Path("ended").exists() else "killed")
+"""
+
+
+def test_a_stage_that_takes_a_moment_to_end_is_waited_for(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SLOW], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=False)  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "ended"
