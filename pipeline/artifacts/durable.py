@@ -132,9 +132,20 @@ def scratch_place() -> str | None:
     for other in here.parent.iterdir():
         pid, _, machine = other.name.partition("-")
         # what another machine works on cannot be told from what it left
-        if machine == _machine() and not Path("/proc", pid).exists():
+        if machine == _machine() and pid.isdigit() and not lives(int(pid)):
             shutil.rmtree(other, ignore_errors=True)
     return str(here)
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _clear(place: Path, pid: int) -> None:

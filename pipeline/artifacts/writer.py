@@ -276,7 +276,8 @@ def _began(pid: int) -> str | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return None
+        # a system without /proc does not tell
+        return "" if not Path("/proc/self/stat").exists() and durable.lives(pid) else None
     return None if fields[0] in "ZX" else fields[19]
 
 
