@@ -157,7 +157,8 @@ def show_warnings() -> None:
         handler.addFilter(once)
     logging.basicConfig(level=level, format="%(message)s", handlers=handlers, force=True)
     own = logging.DEBUG if manner.verbose else logging.WARNING if manner.quiet else logging.INFO
-    for name in ("pipeline", "stages"):
+    # as these packages are called here: the wheel has them below another one
+    for name in (durable.__name__.removesuffix(".artifacts.durable"), __name__.removesuffix(".console")):
         logging.getLogger(name).setLevel(own)
     # it warns on import of a kernel that is optional
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
