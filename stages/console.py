@@ -60,17 +60,6 @@ _WIDTH = None if (sys.stdout and sys.stdout.isatty()) or "COLUMNS" in os.environ
 out = _Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = _Console(stderr=True, highlight=False, soft_wrap=True, width=_WIDTH)
 
-# what libraries are told where to keep things by: the directory, and a variable that, if the user set it, says where already
-_CACHES = {
-    "HF_HOME": ("huggingface", "XDG_CACHE_HOME"),
-    "TORCH_HOME": ("torch", "XDG_CACHE_HOME"),
-    "TORCHINDUCTOR_CACHE_DIR": ("torchinductor", ""),
-    "TRITON_CACHE_DIR": ("triton", "TRITON_HOME"),
-    "FLASHINFER_WORKSPACE_BASE": ("flashinfer", ""),
-    "CUDA_CACHE_PATH": ("cuda", ""),
-    "MPLCONFIGDIR": ("matplotlib", ""),
-}
-
 # between two lines of progress, in the first minute and after it: what lasts for hours does not fill a log
 _EVERY_SECONDS, _LATER_SECONDS = 10.0, 60.0
 
@@ -263,30 +252,6 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-
-
-def quiet_libraries() -> None:
-    """Set what libraries read from the environment when they are imported."""
-    # read when the libraries are imported
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def keep_caches_here() -> None:
-    """Let libraries keep what they fetch and compile in data/cache instead of the home directory, unless the user says where.
-
-    vLLM's own are set where it is started. A token for the Hub is read from where its tools put it.
-    """
-    token = Path.home() / ".cache/huggingface/token"
-    if {"HF_HOME", "XDG_CACHE_HOME"}.isdisjoint(os.environ) and token.is_file():
-        os.environ.setdefault("HF_TOKEN_PATH", str(token))
-    for name, (directory, also_says_where) in _CACHES.items():
-        if also_says_where not in os.environ:
-            os.environ.setdefault(name, str((durable.CACHE / directory).absolute()))
 
 
 class _Once(logging.Filter):

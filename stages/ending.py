@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError, first_line
-from stages import console
+from stages import console, libraries
 
 if TYPE_CHECKING:
     from pipeline.artifacts.runs import Run
@@ -52,8 +52,8 @@ class Interrupted(RefscoreError):
 def run(app: Callable[..., object]) -> int:
     """Run a Typer application; its exit code."""
     console.open_closed_streams()
-    console.quiet_libraries()
-    console.keep_caches_here()
+    libraries.quiet()
+    libraries.keep_caches_here()
     console.speak()
     stdout = sys.stdout
     with _signals_interrupt():

@@ -82,12 +82,14 @@ def writing(run: Run, command: str = "refscore in Python") -> Iterator[None]:
     _HELD[path] = threading.get_ident()
     _DESCRIPTORS.add(descriptor)
     over = threading.Event()
-    threading.Thread(target=_touch, args=(descriptor, over), daemon=True).start()
+    touching = threading.Thread(target=_touch, args=(descriptor, over), daemon=True)
+    touching.start()
     try:
         sweep(run.directory)
         yield
     finally:
         over.set()
+        touching.join()  # before its descriptor is another file's
         _HELD.pop(path)
         _DESCRIPTORS.discard(descriptor)
         # while it is still locked: who waits for this very file sees that its name is gone, and takes a new one

@@ -178,7 +178,10 @@ def _home_cache() -> list[Path]:
     """The Hub's cache in the home directory, if another one is used here: what other tools fetched is read, nothing is written."""
     from huggingface_hub import constants
 
-    home = Path.home() / ".cache/huggingface/hub"
+    try:
+        home = Path.home() / ".cache/huggingface/hub"
+    except RuntimeError:
+        return []  # a user without a home, as in some containers
     return [home] if home.is_dir() and home != Path(constants.HF_HUB_CACHE) else []
 
 

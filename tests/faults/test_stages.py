@@ -131,7 +131,7 @@ def test_a_stage_that_is_stopped_says_how_it_goes_on_and_does(inputs, where, cas
     assert leftovers(where) == []
     run_through(where, [stage])
     assert result(where, stage).equals(result(inputs, stage))
-    case(f"{name} in {stage} while {moment}")
+    case(f"SIGINT or SIGTERM in {stage}, at a named moment")
 
 
 @pytest.fixture

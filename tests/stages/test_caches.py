@@ -11,6 +11,7 @@ import pytest
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.models.locate import at_hand, locate
+from stages import libraries
 from tests.conftest import ROOT, experiment, preference_rows, write_rows
 from tests.stages.test_stale import FIRST, in_hub_cache
 
@@ -74,6 +75,20 @@ def test_a_model_that_other_tools_fetched_is_read_where_it_lies(tmp_path, homely
     assert at_hand(spec) is None
     with pytest.raises(ConfigError, match="not in the local Hub cache"):
         locate(spec)
+
+
+def test_who_has_no_home_needs_none(tmp_path, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", home)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        libraries.keep_caches_here()
+        assert os.environ["HF_HOME"] == str(tmp_path / "data/cache/huggingface")
+    with pytest.raises(ConfigError, match="not in the local Hub cache"):
+        locate(ReferenceConfig(model="tests/absent"))
 
 
 def run_stages(where, config, *stages):
