@@ -1,14 +1,15 @@
-"""metrics.parquet and TensorBoard files of one training: rows by step, whole on disk at any time."""
+"""metrics.parquet of one training: rows by step, whole on disk at any time; trackers are told the same."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.artifacts.tables import METRICS, read_table, write_table
+from pipeline.training.trackers import Tracker
 
 _FLUSH_SECONDS = 5.0
 
@@ -16,14 +17,13 @@ _FLUSH_SECONDS = 5.0
 class Metrics:
     """Collects one row per step and keeps metrics.parquet current; `resumed_at` drops rows after that step."""
 
-    def __init__(self, path: Path, tensorboard: Path, resumed_at: int | None) -> None:
-        self._path = path
+    def __init__(self, path: Path, trackers: Sequence[Tracker], resumed_at: int | None) -> None:
+        self._path, self._trackers = path, trackers
         self._rows: dict[int, dict[str, float]] = {}
         if resumed_at is not None and path.exists():
             for row in read_table(path, METRICS).to_pylist():
                 if row["step"] <= resumed_at:
                     self._rows[row.pop("step")] = {name: value for name, value in row.items() if value is not None}
-        self._board = SummaryWriter(str(tensorboard), purge_step=None if resumed_at is None else resumed_at + 1)
         self._flushed = time.monotonic()
 
     def add(self, step: int, values: dict[str, float], prefix: str = "") -> None:
@@ -33,8 +33,8 @@ class Metrics:
         if unknown:
             raise KeyError(f"not columns of metrics.parquet: {sorted(unknown)}")
         self._rows.setdefault(step, {}).update(named)
-        for name, value in named.items():
-            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, named)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
@@ -43,7 +43,8 @@ class Metrics:
         rows = [{"step": step, **values} for step, values in sorted(self._rows.items())]
         columns = {name: [row.get(name) for row in rows] for name in METRICS.names}
         write_table(self._path, pa.table(columns, schema=METRICS))
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         self._flushed = time.monotonic()
 
     def rows(self) -> list[dict[str, float]]:
@@ -61,6 +62,7 @@ class Metrics:
         return next((self._rows[step][name] for step in sorted(self._rows) if name in self._rows[step]), None)
 
     def close(self) -> None:
-        """Write what is left and close the TensorBoard file."""
+        """Write what is left and close the trackers."""
         self.flush()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()

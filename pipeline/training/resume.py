@@ -15,7 +15,9 @@ from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.training.policies import precision_of
 
 # fields that change what is shown or kept, not one weight
-_UNTRAINED = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}
+_UNTRAINED = {
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "report_to",
+}  # fmt: skip
 
 
 def training_digest(config: Config, about: dict[str, Any], base: Path) -> str:

@@ -46,6 +46,7 @@ from pipeline.training.schedule import (
     total_steps,
 )
 from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
+from pipeline.training.trackers import open_trackers
 
 # taking memory from the system again costs the step that follows a sixth of its time
 _STEPS_TO_RETURN_MEMORY = 8
@@ -100,7 +101,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     else:
         # what a training that was killed before its first checkpoint left behind
         shutil.rmtree(run.tensorboard, ignore_errors=True)
-    metrics = Metrics(run.metrics, run.tensorboard, resumed_at=first or None)
+    trackers = open_trackers(config.train.report_to, run, training, trained_fields(config), first or None)
+    metrics = Metrics(run.metrics, trackers, resumed_at=first or None)
     listener.say(
         f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step(config.train)} pairs"
     )

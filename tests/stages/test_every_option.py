@@ -53,6 +53,7 @@ CHANGES = {
     "train.torch_compile": (True, {}),
     "train.seed": (7, {}),
     "train.logging_steps": (2, {}),
+    "train.report_to": ([], {}),
     "train.eval_steps": (2, {}),
     "train.save_steps": (1, {"train.save_total_limit": 3}),
     "train.save_total_limit": (2, {"train.save_steps": 1}),
@@ -145,10 +146,13 @@ def outcome(where, config, run, settings, monkeypatch):
     metrics = pl.read_parquet(directory / "metrics.parquet").select(
         pl.exclude("step_seconds", "tokens_per_second", "peak_memory_gib")
     )
+    # names of TensorBoard's files say when they were made
     files = sorted(
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if path.is_file() and "tensorboard" not in str(path)
+        {
+            "tensorboard" if "tensorboard" in path.parts else str(path.relative_to(directory))
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
     )
     weights = [
         hashlib.sha256((directory / name).read_bytes()).hexdigest()
