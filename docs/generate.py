@@ -33,7 +33,7 @@ _TABLES = {
     "kl": tables.KL,
     "judgements": tables.JUDGEMENTS,
     "scores": tables.SCORES,
-    "scored": tables.SCORED,
+    "scored": tables.TOP_SCORED,
 }
 # what a column means; a column without a meaning is an error
 _MEANING = {
@@ -88,6 +88,8 @@ _MEANING = {
     "prompt_tokens": "tokens of the prompt",
     "response_tokens": "tokens of the response",
     "problem": "why there is no score; null if there is one",
+    "top_ids": "with `--top-k`: ids of the likeliest tokens where each token of the response stands, the likeliest first",
+    "top_logps": "with `--top-k`: their log-probabilities, in nats",
 }
 
 

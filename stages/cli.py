@@ -245,6 +245,10 @@ def score(
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
     config: ConfigOption = DEMO,
     set_: SetOption = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="Beside them the K likeliest tokens per position, for distillation."),
+    ] = None,
 ) -> None:
     """Score any responses under the reference, through the same store; writes their log-probabilities."""
     from pipeline.config.files import load_config
@@ -253,7 +257,7 @@ def score(
     with ending.interruptible(ending.from_the_store):
         from stages import score as stage
 
-        stage.main(data, out, resolved)
+        stage.main(data, out, resolved, top_k)
 
 
 @app.command()

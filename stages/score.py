@@ -6,18 +6,22 @@ import time
 from pathlib import Path
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import SCORED, parquet_writer
+from pipeline.artifacts.tables import SCORED, TOP_SCORED, parquet_writer
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError
 from pipeline.precompute.responses import RowScorer
+from pipeline.precompute.top_tokens import TopScorer
 from pipeline.progress import duration
 from stages import console
 
 
-def main(data: Path, out: Path, config: Config) -> None:
-    """Score every row of `data` and write SCORED's columns to `out`, in order."""
+def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> None:
+    """Score every row of `data` and write SCORED's columns to `out`, in order; with `top_k` TOP_SCORED's."""
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: a file ending in .parquet is written")
+    if top_k is not None:
+        _likeliest(data, out, config, top_k)
+        return
     started = time.monotonic()
     rows, nats, tokens = 0, 0.0, 0
     with RowScorer(config) as scorer, durable.replacing(out) as temporary:
@@ -36,3 +40,21 @@ def main(data: Path, out: Path, config: Config) -> None:
             "no score; all other rows are whole"
         )
     console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - started)})")
+
+
+def _likeliest(data: Path, out: Path, config: Config, top_k: int) -> None:
+    started = time.monotonic()
+    with TopScorer(config, top_k) as scorer, durable.replacing(out) as temporary:
+        about = {
+            "reference_id": scorer.identity.reference_id,
+            "dtype": scorer.identity.numerics.dtype,
+            "top_k": top_k,
+        }
+        with parquet_writer(temporary, TOP_SCORED, about) as writer:
+            for table in scorer.tables(data):
+                writer.write_table(table)
+                console.say(f"{scorer.scored + scorer.dropped} rows: {scorer.dropped} with a problem")
+    took = duration(time.monotonic() - started)
+    console.say(
+        f"scores    {out}  (the {top_k} likeliest tokens at every position of {scorer.scored} responses, {took})"
+    )

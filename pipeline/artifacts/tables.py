@@ -82,6 +82,8 @@ SCORED = pa.schema(
         ("problem", pa.string()),
     ]
 )
+# beside a response's own scores, for each of its tokens the likeliest tokens there, the likeliest first
+TOP_SCORED = pa.schema([*SCORED, ("top_ids", pa.list_(_ids)), ("top_logps", pa.list_(_logps))])
 TRAIN_METRICS = (
     "loss",
     "rewards/chosen",
@@ -294,8 +296,8 @@ def _leaves(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
     # Parquet names the leaf of a list column column.list.<element>
     leaves = []
     for field in schema:
-        if pa.types.is_list(field.type):
-            leaves.append((f"{field.name}.list.element", field.type.value_type))
-        else:
-            leaves.append((field.name, field.type))
+        name, kind = field.name, field.type
+        while pa.types.is_list(kind):
+            name, kind = f"{name}.list.element", kind.value_type
+        leaves.append((name, kind))
     return leaves

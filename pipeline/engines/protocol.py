@@ -57,6 +57,15 @@ class Request:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
+class TopTokens(NamedTuple):
+    """The likeliest tokens at every position of a response, the likeliest first: ids int32 and logps float32, both
+    [tokens of the response, count].
+    """
+
+    ids: np.ndarray
+    logps: np.ndarray
+
+
 class Scorer(Protocol):
     """A started engine."""
 
@@ -78,6 +87,13 @@ class Engine(Scorer, Protocol):
     @property
     def batched_tokens(self) -> int:
         """Tokens in one forward pass, at most."""
+        ...
+
+    def top(self, sequences: Sequence[Request], count: int) -> list[TopTokens]:
+        """For each sequence, in order, the `count` likeliest tokens where each token of its response stands.
+
+        Raises CheckError if the engine answered for other ids than were asked, or left a value out.
+        """
         ...
 
 

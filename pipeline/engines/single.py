@@ -6,15 +6,18 @@ import logging
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import ENGINES, Engine, Request, must_run_here
+from pipeline.engines.protocol import ENGINES, Engine, Request, TopTokens, must_run_here
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.identity import Numerics
 
 log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
@@ -46,8 +49,15 @@ class SmallerOnce:
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`. Raises RefscoreError if memory does not suffice for the smaller engine either."""
+        return self._asked(lambda engine: engine.score(sequences))
+
+    def top(self, sequences: Sequence[Request], count: int) -> list[TopTokens]:
+        """See `Engine.top`. Raises RefscoreError like `score`."""
+        return self._asked(lambda engine: engine.top(sequences, count))
+
+    def _asked(self, ask: Callable[[Engine], list[_Answer]]) -> list[_Answer]:
         try:
-            return self._engine.score(sequences)
+            return ask(self._engine)
         except (MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
@@ -67,7 +77,7 @@ class SmallerOnce:
         )  # fmt: skip
         self._engine.close()
         self._engine = self._start(self._reference.model_copy(update={"max_batched_tokens": tokens}))
-        return self.score(sequences)
+        return self._asked(ask)
 
     def close(self) -> None:
         """See `Scorer.close`."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import Request
+from pipeline.engines.protocol import Request, TopTokens
 from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import siblings
 from pipeline.forward.compiled import compile_layers
@@ -46,6 +46,17 @@ class TransformersScorer:
                 for position, logps in zip(tree, branches, strict=True):
                     scores[position] = computed(logps.float().cpu().numpy())
         return scores
+
+    @torch.no_grad()
+    def top(self, sequences: Sequence[Request], count: int) -> list[TopTokens]:
+        """See `Engine.top`."""
+        found: list[TopTokens | None] = [None] * len(sequences)
+        for batch in batches(sequences, self.batched_tokens, self._forward.hidden.tokens):
+            trees = [tree_of(sequences, part) for part in batch]
+            for tree, branches in zip(batch, self._forward.top(trees, count), strict=True):
+                for position, (ids, logps) in zip(tree, branches, strict=True):
+                    found[position] = TopTokens(ids.cpu().numpy().astype(np.int32), logps.float().cpu().numpy())
+        return [top for top in found if top is not None]
 
     def close(self) -> None:
         """See `Scorer.close`."""

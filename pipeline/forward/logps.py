@@ -58,6 +58,14 @@ class Forward:
         """Logps of every branch of every tree."""
         return self.aligned(trees, squares=False)[0]
 
+    def top(self, trees: Sequence[Tree], count: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """For each tree and branch ids and logps, both [tokens, count], of the likeliest tokens where its tokens stand."""
+        merged, places = merge(trees)
+        ids_NK, logps_NK = self.layer.top(self.hidden.of(merged), count)
+        lengths = [len(branch) for tree in merged for branch in tree.branches]
+        flat = list(zip(torch.split(ids_NK, lengths), torch.split(logps_NK, lengths), strict=True))
+        return [[flat[place] for place in tree] for tree in places]
+
     def tokens(self, trees: Sequence[Tree]) -> int:
         """Tokens that the model reads for `trees`, filling of batches included."""
         return self.hidden.tokens(merge(trees)[0])

@@ -79,6 +79,18 @@ class OutputLayer:
             )
         return logps_and_squares
 
+    @torch.no_grad()
+    def top(self, hidden_NH: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int64 and float32 log-probabilities, both [N, count], of the likeliest tokens, the likeliest first."""
+        most = LOGITS_BYTES if self.kind == "cpu" else GPU_LOGITS_BYTES
+        size = max(1, most // (4 * len(self.weight_VH)))
+        ids, logps = [], []
+        for rows in _chunks(len(hidden_NH), size):
+            found = self.logits(hidden_NH[rows]).log_softmax(1).topk(count, dim=1)
+            ids.append(found.indices)
+            logps.append(found.values)
+        return torch.cat(ids), torch.cat(logps)
+
 
 def output_layer_of(model: PreTrainedModel) -> OutputLayer:
     """The model's output layer. ConfigError if its head does something that is not reproduced here."""

@@ -71,7 +71,7 @@ class RowScorer:
             yield self._part(str(source), part)
 
     def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
-        items = [_preference(source, number, row) for number, row in part]
+        items = [preference_of(source, number, row) for number, row in part]
         encoded = list(self._encoder.chosen(items))
         requests = [
             None if isinstance(encoding, Dropped) else Request(encoding.prompt_ids, encoding.responses[0])
@@ -89,7 +89,7 @@ class RowScorer:
             lookup = self._store.lookup(wanted_keys)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
-            _row(item, self._or_quarantined(item, encoding, key), scores.get(key))
+            scored_row(item, self._or_quarantined(item, encoding, key), scores.get(key))
             for item, encoding, key in zip(items, encoded, keys, strict=True)
         ]
         self.dropped += sum(row["problem"] is not None for row in rows)
@@ -127,7 +127,8 @@ class RowScorer:
         self._quarantined |= quarantined
 
 
-def _preference(source: str, number: int, row: Row) -> Preference | Dropped:
+def preference_of(source: str, number: int, row: Row) -> Preference | Dropped:
+    """A row as a preference whose chosen response is the response, and whose rejected one is empty."""
     try:
         prompt, response = one_response(row)
     except RowProblem as problem:
@@ -141,7 +142,8 @@ def _without_scores(dropped: Dropped, prompt: str | None, response: str | None) 
     return {"source_row": dropped.row, **texts, **nothing, "problem": f"{dropped.reason} {dropped.detail}".strip()}
 
 
-def _row(item: Preference | Dropped, encoded: Encoded | Dropped, score: dict[str, Any] | None) -> Row:
+def scored_row(item: Preference | Dropped, encoded: Encoded | Dropped, score: dict[str, Any] | None) -> Row:
+    """A row of SCORED: with its scores, or with its problem. Raises DataError if the store has no whole score of it."""
     if isinstance(item, Dropped):
         return _without_scores(item, None, None)
     if isinstance(encoded, Dropped):

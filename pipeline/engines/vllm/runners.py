@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.engines.protocol import Request
+from pipeline.engines.protocol import Request, TopTokens
 from pipeline.engines.quarantine import computed
 from pipeline.engines.sharing import Branch, branches_of, copy_shared, siblings
 from pipeline.errors import CheckError
@@ -67,6 +67,14 @@ def score_with(runner: Runner, sequences: Sequence[Request], *, shared: bool) ->
                 f"(prompt of {len(item.prompt_ids)} tokens)"
             )
     return scores
+
+
+def top_with(llm: Any, sequences: Sequence[Request], count: int) -> list[TopTokens]:
+    """The `count` likeliest tokens at every position of each response; the engine must answer so many columns (max_logprobs)."""
+    prompts = [[*item.prompt_ids, *item.response_ids] for item in sequences]
+    params = [_params(prompt_logprobs=count, shared=False) for _ in sequences]
+    outputs = _generate(llm, prompts, params)
+    return [_top_of(item, output.prompt_logprobs, count) for item, output in zip(sequences, outputs, strict=True)]
 
 
 def runner_of(llm: LLM) -> Runner:
@@ -236,6 +244,24 @@ def _take_flat(item: Request, output: Any, values: np.ndarray) -> None:
     if end - begin != len(asked) or list(flat.token_ids[begin:end]) != asked:
         raise CheckError("vLLM returned log-probabilities of other token ids than were asked")
     values[skip:] = computed(np.asarray(flat.logprobs[begin:end]))
+
+
+def _top_of(item: Request, flat: Any, count: int) -> TopTokens:
+    # a position has its own token first, then the likeliest, which may be that token again
+    if flat is None or len(flat) != len(item):
+        raise CheckError(f"vLLM returned {len(flat or ())} positions for a sequence of {len(item)}")
+    begin, end, tokens = flat.start_indices[len(item.prompt_ids)], flat.end_indices[-1], len(item.response_ids)
+    if end - begin != tokens * (count + 1):
+        raise CheckError(
+            f"vLLM returned {end - begin} log-probabilities for {tokens} positions of {count} tokens and their own"
+        )
+    ids = np.asarray(flat.token_ids[begin:end], dtype=np.int32).reshape(tokens, count + 1)
+    logps = np.asarray(flat.logprobs[begin:end], dtype=np.float32).reshape(tokens, count + 1)
+    if not np.array_equal(ids[:, 0], np.asarray(item.response_ids, dtype=np.int32)):
+        raise CheckError("vLLM returned log-probabilities of other token ids than were asked")
+    if not np.isfinite(logps).all() or (np.diff(logps[:, 1:], axis=1) > 0).any():
+        raise CheckError("vLLM returned likeliest tokens that are out of order, or no numbers")
+    return TopTokens(ids[:, 1:], logps[:, 1:])
 
 
 def _checked_rows(output: Any, asked: np.ndarray) -> np.ndarray | None:

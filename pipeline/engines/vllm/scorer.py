@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import Request
+from pipeline.engines.protocol import Request, TopTokens
 from pipeline.engines.vllm.engine import (
     kv_cache_gib,
     prepare_environment,
@@ -19,7 +19,7 @@ from pipeline.engines.vllm.engine import (
     start_engine,
     stop_engine,
 )
-from pipeline.engines.vllm.runners import RowsRunner, response_rows_are_likely, runner_of, score_with
+from pipeline.engines.vllm.runners import RowsRunner, response_rows_are_likely, runner_of, score_with, top_with
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hardware import device_kind, note_circumstances
 from pipeline.models.configuration import position_limit, text_config
@@ -115,6 +115,10 @@ class VllmScorer:
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
         return score_with(self._runner, sequences, shared=self._shares)
+
+    def top(self, sequences: Sequence[Request], count: int) -> list[TopTokens]:
+        """See `Engine.top`: every sequence is read whole, as what stands in the cache has no log-probabilities."""
+        return top_with(self._llm, sequences, count)
 
     def close(self) -> None:
         """See `Scorer.close`."""
