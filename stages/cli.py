@@ -330,6 +330,32 @@ def export(
 
 
 @app.command()
+def push(
+    run: Annotated[str, typer.Option("--run", help="Name of the run.")],
+    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="Repository on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+) -> None:
+    """The trained model, with its card, to the Hugging Face Hub."""
+    from pipeline.artifacts.runs import open_run
+    from stages import push as stage
+
+    stage.main(open_run(run), to, private=private)
+
+
+@app.command()
+def repeat(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run to repeat.")],
+    run: Annotated[str | None, typer.Option("--run", help="Name of the new run; default: RUN-again.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what differs now; run nothing.")] = False,
+) -> None:
+    """A run's stages again from the same inputs by digest, and how far the outcome is the same."""
+    from pipeline.artifacts.runs import open_run
+    from stages import repeat as stage
+
+    stage.main(open_run(name), open_run(run if run is not None else f"{name}-again"), check_only=check)
+
+
+@app.command()
 def judges(
     run: Annotated[str | None, typer.Option("--run", help="Name of the run whose judges are meant.")] = None,
     annotations: Annotated[

@@ -9,7 +9,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.markdown import markdown_table
 from pipeline.artifacts.runs import RUNS, Run, existing_runs
 from pipeline.errors import ConfigError
-from pipeline.evaluation.compare import Difference, differences, differing_settings, frontier_points, reached
+from pipeline.evaluation.compare import Difference, differences, differing_settings, frontier_points, reached, unlike
 from pipeline.evaluation.frontier import label_of
 from pipeline.evaluation.results import Results, read_results
 from pipeline.report.page import environment
@@ -29,6 +29,9 @@ def main(runs: list[Run], page: Path | None) -> None:
         _answer(runs, settings, paired, None)
         return
     console.table("", head, settings + figures)
+    marks = unlike(runs)
+    for mark in marks:
+        console.say(f"attention: {mark}")
     compared = [_row(difference) for difference in paired]
     if compared:
         console.table(
@@ -49,13 +52,15 @@ def main(runs: list[Run], page: Path | None) -> None:
             compared_head=_HEAD,
             compared=compared,
             frontier=frontier(points, gain) if len(points) >= 2 else None,
+            marks=marks,
             verdicts=[
                 (run.name, (read_results(run.eval) or Results(verdict="not evaluated yet")).verdict) for run in runs
             ],
         )
     )
     durable.write_text(path, content)
-    texts = [markdown_table(head, settings + figures), markdown_table(_HEAD, compared)]
+    attention = "\n".join(f"* {mark}" for mark in marks)
+    texts = [attention, markdown_table(head, settings + figures), markdown_table(_HEAD, compared)]
     durable.write_text(path.with_suffix(".md"), "\n\n".join(text for text in texts if text) + "\n")
     console.say(f"page      {path}")
     _answer(runs, settings, paired, path)
@@ -69,6 +74,7 @@ def _answer(runs: list[Run], settings: list[list[str]], paired: list[Difference]
             "settings": {name: dict(zip(results, values, strict=True)) for name, *values in settings},
             "results": {name: asdict(result) if result else None for name, result in results.items()},
             "differences": [asdict(difference) for difference in paired],
+            "attention": unlike(runs),
             "page": str(page) if page else None,
         }
     )

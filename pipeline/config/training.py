@@ -163,7 +163,8 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="order of the pairs, dropout")
     logging_steps: int = Field(1, ge=1)
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        ["tensorboard"], description="what shows the metrics, beside metrics.parquet; trackio and wandb are installed apart"
+        ["tensorboard"],
+        description="what shows the metrics, beside metrics.parquet; trackio and wandb are installed apart",
     )
     eval_steps: int = Field(50, ge=0, description="evaluate every so many steps; 0 = only before and after")
     save_steps: int | None = Field(

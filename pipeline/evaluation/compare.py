@@ -6,8 +6,9 @@ than two separate win rates; intervals and p-values are corrected alike for the 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -60,16 +61,19 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     """Every two methods or runs by every judge, corrected over all that is returned.
 
     Runs whose settings differ in train.seed alone are one method, compared over its seeds with other methods of several
-    seeds; with a run that has no other seed each of them is compared by itself. Runs whose reference wrote other responses
-    are not compared: their win rates are against different opponents.
+    seeds; with a run that has no other seed each of them is compared by itself. Runs of different references are not
+    compared, nor runs whose reference wrote other responses, but for the implicit judge, who reads none: their win rates are
+    against different opponents. `unlike` says so.
     """
     scores = {run.name: _scores(run) for run in runs}
-    opponents = {run.name: read_about(run.samples).get("keys", {}).get("reference") for run in runs}
+    opponents, references = _opponents(runs), _references(runs)
     compared = []
     for first, second in _sides(list(_methods(runs).values())):
         names = [*first, *second]
         for judge in set.intersection(*(set(scores[name]) for name in names)):
-            same = judge == IMPLICIT or len({opponents[name] for name in names}) == 1
+            same = len({references[name] for name in names} - {None}) < 2 and (
+                judge == IMPLICIT or len({opponents[name] for name in names}) == 1
+            )
             if same and set.intersection(*(set(scores[name][judge]) for name in names)):
                 compared.append((judge, second, first))
     found = []
@@ -85,8 +89,31 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
     return found
 
 
+def unlike(runs: Sequence[Run]) -> list[str]:
+    """Sentences about what keeps these runs from being compared figure by figure; none if nothing does."""
+    models = {run.name: str(_flat(read_saved_config(run)).get("policy.model")) for run in runs}
+    sentences = []
+    if several := _grouped(_references(runs)):
+        sentences.append(
+            f"trained against different references: {several}. Win rates, rewards and KL are against each run's own, so that "
+            "no difference between them is tested, and no frontier is drawn"
+        )
+    elif several := _grouped(_opponents(runs)):
+        sentences.append(
+            f"the reference wrote other responses: {several}. Win rates are against different opponents, so that only the "
+            "implicit judge is compared prompt by prompt"
+        )
+    if several := _grouped(models):
+        sentences.append(f"start from different models: {several}. What differs is not the training alone")
+    return sentences
+
+
 def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
-    """Every run's policy and the reference between KL and gain, and the judge that gives the gain."""
+    """Every run's policy and the reference between KL and gain, and the judge that gives the gain; nothing if the runs have
+    different references.
+    """
+    if _grouped(_references(runs)):
+        return [], None
     results = {run.name: read_results(run.eval) or Results() for run in runs}
     judges = [gain_of(result) for result in results.values()]
     judge = judges[0] if judges and len(set(judges)) == 1 else None
@@ -95,6 +122,30 @@ def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
     points = [point_of(result, judge, name) for name, result in results.items()]
     points.append(point_of(results[runs[0].name], judge, "reference", "reference"))
     return [point for point in points if point is not None], judge
+
+
+def _references(runs: Sequence[Run]) -> dict[str, str | None]:
+    """Digest of the model that each run's pairs were scored with, whatever the arithmetic; None if it is not known."""
+    return {run.name: read_about(run.pairs).get("model") for run in runs}
+
+
+def _opponents(runs: Sequence[Run]) -> dict[str, str | None]:
+    return {run.name: read_about(run.samples).get("keys", {}).get("reference") for run in runs}
+
+
+def _grouped(values: Mapping[str, str | None]) -> str:
+    """Runs by what they have, if that differs among those that have it; else nothing."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, value in values.items():
+        if value is not None:
+            groups[value].append(name)
+    if len(groups) < 2:
+        return ""
+    return "; ".join(f"{', '.join(names)} ({_short(value)})" for value, names in groups.items())
+
+
+def _short(value: str) -> str:
+    return value[:12] if re.fullmatch(r"[0-9a-f]{32,}", value) else value
 
 
 def _methods(runs: Sequence[Run]) -> dict[str, list[str]]:

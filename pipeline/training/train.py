@@ -23,6 +23,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, peak_memory_gib, return_freed_memory
 from pipeline.models.configuration import position_limit
+from pipeline.models.identity import identify_model
 from pipeline.models.load import load_tokenizer, vocabulary_digest
 from pipeline.models.locate import locate
 from pipeline.precompute.pairs_file import ensure_pairs
@@ -124,7 +125,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     card = model_card(config, run.name, about["reference_id"], len(pairs), results)
     optimizer.state.clear()  # a second model is loaded to be compared
     differences = save_policy(policy, base, config, run, card, tokenizer, pairs.trees)
-    facts = {"training": training, "steps": steps, "pairs": len(pairs), "results": results}
+    policy_digest = identify_model(base, trusts_code=config.policy.trust_remote_code).digest
+    facts = {"training": training, "policy": policy_digest, "steps": steps, "pairs": len(pairs), "results": results}
     record(run, config, "train", **facts, export_check=differences)
     for name, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
         before, after = metrics.first(f"eval_{name}"), metrics.last(f"eval_{name}")

@@ -7,9 +7,9 @@ import pytest
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import SAMPLES, write_table
+from pipeline.artifacts.tables import PAIRS, SAMPLES, write_table
 from pipeline.errors import DataError
-from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached
+from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached, unlike
 from pipeline.evaluation.figures import judgements_table
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import win_rate
@@ -79,6 +79,32 @@ def test_one_seed_is_no_method_and_seeds_alone_are_compared_as_models(tmp_path):
 
 def test_win_rates_against_other_opponents_are_not_compared(tmp_path):
     assert differences([make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0, opponent="other")]) == []
+
+
+def scored_with(run, model):
+    write_table(run.pairs, PAIRS.empty_table(), {"model": model})
+    return run
+
+
+def test_runs_of_different_references_are_compared_by_nobody_and_it_is_said(tmp_path):
+    one = scored_with(make(tmp_path, "one", [0.0] * 8, 1.0), "a" * 64)
+    two = scored_with(make(tmp_path, "two", [1.0] * 8, 2.0), "b" * 64)
+    assert differences([one, two]) == []
+    assert frontier_points([one, two]) == ([], None)
+    (sentence,) = unlike([one, two])
+    assert sentence.startswith("trained against different references: one (aaaaaaaaaaaa); two (bbbbbbbbbbbb)")
+    same = [scored_with(run, "a" * 64) for run in (one, two)]
+    assert unlike(same) == []
+    assert len(differences(same)) == 2
+
+
+def test_other_opponents_and_other_starts_are_said(tmp_path):
+    one, two = make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0, opponent="other")
+    durable.write_text(two.config, "policy: {model: b}\n")
+    durable.write_text(one.config, "policy: {model: a}\n")
+    opponents, models = unlike([one, two])
+    assert opponents.startswith("the reference wrote other responses: one (same); two (other)")
+    assert models.startswith("start from different models: one (a); two (b)")
 
 
 def test_settings_and_figures_stand_side_by_side(tmp_path):
