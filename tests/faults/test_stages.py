@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from tests.conftest import ROOT, experiment, preference_rows, write_rows
 from tests.faults.conftest import EVERYTHING
@@ -84,6 +85,12 @@ def result(where, stage):
     return pl.read_parquet(where / "data/runs/r" / RESULTS[stage]).select(SETTLED)
 
 
+def must_equal(where, inputs, stage):
+    """What was scored again stands in other batches, which moves the last digits; everything else is the same to the bit."""
+    close = {"abs_tol": 1e-4} if stage == "precompute" else {"check_exact": True}
+    assert_frame_equal(result(where, stage), result(inputs, stage), **close)
+
+
 def before(stage):
     return list(RESULTS)[: list(RESULTS).index(stage)]
 
@@ -130,7 +137,7 @@ def test_a_stage_that_is_stopped_says_how_it_goes_on_and_does(inputs, where, cas
     assert "goes on from" in done.stderr or "begins again" in done.stderr
     assert leftovers(where) == []
     run_through(where, [stage])
-    assert result(where, stage).equals(result(inputs, stage))
+    must_equal(where, inputs, stage)
     case(f"SIGINT or SIGTERM in {stage}, at a named moment")
 
 
@@ -185,7 +192,7 @@ def test_a_disk_that_fills_up_is_a_message_and_the_stage_goes_on_when_there_is_r
     assert met
     small_disk(None)
     run_through(where, [stage])
-    assert result(where, stage).equals(result(inputs, stage))
+    must_equal(where, inputs, stage)
 
 
 @pytest.mark.parametrize("stage", ["precompute", "train"] if EVERYTHING else ["precompute"])
