@@ -114,7 +114,7 @@ def copy(source: str, target: str, config: Config | None) -> None:
     """Copy scores from one store to another: all of them, or those that a configuration's data needs of its reference."""
     held = described_references(source)
     if config is None:
-        copies = copy_shards(source, target, list(held.values()), console)
+        copies = copy_shards(source, target, list(held.values()), console.working)
         unit = "shards"
     else:
         plan = make_plan(config)
