@@ -19,7 +19,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -54,6 +54,9 @@ check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+tutorials: .venv/.test ## every tutorial of docs/tutorials, word for word, on a tiny model
+	@REFSCORE_TUTORIALS=1 .venv/bin/python -m pytest tests/test_tutorials.py
 
 gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory, speed; reduced on a CPU; data/gpu-check.md
 	@.venv/bin/python -m tests.gpu_check --minutes $(MINUTES)

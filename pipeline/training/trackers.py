@@ -99,7 +99,7 @@ class _Trackio:
     def flush(self) -> None: ...
 
     def close(self) -> None:
-        self._trackio.finish()
+        self._trackio.finish()  # type: ignore[no-untyped-call]
 
 
 class _Wandb:

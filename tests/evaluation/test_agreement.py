@@ -12,10 +12,10 @@ from pipeline.errors import DataError
 from pipeline.evaluation.figures import judgements_table
 from pipeline.evaluation.rates.agreement import agreement, kappas, voice, votes_of
 from pipeline.evaluation.results import Results, write_results
+from pipeline.exchange.judged_samples import write_alpaca_eval, write_arena_hard
 from pipeline.judges.annotations import Vote, read_votes
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders, judge_implicitly
 from pipeline.pairs.splits import prompt_id_of
-from pipeline.exchange.judged_samples import write_alpaca_eval, write_arena_hard
 from tests.conftest import refscore_here, write_rows
 
 
