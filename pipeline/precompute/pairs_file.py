@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import DROPPED, PAIRS, in_format_of, read_about, read_table, write_table
@@ -76,7 +78,11 @@ def _names_control(path: Path, config: Config) -> bool:
     if base is None:
         return False
     names = control_tokens(load_tokenizer(base, config.reference)).values()
-    texts = read_table(path, PAIRS, ["prompt", "chosen", "rejected"])
+    try:
+        # of any format: these columns are the same in all
+        texts = pq.read_table(path, columns=["prompt", "chosen", "rejected"], page_checksum_verification=True)
+    except (pa.ArrowException, OSError):
+        return True
     return any(
         pc.any(pc.match_substring(texts[column], name)).as_py()
         for column in texts.column_names
@@ -133,6 +139,17 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
     }
 
 
+def _digest_in_use(about: dict[str, object], config: Config, path: Path) -> object:
+    """The inputs' digest to write at `path`: that of the file there if it was made from the same as `about` says, else its own.
+
+    An earlier version's digest of the same inputs is another one, and trainings that were made from it name it.
+    """
+    before, same = read_about(path), ("source_digests", "model", "vocabulary", "template", "scored")
+    if all(before.get(name, True) == about[name] for name in same) and _asked_for(before, config, path):
+        return before["inputs_digest"]
+    return about["inputs_digest"]
+
+
 @one_writer
 def write_pairs(
     plan: Plan, config: Config, run: Run, *, scored: bool = True, quarantined: Mapping[bytes, str] | None = None
@@ -143,6 +160,7 @@ def write_pairs(
     store.
     """
     about = about_pairs(plan, config, scored=scored)
+    about["inputs_digest"] = _digest_in_use(about, config, run.pairs)
     left_out = pairs_left_out(plan.keys, quarantined or {})
     write_table(run.dropped, dropped_with(plan, left_out))
     write_joined(run.pairs, plan, about, scored=scored, left_out=left_out)

@@ -6,7 +6,10 @@ import shutil
 import huggingface_hub.constants
 import pytest
 
+from pipeline.artifacts.tables import PAIRS, read_about, read_table, write_table
 from pipeline.config.files import load_config
+from pipeline.errors import DataError
+from pipeline.precompute import pairs_file
 from pipeline.training.resume import training_digest
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.hub import CODED, FIRST, in_hub_cache, with_code
@@ -121,3 +124,42 @@ def test_a_policys_code_is_part_of_its_training(where):
             found.append(training_digest(load_config(where / "experiment.yaml", settings), about, policy))
     assert len(set(found)) == 3  # what is not run does not count
     assert found[1] == found[3]
+
+
+def as_format_one(path):
+    """pairs.parquet as format 1 had it: the lists under the names that hold sums now."""
+    sides = ("chosen", "rejected")
+    table, about = read_table(path, PAIRS), read_about(path)
+    names = {f"ref_{side}_logps": f"ref_{side}_logp" for side in sides}
+    names |= {f"ref_{side}_token_logps": f"ref_{side}_logps" for side in sides}
+    table = table.rename_columns([names.get(name, name) for name in table.column_names])
+    write_table(path, table.replace_schema_metadata(None), about)
+
+
+@pytest.mark.parametrize("text", ["The cat sat.", "The cat <|end|> sat."])
+def test_a_format_of_its_own_makes_no_other_training_of_a_finished_one(tmp_path, tiny_model, monkeypatch, text):
+    """Made by an earlier version, whose digest knew no data.special_tokens; a text that names one means another thing."""
+    rows = [*preference_rows(8), {"prompt": "Hi?", "chosen": text, "rejected": "No."}]
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", rows))
+
+    def of_before(config):
+        data = config.data.model_dump(mode="json", exclude={"special_tokens"})
+        return pairs_file._digest_with(data, config.reference)
+
+    with monkeypatch.context() as before:
+        before.setattr(pairs_file, "inputs_digest", of_before)
+        for stage in ("precompute", "train"):
+            refscore_here(tmp_path, stage, "--config", config, "--run", "r")
+    pairs = tmp_path / "data/runs/r/pairs.parquet"
+    as_format_one(pairs)
+    with pytest.raises(DataError, match="format 1"):
+        read_table(pairs, PAIRS)
+    same = text == "The cat sat."
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
+    read_table(pairs, PAIRS)
+    said = refscore_here(tmp_path, "train", "--config", config, "--run", "r", code=0 if same else 2)
+    assert ("nothing to train" if same else "already holds a training with other settings") in said
+    # of another configuration the digest is its own
+    other = ("--config", config, "--run", "r", "--set", "data.eval_fraction=0.5")
+    refscore_here(tmp_path, "precompute", *other)
+    assert "data.eval_fraction: 0.25 -> 0.5" in refscore_here(tmp_path, "train", *other, code=2)
