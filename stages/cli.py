@@ -375,6 +375,13 @@ def judges(
 store_app = typer.Typer(cls=manner.Commands, help="The store of reference scores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]
+OwnStoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="The store here; default: the first place of the configuration's reference.store, else data/store.",
+    ),
+]
 
 
 @store_app.command(name="ls")
@@ -411,7 +418,7 @@ def store_gc(
 @store_app.command(name="push")
 def store_push(
     to: Annotated[str, typer.Argument(help="Store to copy to: a directory or a URL (s3://..., hf://datasets/...).")],
-    store: StoreOption = "data/store",
+    store: OwnStoreOption = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
     ] = None,
@@ -420,13 +427,13 @@ def store_push(
     """Publish scores: copy a store, or the part that a data set needs, to a bucket, a Hub data set or a directory."""
     from stages import store as stage
 
-    stage.copy(store, to, _some_config(config, set_))
+    stage.push(store, to, _some_config(config, set_))
 
 
 @store_app.command(name="pull")
 def store_pull(
     source: Annotated[str, typer.Argument(metavar="FROM", help="Store to copy from: a directory or a URL.")],
-    store: StoreOption = "data/store",
+    store: OwnStoreOption = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
     ] = None,
@@ -435,7 +442,7 @@ def store_pull(
     """Fetch scores that others published, or the part of them that a data set needs."""
     from stages import store as stage
 
-    stage.copy(source, store, _some_config(config, set_))
+    stage.pull(source, store, _some_config(config, set_))
 
 
 @store_app.command(name="explain")

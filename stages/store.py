@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.artifacts.runs import RUNS, uses_of_references
-from pipeline.config.experiment import Config
+from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import CheckError, DataError, first_line
 from pipeline.precompute.explain import explain as why
 from pipeline.precompute.plan import make_plan
@@ -110,8 +110,25 @@ def verify(store: str) -> None:
         )
 
 
-def copy(source: str, target: str, config: Config | None) -> None:
-    """Copy scores from one store to another: all of them, or those that a configuration's data needs of its reference."""
+def push(store: str | None, to: str, config: Config | None) -> None:
+    """Copy scores from the store here to another place: all of them, or those that a configuration's data needs."""
+    _copy(store or _own(config), to, config)
+
+
+def pull(source: str, store: str | None, config: Config | None) -> None:
+    """Copy scores from another place to the store here: all of them, or those that a configuration's data needs."""
+    _copy(source, store or _own(config), config)
+
+
+def _own(config: Config | None) -> str:
+    """The place that a configuration's scores are written to; without a configuration, the default's."""
+    reference = config.reference if config else ReferenceConfig()
+    return reference.store[0]
+
+
+def _copy(source: str, target: str, config: Config | None) -> None:
+    console.say(f"from      {source}")
+    console.say(f"to        {target}")
     held = described_references(source)
     if config is None:
         copies = copy_shards(source, target, list(held.values()), console.working)
@@ -125,7 +142,7 @@ def copy(source: str, target: str, config: Config | None) -> None:
                 f"{identity.numerics.engine_version}, {identity.numerics.dtype} on {identity.numerics.device}): scores are "
                 f"found under the same weights and numerics alone. It has {len(held)} other references"
             )
-        copies = [copy_rows(plan.keys, source, target, identity)]
+        copies = [copy_rows(plan.keys, source, target, identity, console.working)]
         unit = "sequences"
         console.say(f"needed    {plan.sequences} sequences")
     for copied in copies:
@@ -135,6 +152,14 @@ def copy(source: str, target: str, config: Config | None) -> None:
         )
     if not copies:
         console.say(f"nothing to copy: {source} holds no reference that this version reads")
+    unsound = {name: problem for copied in copies for name, problem in copied.unsound.items()}
+    for name, problem in unsound.items():
+        console.say(f"left out  {name}: {problem}")
+    if unsound:
+        raise CheckError(
+            f"{len(unsound)} shards in {source} are not sound and were left out: 'refscore store verify' where they lie sets "
+            "them aside, then their rows are scored again"
+        )
 
 
 def explain(config: Config, row: int | None) -> None:

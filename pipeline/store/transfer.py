@@ -1,16 +1,18 @@
 """Scores from one store into another: whole shards as they are, or the rows that a data set needs.
 
 A copy keeps when its rows were published and under which circumstances, so that of two copies of a key the same one counts in
-every store. What arrives is checked like everything that is published; nothing at the source is changed.
+every store. What arrives is checked like everything that is published, before it is published; a shard that is not sound is
+left out and named. Nothing sound at the source is changed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +21,63 @@ import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.tables import about_in
-from pipeline.errors import ConfigError, DataError, RefscoreError, first_line
+from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError, first_line
 from pipeline.progress import SILENT, Listener
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.places import Place, is_url
-from pipeline.store.shard import Unsound, open_shard, published_at
+from pipeline.store.shard import Unsound, check_shard, digest_in, open_shard, published_at, sha256_now
 from pipeline.store.store import Store, open_place
+
+log = logging.getLogger(__name__)
 
 _REFERENCE = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
 class Copied:
-    """Of one reference: shards and rows that were copied, and rows (or shards, if these are copied whole) that were there."""
+    """Of one reference: shards and rows that were copied, rows (or shards, if these are copied whole) that were there, and
+    shards that are not sound: their names, and why.
+    """
 
     reference_id: str
     shards: int = 0
     rows: int = 0
     there: int = 0
+    unsound: dict[str, str] = field(default_factory=dict)
 
 
 def described_references(store: str) -> dict[str, ReferenceIdentity]:
-    """The references at a place, a directory or a URL, by id; those of another version are left out.
+    """The references at a place, a directory or a URL, by id. Those of another version are left out; so are those whose
+    description cannot be read, with a warning.
 
-    Raises DataError if there is no such place, RefscoreError if it cannot be listed.
+    Raises DataError if there is no such place or it is a file, RefscoreError if it cannot be listed.
     """
     files, root = _opened(store)
     try:
+        if files.isfile(root):
+            raise DataError(f"store {store} is a file: name the directory that holds the references")
         names = [_last(path) for path in files.ls(root, detail=False)]
         found = {}
         for name in filter(_REFERENCE.fullmatch, sorted(names)):
             try:
-                described = json.loads(files.cat_file(f"{root}/{name}/reference.json"))
+                identity = _identity(files.cat_file(f"{root}/{name}/reference.json"))
+                if identity and identity.reference_id == name:
+                    found[name] = identity
             except FileNotFoundError:
-                continue
-            identity = _identity(described)
-            if identity and identity.reference_id == name:
-                found[name] = identity
+                pass
+            except (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
+                log.warning(
+                    "%s/%s/reference.json cannot be read (%s): this reference is left out",
+                    store,
+                    name,
+                    first_line(error),
+                )
     except FileNotFoundError:
         raise DataError(f"store {store} does not exist: check its name") from None
+    except RefscoreError:
+        raise
     except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-        raise RefscoreError(
-            f"store {store} cannot be listed ({first_line(error)}): check the name, the network and the credentials in the "
-            "environment"
-        ) from None
+        raise _unlisted(store, error) from None
     return found
 
 
@@ -73,76 +88,125 @@ def copy_shards(
     copies = []
     for identity in identities:
         copied = Copied(identity.reference_id)
+        held = _held(target, identity.reference_id)
         origin = open_place(source, identity.reference_id, first=False)
         destination = open_place(target, identity.reference_id, first=True)
-        held = _names(target, identity.reference_id)
         shards = origin.shards()
         with listener.progress(f"{identity.reference_id[:12]} shards", len(shards)) as ticker:
             for shard in shards:
                 if shard.name in held:
                     copied.there += 1
                 else:
-                    copied.rows += _copy_shard(shard, destination, identity)
-                    copied.shards += 1
+                    _copy_shard(shard, destination, identity, copied)
                 ticker.advance(1, f"{copied.rows:,} sequences")
         copies.append(copied)
     return copies
 
 
-def copy_rows(keys: pa.FixedSizeBinaryArray, source: str, target: str, identity: ReferenceIdentity) -> Copied:
-    """Copy the rows of `keys` that `source` has and `target` has not. Raises RefscoreError if a place refuses."""
+def copy_rows(
+    keys: pa.FixedSizeBinaryArray, source: str, target: str, identity: ReferenceIdentity, listener: Listener = SILENT
+) -> Copied:
+    """Copy the rows of `keys` that `source` has and `target` has not; reads shards until it has them all.
+
+    Raises RefscoreError if a place refuses.
+    """
     copied = Copied(identity.reference_id)
+    _opened(target)
     destination = Store([target], identity)
     there = destination.lookup(keys)
     copied.there = len(there.held)
     wanted = keys.take(pa.array(there.missing))
-    for shard in open_place(source, identity.reference_id, first=False).shards():
+    if not len(wanted):
+        return copied
+    shards = open_place(source, identity.reference_id, first=False).shards()
+    with listener.progress(f"{identity.reference_id[:12]} shards", len(shards)) as ticker:
+        for shard in shards:
+            if not len(wanted):
+                break
+            wanted = _copy_wanted(wanted, shard, destination, copied)
+            ticker.advance(1, f"{copied.rows:,} sequences")
+    return copied
+
+
+def _copy_wanted(
+    wanted: pa.FixedSizeBinaryArray, shard: Path, destination: Store, copied: Copied
+) -> pa.FixedSizeBinaryArray:
+    """Publish what one shard has of the keys; returns those that are still wanted."""
+    try:
         table, circumstances, published = _read(shard)
         fresh = table.filter(pc.is_in(table["key"], value_set=wanted)).combine_chunks()
         if len(fresh):
             destination.publish_table(fresh, circumstances, published)
-            copied.shards += 1
-            copied.rows += len(fresh)
-            # a key that stands in a later shard too is copied once
-            wanted = wanted.filter(pc.invert(pc.is_in(wanted, value_set=fresh["key"].combine_chunks())))
-    return copied
+    except (Unsound, CheckError) as problem:
+        copied.unsound[shard.name] = first_line(problem)
+        return wanted
+    if not len(fresh):
+        return wanted
+    copied.shards += 1
+    copied.rows += len(fresh)
+    # a key that stands in a later shard too is copied once
+    return wanted.filter(pc.invert(pc.is_in(wanted, value_set=fresh["key"].combine_chunks())))
 
 
-def _copy_shard(shard: Path, destination: Place, identity: ReferenceIdentity) -> int:
+def _copy_shard(shard: Path, destination: Place, identity: ReferenceIdentity, copied: Copied) -> None:
+    """Publish a shard under its own name, if its bytes are those that the name promises and its rows can be true."""
     with durable.explaining_disk(Path(destination.name), shard.stat().st_size):
         workspace = destination.workspace()
         temporary = durable.temporary_beside(workspace / shard.name)
         described = temporary.with_name(f"{temporary.name}.json")
         try:
+            problem = check_shard(shard)
+            if problem is None:
+                shutil.copyfile(shard, temporary)
+                durable.flush(temporary)
+                # what was checked is what is published: the same digest
+                problem = None if sha256_now(temporary) == digest_in(shard.name) else "it changed while it was copied"
+            if problem is not None:
+                copied.unsound[shard.name] = problem
+                return
+            rows = len(_read(shard)[0])
             described.write_text(json.dumps(identity.described(), indent=2) + "\n", encoding="utf-8")
             destination.publish(described, "reference.json")
-            shutil.copyfile(shard, temporary)
-            durable.flush(temporary)
             destination.publish(temporary, shard.name)
+        except FileNotFoundError as error:
+            raise _gone(shard, error) from None
         finally:
             temporary.unlink(missing_ok=True)
             described.unlink(missing_ok=True)
-    return len(_read(shard)[0])
+    copied.shards += 1
+    copied.rows += rows
 
 
 def _read(shard: Path) -> tuple[pa.Table, list[dict[str, str]], int]:
-    """A shard's rows, their circumstances, and when they were published."""
+    """A shard's rows, their circumstances, and when they were published. Raises Unsound, RefscoreError if it is gone."""
     try:
         with open_shard(shard) as file:
-            return file.read(), about_in(file.schema_arrow).get("circumstances", []), published_at(file)
-    except (Unsound, FileNotFoundError) as problem:
-        raise RefscoreError(
-            f"{shard} cannot be copied ({problem}): run the same command again, which copies the rest"
-        ) from None
+            said = about_in(file.schema_arrow).get("circumstances")
+            circumstances = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
+            return file.read(), circumstances, published_at(file)
+    except FileNotFoundError as error:
+        raise _gone(shard, error) from None
 
 
-def _names(store: str, reference_id: str) -> set[str]:
-    """Names of the files that a place holds of a reference; nothing is fetched."""
+def _gone(shard: Path, error: Exception) -> RefscoreError:
+    return RefscoreError(
+        f"{shard} cannot be copied ({first_line(error)}): run the same command again, which copies the rest"
+    )
+
+
+def _held(store: str, reference_id: str) -> set[str]:
+    """Names of the shards that a place holds of a reference: at a URL what is listed, nothing is fetched; here those whose
+    bytes are what their names promise.
+    """
+    if not is_url(store):
+        return {shard.name for shard in open_place(store, reference_id, first=True).shards()}
     files, root = _opened(store)
     try:
         return {_last(path) for path in files.ls(f"{root}/{reference_id}", detail=False)}
     except FileNotFoundError:
         return set()
+    except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
+        raise _unlisted(store, error) from None
 
 
 def _opened(store: str) -> tuple[Any, str]:
@@ -152,15 +216,26 @@ def _opened(store: str) -> tuple[Any, str]:
         files, root = fsspec.url_to_fs(store if is_url(store) else str(Path(store).expanduser().resolve()))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"store {store}: {error} (for s3:// install refscore with the extra 's3')") from None
+    except Exception as error:  # noqa: BLE001  # some backends connect here, each with errors of its own
+        raise _unlisted(store, error) from None
     files.invalidate_cache()
     return files, root
+
+
+def _unlisted(store: str, error: Exception) -> RefscoreError:
+    return RefscoreError(
+        f"store {store} cannot be listed ({first_line(error)}): check the name, the network and the credentials in the "
+        "environment"
+    )
 
 
 def _last(path: object) -> str:
     return str(path).rstrip("/").rsplit("/", 1)[-1]
 
 
-def _identity(described: Any) -> ReferenceIdentity | None:
+def _identity(content: bytes) -> ReferenceIdentity | None:
+    """What a reference.json describes; None if another version wrote it, or nobody. Raises ValueError if it is no JSON."""
+    described = json.loads(content)
     try:
         return ReferenceIdentity.from_described(described) if isinstance(described, dict) else None
     except DataError:
