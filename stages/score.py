@@ -14,6 +14,9 @@ from pipeline.precompute.top_tokens import TopScorer
 from pipeline.progress import duration
 from stages import console
 
+# rows between two lines about them
+_SAID_EVERY = 2048
+
 
 def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> None:
     """Score every row of `data` and write SCORED's columns to `out`, in order; with `top_k` TOP_SCORED's."""
@@ -34,11 +37,7 @@ def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> Non
                 tokens += sum(len(ids) for ids in table["response_ids"].to_pylist() if ids is not None)
                 console.say(f"{rows} rows: {scorer.hits} hits, {scorer.scored} scored, {scorer.dropped} with a problem")
     mean = f", {nats / tokens:.4f} nats per token" if tokens else ""
-    if scorer.not_finite:
-        raise CheckError(
-            f"{scorer.not_finite} sequences have no finite score under this reference: their rows in {out} say not_finite and hold "
-            "no score; all other rows are whole"
-        )
+    _must_be_finite(scorer.not_finite, out)
     console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - started)})")
 
 
@@ -51,10 +50,25 @@ def _likeliest(data: Path, out: Path, config: Config, top_k: int) -> None:
             "top_k": top_k,
         }
         with parquet_writer(temporary, TOP_SCORED, about) as writer:
+            said = 0
             for table in scorer.tables(data):
                 writer.write_table(table)
-                console.say(f"{scorer.scored + scorer.dropped} rows: {scorer.dropped} with a problem")
+                rows = scorer.scored + scorer.dropped
+                # parts are small where K is large
+                if rows >= said + _SAID_EVERY:
+                    said = rows
+                    console.say(f"{rows} rows: {scorer.dropped} with a problem")
     took = duration(time.monotonic() - started)
+    _must_be_finite(scorer.not_finite, out)
     console.say(
-        f"scores    {out}  (the {top_k} likeliest tokens at every position of {scorer.scored} responses, {took})"
+        f"scores    {out}  (the {top_k} likeliest tokens at every position of {scorer.scored} responses, "
+        f"{scorer.dropped} rows with a problem, {took})"
     )
+
+
+def _must_be_finite(left_out: int, out: Path) -> None:
+    if left_out:
+        raise CheckError(
+            f"{left_out} sequences have no finite score under this reference: their rows in {out} say not_finite and hold "
+            "no score; all other rows are whole"
+        )
