@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.nodes import Node, ScalarNode
 
 _LARGEST = 2**63 - 1
 
@@ -29,6 +29,13 @@ class _Constructor(SafeConstructor):
         if re.fullmatch(r"[-+]?0[0-9_]+", node.value):
             return LeadingZero(node.value)
         return super().construct_yaml_int(node)
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:  # noqa: FBT001, FBT002  # as it is overridden
+        try:
+            return super().construct_object(node, deep=deep)
+        except LookupError:  # of a tag that the value does not fit: !!bool maybe
+            tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
+            raise ConstructorError(None, None, f"{node.value!r} is no !!{tag}", node.start_mark) from None
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
