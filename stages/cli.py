@@ -254,7 +254,8 @@ def score(
     from pipeline.config.files import load_config
 
     resolved = load_config(config, set_ or [])
-    with ending.interruptible(ending.from_the_store):
+    # the likeliest tokens enter no store
+    with ending.interruptible(ending.from_the_store if top_k is None else ending.from_the_beginning):
         from stages import score as stage
 
         stage.main(data, out, resolved, top_k)
@@ -352,7 +353,9 @@ def repeat(
     from pipeline.artifacts.runs import open_run
     from stages import repeat as stage
 
-    stage.main(open_run(name), open_run(run if run is not None else f"{name}-again"), check_only=check)
+    again = open_run(run if run is not None else f"{name}-again")
+    with ending.interruptible(ending.from_the_last_stage):
+        stage.main(open_run(name), again, check_only=check)
 
 
 @app.command()

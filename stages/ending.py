@@ -134,6 +134,11 @@ def from_the_store(_: Run | None = None) -> str:
     return "what was scored is in the store, and the same command goes on from there"
 
 
+def from_the_beginning() -> str:
+    """Where it goes on if nothing is kept."""
+    return "nothing of it was kept, and the same command begins again"
+
+
 def from_a_checkpoint(run: Run) -> str:
     """Where stage two goes on."""
     command = "the same command without --restart" if "--restart" in sys.argv else "the same command"

@@ -190,3 +190,13 @@ def test_more_tokens_than_the_model_has(where):
     )
     assert "ask for 1 to" in said
     assert not (where / "o.parquet").exists()
+
+
+def test_an_interruption_says_that_nothing_was_kept(where, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TransformersScorer, "top", interrupted)
+    arguments = ("score", "rows.jsonl", "--out", "o.parquet", "--config", "experiment.yaml", "--top-k", 3)
+    assert "nothing of it was kept, and the same command begins again" in refscore_here(where, *arguments, code=1)
+    assert not (where / "o.parquet").exists()
