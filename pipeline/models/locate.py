@@ -187,14 +187,13 @@ def _home_cache() -> list[Path]:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     # a commit is the same wherever it lies; a branch, or none, is looked up anew if there is a network
     if revision and re.fullmatch("[0-9a-f]{40}", revision) and (cached := _in_hub_cache(name, revision)):
         return cached
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # noqa: BLE001  # the errors of the HTTP library below are none of huggingface_hub's
         if cached := _in_hub_cache(name, revision):
             return cached
         at_revision = f" at revision {revision}" if revision else ""

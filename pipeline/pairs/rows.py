@@ -187,10 +187,16 @@ def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[],
             table = datasets.load_dataset(name, split=split, revision=revision)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError) as error:
         # datasets reports a Hub that cannot be reached as a missing file or a connection error
-        raise DataError(
-            f"{name}: the data set cannot be loaded ({first_line(error)}). Without a network give data.path a local file "
-            "or folder; with one, check the name, your rights (HF_TOKEN) and HF_HUB_OFFLINE"
-        ) from None
+        raise _unreachable(name, error) from None
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: {first_line(error)} (data.split is {split!r})") from None
+    except Exception as error:  # noqa: BLE001  # the errors of the HTTP library below are none of theirs
+        raise _unreachable(name, error) from None
     return lambda: iter(table), hashlib.sha256(table._fingerprint.encode()).hexdigest()  # noqa: SLF001  # no public name
+
+
+def _unreachable(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"{name}: the data set cannot be loaded ({first_line(error)}). Without a network give data.path a local file "
+        "or folder; with one, check the name, your rights (HF_TOKEN) and HF_HUB_OFFLINE"
+    )

@@ -319,3 +319,15 @@ def test_a_person_is_not_asked_to_type_rows():
     finally:
         os.close(master)
         os.close(terminal)
+
+
+def test_a_data_set_out_of_reach_is_a_message_whatever_the_http_library_raises(monkeypatch):
+    class FromBelow(Exception):
+        """An error that is none of datasets' and none of huggingface_hub's."""
+
+    def load(*_, **__):
+        raise FromBelow("timed out")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"cannot be loaded \(timed out\).*local file"):
+        open_rows("lab/data", DataConfig(path="lab/data"))
