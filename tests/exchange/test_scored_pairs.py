@@ -172,6 +172,87 @@ def test_data_without_scores_is_refused(for_trl, stored_reference, tiny_model, t
         )
 
 
+def changed_rows(data, rows, column="ref_chosen_logps", value=-999.0):
+    """The data set with another value in some rows."""
+    values = list(data[column])
+    for row in rows:
+        values[row] = value
+    return data.remove_columns(column).add_column(column, values)
+
+
+def stored_trainer(stored_reference, tiny_model, tmp_path, **given):
+    model, tokenizer = loaded(tiny_model)
+    return stored_reference.StoredReferenceTrainer(
+        model=model, args=arguments(tmp_path), processing_class=tokenizer, **given
+    )
+
+
+def test_wrong_scores_are_noticed_wherever_they_lie(for_trl, stored_reference, tiny_model, tmp_path):
+    from datasets import load_dataset
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))
+    train, test = data["train"], data["test"]
+    assert len(train) > 16
+    with pytest.raises(ValueError, match="in the eval data: it is not the model"):
+        stored_trainer(
+            stored_reference,
+            tiny_model,
+            tmp_path,
+            train_dataset=train,
+            eval_dataset=changed_rows(test, range(len(test))),
+        )
+    with pytest.raises(ValueError, match="in the other data: it is not the model"):
+        stored_trainer(
+            stored_reference, tiny_model, tmp_path, train_dataset=train,
+            eval_dataset={"test": test, "other": changed_rows(test, [len(test) - 1])},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="in the train data: it is not the model"):
+        stored_trainer(stored_reference, tiny_model, tmp_path, train_dataset=changed_rows(train, range(8, len(train))))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("ref_chosen_logps", None), ("ref_rejected_logps", math.nan), ("ref_chosen_logps", -math.inf)]
+)
+def test_a_score_that_is_none_is_refused(for_trl, stored_reference, tiny_model, tmp_path, column, value):
+    from datasets import load_dataset
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=f"{column} of the train data holds null"):
+        stored_trainer(
+            stored_reference, tiny_model, tmp_path, train_dataset=changed_rows(data["train"], [3], column, value)
+        )
+
+
+def test_a_list_of_scores_per_response_is_refused(for_trl, stored_reference, tiny_model, tmp_path):
+    """As in pairs.parquet of before, where the names held one value per token."""
+    from datasets import load_dataset
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))["train"]
+    data = data.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", [[-1.0, -2.0]] * len(data))
+    with pytest.raises(ValueError, match="no finite number"):
+        stored_trainer(stored_reference, tiny_model, tmp_path, train_dataset=data)
+
+
+def test_streamed_data_and_a_reference_model_are_refused(for_trl, stored_reference, tiny_model, tmp_path):
+    from datasets import load_dataset
+
+    streamed = load_dataset(str(for_trl), streaming=True, split="train")
+    with pytest.raises(ValueError, match="the train data is streamed"):
+        stored_trainer(stored_reference, tiny_model, tmp_path, train_dataset=streamed)
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))["train"]
+    with pytest.raises(ValueError, match="leave ref_model out"):
+        stored_trainer(stored_reference, tiny_model, tmp_path, train_dataset=data, ref_model=loaded(tiny_model)[0])
+
+
+def test_a_trl_that_would_never_ask_for_the_stored_scores_is_refused(for_trl, stored_reference, monkeypatch):
+    from trl import DPOTrainer
+
+    monkeypatch.delattr(DPOTrainer, "_precompute_ref_logps")
+    monkeypatch.delitem(sys.modules, "stored_reference")
+    with pytest.raises(ImportError, match="has no _precompute_ref_logps: install trl"):
+        __import__("stored_reference")
+
+
 def test_open_instruct_finds_the_cache_of_the_rows_in_their_order(scored, tmp_path):
     """Read as TensorCache.from_disk and its loss read it: by index, labels shifted, -100 masked."""
     exported(scored, "open_instruct", tmp_path)
