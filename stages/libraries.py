@@ -17,6 +17,8 @@ _CACHES = {
     "FLASHINFER_WORKSPACE_BASE": ("flashinfer", ""),
     "CUDA_CACHE_PATH": ("cuda", ""),
     "MPLCONFIGDIR": ("matplotlib", ""),
+    "WANDB_CACHE_DIR": ("wandb/cache", "XDG_CACHE_HOME"),
+    "WANDB_DATA_DIR": ("wandb/data", "XDG_DATA_HOME"),
 }
 
 
@@ -33,12 +35,15 @@ def quiet() -> None:
 def keep_caches_here() -> None:
     """Let libraries keep what they fetch and compile in data/cache instead of the home directory, unless the user says where.
 
-    vLLM's own are set where it is started. A token for the Hub is read from where its tools put it.
+    vLLM's own are set where it is started. A token for the Hub, and settings of Weights & Biases, are read from where their
+    tools put them.
     """
     with suppress(RuntimeError):  # there may be no home
         token = Path.home() / ".cache/huggingface/token"
         if {"HF_HOME", "XDG_CACHE_HOME"}.isdisjoint(os.environ) and token.is_file():
             os.environ.setdefault("HF_TOKEN_PATH", str(token))
+        if not (Path.home() / ".config/wandb").is_dir():
+            os.environ.setdefault("WANDB_CONFIG_DIR", str((durable.CACHE / "wandb/config").absolute()))
     for name, (directory, also_says_where) in _CACHES.items():
         if also_says_where not in os.environ:
             os.environ.setdefault(name, str((durable.CACHE / directory).absolute()))

@@ -1,7 +1,8 @@
 """Where a training's metrics are shown while it runs, beside metrics.parquet: TensorBoard, Trackio, Weights & Biases.
 
 A tracker only shows. One that fails after it was opened is left alone with a warning, and the training goes on; one that
-cannot be opened is an error before the first step. Resumed, a training goes on in the same curves.
+cannot be opened is an error before the first step. Resumed, a training goes on in the same curves, and what they show
+already is not shown twice; begun again, it has curves of its own.
 """
 
 from __future__ import annotations
@@ -41,11 +42,20 @@ class Tracker(Protocol):
 def open_trackers(
     names: Sequence[str], run: Run, training: str, config: Mapping[str, Any], resumed_at: int | None
 ) -> list[Tracker]:
-    """The trackers of `train.report_to`. `training`: the digest that tells one training of a run from another.
+    """The trackers of `train.report_to`. `training`: what tells one training of a run from another, also from one that was
+    begun before with the same settings.
 
-    Raises ConfigError if one is not installed, or cannot be opened.
+    Raises ConfigError if one is not installed, or cannot be opened; the others are closed then.
     """
-    return [_Guarded(name, _opened(name, run, training, config, resumed_at)) for name in names]
+    opened: list[Tracker] = []
+    try:
+        for name in names:
+            opened.append(_Guarded(name, _opened(name, run, training, config, resumed_at)))  # noqa: PERF401  # some may be open
+    except ConfigError:
+        for tracker in opened:
+            tracker.close()
+        raise
+    return opened
 
 
 def _opened(name: str, run: Run, training: str, config: Mapping[str, Any], resumed_at: int | None) -> Tracker:
@@ -53,7 +63,7 @@ def _opened(name: str, run: Run, training: str, config: Mapping[str, Any], resum
         if name == "tensorboard":
             return _TensorBoard(run.tensorboard, resumed_at)
         if name == "trackio":
-            return _Trackio(run, training, config)
+            return _Trackio(run, training, config, resumed_at)
         return _Wandb(run, training, config)
     except ImportError:
         raise ConfigError(
@@ -84,22 +94,32 @@ class _TensorBoard:
 
 
 class _Trackio:
-    def __init__(self, run: Run, training: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Run, training: str, config: Mapping[str, Any], resumed_at: int | None) -> None:
         # read when it is imported; its default lies outside the checkout
         os.environ.setdefault("TRACKIO_DIR", str(TRACKIO_PLACE.resolve()))
         import trackio
 
         self._trackio = trackio
-        name = f"{run.name}-{training[:8]}"
+        name = f"{run.name}-{training}"
+        # it would keep a step twice
+        self._shown = set() if resumed_at is None else _shown_by_trackio(name)
         trackio.init(project=PROJECT, name=name, config=dict(config), resume="allow", embed=False)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._trackio.log(dict(values), step=step)
+        if fresh := {name: value for name, value in values.items() if (step, name) not in self._shown}:
+            self._trackio.log(fresh, step=step)
 
     def flush(self) -> None: ...
 
     def close(self) -> None:
         self._trackio.finish()  # type: ignore[no-untyped-call]
+
+
+def _shown_by_trackio(name: str) -> set[tuple[int, str]]:
+    """What a curve shows already: steps and names of values."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    return {(int(row["step"]), column) for row in SQLiteStorage.get_logs(PROJECT, name) for column in row}
 
 
 class _Wandb:
@@ -110,14 +130,17 @@ class _Wandb:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
-            id=f"{run.name}-{training[:8]}",
+            id=f"{run.name}-{training}",
             config=dict(config),
             dir=str(run.directory),
             resume="allow",
         )
+        # it takes no step that it has, with a warning for each
+        self._first = int(self._run.step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        if step >= self._first:
+            self._run.log(dict(values), step=step)
 
     def flush(self) -> None: ...
 

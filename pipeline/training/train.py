@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.runs import Run, read_json, record
 from pipeline.artifacts.tables import TRAIN_METRICS, read_about
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config
@@ -102,7 +102,11 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     else:
         # what a training that was killed before its first checkpoint left behind
         shutil.rmtree(run.tensorboard, ignore_errors=True)
-    trackers = open_trackers(config.train.report_to, run, training, trained_fields(config), first or None)
+    # each beginning is counted, so that what shows metrics tells one from another of the same settings
+    begun = int(read_json(run.training).get("begun", 0)) + (first == 0)
+    trackers = open_trackers(
+        config.train.report_to, run, f"{training[:8]}-{begun}", trained_fields(config), first or None
+    )
     metrics = Metrics(run.metrics, trackers, resumed_at=first or None)
     listener.say(
         f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step(config.train)} pairs"
@@ -111,7 +115,7 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
         listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
     if first == 0:
-        durable.write_json(run.training, {"steps": steps, "config": trained_fields(config)})
+        durable.write_json(run.training, {"steps": steps, "config": trained_fields(config), "begun": begun})
         check_gate(config, run, about, base, policy, pairs, listener)
 
     in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None

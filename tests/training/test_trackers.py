@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +13,7 @@ from pipeline.artifacts.runs import Run
 from pipeline.errors import ConfigError
 from pipeline.training import trackers
 from pipeline.training.trackers import open_trackers
-from tests.conftest import experiment, preference_rows, refscore, refscore_here, write_rows
+from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore_here, write_rows
 
 
 def trained(where, model, *report_to, code=0, command=refscore):
@@ -18,31 +21,88 @@ def trained(where, model, *report_to, code=0, command=refscore):
         where, model, write_rows(where / "d.jsonl", preference_rows(12)), train={"report_to": list(report_to)}
     )
     refscore_here(where, "precompute", "--config", config, "--run", "r")
-    return command(where, "train", "--config", config, "--run", "r", code=code)
+    said = command(where, "train", "--config", config, "--run", "r", code=code)
+    return said if code else config
 
 
 def test_trackio_has_every_step_inside_the_checkout(tiny_model, tmp_path, monkeypatch):
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
-    trained(tmp_path, tiny_model, "trackio")
+    config = trained(tmp_path, tiny_model, "trackio")
+    # begun again, it is another curve
+    refscore(tmp_path, "train", "--config", config, "--run", "r", "--restart")
     assert list((tmp_path / "data/cache/trackio").glob("*.db"))
     assert not (tmp_path / "data/runs/r/tensorboard").exists()
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "data/cache/trackio"))
-    code = (
-        "import json; from trackio.sqlite_storage import SQLiteStorage as S; runs = S.get_runs('refscore');"
-        "print(json.dumps([runs, S.get_logs('refscore', runs[0])], default=str))"
-    )
-    import subprocess
+    curves = trackio_has(tmp_path)
+    assert [name.rpartition("-")[2] for name in curves] == ["1", "2"]
+    assert len({name.rpartition("-")[0] for name in curves}) == 1
+    for rows in curves.values():
+        assert sorted(row["step"] for row in rows if "loss" in row) == [1, 2, 3, 4]
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    runs, rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(runs) == 1
-    assert runs[0].startswith("r-")
-    assert {row["step"] for row in rows if "loss" in row} == {1, 2, 3, 4}
+
+def trackio_has(where):
+    """Every run's rows, by its name; read in a process of its own, as trackio does."""
+    code = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S; runs = sorted(S.get_runs('refscore'));"
+        "print(json.dumps({run: S.get_logs('refscore', run) for run in runs}, default=str))"
+    )
+    place = {**os.environ, "TRACKIO_DIR": str(where / "data/cache/trackio")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=place)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+TRACKED = """
+import json, sys
+from pathlib import Path
+from pipeline.artifacts.runs import Run
+from pipeline.training.trackers import open_trackers
+(tracker,) = open_trackers(["trackio"], Run(Path("r")), "digest-1", {}, json.loads(sys.argv[1]))
+for step, names in json.loads(sys.argv[2]):
+    tracker.log(step, dict.fromkeys(names, 1.0))
+tracker.close()
+"""
+
+
+def test_resumed_trackio_is_told_nothing_twice_and_all_that_it_lacks(tmp_path, monkeypatch):
+    """Killed while it was evaluated after step 3, with a checkpoint of step 2."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "data/cache/trackio"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    steps = [[1, ["loss"]], [2, ["loss"]], [2, ["eval_loss"]], [3, ["loss"]]]
+    for resumed_at, told in ((None, steps), (2, [[3, ["loss"]], [3, ["eval_loss"]], [4, ["loss"]]])):
+        arguments = [json.dumps(resumed_at), json.dumps(told)]
+        subprocess.run([sys.executable, "-c", TRACKED, *arguments], check=True, capture_output=True)
+    (rows,) = trackio_has(tmp_path).values()
+    shown = sorted((row["step"], name) for row in rows for name in row if name.endswith("loss"))
+    assert shown == [(1, "loss"), (2, "eval_loss"), (2, "loss"), (3, "eval_loss"), (3, "loss"), (4, "loss")]
+
+
+def test_resumed_wandb_is_told_no_step_that_it_has(tmp_path, monkeypatch):
+    told = []
+    shown = SimpleNamespace(step=4, log=lambda values, step: told.append(step), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: shown))
+    (tracker,) = open_trackers(["wandb"], Run(tmp_path), "digest-1", {}, 2)
+    for step in (3, 4, 5):
+        tracker.log(step, {"loss": 1.0})
+    assert told == [4, 5]
+
+
+def test_one_that_opened_is_closed_if_the_next_cannot_be(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setattr(trackers, "_Wandb", lambda *_: SimpleNamespace(close=lambda: closed.append("wandb")))
+    with pytest.raises(ConfigError, match="uv pip install trackio"):
+        open_trackers(["wandb", "trackio"], Run(tmp_path), "digest-1", {}, None)
+    assert closed == ["wandb"]
 
 
 def test_wandb_offline_writes_beside_the_run(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.delenv(f"WANDB_{name}_DIR", raising=False)
+        monkeypatch.delenv(f"XDG_{name}_HOME", raising=False)
     trained(tmp_path, tiny_model, "tensorboard", "wandb")
+    assert not list((tmp_path / "home").rglob("*wandb*"))
+    assert list((tmp_path / "data/cache/wandb").rglob("*.log"))
     (kept,) = (tmp_path / "data/runs/r/wandb").glob("offline-run-*/*.wandb")
     assert b"rewards/margins" in kept.read_bytes()
     assert list((tmp_path / "data/runs/r/tensorboard").glob("events.*"))
