@@ -9,7 +9,7 @@ from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_about, read_tabl
 from pipeline.config.files import load_overrides
 from pipeline.errors import ConfigError
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts
-from pipeline.exchange.cards import write_card
+from pipeline.exchange.cards import must_take, remove_stale, write_card
 from pipeline.exchange.judged_samples import write_alpaca_eval, write_arena_hard
 from pipeline.exchange.scored_pairs import (
     write_fairseq2,
@@ -46,6 +46,7 @@ def _export_pairs(run: Run, format_name: str, directory: Path) -> None:
     if not saved:
         raise ConfigError(f"run {run.name!r} has no configuration: run 'refscore precompute' with it first")
     config = load_overrides(saved, [], str(run.config))
+    must_take(directory, format_name)
     if format_name == FAIRSEQ2:
         tokenizer = load_tokenizer(locate(config.reference), config.reference)
         exported = write_fairseq2(run.pairs, directory, tokenizer)
@@ -55,6 +56,8 @@ def _export_pairs(run: Run, format_name: str, directory: Path) -> None:
     card = write_card(directory, format_name, exported, about, config.reference.model, config.policy.model)
     for path in [*exported.files, card]:
         console.say(str(path))
+    for path in remove_stale(directory, exported):
+        console.say(f"removed   {path}, of an earlier export")
     said = ", ".join(f"{count} {split}" for split, count in exported.pairs.items())
     console.say(f"pairs     {said}; the longest sequence has {exported.longest} tokens")
     for reason, count in exported.left_out.items():
@@ -62,6 +65,7 @@ def _export_pairs(run: Run, format_name: str, directory: Path) -> None:
 
 
 def _export_samples(run: Run, format_name: str, directory: Path) -> None:
+    must_take(directory, format_name, with_card=False)
     samples = read_table(run.samples, SAMPLES)
     models = list(dict.fromkeys(samples["model"].to_pylist()))
     comparisons = comparisons_of(samples, held_out_prompts(run.pairs, None), models)

@@ -1,1 +1,1 @@
-"""Other tools' files, both ways: scored pairs for their trainers, samples for their judges, scores that they computed."""
+"""Other tools' files: scored pairs for their trainers, samples for their judges, models for the Hub."""

@@ -1,13 +1,14 @@
 """Scored pairs in the files of other trainers: TRL, open-instruct, fairseq2, and plain JSONL.
 
-Each writer streams pairs.parquet, says how many pairs of which split it wrote, and leaves out none without counting it.
+Each writer streams pairs.parquet, says how many pairs of which split it wrote, and leaves out none without counting it. Its
+files take their places together at the end; if it fails, none is left, nor a directory that it made.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -49,13 +50,12 @@ def write_trl(pairs: Path, to: Path) -> Exported:
     """
     exported = Exported()
     schema = pa.schema([PAIRS.field(name) for name in _TRL])
-    with _by_split(
-        to, exported, lambda path: pq.ParquetWriter(path, schema, compression="zstd"), "parquet"
-    ) as writer_of:
-        for split, table in _scored(pairs, list(_TRL), exported):
-            writer_of(split).write_table(table.select(_TRL).cast(schema))
-    module = Path(__file__).with_name("stored_reference.py")
-    _add_text(exported, to / module.name, module.read_text(encoding="utf-8"))
+    with _all_or_none(to, exported) as place:
+        with _by_split(place, lambda path: _parquet(path, schema), "parquet") as writer_of:
+            for split, table in _scored(pairs, list(_TRL), exported):
+                writer_of(split).write_table(table.select(_TRL).cast(schema))
+        module = Path(__file__).with_name("stored_reference.py")
+        place(module.name).write_text(module.read_text(encoding="utf-8"), encoding="utf-8")
     return exported
 
 
@@ -63,7 +63,7 @@ def write_jsonl(pairs: Path, to: Path) -> Exported:
     """One JSON object per pair: texts, token ids, and the reference's log-probabilities per token and per response."""
     columns = [name for name in PAIRS.names if name != "split"]
     exported = Exported()
-    with _by_split(to, exported, lambda path: path.open("w", encoding="utf-8"), "jsonl") as file_of:
+    with _all_or_none(to, exported) as place, _by_split(place, _text, "jsonl") as file_of:
         for split, table in _scored(pairs, columns, exported):
             _write_lines(file_of(split), table.select(columns).to_pylist())
     return exported
@@ -89,28 +89,27 @@ def write_open_instruct(pairs: Path, to: Path) -> Exported:
     columns = [name for name in _TRL if name != "pair_id"]
     sums: dict[str, list[np.ndarray]] = {}
     means: dict[str, list[np.ndarray]] = {}
-    with _by_split(
-        to, exported, lambda path: pq.ParquetWriter(path, schema, compression="zstd"), "parquet"
-    ) as writer_of:
-        first = dict.fromkeys(SPLITS, 0)
-        for split, table in _scored(pairs, columns, exported):
-            rows = [_open_instruct_row(pair, first[split] + number) for number, pair in enumerate(table.to_pylist())]
-            writer_of(split).write_table(pa.Table.from_pylist(rows, schema=schema))
-            first[split] += len(rows)
-            for side in SIDES:
-                of_responses = table[f"ref_{side}_logps"].to_numpy()
-                tokens = pc.list_value_length(table[f"{side}_ids"]).to_numpy()
-                sums.setdefault(f"{split} {side}", []).append(of_responses)
-                means.setdefault(f"{split} {side}", []).append(of_responses / tokens)
-    for split in exported.pairs:
-        for name, values in (("reference_logprobs", sums), ("reference_logprobs_average", means)):
-            path = to / f"{SPLITS[split]}_{name}.pt"
-            cache = {
-                f"{side}_logps": torch.from_numpy(np.concatenate(values[f"{split} {side}"])).float() for side in SIDES
-            }
-            with durable.replacing(path) as temporary:
-                torch.save(cache, temporary)
-            exported.files.append(path)
+    with _all_or_none(to, exported) as place:
+        with _by_split(place, lambda path: _parquet(path, schema), "parquet") as writer_of:
+            first = dict.fromkeys(SPLITS, 0)
+            for split, table in _scored(pairs, columns, exported):
+                rows = [
+                    _open_instruct_row(pair, first[split] + number) for number, pair in enumerate(table.to_pylist())
+                ]
+                writer_of(split).write_table(pa.Table.from_pylist(rows, schema=schema))
+                first[split] += len(rows)
+                for side in SIDES:
+                    of_responses = table[f"ref_{side}_logps"].to_numpy()
+                    tokens = pc.list_value_length(table[f"{side}_ids"]).to_numpy()
+                    sums.setdefault(f"{split} {side}", []).append(of_responses)
+                    means.setdefault(f"{split} {side}", []).append(of_responses / tokens)
+        for split in exported.pairs:
+            for name, values in (("reference_logprobs", sums), ("reference_logprobs_average", means)):
+                cache = {
+                    f"{side}_logps": torch.from_numpy(np.concatenate(values[f"{split} {side}"])).float()
+                    for side in SIDES
+                }
+                torch.save(cache, place(f"{SPLITS[split]}_{name}.pt"))
     return exported
 
 
@@ -122,7 +121,7 @@ def write_fairseq2(pairs: Path, to: Path, tokenizer: PreTrainedTokenizerBase) ->
     (fairseq2/datasets/preference.py, `cat_source_and_target` and `to_batch`).
     """
     exported = Exported()
-    with _by_split(to, exported, lambda path: path.open("w", encoding="utf-8"), "jsonl") as file_of:
+    with _all_or_none(to, exported) as place, _by_split(place, _text, "jsonl") as file_of:
         for split, table in _scored(pairs, list(_TRL), exported, count=False):
             rows = []
             for pair in table.to_pylist():
@@ -131,8 +130,9 @@ def write_fairseq2(pairs: Path, to: Path, tokenizer: PreTrainedTokenizerBase) ->
                     exported.leave_out(row)
                 else:
                     rows.append(row)
-            _write_lines(file_of(split), rows)
-            exported.pairs[split] = exported.pairs.get(split, 0) + len(rows)
+            if rows:
+                _write_lines(file_of(split), rows)
+                exported.pairs[split] = exported.pairs.get(split, 0) + len(rows)
     if not sum(exported.pairs.values()):
         reasons = "; ".join(f"{count} {reason}" for reason, count in exported.left_out.items())
         raise DataError(f"no pair can be written for fairseq2: {reasons}")
@@ -196,29 +196,54 @@ def _scored(
 
 
 @contextmanager
+def _all_or_none(to: Path, exported: Exported) -> Iterator[Callable[[str], Path]]:
+    """Yields what gives, for a file's name, a path to write it at: all files take their places durably at the end, or none is
+    left, nor `to` if it was made here.
+    """
+    there, temporaries = to.exists(), []
+    try:
+        with ExitStack() as places:
+
+            def place(name: str) -> Path:
+                exported.files.append(to / name)
+                temporaries.append(places.enter_context(durable.replacing(to / name)))
+                return temporaries[-1]
+
+            yield place
+            # before any of them is renamed: what a disk refuses, it refuses here
+            with durable.explaining_disk(to):
+                for temporary in temporaries:
+                    durable.flush(temporary)
+    except BaseException:
+        if not there:
+            with suppress(OSError):
+                to.rmdir()
+        raise
+
+
+@contextmanager
 def _by_split(
-    to: Path, exported: Exported, opened: Callable[[Path], Any], suffix: str
+    place: Callable[[str], Path], opened: Callable[[Path], Any], suffix: str
 ) -> Iterator[Callable[[str], Any]]:
-    """Opens the file of a split as it is first asked for; all take their places durably at the end, or none is left."""
+    """Opens the file of a split as it is first asked for; closes all."""
     files: dict[str, Any] = {}
-    with durable.explaining_disk(to):
-        to.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
 
         def file_of(split: str) -> Any:
             if split not in files:
-                path = to / f"{SPLITS[split]}.{suffix}"
-                files[split] = stack.enter_context(opened(stack.enter_context(durable.replacing(path))))
-                exported.files.append(path)
+                files[split] = stack.enter_context(opened(place(f"{SPLITS[split]}.{suffix}")))
             return files[split]
 
         yield file_of
 
 
+def _parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd")
+
+
+def _text(path: Path) -> IO[str]:
+    return path.open("w", encoding="utf-8")
+
+
 def _write_lines(file: IO[str], rows: list[dict[str, Any]]) -> None:
     file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
-def _add_text(exported: Exported, path: Path, text: str) -> None:
-    durable.write_text(path, text)
-    exported.files.append(path)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.markdown import markdown_table
+from pipeline.artifacts.markdown import markdown_table, name_for_others
 from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
@@ -163,22 +163,21 @@ def _replace(directory: Path, write: Callable[[Path], None], check: Callable[[Pa
 
 
 def model_card(config: Config, run: str, reference_id: str, pairs: int, results: dict[str, float | None]) -> str:
-    """The model card: base, data, settings and results of this run."""
+    """The model card: base, data, settings and results of this run; it may be published, so no path of this machine is in it."""
     from huggingface_hub import ModelCardData
 
-    train, base, objective = config.train, config.policy.model, objective_of(config.train)
-    on_the_hub = "/" in base and not Path(base).exists()
+    train, base, objective = config.train, name_for_others(config.policy.model), objective_of(config.train)
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag=objective.pipeline_tag,
         tags=["refscore", "reward-model" if train.objective == "reward" else "dpo"],
-        base_model=base if on_the_hub else None,
+        base_model=base if "/" in base and not base.startswith("embedded:") else None,
     )
     against = "without a reference"
     if not reference_free(train):
-        named = f"`{config.reference.model}` (reference_id `{reference_id[:16]}`)"
+        named = f"`{name_for_others(config.reference.model)}` (reference_id `{reference_id[:16]}`)"
         against = f"against stored log-probabilities of the reference {named}"
-    data = ", ".join(f"`{path}`" for path in config.data.path)
+    data = ", ".join(f"`{name_for_others(path)}`" for path in config.data.path)
     figures = [[name, f"{value:.4f}"] for name, value in results.items() if value is not None]
     parts = [
         f"---\n{front.to_yaml()}\n---\n# {run}",
