@@ -154,7 +154,7 @@ def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = No
 
 def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:
     """Writes tables of `schema` one after the other in this project's encoding, without any protocol around it."""
-    metadata = {**(schema.metadata or {}), _FORMAT_KEY: str(format_of(schema)).encode()}
+    metadata = {**(schema.metadata or {}), _FORMAT_KEY: str(format_of(schema) or FORMAT).encode()}
     if about is not None:
         metadata[b"refscore"] = json.dumps(about, sort_keys=True).encode()
     schema = schema.with_metadata(metadata)
@@ -169,9 +169,12 @@ def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None =
     )
 
 
-def format_of(schema: pa.Schema) -> int:
-    """The format that a table was written in, or is to be written in."""
-    return int((schema.metadata or {}).get(_FORMAT_KEY, FORMAT))
+def format_of(schema: pa.Schema) -> int | None:
+    """The format that a table was written in, or is to be written in; None if what it says is no number."""
+    try:
+        return int((schema.metadata or {}).get(_FORMAT_KEY, FORMAT))
+    except ValueError:
+        return None
 
 
 def in_format_of(path: Path, schema: pa.Schema) -> bool:
@@ -268,7 +271,9 @@ def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _must_be_known(path: Path, found: pa.Schema, declared: pa.Schema) -> None:
-    made_in, known = format_of(found), format_of(declared)
+    made_in, known = format_of(found), format_of(declared) or FORMAT
+    if made_in is None:
+        raise DataError(f"{path} says a format that is no number, so no refscore wrote it: make it again")
     if made_in > known:
         raise DataError(
             f"{path} has format {made_in}, written by a newer refscore; this one reads up to {known}: update refscore, or "

@@ -72,6 +72,17 @@ def test_an_older_format_is_met_with_what_to_run(tmp_path):
     assert not in_format_of(tmp_path / "none.parquet", tables.PAIRS)
 
 
+@pytest.mark.parametrize("said", [b"two", b"", b"1.5", b"\xff"])
+def test_a_format_that_is_no_number_is_a_message(tmp_path, said):
+    path = tmp_path / "dropped.parquet"
+    pq.write_table(dropped().replace_schema_metadata({b"refscore_format": said}), path)
+    assert not in_format_of(path, DROPPED)
+    with pytest.raises(DataError, match=r"says a format that is no number.*make it again"):
+        read_table(path, DROPPED)
+    with pytest.raises(DataError, match="no number"):
+        list(tables.read_groups(path, DROPPED, ["source"]))
+
+
 @pytest.mark.parametrize("lists", [[[1.0, -2.0], [], [3.0]], [[]], []])
 def test_lists_come_back_as_they_were(lists):
     column = list_column([np.float32(values) for values in lists], LISTS)
