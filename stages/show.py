@@ -82,7 +82,10 @@ def _extent(path: Path) -> str:
     if path.is_dir():
         return f"{sum(1 for _ in path.iterdir())} entries"
     if path.suffix == ".parquet":
-        return str(pl.scan_parquet(path).select(pl.len()).collect().item())
+        try:
+            return str(pl.scan_parquet(path).select(pl.len()).collect().item())
+        except (pl.exceptions.PolarsError, OSError):
+            return "unreadable"  # shown itself, it says why
     return ""
 
 

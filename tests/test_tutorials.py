@@ -12,6 +12,8 @@ from tests.conftest import ROOT, make_tiny_model, preference_rows, write_rows
 
 PAGES = sorted((ROOT / "docs/tutorials").glob("*.md"))
 WHOLE = bool(os.environ.get("REFSCORE_TUTORIALS"))
+# the others take minutes
+ALWAYS = ("own_data", "trl")
 _BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
 
 
@@ -20,12 +22,13 @@ def test_every_tutorial_is_listed():
     assert len(PAGES) == 5
     for page in PAGES:
         assert f"(tutorials/{page.name})" in index
+    assert f"`make tutorials` runs all, `make test` {' and '.join(f'{name}.md' for name in ALWAYS)}." in index
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_tutorial_runs_word_for_word(page, tmp_path):
-    if not WHOLE and page.stem not in ("own_data", "trl"):
+    if not WHOLE and page.stem not in ALWAYS:
         pytest.skip("make tutorials runs this one: it takes minutes")
     make_tiny_model(tmp_path / "my/model", max_position_embeddings=2048)
     write_rows(tmp_path / "my_pairs.jsonl", preference_rows(120))

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import Node, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 _LARGEST = 2**63 - 1
 
@@ -38,6 +39,15 @@ class _Constructor(SafeConstructor):
             raise ConstructorError(None, None, f"{node.value!r} is no !!{tag}", node.start_mark) from None
 
 
+class _Representer(SafeRepresenter):
+    def represent_str(self, data: str) -> ScalarNode:
+        # read back, line breaks that are no \n would be others
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        node: ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+        return node
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
 
 
@@ -95,6 +105,7 @@ def _yaml() -> YAML:
     # pure: the C library knows YAML 1.1 alone
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 100

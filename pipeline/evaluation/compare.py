@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from pipeline.artifacts.runs import Run, read_saved_config
+from pipeline.artifacts.runs import Run, finished_stages, read_saved_config
 from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
@@ -91,19 +91,25 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 def unlike(runs: Sequence[Run]) -> list[str]:
     """Sentences about what keeps these runs from being compared figure by figure; none if nothing does."""
-    models = {run.name: str(_flat(read_saved_config(run)).get("policy.model")) for run in runs}
+    references, opponents = _references(runs), _opponents(runs)
     sentences = []
-    if several := _grouped(_references(runs)):
+    if several := _grouped(references):
         sentences.append(
             f"trained against different references: {several}. Win rates, rewards and KL are against each run's own, so that "
             "no difference between them is tested, and no frontier is drawn"
         )
-    elif several := _grouped(_opponents(runs)):
+    elif several := _grouped(opponents):
         sentences.append(
             f"the reference wrote other responses: {several}. Win rates are against different opponents, so that only the "
             "implicit judge is compared prompt by prompt"
         )
-    if several := _grouped(models):
+    unknown = [run.name for run in runs if run.judgements.is_file() and opponents[run.name] is None]
+    if unknown and any(opponents.values()):
+        sentences.append(
+            f"which responses the reference wrote is not known of {', '.join(unknown)}, so that with other runs only the "
+            "implicit judge is compared prompt by prompt: 'refscore eval' again notes them"
+        )
+    if several := _grouped(_policies(runs)):
         sentences.append(f"start from different models: {several}. What differs is not the training alone")
     return sentences
 
@@ -131,6 +137,14 @@ def _references(runs: Sequence[Run]) -> dict[str, str | None]:
 
 def _opponents(runs: Sequence[Run]) -> dict[str, str | None]:
     return {run.name: read_about(run.samples).get("keys", {}).get("reference") for run in runs}
+
+
+def _policies(runs: Sequence[Run]) -> dict[str, str | None]:
+    """The model that each run's training began from: its digest where all runs say it, else as it was named."""
+    digests = {run.name: finished_stages(run).get("train", {}).get("policy") for run in runs}
+    if all(isinstance(digest, str) for digest in digests.values()):
+        return digests
+    return {run.name: str(_flat(read_saved_config(run)).get("policy.model")) for run in runs}
 
 
 def _grouped(values: Mapping[str, str | None]) -> str:

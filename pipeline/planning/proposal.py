@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -36,6 +37,7 @@ _SMALL_MODEL = 1e9
 _TELLS_APART, _SOME_PAIRS, _AGREES = 0.1, 20, 0.55
 _RULES = ("complete_and_concise", "json_valid", "no_repetition")
 _FLUENCY = "no_repetition"
+_UNREADABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Proposal:
             start = f"{'  ' if name else ''}# "
             lines += textwrap.wrap(" ".join(choice.because.split()), 98, initial_indent=start, subsequent_indent=start)
             lines.append(f"{'  ' if name else ''}{name or of}: {choice.shown}")
-        return "\n".join([*lines, ""])
+        # names of files may hold what YAML reads as another sign, or not at all
+        return _UNREADABLE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", "\n".join([*lines, ""]))
 
 
 def propose(found: Survey) -> Proposal:

@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline.config import files
+from pipeline.config.documents import read_yaml, write_yaml
 from pipeline.config.experiment import Config
 from pipeline.config.files import PRESETS, dump_config, load_config, split_overrides
 from pipeline.errors import ConfigError
@@ -53,6 +54,13 @@ def test_numbers_are_those_of_yaml_1_2_and_words_stay_words(tmp_path):
     assert (config.data.path, config.train.learning_rate, config.train.beta) == (["on", "yes"], 1e-6, 0.5)
     again = write(tmp_path, dump_config(config))
     assert load_config(again) == config
+
+
+@pytest.mark.parametrize("sign", "\x1b\x7f\x85\x9f\u2028\u2029\ufeff\uffff\U0001f600é\"'\\\t\n\r")
+@pytest.mark.parametrize("around", ["{}", "a{}b", " {}{} ", "a {}\n b"])
+def test_any_text_is_read_back_as_it_was_written(sign, around):
+    text = around.format(sign, sign)
+    assert read_yaml(write_yaml({"data": {"path": [text]}, text: text})) == {"data": {"path": [text]}, text: text}
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_known_name(tmp_path):

@@ -107,6 +107,36 @@ def test_other_opponents_and_other_starts_are_said(tmp_path):
     assert models.startswith("start from different models: one (a); two (b)")
 
 
+def began_from(run, policy):
+    durable.write_json(run.provenance, {"stages": {"train": {"policy": policy}}})
+    return run
+
+
+def test_where_trainings_began_is_told_by_what_the_model_is_not_by_its_name(tmp_path):
+    one, two = make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0)
+    for run, name in ((one, "a"), (two, "b")):
+        durable.write_text(run.config, f"policy: {{model: {name}}}\n")
+        began_from(run, "c" * 64)
+    assert unlike([one, two]) == []
+    durable.write_text(two.config, "policy: {model: a}\n")
+    began_from(two, "d" * 64)
+    (sentence,) = unlike([one, two])
+    assert sentence.startswith("start from different models: one (cccccccccccc); two (dddddddddddd)")
+    # a run of before, or one that is not trained, says its name alone
+    began_from(two, None)
+    assert unlike([one, two]) == []
+
+
+def test_an_opponent_that_is_not_known_is_said(tmp_path):
+    one, two = make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0, opponent=None)
+    assert differences([one, two]) == []
+    (sentence,) = unlike([one, two])
+    assert sentence.startswith("which responses the reference wrote is not known of two, so that")
+    # a run that nobody judged has no opponent to be known
+    two.judgements.unlink()
+    assert unlike([one, two]) == []
+
+
 def test_settings_and_figures_stand_side_by_side(tmp_path):
     runs = [make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0)]
     assert differing_settings(runs) == [["train.beta", "1.0", "2.0"]]

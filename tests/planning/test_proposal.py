@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config.documents import read_yaml
 from pipeline.config.files import load_config, load_overrides
 from pipeline.pairs.preferences import Preference
 from pipeline.planning import proposal
@@ -168,3 +169,11 @@ def test_the_text_reads_back_whatever_the_names_are(tmp_path):
     assert config.data.path == names
     assert config.train.learning_rate == 5e-6
     assert Choice("a.b", True, "").shown == "true"
+
+
+@pytest.mark.parametrize("sign", '\x1b\x7f\x85\x9f\u2028\ufeff\uffff\udcff\U0001f600é"\\\t')
+def test_a_file_of_any_name_is_read_back_as_itself(sign):
+    name = f"my{sign}pairs.jsonl"
+    proposal = Proposal([Choice("data.path", name, f"{name}: TRL explicit")])
+    text = proposal.text(f"Written for {name}")
+    assert read_yaml(text.encode().decode()) == {"data": {"path": name}}

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import polars as pl
 import pytest
 
 from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore_here, write_rows
@@ -135,6 +136,17 @@ def test_what_a_user_gets_wrong_is_a_message_and_a_code(tmp_path, tiny_model, ar
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
     said = refscore_here(tmp_path, *arguments, code=code)
     assert text in " ".join(said.split())
+
+
+def test_a_directory_is_shown_with_what_cannot_be_read_in_it(tmp_path):
+    pl.DataFrame({"a": [1, 2, 3]}).write_parquet(tmp_path / "whole.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+    rows = {
+        line.split()[0]: line.split()[1]
+        for line in refscore_here(tmp_path, "show", ".").splitlines()
+        if "parquet" in line
+    }
+    assert rows == {"torn.parquet": "unreadable", "whole.parquet": "3"}
 
 
 def test_validate_counts_and_shows_rows_without_a_model(tmp_path):
