@@ -108,8 +108,8 @@ def must_take(to: Path, format_name: str, *, with_card: bool = True) -> None:
         raise ConfigError(f"--to {to} holds an export for {mark[1]}: name another directory for {format_name}")
     if with_card and others and not mark:
         raise ConfigError(
-            f"--to {to} holds {min(others)}, and no README.md of an export, so nothing is written there: name a new or "
-            "empty directory, or remove what is in this one"
+            f"--to {to} holds {min(others)} and no README.md that marks it as an export, so nothing is written there: "
+            "name a new or empty directory, or remove what is in this one"
         )
 
 

@@ -400,7 +400,7 @@ def test_what_no_export_wrote_is_not_written_over(scored, tmp_path):
         to.mkdir()
         (to / name).write_text(text)
         said = refscore_here(scored, "export", "--run", "r", "--format", "jsonl", "--to", to, code=2)
-        assert f"holds {name}, and no README.md of an export" in said
+        assert f"holds {name} and no README.md that marks it as an export" in said
         assert [(file.name, file.read_text()) for file in to.iterdir()] == [(name, text)]
         assert "no directory" in refscore_here(
             scored, "export", "--run", "r", "--format", "jsonl", "--to", to / name, code=2

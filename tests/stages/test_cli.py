@@ -31,6 +31,8 @@ COMMANDS = [
     ("pairs",),
     ("iterate",),
     ("export",),
+    ("push",),
+    ("repeat",),
     ("doctor",),
     ("store",),
     ("store", "ls"),
