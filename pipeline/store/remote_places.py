@@ -31,6 +31,11 @@ class RemotePlace:
             self._files, self._root = fsspec.url_to_fs(self._url)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"store {url}: {error} (for s3:// install refscore with the extra 's3')") from None
+        except Exception as error:  # noqa: BLE001  # some backends connect here, each with errors of its own
+            raise RefscoreError(
+                f"store {url} cannot be reached ({first_line(error)}): check the URL, the network and the credentials in the "
+                "environment, or leave this place out of reference.store"
+            ) from None
         self._cache = CACHE / reference_id
         self._unsound: set[str] = set()
 

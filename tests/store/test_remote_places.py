@@ -256,3 +256,8 @@ def test_a_place_without_put_if_absent_takes_the_name_for_the_content(bucket, mo
     assert asked == ["create", "overwrite"] * 2  # reference.json and the shard
     assert len(objects(bucket)[1]) == 1
     assert not len(store.lookup(keys(scored(1))).missing)
+
+
+def test_a_backend_that_connects_when_it_is_opened_and_cannot_is_a_message():
+    with pytest.raises(RefscoreError, match=r"ftp://127.0.0.1:9/s cannot be reached .*network"):
+        Store(["ftp://127.0.0.1:9/s"], REFERENCE)
