@@ -95,7 +95,8 @@ def local_path(name: str) -> Path:
         if path.is_file():
             return path
     raise DataError(
-        f"{name}: no such file comes with refscore; there are train.jsonl and eval.jsonl in embedded:demo/ and embedded:bad_rule/, and embedded:demo/confirm.jsonl"
+        f"{name}: no such file comes with refscore; there are train.jsonl and eval.jsonl in embedded:demo/ and embedded:bad_rule/, "
+        "and confirm.jsonl in embedded:demo/"
     )
 
 
