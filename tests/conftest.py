@@ -49,6 +49,20 @@ def _in_its_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left_for_the_next() -> Iterator[None]:
+    """What a test says to the environment, or how it made this process speak, is taken back."""
+    before, limit = dict(os.environ), sys.getrecursionlimit()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    sys.setrecursionlimit(limit)
+    if console := sys.modules.get("stages.console"):
+        console.speak()
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture
 def all_processors() -> Iterator[None]:
     """For tests of several engines: every processor of the machine, also beside another worker of pytest's."""

@@ -119,7 +119,7 @@ def scratch_place() -> str | None:
     It goes when the process ends; what killed ones left is removed by the next.
     """
     here = CACHE.absolute() / "work" / f"{os.getpid()}-{_machine()}"
-    if here in _WORKED_IN:
+    if here in _WORKED_IN and here.is_dir():  # somebody may have removed data/ meanwhile
         return str(here)
     # of a process that was killed, and had the same number
     shutil.rmtree(here, ignore_errors=True)

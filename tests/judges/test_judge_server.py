@@ -113,10 +113,10 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(server, tmp_path):
 
 
 def test_vllm_holds_a_reasoned_reply_to_the_schema(server, tmp_path):
-    """The model knows A and B alone, so that it never ends the comparison: cut off, but JSON as far as it goes."""
+    """The model was taught A and B alone: it is cut off in the comparison or before it, but what there is is the schema's JSON."""
     judge = JudgeConfig(name=f"llm:{server}", verdict="reasoning", max_tokens=40)
     duel = Duel(Prompt("0", "prompt"), Response("rice", "stop"), Response("a cat", "stop"))
     assert open_judge(judge, JudgeContext(tmp_path)).prefer([duel]) == [None]
     (file,) = tmp_path.iterdir()
     reply = json.loads(file.read_text())["reply"]
-    assert re.fullmatch(r'<think>\{\s*"comparison"\s*:\s*"[^"]*', reply)
+    assert re.fullmatch(r'<think>\{\s*("comparison"\s*:\s*"[^"]*)?', reply)

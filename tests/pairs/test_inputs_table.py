@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -455,6 +456,15 @@ NEAR = {
 }  # fmt: skip
 
 TABLE = FILES | SOURCES | {f"row: {name}": row for name, row in ROWS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _as_deep_as_python_goes_by_default():
+    """Some library may have raised the limit in this process."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,8 @@ def test_a_stopped_training_says_from_which_step_it_goes_on_and_does(tmp_path, c
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
     command = ["train", "--config", str(config), "--run", "r"]
     done = subprocess.run(
-        [sys.executable, "-c", STOPPED.format(signal=name), *command],
+        # as from a terminal: these tests may have been started with nohup
+        [sys.executable, "-c", "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)" + STOPPED.format(signal=name), *command],
         cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120,
     )  # fmt: skip
     how = "interrupted" if name == "SIGINT" else f"stopped by {name}"

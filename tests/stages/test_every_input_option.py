@@ -89,6 +89,7 @@ def ground(tmp_path_factory, tiny_model):
     return where, experiment(where, tiny_model, where / "preferences.jsonl"), {}
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("field", CHANGES)
 def test_changing_it_changes_something(ground, field, monkeypatch):
     where, config, known = ground
