@@ -93,13 +93,14 @@ def main() -> None:
     """Prepare, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", choices=KINDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     if arguments.one:
         print("RESULT " + json.dumps(one(arguments.one)))
         return
     prepare()
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for _ in range(ROUNDS):
+    for _ in range(arguments.rounds):
         for kind in KINDS:
             done = subprocess.run(
                 [sys.executable, "-m", "tests.benchmarks.exchange", "--one", kind], cwd=ROOT, stdout=subprocess.PIPE,
