@@ -41,6 +41,16 @@ class StoredReference:
     """
 
     check_pairs = 8
+    _in_use = False
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Train; refused if the trainer behind this class took its data and its reference in a way of its own."""
+        if not self._in_use:
+            raise ValueError(
+                f"{type(self).__name__} does not prepare its data as TRL's DPOTrainer does, so no stored score is used: it would "
+                "compute a reference of its own"
+            )
+        return super().train(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, _processing_class: Any, args: Any, dataset_name: str) -> Any:
         if not hasattr(dataset, "__len__"):
@@ -67,6 +77,7 @@ class StoredReference:
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, _batch_size: int) -> Any:
         if self.ref_model is not None:
             raise ValueError("leave ref_model out: the scores are stored, and a model would stay in memory unused")
+        self._in_use = True
         if number := min(self.check_pairs, len(dataset)):
             last = len(dataset) - 1
             self._must_agree(name, [dataset[row * last // max(1, number - 1)] for row in range(number)])

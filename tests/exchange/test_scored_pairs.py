@@ -168,6 +168,25 @@ def test_settings_that_the_scores_do_not_fit_are_refused(
         )
 
 
+def test_a_trainer_that_passes_the_preparation_by_does_not_train(for_trl, stored_reference, tiny_model, tmp_path):
+    """As LLaMA-Factory's does, whose constructor is that of transformers' Trainer: no score would be used, without a word."""
+    from datasets import load_dataset
+    from transformers import Trainer
+    from trl import DPOTrainer
+
+    class OfItsOwn(DPOTrainer):
+        def __init__(self, **kwargs):
+            Trainer.__init__(self, **kwargs)
+
+    class Mixed(stored_reference.StoredReference, OfItsOwn):
+        pass
+
+    data = load_dataset(str(for_trl), cache_dir=str(tmp_path / "cache"))
+    trainer = Mixed(model=loaded(tiny_model)[0], args=arguments(tmp_path), train_dataset=data["train"])
+    with pytest.raises(ValueError, match="Mixed does not prepare its data as TRL's"):
+        trainer.train()
+
+
 def test_data_without_scores_is_refused(for_trl, stored_reference, tiny_model, tmp_path):
     from datasets import load_dataset
 
