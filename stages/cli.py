@@ -10,16 +10,12 @@ import typer
 
 from pipeline.version import __version__
 from stages import console, ending, manner
+from stages.options import DEMO, ConfigOption, JsonOption, RunOption, RunsArgument, SetOption, run_names
+from stages.store_commands import store_app
 
 if TYPE_CHECKING:
     from pipeline.artifacts.runs import Run
     from pipeline.config.experiment import Config
-
-
-def _run_names() -> list[str]:
-    from pipeline.artifacts.runs import existing_runs
-
-    return existing_runs()
 
 
 def _version(value: bool) -> None:
@@ -36,24 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", help="YAML file of the experiment, or a preset's name.", show_default=True)
-]
-RunOption = Annotated[
-    str | None,
-    typer.Option("--run", help="Name of the run; default: the configuration's file name.", autocompletion=_run_names),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="FIELD=VALUE", help="Override, e.g. train.beta=0.05; repeatable, or several in one text."
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="One JSON value on standard output; what is said goes to the error stream.")
-]
-DEMO = Path("demo")
-RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.", autocompletion=_run_names)]
+app.add_typer(store_app, name="store")
 
 
 @app.callback()
@@ -172,7 +151,7 @@ def rm(
 def prune(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN...]", help="Names of runs; default: all.", autocompletion=_run_names),
+        typer.Argument(metavar="[RUN...]", help="Names of runs; default: all.", autocompletion=run_names),
     ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Do it.")] = False,
 ) -> None:
@@ -375,92 +354,6 @@ def judges(
     stage.main(open_run(run) if run is not None else None, annotations, against)
 
 
-store_app = typer.Typer(cls=manner.Commands, help="The store of reference scores.", no_args_is_help=True)
-app.add_typer(store_app, name="store")
-StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]
-OwnStoreOption = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        help="The store here; default: the first place of the configuration's reference.store, else data/store.",
-    ),
-]
-
-
-@store_app.command(name="ls")
-def store_ls(store: StoreOption = "data/store", json: JsonOption = False) -> None:
-    """References in the store: sequences, tokens, bytes, and which runs use them."""
-    console.answer_alone(json)
-    from stages import store as stage
-
-    stage.ls(store)
-
-
-@store_app.command(name="verify")
-def store_verify(store: StoreOption = "data/store") -> None:
-    """Check every shard's bytes, schema and values; damaged ones are set aside."""
-    from stages import store as stage
-
-    stage.verify(store)
-
-
-@store_app.command(name="gc")
-def store_gc(
-    store: StoreOption = "data/store",
-    apply: Annotated[bool, typer.Option("--apply", help="Do it: remove leftovers, merge small shards.")] = False,
-    unreferenced: Annotated[
-        bool, typer.Option("--unreferenced", help="With --apply: delete references that no run in data/runs uses.")
-    ] = False,
-) -> None:
-    """Leftovers of killed writers, unused references, small shards to merge; changes nothing without --apply."""
-    from stages import store as stage
-
-    stage.gc(store, apply=apply, unreferenced=unreferenced)
-
-
-@store_app.command(name="push")
-def store_push(
-    to: Annotated[str, typer.Argument(help="Store to copy to: a directory or a URL (s3://..., hf://datasets/...).")],
-    store: OwnStoreOption = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
-    ] = None,
-    set_: SetOption = None,
-) -> None:
-    """Publish scores: copy a store, or the part that a data set needs, to a bucket, a Hub data set or a directory."""
-    from stages import store as stage
-
-    stage.push(store, to, _some_config(config, set_))
-
-
-@store_app.command(name="pull")
-def store_pull(
-    source: Annotated[str, typer.Argument(metavar="FROM", help="Store to copy from: a directory or a URL.")],
-    store: OwnStoreOption = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
-    ] = None,
-    set_: SetOption = None,
-) -> None:
-    """Fetch scores that others published, or the part of them that a data set needs."""
-    from stages import store as stage
-
-    stage.pull(source, store, _some_config(config, set_))
-
-
-@store_app.command(name="explain")
-def store_explain(
-    config: ConfigOption = DEMO,
-    set_: SetOption = None,
-    row: Annotated[int | None, typer.Option("--row", min=0, help="Only the pair from this row of its source.")] = None,
-) -> None:
-    """Hit or miss for a configuration or a row, and on a miss what differs from the nearest that is stored."""
-    from pipeline.config.files import load_config
-    from stages import store as stage
-
-    stage.explain(load_config(config, set_ or []), row)
-
-
 @app.command()
 def doctor() -> None:
     """What this machine has, and what is missing, with the fix."""
@@ -472,15 +365,6 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: run a command, turn every failure into a message and an exit code."""
     ending.finish(ending.run(app))
-
-
-def _some_config(config: Path | None, overrides: list[str] | None) -> Config | None:
-    from pipeline.config.files import load_config
-    from pipeline.errors import ConfigError
-
-    if config is None and overrides:
-        raise ConfigError("--set changes a configuration: name it with --config")
-    return load_config(config, overrides or []) if config else None
 
 
 def _open(config: Path, run: str | None, overrides: list[str] | None) -> tuple[Config, Run]:

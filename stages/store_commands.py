@@ -1,0 +1,106 @@
+"""`refscore store ...` on the command line; what the commands do stands in stages/store.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stages import console, manner
+from stages.options import DEMO, ConfigOption, JsonOption, SetOption
+
+if TYPE_CHECKING:
+    from pipeline.config.experiment import Config
+
+store_app = typer.Typer(cls=manner.Commands, help="The store of reference scores.", no_args_is_help=True)
+StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]
+OwnStoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="The store here; default: the first place of the configuration's reference.store, else data/store.",
+    ),
+]
+PartOption = Annotated[
+    Path | None, typer.Option("--config", help="Only what this configuration's data needs; default: everything.")
+]
+
+
+@store_app.command(name="ls")
+def store_ls(store: StoreOption = "data/store", json: JsonOption = False) -> None:
+    """References in the store: sequences, tokens, bytes, and which runs use them."""
+    console.answer_alone(json)
+    from stages import store as stage
+
+    stage.ls(store)
+
+
+@store_app.command(name="verify")
+def store_verify(store: StoreOption = "data/store") -> None:
+    """Check every shard's bytes, schema and values; damaged ones are set aside."""
+    from stages import store as stage
+
+    stage.verify(store)
+
+
+@store_app.command(name="gc")
+def store_gc(
+    store: StoreOption = "data/store",
+    apply: Annotated[bool, typer.Option("--apply", help="Do it: remove leftovers, merge small shards.")] = False,
+    unreferenced: Annotated[
+        bool, typer.Option("--unreferenced", help="With --apply: delete references that no run in data/runs uses.")
+    ] = False,
+) -> None:
+    """Leftovers of killed writers, unused references, small shards to merge; changes nothing without --apply."""
+    from stages import store as stage
+
+    stage.gc(store, apply=apply, unreferenced=unreferenced)
+
+
+@store_app.command(name="push")
+def store_push(
+    to: Annotated[str, typer.Argument(help="Store to copy to: a directory or a URL (s3://..., hf://datasets/...).")],
+    store: OwnStoreOption = None,
+    config: PartOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Publish scores: copy a store, or the part that a data set needs, to a bucket, a Hub data set or a directory."""
+    from stages import store as stage
+
+    stage.push(store, to, _some_config(config, set_))
+
+
+@store_app.command(name="pull")
+def store_pull(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="Store to copy from: a directory or a URL.")],
+    store: OwnStoreOption = None,
+    config: PartOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Fetch scores that others published, or the part of them that a data set needs."""
+    from stages import store as stage
+
+    stage.pull(source, store, _some_config(config, set_))
+
+
+@store_app.command(name="explain")
+def store_explain(
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    row: Annotated[int | None, typer.Option("--row", min=0, help="Only the pair from this row of its source.")] = None,
+) -> None:
+    """Hit or miss for a configuration or a row, and on a miss what differs from the nearest that is stored."""
+    from pipeline.config.files import load_config
+    from stages import store as stage
+
+    stage.explain(load_config(config, set_ or []), row)
+
+
+def _some_config(config: Path | None, overrides: list[str] | None) -> Config | None:
+    from pipeline.config.files import load_config
+    from pipeline.errors import ConfigError
+
+    if config is None and overrides:
+        raise ConfigError("--set changes a configuration: name it with --config")
+    return load_config(config, overrides or []) if config else None
