@@ -163,3 +163,15 @@ def test_a_format_of_its_own_makes_no_other_training_of_a_finished_one(tmp_path,
     other = ("--config", config, "--run", "r", "--set", "data.eval_fraction=0.5")
     refscore_here(tmp_path, "precompute", *other)
     assert "data.eval_fraction: 0.25 -> 0.5" in refscore_here(tmp_path, "train", *other, code=2)
+
+
+def test_a_training_makes_pairs_of_an_earlier_format_anew_by_itself(tmp_path, tiny_model):
+    """From the store alone: the engine that scored them is not there, and no precompute comes first."""
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(8)))
+    for stage in ("precompute", "train"):
+        refscore_here(tmp_path, stage, "--config", config, "--run", "r")
+    pairs = tmp_path / "data/runs/r/pairs.parquet"
+    before = read_table(pairs, PAIRS)
+    as_format_one(pairs)
+    assert "nothing to train" in refscore_here(tmp_path, "train", "--config", config, "--run", "r")
+    assert read_table(pairs, PAIRS).equals(before)
