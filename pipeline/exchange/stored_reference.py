@@ -16,7 +16,7 @@ This file needs trl and nothing of refscore; `refscore export --format trl` puts
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import trl
 from trl import DPOTrainer  # type: ignore[attr-defined]  # it is a lazy module
@@ -50,7 +50,7 @@ class StoredReference:
                 f"{type(self).__name__} does not prepare its data as TRL's DPOTrainer does, so no stored score is used: it would "
                 "compute a reference of its own"
             )
-        return super().train(*args, **kwargs)
+        return cast(Any, super()).train(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, _processing_class: Any, args: Any, dataset_name: str) -> Any:
         if not hasattr(dataset, "__len__"):
