@@ -332,9 +332,10 @@ def repeat(
     from pipeline.artifacts.runs import open_run
     from stages import repeat as stage
 
+    to_repeat = open_run(name)
     again = open_run(run if run is not None else f"{name}-again")
     with ending.interruptible(ending.from_the_last_stage):
-        stage.main(open_run(name), again, check_only=check)
+        stage.main(to_repeat, again, check_only=check)
 
 
 @app.command()

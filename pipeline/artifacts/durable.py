@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_beside(path)
     try:
         with explaining_disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             yield temporary
             flush(temporary)
             temporary.replace(path)
@@ -48,6 +48,15 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (*FULL, *REFUSED):
+            raise
+        raise RefscoreError(f"{directory} cannot be made ({error.strerror}): choose another place") from None
 
 
 def write_text(path: Path, text: str) -> None:

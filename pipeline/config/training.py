@@ -175,6 +175,13 @@ class TrainConfig(Section):
     )
     save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
 
+    @field_validator("report_to")
+    @classmethod
+    def _once_each(cls, trackers: list[str]) -> list[str]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("the same tracker is named twice")
+        return trackers
+
     @field_validator("loss_weights")
     @classmethod
     def _some_weight(cls, weights: list[float] | None) -> list[float] | None:

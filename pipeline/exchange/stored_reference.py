@@ -50,7 +50,7 @@ class StoredReference:
                 f"{type(self).__name__} does not prepare its data as TRL's DPOTrainer does, so no stored score is used: it would "
                 "compute a reference of its own"
             )
-        return cast(Any, super()).train(*args, **kwargs)
+        return cast("Any", super()).train(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, _processing_class: Any, args: Any, dataset_name: str) -> Any:
         if not hasattr(dataset, "__len__"):

@@ -120,6 +120,8 @@ def _answer(row: dict[str, Any]) -> Any:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file: verdicts are read from a file of JSON or JSONL")
     try:
         text = path.read_text(encoding="utf-8")
         rows = (

@@ -74,6 +74,13 @@ def test_a_directory_that_cannot_be_made_is_a_message(tmp_path, monkeypatch):
         durable.write_text(tmp_path / "below" / "x", "")
 
 
+def test_a_directory_below_what_holds_none_is_a_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "x", Path("/proc/none/x"), tmp_path / ("long" * 100) / "x"):
+        with pytest.raises(RefscoreError, match=r" cannot be made \(.+\): choose another place"):
+            durable.write_text(place, "")
+
+
 def test_a_fork_does_not_take_its_parents_working_files_along(tmp_path):
     code = WORKING.replace("if sys", "if not os.fork(): sys.exit()\nos.wait(); assert os.path.isdir(place)\nif sys")
     done = subprocess.run(

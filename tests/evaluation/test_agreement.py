@@ -215,6 +215,7 @@ def test_the_command_compares_files_and_says_why_it_cannot(tmp_path):
     )
     assert "--run NAME, or --annotations FILE" in refscore_here(tmp_path, "judges", code=2)
     assert "cannot be read" in refscore_here(tmp_path, "judges", "--annotations", "absent.json", code=3)
+    assert "is no file" in refscore_here(tmp_path, "judges", "--annotations", "/dev/null", code=3)
 
 
 def row_of(schema, **fields):

@@ -1,5 +1,7 @@
 """A judge's question in words of one's own: what the file must hold, what stays fenced, and that another text asks anew."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.config.judges import JudgeConfig
@@ -81,6 +83,11 @@ def test_another_text_in_the_same_file_is_asked_anew_and_the_same_text_is_not(se
         (b"\xff{prompt}{response_a}{response_b}", "cannot be read as UTF-8 text"),
         (b"", r"lacks \{prompt\}, \{response_a\}, \{response_b\}: write each where"),
         (b"{prompt} {response_a} {second}", r"lacks \{response_b\}: write each where"),
+        (
+            b"{prompt}{response_a}{response_b}" + b" " * (1 << 20),
+            "holds 1,048,608 bytes: a judge's question is a text of",
+        ),
+        (Path("/dev/null"), "is no file: a rubric is a text file"),
     ],
 )
 def test_a_file_that_is_no_rubric_is_refused_with_the_configuration_and_when_it_is_opened(
@@ -88,7 +95,9 @@ def test_a_file_that_is_no_rubric_is_refused_with_the_configuration_and_when_it_
 ):
     judge = JudgeConfig(name="llm:http://127.0.0.1:9/v1", rubric=str(rubric))
     rubric.unlink()
-    if content is not None:
+    if isinstance(content, Path):
+        rubric.symlink_to(content)
+    elif content is not None:
         rubric.write_bytes(content)
     with pytest.raises(ValueError, match=f"judge 'llm:.*{problem}"):
         JudgeConfig(name="llm:http://127.0.0.1:9/v1", rubric=str(rubric))

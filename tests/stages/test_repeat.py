@@ -170,3 +170,4 @@ def test_weights_in_shards_are_compared_too(tmp_path):
 
 def test_an_unknown_run(where):
     assert "refscore list" in refscore_here(where, "repeat", "none", code=2)
+    assert "run name '../none':" in refscore_here(where, "repeat", "../none", code=2)

@@ -120,6 +120,11 @@ def test_an_unknown_one_is_no_configuration(tiny_model, tmp_path):
     assert "report_to" in refscore_here(tmp_path, "plan", "--config", config, code=2)
 
 
+def test_one_named_twice_is_no_configuration(tiny_model, tmp_path):
+    config = experiment(tmp_path, tiny_model, tmp_path / "d.jsonl", train={"report_to": ["wandb", "wandb"]})
+    assert "the same tracker is named twice" in refscore_here(tmp_path, "plan", "--config", config, code=2)
+
+
 class Broken:
     def __init__(self, *_):
         self.logged = []
