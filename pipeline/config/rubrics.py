@@ -12,7 +12,7 @@ _LONGEST = 1 << 20
 
 
 def read_rubric(path: str) -> str:
-    """The file's text. Raises ConfigError if it cannot be read, lacks a placeholder, or cannot be a question: no file, too large."""
+    """The file's text. Raises ConfigError if it cannot be read, lacks a placeholder, or is no question: no file, too large."""
     place = Path(path).expanduser()
     if place.exists() and not place.is_file():
         raise ConfigError(f"rubric {path} is no file: a rubric is a text file, read anew by every command")
