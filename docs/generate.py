@@ -84,6 +84,7 @@ _MEANING = {
     "order": "which response stood first; `pair` for the implicit judge",
     "winner": "name of the model that won, `tie` or `failed`",
     "score": "1 the model won, 0 it lost, 0.5 a tie; null if the judge failed",
+    "words": "what a judge that writes wrote, or why it wrote nothing; null for other judges and in files of before",
     "key": "sha256 of reference_id, prompt ids and response ids",
     "prompt_tokens": "tokens of the prompt",
     "response_tokens": "tokens of the response",

@@ -125,6 +125,8 @@ JUDGEMENTS = pa.schema(
         ("order", pa.string()),
         ("winner", pa.string()),
         ("score", pa.float64()),
+        # what a judge that writes wrote, or why it did not
+        pa.field("words", pa.string(), metadata=_LATER),
     ]
 )
 # samples at temperature 1 with their logps under the model that wrote them and under the reference

@@ -63,7 +63,8 @@ class Comparison:
 class Judgement:
     """One row of judgements.parquet; `score` is the model's, None if the judge failed.
 
-    `winner` is the name of a model, "tie" or "failed"; `order` is "<name>_first", or "pair" for the implicit judge.
+    `winner` is the name of a model, "tie" or "failed"; `order` is "<name>_first", or "pair" for the implicit judge; `words`: what
+    a judge that writes wrote, or why it wrote nothing.
     """
 
     prompt_id: str
@@ -74,6 +75,7 @@ class Judgement:
     order: str
     winner: str
     score: float | None
+    words: str | None = None
 
 
 # how likely the first response is the better one, in [0, 1]; 0.5 a tie; None: no verdict could be had
@@ -83,12 +85,15 @@ Reward = Callable[[Sequence[Shown]], list[float | None]]
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge by name. `reward` is there if it gives one to single responses; `cost` says what its verdicts took."""
+    """A judge by name. `reward` is there if it gives one to single responses; `cost` says what its verdicts took; `words` gives
+    what it wrote to duels that it was asked about, None if nothing is known.
+    """
 
     name: str
     prefer: Prefer
     reward: Reward | None = None
     cost: Callable[[], dict[str, float]] = dict
+    words: Callable[[Sequence[Duel]], list[str | None]] | None = None
 
 
 def by_reward(name: str, reward: Reward, tie: float = 0.0) -> Judge:
@@ -121,20 +126,19 @@ def judge_both_orders(judge: Judge, comparisons: Sequence[Comparison]) -> list[J
         for item, straight in asked
     ]
     verdicts = iter(judge.prefer(duels) if duels else [])
+    said = iter(judge.words(duels) if judge.words and duels else [None] * len(duels))
     judgements = []
     for item in comparisons:
         for straight in (True, False):
             score: float | None = 0.5
+            words = None
             if item.response != item.against:
-                first = next(verdicts)
+                first, words = next(verdicts), next(said)
                 score = first if first is None or straight else 1.0 - first
             order = f"{item.model if straight else item.baseline}_first"
             winner = winner_of(score, item.model, item.baseline)
-            judgements.append(
-                Judgement(
-                    item.prompt.prompt_id, item.sample, judge.name, item.model, item.baseline, order, winner, score
-                )
-            )
+            of_what = (item.prompt.prompt_id, item.sample, judge.name, item.model, item.baseline)
+            judgements.append(Judgement(*of_what, order, winner, score, words))
     return judgements
 
 

@@ -58,8 +58,11 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = S
     asked: list[str] = []
     read = None if settings.verdict == "token" else read_verdict
 
+    def keys_of(duels: Sequence[Duel]) -> list[str]:
+        return [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
-        keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+        keys = keys_of(duels)
         asked.extend(keys)
 
         def ask(missing: dict[str, Duel]) -> None:
@@ -76,7 +79,7 @@ def open_local(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = S
             "tokens_out": sum(reply.tokens_out for reply in answered),
         }
 
-    return Judge(settings.shown, prefer, cost=cost)
+    return Judge(settings.shown, prefer, cost=cost, words=lambda duels: verdicts.words(keys_of(duels)))
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

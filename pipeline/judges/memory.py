@@ -40,6 +40,7 @@ class Verdicts:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, Verdict] = {}
+        self._failed: dict[str, str] = {}
         self._lock = threading.Lock()
         torn = False
         if path.is_file():
@@ -50,9 +51,12 @@ class Verdicts:
                 try:
                     fields = json.loads(line)
                     key = fields.pop("key")
-                    self._known[key] = Verdict(**fields)
+                    if "failed" in fields:
+                        self._failed[key] = str(fields["failed"])
+                    else:
+                        self._known[key] = Verdict(**fields)
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # torn by a kill, or a failure that is there for people
+                    continue  # torn by a kill
         path.parent.mkdir(parents=True, exist_ok=True)
         with explaining_disk(path), path.open("a", encoding="utf-8") as file:
             file.write("\n" if torn else "")
@@ -79,6 +83,16 @@ class Verdicts:
         verdicts = [self._known.get(key) for key in keys]
         return [None if one is None else read(one.reply) if read else one.value for one in verdicts]
 
+    def words(self, keys: Sequence[str]) -> list[str | None]:
+        """For each key the reply, or else why there is none; None if it was not asked."""
+        found = []
+        for key in keys:
+            verdict, reason = self._known.get(key), self._failed.get(key)
+            said = verdict.reply if verdict else f"failed: {reason}" if reason else None
+            # half a character cannot stand in a table
+            found.append(said and said.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return found
+
     def add(self, key: str, verdict: Verdict) -> None:
         """Keep a verdict, in memory and in the file."""
         self._known[key] = verdict
@@ -86,6 +100,7 @@ class Verdicts:
 
     def add_failure(self, key: str, reason: str) -> None:
         """Write down, for people, why there is no verdict. It is none: the next evaluation asks again."""
+        self._failed[key] = reason
         self._write({"key": key, "failed": reason})
 
     def __len__(self) -> int:

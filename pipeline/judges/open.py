@@ -72,4 +72,9 @@ def _panel(settings: JudgeConfig, context: JudgeContext) -> Judge:
                 total[name] = total.get(name, 0) + value
         return total
 
-    return Judge(settings.shown, prefer, cost=cost)
+    def words(duels: Sequence[Duel]) -> list[str | None]:
+        said = [(member.name, member.words(duels)) for member in members if member.words]
+        lines = [[f"{name}: {of_one[place]}" for name, of_one in said if of_one[place]] for place in range(len(duels))]
+        return ["\n".join(of_duel) or None for of_duel in lines]
+
+    return Judge(settings.shown, prefer, cost=cost, words=words)

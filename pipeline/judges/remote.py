@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -47,17 +48,23 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = 
     read = None if settings.verdict == "token" else read_verdict
     how = f"token {settings.min_mass}" if settings.verdict == "token" else f"reasoning {settings.max_tokens}"
 
+    @cache
+    def model() -> str:
+        return settings.model or _only_model(settings)
+
+    def keys_of(duels: Sequence[Duel]) -> list[str]:
+        identity = f"{settings.argument} {model()} {how} {wording(rubric)}"
+        return [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+
     def prefer(duels: Sequence[Duel]) -> list[float | None]:
-        model = settings.model or _only_model(settings)
-        identity = f"{settings.argument} {model} {how} {wording(rubric)}"
-        keys = [verdict_key(identity, (duel.prompt.text, duel.first.text, duel.second.text)) for duel in duels]
+        keys = keys_of(duels)
         asked.extend(keys)
 
         def ask(missing: dict[str, Duel]) -> None:
             turns = {key: question(duel, settings.verdict, rubric) for key, duel in missing.items()}
             _forecast(settings, turns, cost()["price"])
             with listener.progress(f"{settings.shown} judges", len(turns)) as ticker:
-                _ask_all(settings, model, form, turns, verdicts, ticker)
+                _ask_all(settings, model(), form, turns, verdicts, ticker)
 
         return verdicts.values(keys, duels, ask, read)
 
@@ -69,7 +76,7 @@ def open_remote(settings: JudgeConfig, verdicts: Verdicts, listener: Listener = 
         price = _price(settings, tokens_in, tokens_out)
         return {"requests": len(answered), "tokens_in": tokens_in, "tokens_out": tokens_out, "price": price}
 
-    return Judge(settings.shown, prefer, cost=cost)
+    return Judge(settings.shown, prefer, cost=cost, words=lambda duels: verdicts.words(keys_of(duels)))
 
 
 def _forecast(settings: JudgeConfig, turns: dict[str, str], spent: float) -> None:
