@@ -22,19 +22,30 @@ def visible(text: str) -> str:
 
 
 def marked(first: str, second: str) -> tuple[Markup, Markup]:
-    """Both texts escaped, words that only one of them has in <mark>; unmarked if they have little in common."""
-    left, right = (_PIECES.findall(visible(text)) for text in (first, second))
+    """Both texts escaped, words that only one of them has in <mark>; see `differing`."""
+    left, right = (
+        Markup("").join(
+            Markup("<mark>{}</mark>").format(text) if differs and not text.isspace() else escape(text)
+            for text, differs in side
+        )
+        for side in differing(first, second)
+    )
+    return left, right
+
+
+def differing(first: str, second: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Both texts in parts, in order, each with whether only this text has it; whole if they have little in common."""
+    texts = visible(first), visible(second)
+    whole = tuple([(text, False)] if text else [] for text in texts)
+    left, right = (_PIECES.findall(text) for text in texts)
     if max(len(left), len(right)) > _LONGEST:
-        return escape(visible(first)), escape(visible(second))
+        return whole[0], whole[1]
     matcher = SequenceMatcher(None, [word.strip() for word in left], [word.strip() for word in right], autojunk=False)
     if matcher.ratio() < _COMMON:
-        return escape(visible(first)), escape(visible(second))
-    sides: tuple[list[Markup], list[Markup]] = ([], [])
+        return whole[0], whole[1]
+    sides: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
     for kind, left_from, left_to, right_from, right_to in matcher.get_opcodes():
         for parts, pieces in ((sides[0], left[left_from:left_to]), (sides[1], right[right_from:right_to])):
-            text = "".join(pieces)
-            if text:
-                parts.append(
-                    escape(text) if kind == "equal" or text.isspace() else Markup("<mark>{}</mark>").format(text)
-                )
-    return Markup("").join(sides[0]), Markup("").join(sides[1])
+            if text := "".join(pieces):
+                parts.append((text, kind != "equal"))
+    return sides
