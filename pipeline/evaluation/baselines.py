@@ -88,7 +88,7 @@ def pair_baselines(pairs: Sequence[Pair]) -> Baselines:
     }
     decided = sum(pair.margin != 0 for pair in pairs)
     low, mean, high = stats.binom.ppf(0.025, decided, 0.5), decided / 2, stats.binom.ppf(0.975, decided, 0.5)
-    shuffled = Interval(mean / len(pairs), float(low) / len(pairs), float(high) / len(pairs))
+    shuffled = Interval(mean / len(pairs), float(low) / len(pairs), float(high) / len(pairs), len(pairs))
     return replace(_of_length(scores), shuffled=shuffled)
 
 
@@ -164,7 +164,7 @@ def together(first: Baselines, second: Baselines) -> Baselines:
 
 def _of_length(scores: Scores) -> Baselines:
     shorter = _rate(scores)
-    longer = None if shorter is None else Interval(1 - shorter.mean, 1 - shorter.high, 1 - shorter.low)
+    longer = None if shorter is None else Interval(1 - shorter.mean, 1 - shorter.high, 1 - shorter.low, shorter.n)
     return Baselines(shorter=shorter, longer=longer)
 
 

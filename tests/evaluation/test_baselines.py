@@ -102,6 +102,7 @@ def test_length_alone_by_hand():
     assert found.shorter.mean == pytest.approx(2 / 3)
     assert found.longer.mean == pytest.approx(1 / 3)
     assert found.longer.low == pytest.approx(1 - found.shorter.high)
+    assert (found.shorter.n, found.longer.n) == (3, 3)
     assert length_baselines([], []) == Baselines()
 
 
@@ -138,6 +139,7 @@ def test_shuffled_labels_are_right_half_the_time_within_what_was_simulated():
     signs = rng.choice([-1, 1], size=(20_000, 60))
     shuffled = (signs * margins > 0).mean(1)
     assert found.mean == pytest.approx(25 / 60)
+    assert found.n == 60
     assert np.quantile(shuffled, [0.025, 0.975]) == pytest.approx([found.low, found.high], abs=1.01 / 60)
 
 

@@ -43,6 +43,7 @@ def test_a_better_model_stays_better_at_equal_length():
     found = length_controlled(wins, differences)
     assert found.low < 1 / (1 + np.exp(-1.0)) < found.high
     assert found.mean > wins.mean() + 0.05
+    assert found.n == 600
 
 
 def test_where_length_decides_every_win_the_figure_is_finite():

@@ -40,9 +40,9 @@ def test_the_interval_is_scipys_percentile_bootstrap_and_the_same_every_time():
 
 
 def test_equal_values_have_no_width_and_none_no_mean():
-    assert vars(bootstrap_mean([0.5] * 9)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert vars(bootstrap_mean([0.3])) == {"mean": 0.3, "low": 0.3, "high": 0.3}
-    assert vars(bootstrap_mean([0.0, 1.0])) == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert vars(bootstrap_mean([0.5] * 9)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 9}
+    assert vars(bootstrap_mean([0.3])) == {"mean": 0.3, "low": 0.3, "high": 0.3, "n": 1}
+    assert vars(bootstrap_mean([0.0, 1.0])) == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}
     with pytest.raises(ValueError, match="no values"):
         bootstrap_mean([])
 
@@ -52,6 +52,7 @@ def test_wilson_is_statsmodels(wins, number):
     low, high = proportion_confint(wins, number, method="wilson")
     found = wilson(wins, number)
     assert (found.low, found.high) == pytest.approx((max(0, low), min(1, high)), abs=1e-12)
+    assert found.n == number
 
 
 def test_wilson_is_a_share_of_something():

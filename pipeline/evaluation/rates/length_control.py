@@ -51,7 +51,7 @@ def length_controlled(scores: Sequence[float], differences: Sequence[float], see
         counts = rng.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=number)
         resampled += fit(counts.astype(np.float64), bent, wins)[:, 0].tolist()
     low, high = np.quantile(_chance(np.array(resampled)), [0.025, 0.975])
-    return Interval(float(_chance(whole)), float(low), float(high))
+    return Interval(float(_chance(whole)), float(low), float(high), len(wins))
 
 
 def withheld(scores: Sequence[float], differences: Sequence[float]) -> str:

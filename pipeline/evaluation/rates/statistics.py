@@ -22,11 +22,12 @@ _POWER = 0.8
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval."""
+    """A mean and its 95 % confidence interval; `n`: of how many values, mostly prompts, None if that is not known."""
 
     mean: float
     low: float
     high: float
+    n: int | None = None
 
     @property
     def half_width(self) -> float:
@@ -40,11 +41,12 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
         raise ValueError("the mean of no values")
     mean = float(array.mean())
     if len(array) == 1 or (array == array[0]).all():
-        return Interval(mean, mean, mean)
+        return Interval(mean, mean, mean, len(array))
     bootstrap = stats.bootstrap(
         (array,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), batch=1000
     )
-    return Interval(mean, float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high))
+    low, high = bootstrap.confidence_interval
+    return Interval(mean, float(low), float(high), len(array))
 
 
 def wilson(successes: float, number: int) -> Interval:
@@ -55,7 +57,7 @@ def wilson(successes: float, number: int) -> Interval:
     centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
     half = _Z / (1 + _Z**2 / number) * float(np.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2)))
     # in exact arithmetic the ends are 0 and 1 if nothing or everything succeeded
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), number)
 
 
 def share(scores: Sequence[float]) -> tuple[Interval, str]:
