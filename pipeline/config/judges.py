@@ -21,6 +21,8 @@ from pipeline.config.training import Section
 from pipeline.errors import ConfigError
 
 IMPLICIT = "implicit"
+# what people voted; nobody configures it
+HUMAN = "human"
 _OF_A_SERVER = {
     "model", "key_env", "concurrency", "requests_per_minute", "retries", "timeout", "price_in", "price_out", "max_cost",
 }  # fmt: skip
@@ -220,6 +222,10 @@ def _unread(judge: JudgeConfig) -> str | None:
 
 
 def _label_problem(judge: JudgeConfig) -> str | None:
+    if judge.label == HUMAN:
+        return (
+            f"judge {judge.name!r}: {HUMAN!r} is no label for it: that name is what people voted on the run's samples"
+        )
     # reports tell the judge of held-out pairs from judges of texts by this name
     if judge.label is None or (judge.kind == IMPLICIT) == (judge.label == IMPLICIT):
         return None

@@ -146,16 +146,32 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class People:
+    """How much people voted on: `votes` of `voters` on `prompts` of `of_prompts`, and on `comparisons` of `of_comparisons` whose
+    responses differ. `elsewhere`: votes on responses that this evaluation does not compare, which count for nothing.
+    """
+
+    voters: int
+    votes: int
+    prompts: int
+    of_prompts: int
+    comparisons: int
+    of_comparisons: int
+    elsewhere: int
+
+
+@dataclass(frozen=True)
 class Results:
     """eval.json. `shared`: judge -> what its verdicts rest on that those of the pairs' maker do too; `judges`: policy against
-    reference, by judge; `baselines`: by judge; `endings`: judge -> "both ended" or "some cut off"; `topics`: judge -> topic ->
-    rate; `ratings`: judge -> model.
+    reference, by judge; `people`: what the judge of that name, `human`, rests on; `baselines`: by judge; `endings`: judge ->
+    "both ended" or "some cut off"; `topics`: judge -> topic -> rate; `ratings`: judge -> model.
     """
 
     models: dict[str, str] = field(default_factory=dict)
     pair_judge: str | None = None
     shared: dict[str, list[str]] = field(default_factory=dict)
     judges: dict[str, WinRate | None] = field(default_factory=dict)
+    people: People | None = None
     baselines: dict[str, Baselines] = field(default_factory=dict)
     endings: dict[str, dict[str, Split]] = field(default_factory=dict)
     others: list[OtherRate] = field(default_factory=list)

@@ -1,0 +1,94 @@
+"""The votes of all people as one judge: of every comparison that was voted on, what most of them prefer.
+
+A vote counts for the texts it was given on. Comparisons that nobody voted on, or that all skipped, are absent: they are no
+failures of this judge and no ties.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from pipeline.config.judges import HUMAN
+from pipeline.evaluation.results import People
+from pipeline.evaluation.votes.record import Given
+from pipeline.judges.annotations import Vote
+from pipeline.judges.judging import Comparison, Judgement, majority, winner_of
+
+# the prompt, and both responses in the order of their texts
+_Texts = tuple[str, str, str]
+
+
+def votes_in(given: Iterable[Given]) -> list[Vote]:
+    """What one person said, as verdicts of any judge are written; without skips."""
+    return [Vote(*vote.texts, vote.score) for vote in given if vote.score is not None]
+
+
+def judged_by_people(
+    given: Mapping[str, Sequence[Given]], comparisons: Sequence[Comparison]
+) -> tuple[list[Judgement], People | None]:
+    """One judgement by HUMAN of every comparison that has a vote, and how much was voted on; None without any votes.
+
+    `given`: by voter. A judgement's order is the one that most saw, as people are asked in one. Of a voter's votes on the same
+    texts the one on this very comparison counts, else the last. Identical responses are not asked about.
+    """
+    if not any(given.values()):
+        return [], None
+    asked = [item for item in comparisons if item.response.text != item.against.text]
+    finders = [_Finder(votes) for votes in given.values()]
+    judgements: list[Judgement] = []
+    heard: Counter[int] = Counter()
+    for item in asked:
+        found = {number: vote for number, finder in enumerate(finders) if (vote := finder.find(item)) is not None}
+        if found:
+            judgements.append(_judgement(item, list(found.values())))
+            heard.update(found.keys())
+    texts = {_texts_of(item) for item in asked}
+    spoken = [vote for votes in given.values() for vote in votes if vote.score is not None]
+    return judgements, People(
+        voters=len(heard),
+        votes=heard.total(),
+        prompts=len({judgement.prompt_id for judgement in judgements}),
+        of_prompts=len({item.prompt.prompt_id for item in comparisons}),
+        comparisons=len(judgements),
+        of_comparisons=len(asked),
+        elsewhere=sum(_sorted(vote.texts) not in texts for vote in spoken),
+    )
+
+
+class _Finder:
+    """The votes of one person, skips left out."""
+
+    def __init__(self, given: Sequence[Given]) -> None:
+        self._by_texts: dict[_Texts, dict[tuple[str, int, str, str], Given]] = {}
+        for vote in given:
+            if vote.score is not None:
+                self._by_texts.setdefault(_sorted(vote.texts), {})[vote.key] = vote
+
+    def find(self, item: Comparison) -> Given | None:
+        votes = self._by_texts.get(_texts_of(item))
+        if votes is None:
+            return None
+        key = (item.prompt.prompt_id, item.sample, item.model, item.baseline)
+        return votes.get(key) or list(votes.values())[-1]
+
+
+def _judgement(item: Comparison, votes: Sequence[Given]) -> Judgement:
+    straight = [vote.first.strip() == item.response.text for vote in votes]
+    scores = [
+        vote.score if vote.score is None or model_first else 1.0 - vote.score
+        for vote, model_first in zip(votes, straight, strict=True)
+    ]
+    score = majority(scores)
+    order = f"{item.model if 2 * sum(straight) >= len(straight) else item.baseline}_first"
+    winner = winner_of(score, item.model, item.baseline)
+    return Judgement(item.prompt.prompt_id, item.sample, HUMAN, item.model, item.baseline, order, winner, score)
+
+
+def _texts_of(item: Comparison) -> _Texts:
+    return _sorted((item.prompt.text, item.response.text, item.against.text))
+
+
+def _sorted(texts: tuple[str, str, str]) -> _Texts:
+    one, other = sorted((texts[1].strip(), texts[2].strip()))
+    return texts[0].strip(), one, other
