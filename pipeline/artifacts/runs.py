@@ -77,6 +77,10 @@ class Run:
         return self.directory / "metrics.parquet"
 
     @property
+    def policy_logps(self) -> Path:
+        return self.directory / "policy_logps.parquet"
+
+    @property
     def gate(self) -> Path:
         return self.directory / "gate.json"
 

@@ -102,6 +102,16 @@ METRICS = pa.schema(
     ]
     + [(f"eval_{name}", pa.float64()) for name in TRAIN_METRICS]
 )
+# sums over a response's tokens; `step`: how many updates the policy had had
+POLICY_LOGPS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("split", pa.string()),
+        ("step", pa.int64()),
+        ("chosen_logps", pa.float64()),
+        ("rejected_logps", pa.float64()),
+    ]
+)
 SAMPLES = pa.schema(
     [
         ("prompt_id", pa.string()),

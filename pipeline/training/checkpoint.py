@@ -1,7 +1,8 @@
 """Checkpoints: everything a resumed training needs, as safetensors and JSON, published atomically.
 
-`step_000050/` holds model.safetensors and optimizer.safetensors (float32, random state included) and state.json, written
-last, with the digest of both. A directory is whole or it is ignored: the newest whole one wins.
+`step_000050/` holds model.safetensors, optimizer.safetensors (float32, random state included), policy_logps.safetensors if the
+training has any, and state.json, written last, with the digests of the others. A directory is whole or it is ignored: the
+newest whole one wins.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # ends the name of a number that an optimizer keeps as a Python integer
 _INTEGER = ":integer"
+_POLICY_LOGPS = "policy_logps.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,18 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, training: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer, keep: int
+    root: Path,
+    step: int,
+    training: str,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    policy_logps: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write the state of the weights that learn after `step` steps and remove all but the `keep` newest checkpoints."""
+    """Write the state of the weights that learn after `step` steps and remove all but the `keep` newest checkpoints.
+
+    `policy_logps` is the state of `PolicyLogps`.
+    """
     final = root / f"step_{step:06d}"
     temporary = durable.temporary_beside(final)
     try:
@@ -52,7 +64,10 @@ def save_checkpoint(
             durable.reached("checkpoint: weights written")
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             durable.reached("checkpoint: optimizer written")
-            files = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
+            if policy_logps:
+                save_file(dict(policy_logps), temporary / _POLICY_LOGPS)
+            durable.reached("checkpoint: log-probabilities written")
+            files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
             state: dict[str, Any] = {"step": step, "training": training, "files": files}
             state["digest"] = _digest_of(state)
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -114,6 +129,12 @@ def load_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: t
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def load_policy_logps(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The state of `PolicyLogps`; empty if the checkpoint has none, as those of earlier versions."""
+    path = checkpoint.directory / _POLICY_LOGPS
+    return load_file(path) if path.exists() else {}
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -41,6 +41,7 @@ def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpo
         shutil.rmtree(run.adapter, ignore_errors=True)
         shutil.rmtree(run.tensorboard, ignore_errors=True)
         run.metrics.unlink(missing_ok=True)
+        run.policy_logps.unlink(missing_ok=True)
         return None
     finished = finished_stages(run).get("train", {}).get("training")
     results = [run.model / "config.json", run.adapter / "adapter_config.json"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from pipeline.training.objectives.losses import LossTerms, PairLogps, preference
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.preference import joined, pair_logps
 from pipeline.training.optimizers import numbers
+
+# is told rows, and the policy's sums of their chosen and rejected responses, [2, rows]: on the device, which was not waited for
+Note = Callable[[Sequence[int], torch.Tensor], None]
 
 # what a step must not have, as its message calls it
 _MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient norm"}
@@ -60,22 +63,28 @@ def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConf
 
 
 @_no_gradient_lost()
-def accumulate(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, torch.Tensor]:
+def accumulate(
+    forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig, note: Note | None = None
+) -> dict[str, torch.Tensor]:
     """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS, scalars on the device.
 
     The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
     sort pairs see the whole step too: then every forward pass but a single one runs twice. Nothing here waits for the device.
+    `note` is told the log-probabilities of all pairs at once, if the objective has any.
     Raises CheckError if an operation of the model has no gradient.
     """
     groups = list(micro_batches(forward, pairs, rows, train))
     if across_pairs(train) and len(groups) > 1:
-        return _step_in_two_passes(forward, pairs, groups, train)
+        return _step_in_two_passes(forward, pairs, groups, train, note)
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     sums: list[dict[str, torch.Tensor]] = []
+    policy: list[torch.Tensor] = []
     for group in groups:
         terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
         sums.append(_sums(terms, logps))
+        policy += _policy_sums(logps)
         torch.autograd.backward(terms.losses.sum() / len(rows))
+    _tell(note, groups, policy)
     return _means(sums, len(rows))
 
 
@@ -88,15 +97,21 @@ def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int
 
 
 @torch.no_grad()
-def evaluate(forward: Any, pairs: Pairs, train: TrainConfig) -> dict[str, float]:
-    """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them."""
+def evaluate(forward: Any, pairs: Pairs, train: TrainConfig, note: Note | None = None) -> dict[str, float]:
+    """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them. `note` as of `accumulate`."""
     rows = range(len(pairs))
     groups = list(micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size))
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     if not across_pairs(train):
-        terms = (objective_of(train).terms(forward, pairs, group, train, mean_tokens) for group in groups)
-        return numbers(_means([_sums(*of_group) for of_group in terms], len(pairs)))
+        sums, policy = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+        for group in groups:
+            terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
+            sums.append(_sums(terms, logps))
+            policy += _policy_sums(logps)
+        _tell(note, groups, policy)
+        return numbers(_means(sums, len(pairs)))
     whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
+    _tell(note, groups, _policy_sums(whole))
     return numbers(_means([_sums(preference_loss(whole, train), whole)], len(pairs)))
 
 
@@ -118,7 +133,7 @@ def _mean_chosen_tokens(pairs: Pairs, rows: Sequence[int]) -> float:
 
 
 def _step_in_two_passes(
-    forward: Forward, pairs: Pairs, groups: list[list[int]], train: TrainConfig
+    forward: Forward, pairs: Pairs, groups: list[list[int]], train: TrainConfig, note: Note | None
 ) -> dict[str, torch.Tensor]:
     """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
     rows = [row for group in groups for row in group]
@@ -126,6 +141,7 @@ def _step_in_two_passes(
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     with torch.no_grad(), torch.random.fork_rng():
         whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
+    _tell(note, groups, _policy_sums(whole))
     leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
     terms = preference_loss(whole, train)
     sums = _sums(terms, whole)
@@ -136,6 +152,17 @@ def _step_in_two_passes(
         torch.autograd.backward([part.policy_2B, part.sums_2B], [gradient[:, start:stop] for gradient in gradients])
         start = stop
     return _means([sums], len(rows))
+
+
+def _policy_sums(logps: PairLogps | None) -> list[torch.Tensor]:
+    """What `_tell` takes of some pairs, without their gradients; nothing of a reward model."""
+    return [] if logps is None else [logps.sums_2B.detach()]
+
+
+def _tell(note: Note | None, groups: Sequence[Sequence[int]], policy: Sequence[torch.Tensor]) -> None:
+    """Tell `note` the sums of the pairs of `groups`, in one tensor."""
+    if note is not None and policy:
+        note([row for group in groups for row in group], torch.cat(list(policy), dim=1))
 
 
 def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, torch.Tensor]:

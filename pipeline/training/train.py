@@ -28,7 +28,7 @@ from pipeline.models.load import load_tokenizer, vocabulary_digest
 from pipeline.models.locate import locate
 from pipeline.precompute.pairs_file import ensure_pairs
 from pipeline.progress import SILENT, Listener
-from pipeline.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_policy_logps, save_checkpoint
 from pipeline.training.checks import health
 from pipeline.training.checks.gate import check_gate
 from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
@@ -36,6 +36,7 @@ from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.metrics import Metrics
 from pipeline.training.optimizers import make_optimizer, numbers, update
 from pipeline.training.policies import Policy, load_policy
+from pipeline.training.policy_logps import PolicyLogps
 from pipeline.training.resume import decide, trained_fields, training_digest
 from pipeline.training.save import model_card, save_policy
 from pipeline.training.schedule import (
@@ -94,14 +95,16 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
     optimizer = make_optimizer(policy.model, config.train)
     if config.train.optimizer_in_backward:
         _must_be_single_passes(policy, pairs, config.train, steps)
-    first = 0
+    first, logps = 0, PolicyLogps(run.policy_logps, pairs, held_out)
     if isinstance(checkpoint, Checkpoint):
         load_checkpoint(checkpoint, policy.model, optimizer)
+        logps.load(load_policy_logps(checkpoint))
         first = checkpoint.step
         listener.say(f"resuming after step {first} from {checkpoint.directory}")
     else:
         # what a training that was killed before its first checkpoint left behind
         shutil.rmtree(run.tensorboard, ignore_errors=True)
+        run.policy_logps.unlink(missing_ok=True)
     # each beginning is counted, so that what shows metrics tells one from another of the same settings
     begun = int(read_json(run.training).get("begun", 0)) + (first == 0)
     trackers = open_trackers(
@@ -119,9 +122,12 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         check_gate(config, run, about, base, policy, pairs, listener)
 
     in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
-    loop = _Loop(config, run, training, policy, optimizer, in_backward, pairs, held_out, metrics, steps, listener)
+    loop = _Loop(
+        config, run, training, policy, optimizer, in_backward, pairs, held_out, metrics, logps, steps, listener
+    )
     loop.run(first)
     metrics.close()
+    logps.write()
 
     sentences = [finding.sentence for finding in health.findings(metrics.rows(), config.train, steps)]
     durable.write_json(run.health, {"words": sentences})
@@ -156,6 +162,7 @@ class _Loop:
     pairs: Pairs
     held_out: Pairs
     metrics: Metrics
+    logps: PolicyLogps
     steps: int
     listener: Listener
 
@@ -197,10 +204,14 @@ class _Loop:
                 if done == self.steps or checkpoint_is_due(done, train.save_steps, idle, writing):
                     started = time.monotonic()
                     self.metrics.flush()
-                    checkpoints, kept = self.directories.checkpoints, train.save_total_limit
-                    save_checkpoint(checkpoints, done, self.training, self.policy.model, self.optimizer, kept)
+                    self.logps.write()
+                    self._save(done)
                     since = saved = time.monotonic()
                     writing = since - started
+
+    def _save(self, done: int) -> None:
+        root, kept = self.directories.checkpoints, self.config.train.save_total_limit
+        save_checkpoint(root, done, self.training, self.policy.model, self.optimizer, kept, self.logps.state())
 
     def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
         """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
@@ -210,14 +221,16 @@ class _Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
             with offloaded_activations(self.policy.model) if train.activation_offloading else nullcontext():
-                means = accumulate(self.policy.forward, self.pairs, rows, train)
+                means = accumulate(self.policy.forward, self.pairs, rows, train, self.logps.note)
             if self.in_backward is None:
                 values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means)
             else:
                 values = numbers({**means, "grad_norm": self.in_backward.grad_norm()})
             must_be_finite(values, self.pairs, rows, train)
+            self.logps.keep_step(number - 1)
         except NotFinite as stop:
             self.metrics.close()
+            self.logps.write()
             path = self.directories.directory / "not_finite.json"
             durable.write_json(path, {"step": number, "problem": str(stop), "pair_ids": stop.pair_ids})
             metrics = self.directories.metrics
@@ -229,7 +242,8 @@ class _Loop:
         if not len(self.held_out):
             return
         self.policy.model.eval()
-        values = evaluate(self.policy.forward, self.held_out, self.config.train)
+        values = evaluate(self.policy.forward, self.held_out, self.config.train, self.logps.note)
+        self.logps.keep_evaluation(step)
         self.policy.model.train()
         self.metrics.add(step, values, prefix="eval_")
         self.listener.say(

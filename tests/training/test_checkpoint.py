@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 
 from pipeline.artifacts import durable
 from pipeline.errors import DataError, RefscoreError
-from pipeline.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_policy_logps,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 
 def model_and_optimizer(seed=0, *, steps=2, bias=True):
@@ -72,6 +78,25 @@ def test_what_is_written_is_safetensors_and_json_with_digests(tmp_path):
     assert (state["step"], state["training"]) == (12, "t")
     assert state["files"].keys() == {"model.safetensors", "optimizer.safetensors"}
     assert all(len(digest) == 64 for digest in [*state["files"].values(), state["digest"]])
+
+
+def test_log_probabilities_of_pairs_come_back_and_are_not_needed(tmp_path):
+    model, optimizer = model_and_optimizer()
+    logps = {"train/logps": torch.tensor([[-1.5], [-2.5]], dtype=torch.float64), "train/updates": torch.tensor([3])}
+    with_them = save_checkpoint(tmp_path, 4, "t", model, optimizer, 3, logps)
+    found = load_policy_logps(newest_checkpoint(tmp_path))
+    assert found.keys() == logps.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in logps.items())
+    assert found["train/logps"].dtype == torch.float64
+    assert set(json.loads((with_them / "state.json").read_text())["files"]) == {
+        "model.safetensors", "optimizer.safetensors", "policy_logps.safetensors",
+    }  # fmt: skip
+    # none, as of a reward model, or of an earlier version
+    for step, none in ((5, {}), (6, None)):
+        without = save_checkpoint(tmp_path, step, "t", model, optimizer, 3, none)
+        assert not (without / "policy_logps.safetensors").exists()
+        assert load_policy_logps(newest_checkpoint(tmp_path)) == {}
+    load_checkpoint(Checkpoint(with_them, 4, "t"), *model_and_optimizer(1))
 
 
 def test_so_many_are_kept_and_leftovers_go(tmp_path):
@@ -161,12 +186,17 @@ def changed_state(directory, **values):
         (lambda d: (d / "state.json").unlink(), "is not whole"),
         (lambda d: (d / "model.safetensors").unlink(), "is not whole"),
         (lambda d: (d / "optimizer.safetensors").write_bytes(b"x"), "optimizer.safetensors changed since it was saved"),
+        (
+            lambda d: (d / "policy_logps.safetensors").write_bytes(b"x"),
+            "policy_logps.safetensors changed since it was saved",
+        ),
+        (lambda d: (d / "policy_logps.safetensors").unlink(), "is not whole"),
     ],
 )
 def test_what_is_damaged_is_named_and_passed_over(tmp_path, caplog, damage, said):
     model, optimizer = model_and_optimizer()
     save_checkpoint(tmp_path, 1, "t", model, optimizer, 2)
-    newer = save_checkpoint(tmp_path, 2, "t", model, optimizer, 2)
+    newer = save_checkpoint(tmp_path, 2, "t", model, optimizer, 2, {"train/updates": torch.tensor([1])})
     damage(newer)
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path).step == 1
