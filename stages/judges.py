@@ -1,4 +1,7 @@
-"""`refscore judges`: how far judges agree with each other, with people or with another tool's judge, and what they lean to."""
+"""`refscore judges`: how far judges agree with each other, with people or with another tool's judge, and what they lean to.
+
+What people voted on the run's samples stands beside its judges as `human`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,11 @@ from itertools import combinations
 from pathlib import Path
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.rates.agreement import Voice, agreement, voice, votes_of
+from pipeline.evaluation.rates.agreement import Agreement, Voice, agreement, voice
 from pipeline.evaluation.rates.statistics import Interval
-from pipeline.evaluation.results import read_results
-from pipeline.evaluation.samples import comparisons_of, held_out_prompts
+from pipeline.evaluation.votes.voices import voices_of
 from pipeline.judges.annotations import read_votes
-from pipeline.judges.judging import Judgement
 from stages import console
 
 
@@ -38,23 +38,6 @@ def main(run: Run | None, annotations: Path | None, against: Path | None) -> Non
     )
 
 
-def voices_of(run: Run) -> list[Voice]:
-    """Every judge of texts of a run, with the price of 1,000 comparisons where it had one."""
-    samples = read_table(run.samples, SAMPLES)
-    models = list(dict.fromkeys(samples["model"].to_pylist()))
-    judgements = [Judgement(**row) for row in read_table(run.judgements, JUDGEMENTS).to_pylist()]
-    votes = votes_of(judgements, comparisons_of(samples, held_out_prompts(run.pairs, None), models))
-    results = read_results(run.eval)
-    costs = results.judge_costs if results else {}
-    voices = []
-    for judge, said in votes.items():
-        price = costs.get(judge, {}).get("price")
-        # both orders of a comparison are one
-        asked = sum(vote.first != vote.second for vote in said) / 2
-        voices.append(voice(judge, said, 1000 * price / asked if price and asked else None))
-    return voices
-
-
 _LEANINGS = ["judge", "comparisons", "first wins", "contradicts itself", "prefers the longer", "price of 1,000"]
 _AGAINST = ["judge", "common", "prompts", "agreement", "where both decide", "kappa", "prefers the longer", "they do"]
 
@@ -72,18 +55,21 @@ def _leanings(one: Voice) -> list[str]:
 
 
 def _print_against(voices: Sequence[Voice], other: Voice) -> None:
-    rows = []
-    for one in voices:
-        found = agreement(one, other)
-        if found is None:
-            raise DataError(
-                f"{other.name} judges no comparison that {one.name} does: {_why_nothing(one, other)}. A comparison is the "
-                "same if prompt and both responses are the same texts"
-            )
-        longer = [_interval(interval) for interval in found.longer]
-        figures = [_interval(interval) for interval in (found.same, found.decided, found.kappa)]
-        rows.append([one.name, str(found.comparisons), str(found.prompts), *figures, *longer])
+    found = {one.name: agreement(one, other) for one in voices}
+    if not any(found.values()):
+        raise DataError(
+            f"{other.name} judges no comparison that {voices[0].name} does: {_why_nothing(voices[0], other)}. A comparison is the "
+            "same if prompt and both responses are the same texts"
+        )
+    rows = [[name, *_against(one)] for name, one in found.items()]
     console.table(f"Against {other.name}", _AGAINST, rows)
+
+
+def _against(found: Agreement | None) -> list[str]:
+    if found is None:
+        return ["0", "0", *["-"] * 5]
+    intervals = (found.same, found.decided, found.kappa, *found.longer)
+    return [str(found.comparisons), str(found.prompts), *map(_interval, intervals)]
 
 
 def _why_nothing(one: Voice, other: Voice) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import RUNS, Run, existing_runs, open_run
-from pipeline.artifacts.states import remove, runs_here, size_of
+from pipeline.artifacts.states import remove, runs_here, size_of, votes_in
 from pipeline.artifacts.writer import writing
 from pipeline.errors import ConfigError
 from stages import console
@@ -24,6 +24,10 @@ def main(names: Sequence[str], *, yes: bool) -> None:
     for run in runs:
         with writing(run, "refscore rm"):
             console.say(f"{run.directory}: {size(size_of(run.directory))}")
+        for path, held in votes_in(run):
+            console.say(
+                f"  {path}: {size(held)} of votes by {path.stem}, which no command makes again: copy it to keep them"
+            )
         for other in _that_name(run, {run.name for run in runs}):
             console.say(f"  run {other!r} names a file of it in its configuration")
     if not yes:

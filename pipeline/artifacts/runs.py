@@ -121,6 +121,10 @@ class Run:
         return self.directory / "verdicts"
 
     @property
+    def votes(self) -> Path:
+        return self.directory / "votes"
+
+    @property
     def new_pairs(self) -> Path:
         return self.directory / "new_pairs.jsonl"
 

@@ -71,6 +71,11 @@ def leftovers_of(run: Run) -> list[tuple[Path, int]]:
     return [(path, size_of(path)) for path in leftovers(run.directory)]
 
 
+def votes_in(run: Run) -> list[tuple[Path, int]]:
+    """The run's files of people's votes and their bytes: no stage makes them again."""
+    return [(path, size_of(path)) for path in sorted(run.votes.glob("*.jsonl"))]
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a directory."""
     if not path.is_dir():

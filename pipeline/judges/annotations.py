@@ -58,7 +58,10 @@ def open_annotations(path: Path, name: str) -> Judge:
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """Every verdict of a file of AlpacaEval annotations or Arena-Hard judgments. Raises DataError for other files."""
+    """Every verdict of a file of AlpacaEval annotations or Arena-Hard judgments. Raises DataError for other files.
+
+    Where rows say which sample they are about, as the votes of a run do, the last of each annotator on the same responses counts.
+    """
     rows = _read(path)
     return _arena_votes(path, rows) if rows and "games" in rows[0] else _alpaca_votes(path, rows)
 
@@ -68,7 +71,7 @@ def _one(scores: Sequence[float | None]) -> float | None:
 
 
 def _alpaca_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
-    votes = []
+    votes: dict[Any, Vote] = {}
     for number, row in enumerate(rows):
         try:
             preference, price = row["preference"], row.get("price_per_example")
@@ -77,10 +80,18 @@ def _alpaca_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
             if score is not None and not 0 <= score <= 1:
                 raise ValueError(preference)
             texts = (str(row["instruction"]), str(row["output_1"]), str(row["output_2"]))
-            votes.append(Vote(*texts, score, None if price is None else float(price)))
+            what = _sample_of(row, texts) or number
+            votes.pop(what, None)
+            votes[what] = Vote(*texts, score, None if price is None else float(price))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, row {number}: not an AlpacaEval annotation ({error!r})") from None
-    return votes
+    return list(votes.values())
+
+
+def _sample_of(row: dict[str, Any], texts: _Texts) -> tuple[Any, ...] | None:
+    """Who voted on what, in rows of a run's votes (`pipeline.evaluation.votes.record`); None in those of other tools."""
+    who = tuple(str(row.get(name)) for name in ("annotator", "prompt_id", "sample", "baseline"))
+    return None if "prompt_id" not in row else (*who, texts[0], frozenset(texts[1:]))
 
 
 def _arena_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +28,6 @@ from pipeline.evaluation.votes.order import Ballot, Key
 
 log = logging.getLogger(__name__)
 
-_FOLDER = "votes"
 Choice = Literal["first", "second", "tie", "skip"]
 # as AlpacaEval writes what is preferred
 _PREFERENCES: dict[Choice, float | None] = {"first": 1, "second": 2, "tie": 1.5, "skip": None}
@@ -81,31 +80,36 @@ class Votes:
                 f"voter {voter[:80]!r}: up to 64 letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
             )
         self.run, self.voter = run, voter
-        self.path = run.directory / _FOLDER / f"{voter}.jsonl"
-        self._seen: tuple[object, dict[Key, Given]] | None = None
+        self.path = run.votes / f"{voter}.jsonl"
+        self._seen: tuple[object, list[Given]] | None = None
 
     def given(self) -> dict[Key, Given]:
         """Every comparison that was voted on, skips among them, with its last vote; in the order of these."""
+        last: dict[Key, Given] = {}
+        for vote in self.every():
+            last.pop(vote.key, None)
+            last[vote.key] = vote
+        return last
+
+    def every(self) -> list[Given]:
+        """All votes but those that another one on the same responses replaced, in the order in which they were given.
+
+        Other responses to the same prompt are another comparison: votes on those that are gone count again if they come back.
+        """
         try:
             with self.path.open("rb") as file:
                 _lock(file.fileno(), fcntl.LOCK_SH)
                 status = os.fstat(file.fileno())
                 state = (status.st_ino, status.st_size, status.st_mtime_ns)
-                if self._seen is not None and self._seen[0] == state:
-                    return dict(self._seen[1])
-                content = file.read()
+                if self._seen is None or self._seen[0] != state:
+                    self._seen = (state, _last_of_each(self._read(file.read())))
+                return list(self._seen[1])
         except FileNotFoundError:
-            return {}
+            return []
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be read ({error.strerror}): mend its rights, or move it away"
             ) from None
-        last: dict[Key, Given] = {}
-        for vote in self._read(content):
-            last.pop(vote.key, None)
-            last[vote.key] = vote
-        self._seen = (state, last)
-        return dict(last)
 
     def add(self, ballot: Ballot, choice: Choice, note: str = "", seconds: float | None = None) -> Given:
         """Write down one vote; when this returns, it is on the disk. Raises ConfigError for what cannot be one."""
@@ -216,12 +220,21 @@ class Votes:
 
 def voters(run: Run) -> list[str]:
     """Who voted on the run's samples, by name."""
-    return sorted(path.stem for path in (run.directory / _FOLDER).glob("*.jsonl") if _NAME.fullmatch(path.stem))
+    return sorted(path.stem for path in run.votes.glob("*.jsonl") if _NAME.fullmatch(path.stem))
 
 
 def votes_here(run: Run) -> dict[str, list[Given]]:
     """The votes of every voter, without those that were replaced. Raises DataError as `Votes` does."""
-    return {voter: list(Votes(run, voter).given().values()) for voter in voters(run)}
+    return {voter: Votes(run, voter).every() for voter in voters(run)}
+
+
+def _last_of_each(votes: Sequence[Given]) -> list[Given]:
+    last: dict[tuple[Key, str, frozenset[str]], Given] = {}
+    for vote in votes:
+        what = (vote.key, vote.prompt, frozenset((vote.first, vote.second)))
+        last.pop(what, None)
+        last[what] = vote
+    return list(last.values())
 
 
 def _vote_in(line: bytes) -> Given | None:
