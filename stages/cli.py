@@ -309,6 +309,29 @@ def export(
     stage.main(open_run(run), format_, to)
 
 
+@app.command(name="import")
+def import_(
+    data: Annotated[Path, typer.Argument(help="File or directory in a form that refscore export writes.")],
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="Who computed the scores; default: reference.imported_by.")
+    ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="trl, jsonl, open_instruct, fairseq2; default: found out from the data."),
+    ] = None,
+) -> None:
+    """Scores that others computed into the store, as imported and unverified; used only where they are asked for."""
+    from pipeline.config.files import load_config
+
+    resolved = load_config(config, set_ or [])
+    with ending.interruptible(ending.from_what_was_imported):
+        from stages import import_scores as stage
+
+        stage.main(data, resolved, str(config), by, format_)
+
+
 @app.command()
 def push(
     run: Annotated[str, typer.Option("--run", help="Name of the run.")],
@@ -353,6 +376,26 @@ def judges(
     from stages import judges as stage
 
     stage.main(open_run(run) if run is not None else None, annotations, against)
+
+
+@app.command()
+def view(
+    run: Annotated[
+        str | None, typer.Option("--run", help="Begin at this run; default: the list of all.", autocompletion=run_names)
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0: any.")] = 7788,
+    vote: Annotated[
+        str | None, typer.Option("--vote", metavar="NAME", help="Vote blind on --run's responses under this name.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Order of the ballots, and which response stands first.")] = 0,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", metavar="DIR", help="Serve nothing: write the pages as a folder.")
+    ] = None,
+) -> None:
+    """Look at runs, samples, verdicts, pairs and curves in a browser, or vote on responses without seeing who wrote them."""
+    from stages import view as stage
+
+    stage.main(run, port, vote, seed, bundle)
 
 
 @app.command()

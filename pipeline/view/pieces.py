@@ -1,0 +1,51 @@
+"""The text of single tokens, for people: what each id stands for, without a model and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts.runs import Run, read_saved_config
+from pipeline.view.pages import Stamp, stamp
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def pieces(run: Run, ids: Sequence[int]) -> list[str]:
+    """A text per id; the id in angle brackets if no tokenizer of the run is at hand or it does not know the id."""
+    tokenizer = _tokenizer_of(run)
+    return [_piece(tokenizer, token) for token in ids]
+
+
+def _piece(tokenizer: Tokenizer | None, token: int) -> str:
+    if tokenizer is None or tokenizer.id_to_token(token) is None:
+        return f"<{token}>"
+    text = str(tokenizer.decode([token], skip_special_tokens=False))
+    # a part of a character, whose bytes lie in several tokens, has no text of its own
+    return f"<{token}>" if not text or "\ufffd" in text else text
+
+
+def _tokenizer_of(run: Run) -> Tokenizer | None:
+    for path in (run.model / "tokenizer.json", run.adapter / "tokenizer.json", *_of_the_reference(run)):
+        if there := stamp(path):
+            return _read(path, there)
+    return None
+
+
+def _of_the_reference(run: Run) -> list[Path]:
+    reference = read_saved_config(run).get("reference", {})
+    model = reference.get("model") if isinstance(reference, dict) else None
+    return [Path(model).expanduser() / "tokenizer.json"] if isinstance(model, str) and ":" not in model else []
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _version: Stamp) -> Tokenizer | None:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception:  # noqa: BLE001  # the library raises plain exceptions for files of any other form
+        return None

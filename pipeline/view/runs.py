@@ -1,0 +1,120 @@
+"""The list of runs, one run's overview, and runs side by side with one of them as the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.artifacts.runs import Run, read_json, read_saved_config
+from pipeline.artifacts.states import runs_here, state_of
+from pipeline.artifacts.tables import read_about
+from pipeline.errors import ConfigError, RefscoreError
+from pipeline.evaluation.compare import differences, differing_settings, reached, unlike
+from pipeline.evaluation.rates.paired import Paired
+from pipeline.evaluation.results import read_results
+from pipeline.evaluation.votes import voters
+from pipeline.report.side_by_side import visible
+from pipeline.view.comparisons import compared_models
+from pipeline.view.pages import stamp
+
+
+def runs_list() -> dict[str, Any]:
+    """Every run here: state, size, key figures, and the reference that its pairs were scored with."""
+    found = []
+    for run in runs_here():
+        state = state_of(run)
+        reference = str(read_about(run.pairs).get("model", ""))[:12]
+        found.append({**asdict(state), "writer": state.writer is not None, "reference": reference})
+    return {"runs": found}
+
+
+def overview(run: Run) -> dict[str, Any]:
+    """What there is to look at in a run, its figures of stage three, and what its files are, to be told of changes."""
+    problem, results = "", None
+    try:
+        results = read_results(run.eval)
+    except RefscoreError as error:
+        problem = str(error)
+    compared: list[tuple[str, str]] = []
+    if run.samples.is_file():
+        try:
+            compared = compared_models(run)
+        except RefscoreError as error:
+            problem = problem or str(error)
+    return {
+        "name": run.name,
+        "problem": visible(problem),
+        "versions": versions(run),
+        "comparisons": compared,
+        "verdict": results.verdict if results else "",
+        "pair_judge": results.pair_judge if results else None,
+        "judges": {
+            name: {"rate": asdict(rate.rate), "prompts": rate.prompts, "flips": rate.flips, "failed": rate.failed}
+            for name, rate in (results.judged if results else {}).items()
+        },
+        "held_out": asdict(results.held_out) if results and results.held_out else None,
+        "verified": read_json(run.directory / "verify.json").get("verdict"),
+        "voters": voters(run),
+        "generate": _sampled_with(run),
+    }
+
+
+def _sampled_with(run: Run) -> dict[str, Any]:
+    generate = read_saved_config(run).get("generate")
+    names = ("seed", "temperature", "top_p", "max_tokens", "samples")
+    return {name: generate[name] for name in names if name in generate} if isinstance(generate, dict) else {}
+
+
+def versions(run: Run) -> dict[str, str]:
+    """A word per file that pages show, another one when the file was replaced: what a page that is open asks for."""
+    files = {
+        "pairs": run.pairs,
+        "dropped": run.dropped,
+        "policy_logps": run.policy_logps,
+        "metrics": run.metrics,
+        "samples": run.samples,
+        "judgements": run.judgements,
+        "kl": run.kl,
+        "eval": run.eval,
+        "report": run.report,
+    }
+    found = {name: stamp(path) for name, path in files.items()}
+    return {name: "-".join(map(str, version)) for name, version in found.items() if version}
+
+
+def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
+    """Settings that differ, what was reached, and differences with their intervals; the first run is the baseline.
+
+    Raises ConfigError for fewer than two runs.
+    """
+    if len(runs) < 2:
+        raise ConfigError("name two runs or more to see them side by side")
+    baseline = runs[0].name
+    found = []
+    for difference in differences(runs):
+        sides = {side: side.split(", ") for side in (difference.first, difference.second)}
+        other = [side for side, names in sides.items() if baseline not in names]
+        if len(other) == 1:
+            turned = -1 if other[0] == difference.second else 1
+            found.append({"judge": difference.judge, "run": other[0], **_minus_baseline(difference.paired, turned)})
+    return {
+        "runs": [run.name for run in runs],
+        "unlike": unlike(runs),
+        "settings": differing_settings(runs),
+        "reached": reached(runs),
+        "differences": found,
+    }
+
+
+def _minus_baseline(found: Paired, turned: int) -> dict[str, Any]:
+    interval = found.difference
+    ends = sorted((turned * interval.low, turned * interval.high))
+    return {
+        "mean": turned * interval.mean,
+        "low": ends[0],
+        "high": ends[1],
+        "p": found.p,
+        "prompts": found.prompts,
+        "comparisons": found.comparisons,
+    }
