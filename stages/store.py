@@ -138,8 +138,7 @@ def _copy(source: str, target: str, config: Config | None) -> None:
         identity = plan.identity
         if identity.reference_id not in held:
             raise DataError(
-                f"{source} holds nothing of reference {identity.reference_id[:12]} ({identity.numerics.engine} "
-                f"{identity.numerics.engine_version}, {identity.numerics.dtype} on {identity.numerics.device}): scores are "
+                f"{source} holds nothing of reference {identity.reference_id[:12]} ({identity.numerics.words}): scores are "
                 f"found under the same weights and numerics alone. It has {len(held)} other references"
             )
         copies = [copy_rows(plan.keys, source, target, identity, console.working)]

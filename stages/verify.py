@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_saved_config
-from pipeline.artifacts.tables import read_about
+from pipeline.artifacts.tables import IMPORTED_BY, read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import load_overrides
 from pipeline.engines.protocol import numerics_of
@@ -16,6 +16,7 @@ from pipeline.errors import CheckError, ConfigError
 from pipeline.models.locate import locate_reference
 from pipeline.precompute.agreement import agreement
 from pipeline.precompute.verify import Sample, draw_sample, judge, problems
+from pipeline.store.identity import IMPORTED
 from stages import console
 
 _SHOWN = {
@@ -43,31 +44,44 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
 
     # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
     scores = {name: _score(reference, sample) for name, reference in others.items()}
-    oracle = config.reference.model_copy(update={"engine": "transformers", "dtype": "float32", "workers": 1})
+    exact = {"engine": "transformers", "imported_by": None, "dtype": "float32", "workers": 1}
+    oracle = config.reference.model_copy(update=exact)
     truth, _ = _score(oracle, sample)
     measured = {
         name: {**agreement(again, truth, config.train.beta), "tokens_per_second": speed}
         for name, (again, speed) in scores.items()
     }
 
-    figures = agreement(sample.stored, truth, config.train.beta)
-    judged = judge(figures, str(read_about(run.pairs).get("dtype")))
+    figures, about = sample.against(truth, config.train.beta), read_about(run.pairs)
+    judged = judge(figures, str(about.get("dtype")), by_sum=bool(sample.sums))
     if misfits:
         judged |= {"passed": False, "verdict": "; ".join([*misfits, judged["verdict"]])}
     durable.write_json(
         run.directory / "verify.json",
-        {**judged, "pairs": sample.pairs, "beta": config.train.beta, **figures, "engines": measured},
+        {
+            **judged,
+            **({IMPORTED_BY: about[IMPORTED_BY]} if IMPORTED_BY in about else {}),
+            "compared": "sums" if sample.sums else "tokens",
+            "pairs": sample.pairs,
+            "beta": config.train.beta,
+            **figures,
+            "engines": measured,
+        },
     )
     _show(sample, figures, measured)
     if not judged["passed"]:
         raise CheckError(judged["verdict"])
-    console.say(f"passed: {judged['verdict']}")
+    whose = f" of {sample.pairs} pairs, imported from {about[IMPORTED_BY]}," if IMPORTED_BY in about else ""
+    console.say(f"passed{whose and f' for the scores{whose[:-1]}'}: {judged['verdict']}")
 
 
 def _configured(config: Config, name: str) -> ReferenceConfig:
     engine, _, dtype = name.partition(":")
     values: dict[str, Any] = config.model_dump(mode="json")
-    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", "workers": 1, "launcher": "local"}
+    if engine == IMPORTED:
+        raise ConfigError(f"--engines {name}: imported scores are what is compared, they cannot be computed")
+    single = {"imported_by": None, "workers": 1, "launcher": "local"}
+    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", **single}
     return load_overrides(values, [], f"--engines {name}").reference
 
 

@@ -45,6 +45,8 @@ PAIRS = pa.schema(
     ],
     metadata={_FORMAT_KEY: b"2"},
 )
+# what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
+IMPORTED_BY = "imported_by"
 # rows that are written, and read, together
 _AT_ONCE = 8192
 # marks a column that files of an earlier version lack; it reads as null

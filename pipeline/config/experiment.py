@@ -31,6 +31,8 @@ OWN_ENGINE_ARGS = {
     "skip_tokenizer_init": "refscore, which sends token ids",
     "seed": "the field seed",
 }
+# of who computed imported scores, in characters
+_LONGEST_NAME = 100
 # what tables say where a model's name could stand
 TAKEN = ("policy", "reference", "tie", "failed", "pair")
 
@@ -82,14 +84,21 @@ class ReferenceConfig(Section):
     revision: str | None = Field(None, description="Hub revision")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; needs a full revision")
     adapter: str | None = Field(None, description="directory of a PEFT adapter, merged into the model before scoring")
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="what computes the scores")
+    engine: Literal["vllm", "transformers", "imported"] = Field(
+        "vllm", description="what computes the scores; imported: nothing here, they are those that `imported_by` names"
+    )
+    imported_by: str | None = Field(
+        None,
+        description="name under which `refscore import` took scores that others computed; with engine imported only",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="on which the scores are computed; auto: a GPU if this machine has one. Set it to plan, join or drive for "
         "GPUs from a machine without",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on CPU; on a GPU bfloat16, with a float32 output layer"
+        "auto",
+        description="auto: float32 on CPU; on a GPU bfloat16, with a float32 output layer; of imported scores: not known",
     )
     store: OneOrMore = Field(
         default=["data/store"],
@@ -203,11 +212,13 @@ class Config(Section):
             problems.append("policy.dtype=bfloat16 is for the preference objective: a reward model learns in float32")
         if self.policy.dtype == "bfloat16" and self.train.precision == "float32":
             problems.append("policy.dtype=bfloat16 computes in bfloat16: train.precision=float32 does not fit it")
-        if self.reference.tensor_parallel_size > 1 and self.reference.engine != "vllm":
+        problems += _import_problems(self.reference)
+        # where scores are imported, vLLM scores the new sequences of stage three
+        if self.reference.tensor_parallel_size > 1 and self.reference.engine == "transformers":
             problems.append("reference.tensor_parallel_size spreads vLLM's model: it needs reference.engine=vllm")
-        if self.reference.kv_cache_gib is not None and self.reference.engine != "vllm":
+        if self.reference.kv_cache_gib is not None and self.reference.engine == "transformers":
             problems.append("reference.kv_cache_gib is the size of vLLM's cache: it needs reference.engine=vllm")
-        if self.reference.engine_args and self.reference.engine != "vllm":
+        if self.reference.engine_args and self.reference.engine == "transformers":
             problems.append("reference.engine_args are vLLM's: they need reference.engine=vllm")
         problems += [
             f"{section}.engine_args: {name} is set by {OWN_ENGINE_ARGS[name]}"
@@ -234,6 +245,20 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _import_problems(reference: ReferenceConfig) -> list[str]:
+    name = reference.imported_by
+    if reference.engine != "imported":
+        return ["reference.imported_by is read with reference.engine=imported only"] if name is not None else []
+    if name is None:
+        return ["reference.engine=imported needs reference.imported_by: the name that 'refscore import --by' was given"]
+    if not name.isprintable() or name != name.strip() or not 0 < len(name) <= _LONGEST_NAME:
+        return [
+            f"reference.imported_by {name[:_LONGEST_NAME]!r}: a name of 1 to {_LONGEST_NAME} characters on one line, without "
+            "space around it"
+        ]
+    return []
 
 
 def without_reference(config: Config) -> Config:

@@ -80,6 +80,14 @@ def reference_free(train: Any) -> bool:
     return train.objective == "reward" or not any(LOSS_FACTS[name].compares for name in train.loss_type)
 
 
+def sums_do_not_do(what: str) -> str:
+    """Why `train.ld_alpha` cannot be used with `what`, and what can."""
+    return (
+        f"{what} are sums of responses, without values per token, and train.ld_alpha weighs tokens: leave it out, or import "
+        "scores that have values per token under another name (JSONL has them)"
+    )
+
+
 def across_pairs(train: Any) -> bool:
     """Whether a pair's loss depends on the other pairs of its step."""
     return train.objective == "preference" and any(LOSS_FACTS[name].across_pairs for name in train.loss_type)

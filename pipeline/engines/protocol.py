@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
-from pipeline.store.identity import Numerics
+from pipeline.store.identity import IMPORTED, UNKNOWN, Numerics, imported_numerics
 
 
 class EngineFacts(NamedTuple):
@@ -102,6 +102,10 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
 
     Raises ConfigError if the engine is not installed, or is a version whose answers are not known.
     """
+    if reference.engine == IMPORTED:
+        return imported_numerics(
+            str(reference.imported_by), UNKNOWN if reference.dtype == "auto" else reference.dtype
+        )
     device = device_kind() if reference.device == "auto" else reference.device
     dtype = reference.dtype
     if dtype == "auto":
@@ -126,8 +130,18 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
     )
 
 
+def must_compute(numerics: Numerics) -> None:
+    """Raise ConfigError if they are those of imported scores, of which none is computed here."""
+    if numerics.engine == IMPORTED:
+        raise ConfigError(
+            f"scores imported by {numerics.imported_by!r} are read, and none can be computed for other sequences: set "
+            "reference.engine=vllm or transformers, and no reference.imported_by, to compute some under an identity of their own"
+        )
+
+
 def must_run_here(numerics: Numerics) -> None:
-    """Raise ConfigError if this machine lacks the device of `numerics`."""
+    """Raise ConfigError if this machine lacks the device of `numerics`, or if they are those of imported scores."""
+    must_compute(numerics)
     if numerics.device == "cuda" and device_kind() != "cuda":
         raise ConfigError(
             "reference.device is cuda and no GPU is here: plans are made and scores joined on this machine, but sequences "

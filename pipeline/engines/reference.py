@@ -13,7 +13,8 @@ from pipeline.engines.start import start_scorer
 from pipeline.errors import CheckError
 from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import ReferencePaths, locate_reference
-from pipeline.store.identity import Numerics, ReferenceIdentity, identify
+from pipeline.progress import SILENT, Listener
+from pipeline.store.identity import IMPORTED, Numerics, ReferenceIdentity, identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,18 @@ class OpenedReference:
     def _identified(self) -> ReferenceIdentity:
         paths = self.paths
         return identify(paths.base, self.numerics, paths.adapter, trusts_code=self.config.trust_remote_code)
+
+
+def open_for_new(config: ReferenceConfig, listener: Listener = SILENT) -> OpenedReference:
+    """Like `open_reference`, to score sequences that are made later: as imported scores are of given pairs alone, vLLM takes their
+    place, under its own identity, which is said.
+    """
+    if config.engine == IMPORTED:
+        listener.say(
+            f"reference scores imported by {config.imported_by!r} are of the pairs alone: new responses are scored here, by vllm"
+        )
+        config = config.model_copy(update={"engine": "vllm", "imported_by": None})
+    return open_reference(config)
 
 
 def open_reference(config: ReferenceConfig) -> OpenedReference:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import Scorer
+from pipeline.engines.protocol import Scorer, must_compute
 from pipeline.engines.single import start_single
 from pipeline.engines.workers import Workers
 from pipeline.hardware import return_freed_memory
@@ -19,8 +19,9 @@ from pipeline.store.identity import Numerics
 def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Iterator[Scorer]:
     """Load the model at `directory` into the configured engine, and stop it afterwards.
 
-    `longest` is the longest sequence in tokens.
+    `longest` is the longest sequence in tokens. Raises ConfigError where scores are imported.
     """
+    must_compute(numerics)
     start = Workers if reference.workers > 1 else start_single
     scorer: Scorer = start(reference, directory, numerics, longest)
     try:

@@ -13,7 +13,7 @@ from pipeline.artifacts.tables import read_about, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT, JudgeConfig, pair_judge_problem, seen_by
-from pipeline.engines.reference import open_reference
+from pipeline.engines.reference import open_for_new
 from pipeline.errors import DataError
 from pipeline.evaluation.baselines import GainByLength, cut_rates, gain_by_length, needs_no_model
 from pipeline.evaluation.candidates import candidates, must_share_vocabulary
@@ -50,7 +50,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     Raises DataError without held-out pairs, ConfigError if a model or a judge cannot be opened: before anything is
     generated.
     """
-    reference = open_reference(config.reference)
+    reference = open_for_new(config.reference, listener)
     models = candidates(config, run, reference)
     names = [model.name for model in models]
     prompts = held_out_prompts(run.pairs, config.generate.max_prompts)

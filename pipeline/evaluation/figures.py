@@ -38,7 +38,9 @@ def judge_pairs(
     name: str, pairs_path: Path, model_directory: Path, config: Config
 ) -> tuple[list[Judgement], HeldOut, Baselines]:
     """The implicit judge: reward margins of the saved policy on the held-out pairs, their means, and what needs no policy."""
-    pairs = load_pairs(pairs_path, "eval", scored=not reference_free(config.train))
+    scored = not reference_free(config.train)
+    by_token = scored and config.train.ld_alpha is not None
+    pairs = load_pairs(pairs_path, "eval", scored=scored, by_token=by_token)
     model = load_causal_lm(model_directory, config.policy, torch.float32).to(device_kind()).eval()
     precision = precision_of(config)
     chosen, rejected = pair_rewards(forward_of(model, config.train.layout, precision), pairs, config.train)

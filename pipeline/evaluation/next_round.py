@@ -13,7 +13,7 @@ from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_tab
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig
-from pipeline.engines.reference import open_reference
+from pipeline.engines.reference import open_for_new
 from pipeline.engines.vllm.generator import Sample, generator, settled
 from pipeline.errors import CheckError, ConfigError
 from pipeline.evaluation.candidates import Candidate, policy_of
@@ -41,7 +41,7 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     Raises ConfigError if no judge of texts is configured, CheckError if no prompt gave a pair.
     """
     policy = policy_of(config, run)
-    reference = open_reference(config.reference)
+    reference = open_for_new(config.reference, listener)
     tokenizer = reference.tokenizer
     pairs = build_pairs(config.data, tokenizer)
     prompts = _training_prompts(pairs)[: config.generate.pair_prompts]

@@ -168,4 +168,6 @@ def _kl_key(
     baseline: Candidate,
 ) -> str:
     made = generation_key(model, prompts, on_policy(settings, reference.numerics.dtype))
-    return digest({"samples": made, "reference": baseline.digest, "numerics": vars(reference.numerics)})
+    # fields that name nothing here stood in the keys of earlier versions too
+    numerics = {"attention": "", "engine_args": "", **reference.numerics.described()}
+    return digest({"samples": made, "reference": baseline.digest, "numerics": numerics})

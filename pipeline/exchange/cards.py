@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.markdown import name_for_others
+from pipeline.artifacts.tables import IMPORTED_BY
 from pipeline.errors import ConfigError, first_line
 from pipeline.exchange.scored_pairs import SPLITS, Exported
 
@@ -46,7 +47,7 @@ in `mixer_list` with the amount "1.0" and no `transform_fn`, start once, and cop
 the loader's source; not run with it.
 """,
     "jsonl": """One object per pair: texts, token ids, log-probabilities of every response token (`ref_*_token_logps`) and their
-sums (`ref_*_logps`), in nats.
+sums (`ref_*_logps`), in nats; null per token where only the sum is known.
 """,
 }
 
@@ -70,6 +71,8 @@ def write_card(to: Path, format_name: str, exported: Exported, about: dict[str, 
     use = _USE[format_name].format(
         directory=to.absolute().name, policy=name_for_others(policy), longest=exported.longest
     )
+    by = about.get(IMPORTED_BY)
+    maker = f"{by}, as refscore was told and did not verify" if by else "refscore"
     text = f"""---
 {head}---
 
@@ -79,7 +82,7 @@ def write_card(to: Path, format_name: str, exported: Exported, about: dict[str, 
 
 {counts}
 {left_out}
-Reference: `{reference}`, scored in {about.get("dtype", "unknown")} arithmetic by refscore. Its id, a digest of weights and
+Reference: `{reference}`, scored in {about.get("dtype", "unknown")} arithmetic by {maker}. Its id, a digest of weights and
 numerics, is `{about.get("reference_id", "unknown")}`; that of the tokenizer's vocabulary is `{about.get("vocabulary", "unknown")}`.
 Log-probabilities are natural, of the response given the prompt, end of turn included.
 

@@ -23,6 +23,7 @@ _SOME_PAIRS = 10  # of fewer, most may have the longer response first by chance
 def cautions(config: Config, plan: Plan) -> list[str]:
     """All that applies to the plan's data, in the order in which it would be met."""
     return [
+        *([plan.not_imported()] if plan.imported and len(plan.missing) else []),
         *_left_out(config, plan),
         *_held_out(config, plan),
         *_contradictions(plan),

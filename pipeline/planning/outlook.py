@@ -36,7 +36,7 @@ def of_process(tensors: int, kind: str) -> float:
 class Outlook:
     """Predicted for a device of `kind`: memory of training and of scoring, tokens and steps.
 
-    `training` None: not predicted, for the reason `unpredicted`; `scoring` None: nothing is left to score.
+    `training` None: not predicted, for the reason `unpredicted`; `scoring` None: nothing is left to score, or can be.
     """
 
     kind: str
@@ -84,7 +84,7 @@ def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
     tokens = int(max(trees.max(), min(tokens_in_a_pass(config.train, kind), trees.mean() * size)))
     base = locate(config.policy)
     scoring = None
-    if len(plan.missing):
+    if len(plan.missing) and not plan.imported:
         numerics = plan.identity.numerics
         scoring = scoring_memory(
             config.reference, plan.reference.paths.merged, numerics.dtype, plan.longest_missing, numerics.device
@@ -102,7 +102,7 @@ def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
         tokens_per_pass=tokens,
         steps=steps,
         training_tokens=int(trees.mean() * size * steps),
-        scoring_tokens=plan.missing_tokens,
+        scoring_tokens=0 if plan.imported else plan.missing_tokens,
         longest=int(trees.max()),
         scored_share=share,
     )

@@ -33,5 +33,26 @@ def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: f
     }
 
 
+def agreement_of_sums(
+    sums: Sequence[float], truth: Sequence[float], tokens: Sequence[int], beta: float
+) -> dict[str, float]:
+    """Like `agreement`, where only a sum per response is known: differences per token are each response's mean.
+
+    Its largest is that of a response's difference over the root of its tokens, which is what noise of single values adds up to.
+    """
+    differences, lengths = np.subtract(sums, truth), np.array(tokens)
+    noise = float(np.sqrt(np.mean((differences[0::2] - differences[1::2]) ** 2)))
+    return {
+        "tokens": int(lengths.sum()),
+        "mean_signed_difference": float(differences.sum() / lengths.sum()),
+        "mean_absolute_difference": float(np.abs(differences).sum() / lengths.sum()),
+        "max_absolute_difference": float((np.abs(differences) / np.sqrt(lengths)).max()),
+        "max_sequence_difference": float(np.abs(differences).max()),
+        "correlation_with_length": _correlation(differences, lengths),
+        "margin_noise_nats": noise,
+        "margin_noise_reward": beta * noise,
+    }
+
+
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else 0.0

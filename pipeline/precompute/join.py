@@ -43,7 +43,8 @@ def dropped_with(plan: Plan, left_out: Mapping[int, str]) -> pa.Table:
 def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -> Iterator[pa.Table]:
     """Every pair but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
 
-    Raises CheckError if a score is not there or has not the tokens' number of values.
+    Values per token are null where only their sum was imported. Raises CheckError if a score is not there or has not the tokens'
+    number of values.
     """
     scores = _Scores(plan, left_out) if scored else None
     absent = np.fromiter(left_out, dtype=np.int64, count=len(left_out))
@@ -96,19 +97,23 @@ class _Scores:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         self._logps = None  # not two of them at a time
         values = np.full(offsets[-1], np.nan, dtype=np.float32)
-        self._sums = np.full(len(positions), np.nan)
+        self._sums, by_sum = np.full(len(positions), np.nan), np.zeros(len(positions), dtype=bool)
         for positions_read, table in self._lookup.rows(positions):
             places = positions_read - positions[0]
             scores = table["logps"].combine_chunks()
             given = np.diff(scores.offsets)
-            self._must_cover(positions_read, lengths[places], given)
+            if self._plan.imported:
+                by_sum[places] = given == 0
+            self._must_cover(positions_read, np.where(by_sum[places], 0, lengths[places]), given)
             logps = scores.flatten()
             values[np.repeat(offsets[places] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
             self._sums[places] = table["logp"]
         absent = positions[np.isnan(self._sums)]
         self._must_be_there(absent[~np.isin(absent // 2, list(self._left_out))])
         kind = PAIRS.field("ref_chosen_token_logps").type
-        self._logps = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
+        self._logps = pa.ListArray.from_arrays(
+            pa.array(offsets), pa.array(values), type=kind, mask=pa.array(by_sum) if by_sum.any() else None
+        )
 
     def _must_cover(self, positions: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> None:
         if not np.array_equal(lengths, scored):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.errors import RefscoreError
+from pipeline.errors import DataError, RefscoreError
 from pipeline.precompute.plan import Plan
 from pipeline.precompute.score import score_missing
 from pipeline.progress import SILENT, Listener, duration
@@ -17,11 +17,14 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
 
     `directory`: that of the run which will use the scores, so that the store keeps them for it. Returns the keys of
     sequences whose scores are not finite, and why: they are not stored. Raises RefscoreError if the store cannot be
-    written, CheckError for scores that cannot be true. What was published before an error or Ctrl-C stays.
+    written, DataError where scores are imported and some are missing, CheckError for scores that cannot be true. What was published before an error or Ctrl-C stays.
     """
     if not len(plan.missing):
-        listener.say("nothing to score: every sequence is in the store; no engine is started")
+        whose = f", {plan.identity.numerics.words}" if plan.imported else ""
+        listener.say(f"nothing to score: every sequence is in the store{whose}; no engine is started")
         return {}
+    if plan.imported:
+        raise DataError(plan.not_imported())
     if problem := plan.store.why_not_writable():
         raise RefscoreError(
             f"{len(plan.missing)} of {plan.sequences} sequences must be scored, but the store cannot be written "

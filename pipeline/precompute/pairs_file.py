@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.tables import DROPPED, PAIRS, in_format_of, read_about, read_table, write_table
+from pipeline.artifacts.tables import DROPPED, IMPORTED_BY, PAIRS, in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest
@@ -37,7 +37,8 @@ def inputs_digest(config: Config) -> str:
 
 
 def _digest_with(data: dict[str, Any], reference: ReferenceConfig) -> str:
-    return digest(data, reference.model_dump(mode="json", include={"model", "revision", "adapter", "engine", "dtype"}))
+    fields = {"model", "revision", "adapter", "engine", "dtype", *(["imported_by"] if reference.imported_by else [])}
+    return digest(data, reference.model_dump(mode="json", include=fields))
 
 
 def _asked_for(about: dict[str, Any], config: Config, path: Path) -> bool:
@@ -136,6 +137,7 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
         "vocabulary": plan.vocabulary,
         "template": plan.template,
         "scored": scored,
+        **({IMPORTED_BY: plan.identity.numerics.imported_by} if plan.imported and scored else {}),
     }
 
 
@@ -202,7 +204,9 @@ def write_unscored(
 
 
 def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:
-    """Make pairs.parquet fit the configuration, from the store alone. Raises ConfigError if scores are missing there."""
+    """Make pairs.parquet fit the configuration, from the store alone. Raises ConfigError if scores are missing there,
+    DataError if they were to be imported.
+    """
     if reference_free(config.train):
         current = is_current(run.pairs, config) or is_current(run.pairs, without_reference(config), scored=False)
         if not current:
@@ -211,6 +215,8 @@ def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:
     if is_current(run.pairs, config):
         return
     plan = make_plan(config)
+    if len(plan.missing) and plan.imported:
+        raise DataError(plan.not_imported())
     if len(plan.missing):
         raise ConfigError(
             f"{len(plan.missing)} of {plan.sequences} sequences have no stored score for reference "

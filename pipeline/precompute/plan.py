@@ -15,14 +15,16 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import arrays_of
 from pipeline.config.experiment import Config
+from pipeline.config.losses import sums_do_not_do
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference, open_reference
+from pipeline.errors import ConfigError
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, vocabulary_digest
 from pipeline.pairs.splits import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
-from pipeline.store.identity import ReferenceIdentity, score_key
+from pipeline.store.identity import IMPORTED, ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
 
@@ -31,7 +33,7 @@ class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
     `keys` has two entries per pair, chosen then rejected, of which `sequences` differ; `missing` are positions in it,
-    ascending, one for each absent key.
+    ascending, one for each absent key. `held_as_sums`: sequences of which a sum was imported, and no values per token.
     """
 
     reference: OpenedReference
@@ -40,6 +42,7 @@ class Plan:
     keys: pa.FixedSizeBinaryArray
     sequences: int
     missing: np.ndarray
+    held_as_sums: int
     vocabulary: str
     template: str
 
@@ -47,6 +50,11 @@ class Plan:
     def identity(self) -> ReferenceIdentity:
         """What names the reference's scores."""
         return self.reference.identity
+
+    @property
+    def imported(self) -> bool:
+        """Whether the scores are others', so that none can be computed."""
+        return self.identity.numerics.engine == IMPORTED
 
     @property
     def missing_tokens(self) -> int:
@@ -73,16 +81,27 @@ class Plan:
             lines.append(f"dropped   {drop.count} x {reason} (first: {drop.first.source} row {drop.first.row}{detail})")
         if not scored:
             return lines
-        numerics = self.identity.numerics
-        lines.append(
-            f"reference {self.identity.reference_id[:12]}  {numerics.engine} {numerics.engine_version}, "
-            f"{numerics.dtype} on {numerics.device}"
-        )
-        lines.append(
-            f"store     {self.sequences} sequences: {self.sequences - len(self.missing)} hits, {len(self.missing)} misses, "
-            f"{self.missing_tokens} tokens to score"
-        )
+        lines.append(f"reference {self.identity.reference_id[:12]}  {self.identity.numerics.words}")
+        known = self.sequences - len(self.missing)
+        if self.imported:
+            sums = f", {self.held_as_sums} by their sum alone" if self.held_as_sums else ""
+            lines.append(f"store     {self.sequences} sequences: {known} imported{sums}, {len(self.missing)} missing")
+        else:
+            lines.append(
+                f"store     {self.sequences} sequences: {known} hits, {len(self.missing)} misses, "
+                f"{self.missing_tokens} tokens to score"
+            )
         return lines
+
+    def not_imported(self) -> str:
+        """What to do about sequences without a score, where scores are imported, in a sentence."""
+        by, first = self.identity.numerics.imported_by, self.row(int(self.missing[0]) // 2)
+        return (
+            f"{len(self.missing)} of {self.sequences} sequences have no score imported by {by!r} (first: {first['source']} row "
+            f"{first['source_row']}): import them with 'refscore import', the same configuration and --by, or leave their rows "
+            "out of the data, or compute all with reference.engine=vllm and no reference.imported_by. Scores are found under "
+            "the same weights, dtype and token ids alone: 'refscore store explain' says what differs"
+        )
 
     def row(self, number: int) -> dict[str, Any]:
         """A pair under its names in pairs.parquet."""
@@ -98,7 +117,7 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     """Read the data, tokenise, and ask the store; loads no model.
 
     `reference`: `config.reference`, if it was opened before. Raises DataError if the data cannot be read or gives no pair,
-    ConfigError if the reference or its tokenizer cannot be used.
+    ConfigError if the reference or its tokenizer cannot be used, or if the loss weighs tokens of which only sums were imported.
     """
     reference = reference or open_reference(config.reference)
     parts: list[pa.FixedSizeBinaryArray] = []
@@ -118,9 +137,12 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
         keys=keys,
         sequences=len(lookup.missing) + len(lookup.held),
         missing=lookup.missing,
+        held_as_sums=len(lookup.held_as_sums),
         vocabulary=vocabulary_digest(reference.tokenizer),
         template=chat_template_digest(reference.tokenizer),
     )
+    if plan.held_as_sums and config.train.objective == "preference" and config.train.ld_alpha is not None:
+        raise ConfigError(sums_do_not_do(f"{plan.held_as_sums} of {plan.sequences} imported scores"))
     # what reading has left behind would stand beside the engine
     del lookup
     return_freed_memory()

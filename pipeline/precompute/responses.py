@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORED
 from pipeline.config.experiment import Config
-from pipeline.engines.protocol import Request, Scorer
+from pipeline.engines.protocol import Request, Scorer, must_compute
 from pipeline.engines.quarantine import score_each
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
@@ -47,6 +47,8 @@ class RowScorer:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._reference = reference = open_reference(config.reference)
+        # said before any row is read: new responses have no score that was imported
+        must_compute(reference.numerics)
         self._positions = position_limit(reference.paths.base)
         self._encoder = Encoder(config.data, reference.tokenizer, self._positions)
         self.identity: ReferenceIdentity = reference.identity

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import SCORED, TOP_SCORED, list_column
 from pipeline.config.experiment import Config
-from pipeline.engines.protocol import Request, TopTokens
+from pipeline.engines.protocol import Request, TopTokens, must_compute
 from pipeline.engines.quarantine import score_each, why_quarantined
 from pipeline.engines.reference import open_reference
 from pipeline.engines.single import SmallerOnce, start_single
@@ -44,6 +44,7 @@ class TopScorer:
     def __init__(self, config: Config, count: int) -> None:
         self._config, self._count = config, count
         self._reference = open_reference(config.reference)
+        must_compute(self._reference.numerics)
         base = self._reference.paths.base
         vocabulary = int(text_config(base, trusts_code=config.reference.trust_remote_code).vocab_size)
         if not 1 <= count <= vocabulary:

@@ -18,7 +18,8 @@ from pipeline.engines.protocol import Request, numerics_of
 from pipeline.errors import DataError
 from pipeline.models.load import chat_template_digest, load_tokenizer
 from pipeline.models.locate import locate, locate_reference
-from pipeline.precompute.agreement import TOLERANCES
+from pipeline.precompute.agreement import TOLERANCES, agreement, agreement_of_sums
+from pipeline.store.identity import UNKNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +32,24 @@ _LOW_PRECISION = 0.15
 
 @dataclass(frozen=True)
 class Sample:
-    """Sequences of some pairs, chosen and rejected in turn, and the scores that the run has for them."""
+    """Sequences of some pairs, chosen and rejected in turn, and the scores that the run has for them: values per token, or sums
+    alone if scores were imported of which some are no more.
+    """
 
     requests: list[Request]
     stored: list[np.ndarray]
+    sums: list[float]
 
     @property
     def pairs(self) -> int:
         return len(self.requests) // 2
+
+    def against(self, truth: list[np.ndarray], beta: float) -> dict[str, float]:
+        """How far the stored scores are from `truth`, values per token; see `pipeline.precompute.agreement`."""
+        if not self.sums:
+            return agreement(self.stored, truth, beta)
+        true_sums = [float(values.sum(dtype=np.float64)) for values in truth]
+        return agreement_of_sums(self.sums, true_sums, [len(values) for values in truth], beta)
 
 
 def draw_sample(path: Path, rows: int) -> Sample:
@@ -46,30 +57,45 @@ def draw_sample(path: Path, rows: int) -> Sample:
     if not read_about(path).get("scored", True):
         raise DataError(f"{path} holds no reference scores: the run's loss compares nothing with the reference")
     sides = ("chosen", "rejected")
-    columns = ["prompt_ids", *(f"{side}_ids" for side in sides), *(f"ref_{side}_token_logps" for side in sides)]
+    columns = [
+        "prompt_ids",
+        *(name for side in sides for name in (f"{side}_ids", f"ref_{side}_token_logps", f"ref_{side}_logps")),
+    ]
     table = read_table(path, PAIRS, columns)
     chosen = sorted(np.random.default_rng(0).choice(len(table), min(rows, len(table)), replace=False).tolist())
     pairs = table.take(chosen).to_pylist()
+    stored = [pair[f"ref_{side}_token_logps"] for pair in pairs for side in sides]
+    by_sum = any(values is None for values in stored)
     return Sample(
         [Request(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in sides],
-        [np.asarray(pair[f"ref_{side}_token_logps"], np.float32) for pair in pairs for side in sides],
+        [] if by_sum else [np.asarray(values, np.float32) for values in stored],
+        [pair[f"ref_{side}_logps"] for pair in pairs for side in sides] if by_sum else [],
     )
 
 
-def judge(figures: dict[str, float], dtype: str) -> dict[str, Any]:
-    """Whether `figures` are what arithmetic in `dtype` may differ by, the limits, and the verdict in a sentence."""
+def judge(figures: dict[str, float], dtype: str, *, by_sum: bool = False) -> dict[str, Any]:
+    """Whether `figures` are what arithmetic in `dtype` may differ by, the limits, and the verdict in a sentence.
+
+    A dtype that is not known may be the coarsest. `by_sum`: sums were compared, as `agreement_of_sums` does.
+    """
     kind = "float32" if dtype == "float32" else "bfloat16"
     signed, absolute = TOLERANCES[kind]
     mean, mean_signed = figures["mean_absolute_difference"], figures["mean_signed_difference"]
     largest, limit = figures["max_absolute_difference"], _LARGEST[kind]
     passed = abs(mean_signed) <= signed and mean <= absolute and largest <= limit
     if passed:
-        verdict = f"the scores are what {dtype} gives: {mean:.2g} nats per token on average, {largest:.2g} at most"
+        gives = f"what {dtype} gives" if dtype != UNKNOWN else "what the reference gives, in a dtype that is not known"
+        verdict = f"the scores are {gives}: {mean:.2g} nats per token on average, {largest:.2g} at most"
     else:
         verdict = (
             f"the scores differ by {mean:.4f} nats per token from what the reference gives in float32 ({mean_signed:+.4f} "
             f"with their sign, {largest:.4f} at most; allowed are {absolute}, {signed} and {limit}): "
             f"{_cause(mean, dtype, absolute)}"
+        )
+    if by_sum:
+        verdict += (
+            "; sums were compared, as there are no values per token: a difference per token is the mean of a response, the most "
+            "is its sum over the root of its tokens"
         )
     return {
         "passed": bool(passed),

@@ -22,7 +22,7 @@ from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace, set_aside_if_damaged
 from pipeline.store.registrations import DAY, registered
-from pipeline.store.shard import Unsound, open_shard, published_at, shard_files
+from pipeline.store.shard import Unsound, open_shard, published_at, shard_files, sums_only
 from pipeline.store.store import Store, read_reference
 
 SMALL_BYTES = 32 * 2**20
@@ -127,18 +127,33 @@ def _age(paths: Iterable[Path]) -> float:
 
 
 def _groups(directory: Path) -> list[list[Path]]:
-    groups: list[list[Path]] = []
-    filled = 0
+    """Small shards to merge; those that hold sums only are merged with one another alone."""
+    small: dict[bool, list[tuple[Path, int]]] = {False: [], True: []}
     for shard in shard_files(directory):
         status = _if_there(shard.stat)
-        if status is None or status.st_size >= SMALL_BYTES:
-            continue
-        if not groups or filled + status.st_size > MERGED_BYTES:
+        if status is not None and status.st_size < SMALL_BYTES:
+            small[_holds_sums(shard)].append((shard, status.st_size))
+    return [group for alike in small.values() for group in _filled(alike) if len(group) > 1]
+
+
+def _filled(shards: list[tuple[Path, int]]) -> list[list[Path]]:
+    groups: list[list[Path]] = []
+    filled = 0
+    for shard, size in shards:
+        if not groups or filled + size > MERGED_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(shard)
-        filled += status.st_size
-    return [group for group in groups if len(group) > 1]
+        filled += size
+    return groups
+
+
+def _holds_sums(shard: Path) -> bool:
+    try:
+        with open_shard(shard) as file:
+            return sums_only(file)
+    except (Unsound, FileNotFoundError):
+        return False  # set aside, or passed over, where it is merged
 
 
 def _if_there(ask: Callable[[], T]) -> T | None:

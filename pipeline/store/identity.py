@@ -9,7 +9,7 @@ needs hashing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,39 @@ class Numerics:
     # named if they differ from what the fields above say: products of attention, and arguments of the engine as JSON
     attention: str = ""
     engine_args: str = ""
+    # of scores that others computed: who, as the importer says, and whether that was checked
+    imported_by: str = ""
+    verified: str = ""
+
+    @property
+    def words(self) -> str:
+        """What computed the numbers, for people."""
+        return numerics_in_words(vars(self))
 
     def described(self) -> dict[str, str]:
         """The fields, but for those that name nothing: what was scored before they existed keeps its identity."""
         return {name: value for name, value in vars(self).items() if value or name not in _NAMED_IF_OTHER}
 
 
-_NAMED_IF_OTHER = ("attention", "engine_args")
+_NAMED_IF_OTHER = ("attention", "engine_args", "imported_by", "verified")
+IMPORTED = "imported"
+UNKNOWN = "unknown"
+
+
+def imported_numerics(by: str, dtype: str) -> Numerics:
+    """Those of scores that `by` computed, as the importer says: nothing of it was checked, and what is not said is unknown."""
+    unknown = dict.fromkeys(("engine_version", "device", "logits_dtype", "quantization"), UNKNOWN)
+    return Numerics(engine=IMPORTED, dtype=dtype, imported_by=by, verified="no", **unknown)
+
+
+def numerics_in_words(described: Mapping[str, object]) -> str:
+    """The numerics of a reference.json, of this version or another, for people."""
+    engine, version, dtype, device = (
+        described.get(name, "?") for name in ("engine", "engine_version", "dtype", "device")
+    )
+    if engine == IMPORTED:
+        return f"imported by {described.get('imported_by', '?')}, unverified, dtype {dtype}"
+    return f"{engine} {version}, {dtype} on {device}"
 
 
 @dataclass(frozen=True)

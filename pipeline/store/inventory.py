@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.identity import VERSION
+from pipeline.store.identity import numerics_in_words
 from pipeline.store.places import is_url
 from pipeline.store.shard import Unsound, key_words, open_shard, shard_files
 from pipeline.store.store import read_reference
@@ -87,11 +88,7 @@ def _numerics(directory: Path) -> tuple[str, str | None]:
         content = read_reference(directory)
     except DataError as problem:
         return "unknown", str(problem)
-    numerics = content["numerics"]
-    engine, version, dtype, device = (
-        numerics.get(name, "?") for name in ("engine", "engine_version", "dtype", "device")
-    )
-    words = f"{engine} {version}, {dtype} on {device}"
+    words = numerics_in_words(content["numerics"])
     if content.get("version") == VERSION:
         return words, None
     return words, (

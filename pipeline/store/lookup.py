@@ -23,7 +23,16 @@ import pyarrow as pa
 from pipeline.artifacts.tables import SCORES
 from pipeline.errors import RefscoreError
 from pipeline.store.places import Patience, Place
-from pipeline.store.shard import Unsound, key_words, open_shard, published_at, rows_problem, words_of
+from pipeline.store.shard import (
+    Unsound,
+    key_words,
+    open_shard,
+    published_at,
+    rows_problem,
+    sums_only,
+    sums_problem,
+    words_of,
+)
 
 # readings of one shard that fail although it is sound when it is read whole: what lies between is to blame, and is named
 _DOUBTS = 3
@@ -51,6 +60,11 @@ class Lookup:
         """Positions, ascending, at which those of the keys first stand that a shard holds."""
         positions: np.ndarray = np.sort(self._firsts[self._shard >= 0])
         return positions
+
+    @property
+    def held_as_sums(self) -> np.ndarray:
+        """Like `held`, of the keys whose row has a sum and no values per token."""
+        return self.held_by([shard for shard, sums in zip(self._shards, self._sums_only, strict=True) if sums])
 
     def found(self) -> pl.DataFrame:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
@@ -92,13 +106,14 @@ class Lookup:
                 for these, table in _read(self._shards[shard], rows, ours):
                     if not np.array_equal(key_words(table), self._words[positions[indices[these]]]):
                         raise Unsound("a row has another key than its place says")
-                    if problem := rows_problem(table):
+                    if problem := (sums_problem if self._sums_only[shard] else rows_problem)(table):
                         raise Unsound(problem)
                     yield indices[these], table
 
     def _locate(self) -> None:
         self._shards: list[Path] = []
         self._place_of: list[Place] = []
+        self._sums_only: list[bool] = []
         self._order: list[tuple[int, str]] = []
         self._shard = np.full(len(self._firsts), -1, dtype=np.int32)
         self._row = np.zeros(len(self._firsts), dtype=np.int32)
@@ -120,8 +135,9 @@ class Lookup:
             words = key_words(file.read(columns=["key"]))
             if len(words) != file.metadata.num_rows:
                 raise Unsound(f"{len(words)} keys in {file.metadata.num_rows} rows")
-            published = published_at(file)
+            published, sums = published_at(file), sums_only(file)
         self._shards.append(shard)
+        self._sums_only.append(sums)
         self._place_of.append(place)
         self._order.append((published, shard.name))
         self._note(len(self._shards) - 1, words)

@@ -1,7 +1,10 @@
 """One shard: its name, what must hold of its bytes and rows, and opening it so that damage of any kind has one name.
 
 Page checksums cover the pages' content. They cover neither the footer nor the headers of pages, so no row is believed
-because the file could be read: who takes rows compares their keys and asks `rows_problem`.
+because the file could be read: who takes rows compares their keys and asks `shard_problem`.
+
+Most forms in which others keep scores have one sum per response. A shard of imported scores may hold sums only: it says so of
+itself, and its lists of values are empty. In every other shard an empty list is damage.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from pipeline.artifacts.tables import SCORES, about_in
 from pipeline.errors import RefscoreError, first_line
 
 SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
+# what a shard says of itself if its rows have no values per token
+SUMS_ONLY = "sums_only"
 # relative to the sum: far above the rounding of a sum in float64, far below what a changed float32 makes
 _SUM_TOLERANCE = 1e-11
 
@@ -73,6 +78,33 @@ def published_at(file: pq.ParquetFile) -> int:
     return published if isinstance(published, int) else 0
 
 
+def sums_only(file: pq.ParquetFile) -> bool:
+    """Whether an open shard says that it holds sums of responses, and no values of tokens."""
+    return about_in(file.schema_arrow).get(SUMS_ONLY) is True
+
+
+def shard_problem(file: pq.ParquetFile, table: pa.Table) -> str | None:
+    """Why rows of an open shard cannot be true; None if they can."""
+    return sums_problem(table) if sums_only(file) else rows_problem(table)
+
+
+def sums_problem(table: pa.Table) -> str | None:
+    """Why rows of SCORES that hold sums only cannot be true; None if they can."""
+    if any(column.null_count for column in table.columns):
+        return "a value is absent"
+    tokens, sums = table["response_tokens"].to_numpy(), table["logp"].to_numpy()
+    given = np.diff(table["logps"].combine_chunks().offsets.to_numpy())
+    for wrong, words in (
+        (given != 0, "values of tokens among sums"),
+        (tokens < 1, "no tokens"),
+        (~np.isfinite(sums), "logp is not finite"),
+        (sums > 0, "logp is above 0"),
+    ):
+        if wrong.any():
+            return f"row {int(np.argmax(wrong))}: {words}"
+    return None
+
+
 def rows_problem(table: pa.Table) -> str | None:
     """Why rows of SCORES cannot be true: lengths, values and sums of every one; None if they can."""
     if any(column.null_count for column in table.columns):
@@ -119,7 +151,7 @@ def check_shard(shard: Path) -> str | None:
             seen: list[np.ndarray] = []
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group)
-                if problem := rows_problem(table):
+                if problem := shard_problem(file, table):
                     return f"row group {group}, {problem}"
                 seen.append(key_words(table))
             words = np.concatenate([np.empty((0, 4), np.uint64), *seen])

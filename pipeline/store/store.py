@@ -20,17 +20,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.tables import SCORES, list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
-from pipeline.store.identity import ReferenceIdentity
+from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace, Place, is_url
 from pipeline.store.registrations import register
 from pipeline.store.remote_places import RemotePlace
-from pipeline.store.shard import key_words, rows_problem, sha256_now
+from pipeline.store.shard import SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
 
 # a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
 _TRIES = 3
@@ -74,14 +75,16 @@ class Store:
     ) -> str:
         """Publish rows that are in SCORES' form already; returns the shard's name.
 
-        `published` is when the rows were first published, by default now. Raises like `publish`, and CheckError if a key stands
-        twice.
+        `published` is when the rows were first published, by default now. Rows of imported scores may have empty lists of values,
+        all or none of them. Raises like `publish`, and CheckError if a key stands twice.
         """
-        _must_be_true(table)
+        sums = self.reference.numerics.engine == IMPORTED and _without_values(table)
+        _must_be_true(table, sums=sums)
         about = {
             "reference_id": self.reference.reference_id,
             "published": time.time_ns() if published is None else published,
             "circumstances": [dict(circumstance) for circumstance in circumstances],
+            **({SUMS_ONLY: True} if sums else {}),
         }
         for _ in range(_TRIES):
             try:
@@ -162,8 +165,12 @@ def _table(rows: Sequence[Scored]) -> pa.Table:
     )
 
 
-def _must_be_true(table: pa.Table) -> None:
-    if problem := rows_problem(table):
+def _without_values(table: pa.Table) -> bool:
+    return len(table) > 0 and not pc.max(pc.list_value_length(table["logps"])).as_py()
+
+
+def _must_be_true(table: pa.Table, *, sums: bool) -> None:
+    if problem := (sums_problem if sums else rows_problem)(table):
         raise CheckError(f"refusing to store a score that cannot be true: {problem}")
     words = key_words(table)
     if len(np.unique(words, axis=0)) != len(words):

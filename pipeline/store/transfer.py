@@ -23,9 +23,9 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.tables import about_in
 from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError, first_line
 from pipeline.progress import SILENT, Listener
-from pipeline.store.identity import ReferenceIdentity
+from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.places import Place, is_url
-from pipeline.store.shard import Unsound, check_shard, digest_in, open_shard, published_at, sha256_now
+from pipeline.store.shard import Unsound, check_shard, digest_in, open_shard, published_at, sha256_now, sums_only
 from pipeline.store.store import Store, open_place
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _copy_shard(shard: Path, destination: Place, identity: ReferenceIdentity, co
         temporary = durable.temporary_beside(workspace / shard.name)
         described = temporary.with_name(f"{temporary.name}.json")
         try:
-            problem = check_shard(shard)
+            problem = check_shard(shard) or _unfit(shard, identity)
             if problem is None:
                 shutil.copyfile(shard, temporary)
                 durable.flush(temporary)
@@ -186,6 +186,14 @@ def _read(shard: Path) -> tuple[pa.Table, list[dict[str, str]], int]:
             return file.read(), circumstances, published_at(file)
     except FileNotFoundError as error:
         raise _gone(shard, error) from None
+
+
+def _unfit(shard: Path, identity: ReferenceIdentity) -> str | None:
+    """Why a sound shard may not stand for a reference: only of scores that were imported may sums be all that is known."""
+    with open_shard(shard) as file:
+        if sums_only(file) and identity.numerics.engine != IMPORTED:
+            return "it holds sums only, and its reference's scores are of tokens"
+    return None
 
 
 def _gone(shard: Path, error: Exception) -> RefscoreError:

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import PAIRS, read_groups
+from pipeline.artifacts.tables import IMPORTED_BY, PAIRS, read_about, read_groups
+from pipeline.config.losses import sums_do_not_do
 from pipeline.config.training import TrainConfig
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
 
@@ -62,12 +63,16 @@ class StoredTrees(Stored[Tree]):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN if nothing was scored."""
+    """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN if nothing was scored.
+
+    `ref_sums`, float64 [2] per pair, stand in their place if scores were imported of which some are sums alone; else none.
+    """
 
     pair_ids: Sequence[str]
     trees: Sequence[Tree]
     ref_chosen_token_logps: Sequence[np.ndarray]
     ref_rejected_token_logps: Sequence[np.ndarray]
+    ref_sums: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -86,20 +91,22 @@ class Pairs:
         return {branch[-1] for tree in self.trees for branch in tree.branches}
 
 
-def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
+def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = False) -> Pairs:
     """Read one split of pairs.parquet; `scored` asks for the reference's scores. What is read stays on disk, memory-mapped.
 
-    Raises DataError if a row's scores do not fit its tokens or its sums.
+    Raises DataError if a row's scores do not fit its tokens or its sums, ConfigError if `by_token` asks for values per token and
+    only sums were imported.
     """
+    imported = IMPORTED_BY in read_about(path)
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
     logps = ["ref_chosen_token_logps", "ref_rejected_token_logps"] if scored else []
     sums = ["ref_chosen_logps", "ref_rejected_logps"] if scored else []
-    kept = ["pair_id", *ids, *logps]
-    longest, ends = 0, set[int]()
+    kept = ["pair_id", *ids, *logps, *(sums if imported else [])]
+    longest, ends, by_sum = 0, set[int](), 0
     with tempfile.NamedTemporaryFile(prefix="split-", dir=durable.scratch_place()) as file:
         schema = pa.schema([PAIRS.field(name) for name in kept])
         with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, schema) as writer:
-            for number, part in enumerate(read_groups(path, PAIRS, ["split", *kept, *sums])):
+            for number, part in enumerate(read_groups(path, PAIRS, ["split", *dict.fromkeys([*kept, *sums])])):
                 if number % _GROUPS_TO_RETURN_MEMORY == 0:
                     return_freed_memory()
                 here = pc.equal(part["split"], split)
@@ -107,7 +114,8 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
                 if not len(table):
                     continue
                 for side in ("chosen", "rejected") if scored else ():
-                    _must_fit(path, side, table)
+                    _must_fit(path, side, table, imported=imported)
+                    by_sum += table[f"ref_{side}_token_logps"].null_count
                 lengths = [pc.list_value_length(table[name]).to_numpy() for name in ids]
                 longest = max(longest, int((lengths[0] + np.maximum(lengths[1], lengths[2])).max()))
                 for name in ids[1:]:
@@ -116,12 +124,15 @@ def load_pairs(path: Path, split: str, *, scored: bool = True) -> Pairs:
         # mapped, the file needs no name
         stored = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
     return_freed_memory()
+    if by_sum and by_token:
+        raise ConfigError(sums_do_not_do(f"{by_sum} scores in {path}"))
     trees = StoredTrees([stored[name] for name in ids], longest, ends)
-    if scored:
+    if scored and not by_sum:
         chosen, rejected = (Stored([stored[name]], _array) for name in logps)
     else:
         chosen, rejected = (Stored([stored[name]], _nothing) for name in ids[1:])
-    return Pairs(Stored([stored["pair_id"]], lambda value: str(value.as_py())), trees, chosen, rejected)
+    ref_sums = Stored([stored[name] for name in sums], _both) if by_sum else ()
+    return Pairs(Stored([stored["pair_id"]], lambda value: str(value.as_py())), trees, chosen, rejected, ref_sums)
 
 
 def _last_of_each(lists: pa.ListArray) -> np.ndarray:
@@ -132,6 +143,10 @@ def _last_of_each(lists: pa.ListArray) -> np.ndarray:
 def _array(row: pa.ListScalar) -> np.ndarray:
     values: np.ndarray = row.values.to_numpy(zero_copy_only=False)
     return values
+
+
+def _both(chosen: pa.DoubleScalar, rejected: pa.DoubleScalar) -> np.ndarray:
+    return np.array([chosen.as_py(), rejected.as_py()], np.float64)
 
 
 def _nothing(row: pa.ListScalar) -> np.ndarray:
@@ -168,7 +183,11 @@ def tokens_in_a_pass(train: TrainConfig, kind: str) -> int:
     return train.tokens_per_batch or {"cpu": 1024, "cuda": 8192}[kind]
 
 
-def _must_fit(path: Path, side: str, table: pa.Table) -> None:
+def _must_fit(path: Path, side: str, table: pa.Table, *, imported: bool) -> None:
+    if imported:
+        table = _with_values(path, side, table)
+        if not len(table):
+            return
     scores = table[f"ref_{side}_token_logps"].combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
     values, ends = scores.flatten().to_numpy(), np.cumsum(lengths)
@@ -178,8 +197,20 @@ def _must_fit(path: Path, side: str, table: pa.Table) -> None:
     if broken.any():
         pair_id = table["pair_id"][int(np.argmax(broken))]
         raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
-    sums = table[f"ref_{side}_logps"].to_numpy()
+    sums = table[f"ref_{side}_logps"].to_numpy(zero_copy_only=False)
     off = ~(np.abs(np.add.reduceat(values, ends - lengths, dtype=np.float64) - sums) <= 1e-6 * (1 + np.abs(sums)))
     if off.any():
         pair_id = table["pair_id"][int(np.argmax(off))]
         raise DataError(f"{path}: pair {pair_id}: ref_{side}_logps is not the sum of ref_{side}_token_logps")
+
+
+def _with_values(path: Path, side: str, table: pa.Table) -> pa.Table:
+    """The rows of imported scores that have values per token. Raises DataError if one of the others has no sum."""
+    by_sum = pc.is_null(table[f"ref_{side}_token_logps"])
+    sums = table.filter(by_sum)[f"ref_{side}_logps"].to_numpy()
+    # written so that a sum that is NaN is none
+    if not (sums <= 0).all() or np.isinf(sums).any():
+        number = int(np.argmax(~(sums <= 0) | np.isinf(sums)))
+        pair_id = table.filter(by_sum)["pair_id"][number]
+        raise DataError(f"{path}: pair {pair_id} has no score for {side}: run precompute again")
+    return table.filter(pc.invert(by_sum)).combine_chunks()

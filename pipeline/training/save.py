@@ -176,7 +176,9 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
     against = "without a reference"
     if not reference_free(train):
         named = f"`{name_for_others(config.reference.model)}` (reference_id `{reference_id[:16]}`)"
-        against = f"against stored log-probabilities of the reference {named}"
+        by = config.reference.imported_by
+        whose = f"log-probabilities that {by} computed (imported, unverified)" if by else "stored log-probabilities"
+        against = f"against {whose} of the reference {named}"
     data = ", ".join(f"`{name_for_others(path)}`" for path in config.data.path)
     figures = [[name, f"{value:.4f}"] for name, value in results.items() if value is not None]
     parts = [

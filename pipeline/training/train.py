@@ -87,7 +87,8 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         return None
 
     scored = not reference_free(config.train)
-    pairs, held_out = (load_pairs(run.pairs, split, scored=scored) for split in ("train", "eval"))
+    by_token = scored and config.train.ld_alpha is not None
+    pairs, held_out = (load_pairs(run.pairs, split, scored=scored, by_token=by_token) for split in ("train", "eval"))
     _must_fit_positions(base, config, pairs, held_out)
     steps = total_steps(len(pairs), config.train)
     torch.manual_seed(config.train.seed)

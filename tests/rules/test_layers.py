@@ -21,6 +21,7 @@ FLOORS = [
     {"training"},
     {"evaluation", "planning"},
     {"report", "exchange"},
+    {"view"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # what a floor would allow and the design does not: training reads pairs.parquet alone, forward knows no files
@@ -30,8 +31,11 @@ FORBIDDEN = {
 }  # fmt: skip
 # the names for scripts and notebooks, looked up when they are used
 API = ROOT / "pipeline" / "__init__.py"
-# plain tensors in the only form that another trainer loads; nothing reads it here
-FOREIGN_FORMS = {"pipeline/exchange/scored_pairs.py": {"torch.save"}}
+# plain tensors in the only form that another trainer loads, read with weights_only alone
+FOREIGN_FORMS = {
+    "pipeline/exchange/scored_pairs.py": {"torch.save"},
+    "pipeline/exchange/imported_scores.py": {"torch.load"},
+}
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 
 
@@ -65,6 +69,9 @@ def test_a_file_keeps_its_place(path):
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     forbidden = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads"}
     assert not called & forbidden - FOREIGN_FORMS.get(named(path), set())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert {word.arg: ast.unparse(word.value) for word in node.keywords}.get("weights_only") == "True"
 
 
 def modules_of(path) -> Iterator[str]:

@@ -10,17 +10,23 @@ import torch
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
+from pipeline.artifacts.tables import IMPORTED_BY
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError
 from pipeline.forward.logps import Forward
 from pipeline.models.identity import identify_model, weights_digest
-from pipeline.precompute.agreement import TOLERANCES, agreement
+from pipeline.precompute.agreement import TOLERANCES, agreement, agreement_of_sums
 from pipeline.progress import Listener
 from pipeline.training.examples import Pairs
 from pipeline.training.policies import Policy, precision_of
 
 GATE_PAIRS = 8
+# what a difference comes from, of scores that were computed here, and of imported ones
+_SUSPECTS = {
+    False: "the stored scores belong to other token ids, or one of the two forward passes is wrong",
+    True: "the imported scores are those of another model, of other token ids, or in another dtype than was said",
+}
 
 
 @torch.no_grad()
@@ -30,11 +36,13 @@ def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: 
     `numerics` names the coarser of the two arithmetics (a key of TOLERANCES). Differences are policy minus reference; see
     `pipeline.precompute.agreement`.
     """
-    scores, stored = [], []
-    for row in rows:
-        scores += [logps.double().cpu().numpy() for logps in forward([pairs.trees[row]])[0]]
-        stored += [pairs.ref_chosen_token_logps[row], pairs.ref_rejected_token_logps[row]]
-    figures = agreement(scores, stored, beta)
+    scores = [logps.double().cpu().numpy() for row in rows for logps in forward([pairs.trees[row]])[0]]
+    if pairs.ref_sums:
+        sums = [float(logp) for row in rows for logp in pairs.ref_sums[row]]
+        figures = agreement_of_sums([float(own.sum()) for own in scores], sums, [len(own) for own in scores], beta)
+    else:
+        stored = [side[row] for row in rows for side in (pairs.ref_chosen_token_logps, pairs.ref_rejected_token_logps)]
+        figures = agreement(scores, stored, beta)
     signed, absolute = TOLERANCES[numerics]
     passed = abs(figures["mean_signed_difference"]) <= signed and figures["mean_absolute_difference"] <= absolute
     return {
@@ -42,6 +50,7 @@ def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: 
         "passed": bool(passed),
         "pairs": len(rows),
         "numerics": numerics,
+        "compared": "sums" if pairs.ref_sums else "tokens",
         **figures,
         "tolerance_mean_signed": signed,
         "tolerance_mean_absolute": absolute,
@@ -76,6 +85,8 @@ def check_gate(
         f"{figures['mean_signed_difference']:+.5f}, mean absolute {figures['mean_absolute_difference']:.5f} nats per token; "
         f"margin noise {figures['margin_noise_nats']:.3f} nats = {figures['margin_noise_reward']:.4f} reward"
     )
+    if pairs.ref_sums:
+        text += " (of the mean of each response, as sums are all that was imported)"
     if config.policy.load_in_4bit:
         reason = "the policy's base has 4 bits, the reference has not"
     elif about.get("model") != identify_model(base, trusts_code=config.policy.trust_remote_code).digest:
@@ -89,7 +100,7 @@ def check_gate(
         raise CheckError(
             f"the gate is closed: {text}; allowed are {figures['tolerance_mean_signed']} and "
             f"{figures['tolerance_mean_absolute']}. The policy starts from the reference's weights, so both must agree: "
-            "the stored scores belong to other token ids, or one of the two forward passes is wrong. "
+            f"{_SUSPECTS[IMPORTED_BY in about]}. "
             "'refscore verify' re-scores a sample; figures are in " + str(run.gate)
         )
     listener.say(f"gate      passed: {text}")

@@ -80,6 +80,8 @@ def pair_logps(
     device = weights[0].device
     if reference_free(train):
         reference = torch.zeros(2, len(trees), dtype=torch.float64)
+    elif pairs.ref_sums:
+        reference = torch.from_numpy(np.stack([pairs.ref_sums[row] for row in group], axis=1))
     else:
         stored = [
             [torch.tensor(side[row]) for side in (pairs.ref_chosen_token_logps, pairs.ref_rejected_token_logps)]
