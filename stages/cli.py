@@ -322,7 +322,7 @@ def import_(
         typer.Option("--format", help="trl, jsonl, open_instruct, fairseq2; default: found out from the data."),
     ] = None,
 ) -> None:
-    """Scores that others computed into the store, as imported and unverified; used only where they are asked for."""
+    """Take scores that others computed into the store, as imported and unverified; used only where they are asked for."""
     from pipeline.config.files import load_config
 
     resolved = load_config(config, set_ or [])
@@ -387,7 +387,9 @@ def view(
     vote: Annotated[
         str | None, typer.Option("--vote", metavar="NAME", help="Vote blind on --run's responses under this name.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Order of the ballots, and which response stands first.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Order of the ballots, and which response stands first.")
+    ] = 0,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", metavar="DIR", help="Serve nothing: write the pages as a folder.")
     ] = None,

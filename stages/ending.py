@@ -134,6 +134,11 @@ def from_the_store(_: Run | None = None) -> str:
     return "what was scored is in the store, and the same command goes on from there"
 
 
+def from_what_was_imported() -> str:
+    """Where an import goes on."""
+    return "what was imported is in the store, and the same command imports the rest"
+
+
 def from_the_beginning() -> str:
     """Where it goes on if nothing is kept."""
     return "nothing of it was kept, and the same command begins again"

@@ -31,6 +31,7 @@ COMMANDS = [
     ("pairs",),
     ("iterate",),
     ("export",),
+    ("import",),
     ("push",),
     ("repeat",),
     ("doctor",),

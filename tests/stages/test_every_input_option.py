@@ -43,6 +43,10 @@ CHANGES = {
     "reference.trust_remote_code": ("true", {"reference.model": "tests/tiny", "reference.revision": CODED}),
     "reference.adapter": ("adapter", {}),
     "reference.engine": ("vllm", {}),
+    "reference.imported_by": (
+        "b",
+        {"reference.engine": "imported", "reference.imported_by": "a", "reference.store": "others"},
+    ),
     "reference.dtype": ("bfloat16", {}),
     "reference.store": ("elsewhere", {}),
     "reference.workers": (2, {}),
@@ -86,7 +90,23 @@ def ground(tmp_path_factory, tiny_model):
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(where / "adapter")
     make_hub(where / "hub", tiny_model, where / "other")
-    return where, experiment(where, tiny_model, where / "preferences.jsonl"), {}
+    config = experiment(where, tiny_model, where / "preferences.jsonl")
+    import_from_others(where, config)
+    return where, config, {}
+
+
+def import_from_others(where, config):
+    """The scores of the tiny model under two names, those of "b" a little lower."""
+    refscore_here(where, "precompute", "--config", config, "--run", "r")
+    refscore_here(where, "export", "--run", "r", "--format", "trl", "--to", "exported")
+    for name in ("a", "b"):
+        rows = pl.concat([pl.read_parquet(where / f"exported/{split}.parquet") for split in ("train", "test")])
+        if name == "b":
+            rows = rows.with_columns(pl.col("ref_chosen_logps") - 0.5)
+        rows.write_parquet(where / f"{name}.parquet")
+        refscore_here(
+            where, "import", f"{name}.parquet", "--config", config, "--by", name, "--set", "reference.store=others"
+        )
 
 
 @pytest.mark.usefixtures("all_processors")
