@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -62,16 +63,24 @@ def _serve(fragment: str, port: int) -> None:
         listening.bind((HOST, port))
     except OSError as error:
         listening.close()
-        raise RefscoreError(f"port {port} cannot be taken ({error.strerror}): name another with --port, or 0 for any") from None
+        raise RefscoreError(
+            f"port {port} cannot be taken ({error.strerror}): name another with --port, or 0 for any"
+        ) from None
     with listening:
         port = listening.getsockname()[1]
         token = secrets.token_urlsafe(24)
         console.say(f"open      http://{HOST}:{port}/?token={token}{fragment}")
         console.say("for this machine's own browser, until Ctrl-C; from another one: ssh -L, see docs/view.md")
         config = uvicorn.Config(
-            application(token, port), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+            application(token, port),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        # Ctrl-C is how this ends
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _bundle(runs: list[Run], to: Path) -> None:

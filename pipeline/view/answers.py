@@ -15,7 +15,7 @@ from pipeline.artifacts.runs import Run
 from pipeline.artifacts.states import runs_here
 from pipeline.artifacts.tables import KL, PAIRS
 from pipeline.evaluation.votes import vote_figures
-from pipeline.view.comparisons import PAGE, compared_models, comparisons
+from pipeline.view.comparisons import PAGE, compared_models, comparisons, models_of
 from pipeline.view.pages import columns
 from pipeline.view.pairs import MOST, dropped, pairs_index, pairs_page
 from pipeline.view.runs import overview, runs_list, side_by_side
@@ -27,11 +27,11 @@ _OF_RUN = {
     "training": training,
     "pairs": pairs_index,
     "dropped": dropped,
-    "votes": vote_figures,
 }
 _NUMBERED = {
     "samples": lambda run, number: comparisons(run, number).described(),
     "tokens": tokens_page,
+    "votes": lambda run, number: vote_figures(run, *models_of(run, number)),
     "pairs": pairs_page,
 }
 _PATH = re.compile(r"runs/([A-Za-z0-9][A-Za-z0-9._-]*)/([a-z]+)(?:/(\d{1,9}))?(?:/(\d{1,9}))?\.json")
@@ -86,7 +86,7 @@ def addresses(runs: list[str]) -> Iterator[str]:
     yield "runs.json"
     for name in runs:
         run = run_here(name)
-        yield from (f"runs/{name}/{what}.json" for what in ("overview", "votes"))
+        yield f"runs/{name}/overview.json"
         if run.metrics.is_file():
             yield f"runs/{name}/training.json"
         if run.dropped.is_file():
@@ -97,7 +97,7 @@ def addresses(runs: list[str]) -> Iterator[str]:
             yield from (f"runs/{name}/pairs/{page}.json" for page in range(_pages(count)))
         if run.samples.is_file():
             for number in range(len(compared_models(run))):
-                yield f"runs/{name}/samples/{number}.json"
+                yield from (f"runs/{name}/{what}/{number}.json" for what in ("samples", "votes"))
                 count = len(comparisons(run, number).table)
                 yield from (f"runs/{name}/samples/{number}/{page}.json" for page in range(_pages(count)))
         if run.kl.is_file():

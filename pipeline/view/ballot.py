@@ -42,7 +42,9 @@ def cast(run: Run, vote: dict[str, Any]) -> dict[str, Any]:
     voter, model, baseline, note = (_text(vote, name) for name in ("voter", "model", "baseline", "note"))
     seed, number = _number(vote, "seed"), _number(vote, "number")
     if vote.get("version") != _version(run):
-        raise ConfigError("the samples were replaced since this page was loaded: load it again, the vote is not counted")
+        raise ConfigError(
+            "the samples were replaced since this page was loaded: load it again, the vote is not counted"
+        )
     choice, seconds = vote.get("choice"), vote.get("seconds")
     if choice not in _CHOICES:
         raise ConfigError(f"a vote says one of {', '.join(_CHOICES)}")

@@ -75,7 +75,9 @@ def _pages(runs: list[Run]) -> list[tuple[str, bytes]]:
     index = (STATIC / "index.html").read_bytes()
     if index.count(b"<body>") != 1:
         raise AssertionError("index.html has no plain <body>")
-    statics = [(f"static/{file.name}", file.read_bytes()) for file in sorted(STATIC.iterdir()) if file.name != "index.html"]
+    statics = [
+        (f"static/{file.name}", file.read_bytes()) for file in sorted(STATIC.iterdir()) if file.name != "index.html"
+    ]
     return [(MARK, begun), ("index.html", index.replace(b"<body>", _MODE)), *statics]
 
 

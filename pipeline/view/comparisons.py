@@ -5,6 +5,7 @@ Texts are not in it. A row's place in the index is its number everywhere: in add
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,13 +90,18 @@ def _compared(samples: Path, _samples: Stamp, judgements: Path, judged: Stamp) -
     return list(combinations(models, 2))
 
 
-def comparisons(run: Run, number: int) -> Comparisons:
-    """The comparisons of the `number`-th two models of `compared_models`. Raises DataError if there are not so many."""
+def models_of(run: Run, number: int) -> tuple[str, str]:
+    """The `number`-th two models of `compared_models`. Raises DataError if there are not so many."""
     pairs = compared_models(run)
     if not 0 <= number < len(pairs):
         raise DataError(f"run {run.name} compares {len(pairs)} pairs of models, and no number {number}")
+    return pairs[number]
+
+
+def comparisons(run: Run, number: int) -> Comparisons:
+    """The comparisons of the `number`-th two models of `compared_models`. Raises DataError if there are not so many."""
     stamps = stamp(run.samples), stamp(run.judgements), stamp(run.kl)
-    return _comparisons(run, *pairs[number], stamps)
+    return _comparisons(run, *models_of(run, number), stamps)
 
 
 @lru_cache(maxsize=8)
@@ -125,9 +131,7 @@ def _kl(run: Run, model: str, there: Stamp) -> pl.DataFrame:
     return scored.group_by("prompt_id").agg((pl.col("logp") - pl.col("ref_logp")).mean().alias("kl"))
 
 
-def _judges(
-    table: pl.DataFrame, judged: pl.DataFrame, model: str, baseline: str
-) -> dict[str, tuple[str, np.ndarray]]:
+def _judges(table: pl.DataFrame, judged: pl.DataFrame, model: str, baseline: str) -> dict[str, tuple[str, np.ndarray]]:
     """Letters and scores of every judge by the table's rows, as `pipeline.evaluation.rates.winrates.both_orders` has them."""
     of_these = judged.filter(
         (pl.col("model") == model) & (pl.col("baseline") == baseline) & (pl.col("order") != "pair")
@@ -170,16 +174,16 @@ def _letters(by_row: pl.DataFrame) -> tuple[str, np.ndarray]:
         .then(pl.lit(LOST))
         .otherwise(pl.lit(TIED))
     )
-    letters = by_row.select(
-        pl.when(flipped).then(outcome.str.to_lowercase()).otherwise(outcome).alias("letters")
-    )["letters"]
+    letters = by_row.select(pl.when(flipped).then(outcome.str.to_lowercase()).otherwise(outcome).alias("letters"))[
+        "letters"
+    ]
     scores = by_row.select(pl.when(pl.col("failed")).then(None).otherwise(score).alias("score"))["score"]
     return "".join(letters.to_list()), scores.cast(pl.Float64).fill_null(float("nan")).to_numpy()
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
     kept = np.round(np.asarray(values, np.float64), 4)
-    return [None if value != value else value for value in kept.tolist()]
+    return [None if math.isnan(value) else value for value in kept.tolist()]
 
 
 def _flags(first: pl.Series, second: pl.Series) -> list[int]:

@@ -48,7 +48,7 @@ def rows(path: Path, schema: pa.Schema, places: Sequence[int], names: Sequence[s
             for group in range(file.num_row_groups):
                 starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
             version = stamp(path)
-            found = {}
+            found: dict[int, dict[str, Any]] = {}
             for group, first in enumerate(starts[:-1]):
                 inside = [place for place in dict.fromkeys(places) if first <= place < starts[group + 1]]
                 if inside:

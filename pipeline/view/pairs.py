@@ -88,7 +88,11 @@ def _index(run: Run, stamps: tuple[Stamp, Stamp]) -> pl.DataFrame:
         logps.sort("step")
         .group_by("pair_id", maintain_order=True)
         .last()
-        .select("pair_id", pl.col("step").alias("step_last"), *(pl.col(f"{side}_logps").alias(f"{side}_last") for side in _SIDES))
+        .select(
+            "pair_id",
+            pl.col("step").alias("step_last"),
+            *(pl.col(f"{side}_logps").alias(f"{side}_last") for side in _SIDES),
+        )
     )
     return table.join(last, on="pair_id", how="left", maintain_order="left")
 

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError, RefscoreError
 from pipeline.evaluation.compare import differences, differing_settings, reached, unlike
 from pipeline.evaluation.rates.paired import Paired
 from pipeline.evaluation.results import read_results
-from pipeline.evaluation.votes import voters
+from pipeline.evaluation.votes import Votes, voters
 from pipeline.report.side_by_side import visible
 from pipeline.view.comparisons import compared_models
 from pipeline.view.pages import stamp
@@ -56,8 +56,14 @@ def overview(run: Run) -> dict[str, Any]:
         "held_out": asdict(results.held_out) if results and results.held_out else None,
         "verified": read_json(run.directory / "verify.json").get("verdict"),
         "voters": voters(run),
+        "votes": _votes(run),
         "generate": _sampled_with(run),
     }
+
+
+def _votes(run: Run) -> str:
+    """Another word after every vote."""
+    return " ".join(str(stamp(Votes(run, voter).path)) for voter in voters(run))
 
 
 def _sampled_with(run: Run) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [run.name for run in runs],
         "unlike": unlike(runs),
         "settings": differing_settings(runs),
-        "reached": reached(runs),
+        "reached": [[row.name, *row.values] for row in reached(runs)],
         "differences": found,
     }
 

@@ -36,7 +36,10 @@ _POLICY = (
     "form-action 'none'; frame-ancestors 'none'"
 )
 # a report holds its styles and pictures in itself, and no script
-_POLICY_OF_A_REPORT = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; sandbox allow-popups allow-popups-to-escape-sandbox"
+_POLICY_OF_A_REPORT = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "sandbox allow-popups allow-popups-to-escape-sandbox"
+)
 
 
 def application(token: str, port: int) -> Starlette:
@@ -181,4 +184,6 @@ async def _explained(_request: Request, error: Exception) -> Response:
 
 
 async def _nothing(_request: Request, _error: Exception) -> Response:
-    return Response(as_json({"problem": "there is nothing at this address"}), status_code=404, media_type="application/json")
+    return Response(
+        as_json({"problem": "there is nothing at this address"}), status_code=404, media_type="application/json"
+    )

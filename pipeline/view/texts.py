@@ -56,7 +56,9 @@ def tokens_page(run: Run, page: int) -> dict[str, Any]:
     total = len(columns(run.kl, KL, ["sample"]))
     first = first_of(page, total)
     places = list(range(first, min(first + PAGE, total)))
-    found = rows(run.kl, KL, places, ["prompt_id", "sample", "model", "response_ids", "finish_reason", "logps", "ref_logps"])
+    found = rows(
+        run.kl, KL, places, ["prompt_id", "sample", "model", "response_ids", "finish_reason", "logps", "ref_logps"]
+    )
     return {
         "first": first,
         "rows": [
@@ -89,7 +91,9 @@ def search(run: Run, number: int, text: str) -> list[int]:
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{run.samples} cannot be searched ({str(error).splitlines()[0]})") from None
     table = index.table.with_row_index("place")
-    return table.filter(pl.col("row").is_in(hit.implode()) | pl.col("row_baseline").is_in(hit.implode()))["place"].to_list()
+    return table.filter(pl.col("row").is_in(hit.implode()) | pl.col("row_baseline").is_in(hit.implode()))[
+        "place"
+    ].to_list()
 
 
 def first_of(page: int, total: int) -> int:
@@ -145,7 +149,7 @@ def _kl_rows(path: Path, version: Stamp) -> dict[tuple[str, str], list[int]]:
 
 
 def short(values: Iterable[float | None] | None) -> list[float | None] | None:
-    """Values for JSON with four decimals; what is no finite number is None."""
+    """Values for JSON with six digits; what is no finite number is None."""
     if values is None:
         return None
-    return [None if value is None or not math.isfinite(value) else round(value, 4) for value in values]
+    return [None if value is None or not math.isfinite(value) else float(f"{value:.6g}") for value in values]

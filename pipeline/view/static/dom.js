@@ -57,6 +57,11 @@ export function choice(label, value, options, change) {
   return el("label", {}, el("span", {}, label), select);
 }
 
+/** A name that may break after its signs, and nowhere else. */
+export function breakable(name) {
+  return name.split(/(?<=[:=_/.,-])/).flatMap((part, place) => (place ? [el("wbr"), part] : [part]));
+}
+
 export function number(value, digits = 2) {
   return value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 }

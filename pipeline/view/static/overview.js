@@ -1,5 +1,5 @@
 // One run: what it found, and the ways to its rows.
-import { el, interval, link, number, percent, table } from "./dom.js";
+import { breakable, el, interval, link, number, percent, table } from "./dom.js";
 import { isFolder } from "./source.js";
 
 export async function overviewPage({ run, overview }) {
@@ -13,7 +13,7 @@ export async function overviewPage({ run, overview }) {
           "The policy against its reference, by judge; the rows behind each figure are a press away",
           ["judge", "win rate (95 %)", "prompts", "contradicts itself", "failed", "rows"],
           judges.map(([name, found]) => [
-            name === overview.pair_judge ? [name, el("small", {}, " (made the pairs)")] : name,
+            [breakable(name), name === overview.pair_judge ? el("small", {}, " (made the pairs)") : null],
             interval(found.rate),
             String(found.prompts),
             String(found.flips),

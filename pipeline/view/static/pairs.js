@@ -1,7 +1,7 @@
 // Training and held-out pairs: what reference and policy think of each, token by token; and the rows that are no pairs.
 import { address, choice, el, link, longText, number, say, table } from "./dom.js";
 import { get, Problem } from "./source.js";
-import { coloured } from "./prompt.js";
+import { coloured, shades } from "./prompt.js";
 import { rowList } from "./samples.js";
 
 const PREFERS = { rejected: "policy prefers the rejected", chosen: "policy prefers the chosen", away: "moved towards the rejected", towards: "moved towards the chosen" };
@@ -109,7 +109,7 @@ export async function pairPage(page) {
     el("h2", {}, "Responses"),
     el("div", { class: "sides" }, ["chosen", "rejected"].map((side, number_) => response(pair, side, number_))),
     el("h2", {}, "Tokens under the reference"),
-    pair.logps[0] ? el("p", { class: "soft" }, "Colour: how surprising a token is, from 0.5, 1.5 and 3 nats on above the response's mean.") : el("p", {}, "Scores of single tokens are not known of this pair."),
+    pair.logps[0] ? el("p", { class: "soft" }, "Colour: log-probability minus the response's mean, in nats; ", shades(["more surprising", "less surprising"])) : el("p", {}, "Scores of single tokens are not known of this pair."),
     ["chosen", "rejected"].map((side, number_) => (pair.logps[number_] ? tokens(pair, side, number_) : null)),
   ];
 }

@@ -1,5 +1,5 @@
 // One comparison: both responses with what differs, every verdict with the judge's words, and tokens coloured by log-ratio.
-import { el, longText, number, table } from "./dom.js";
+import { breakable, el, longText, number, table } from "./dom.js";
 import { get } from "./source.js";
 
 export async function promptView({ run }, index, row, version) {
@@ -24,7 +24,7 @@ function response(model, said, parts, side) {
 
 function verdicts(said) {
   if (!said.length) return el("p", {}, "No judge has judged this comparison.");
-  const rows = said.map(({ judge, first, winner, score }) => [judge, `${first} first`, winner, number(score, 3)]);
+  const rows = said.map(({ judge, first, winner, score }) => [breakable(judge), `${first} first`, winner, number(score, 3)]);
   return [
     table("Every verdict in both orders; a score above 0.5 is for the model", ["judge", "order", "winner", "score"], rows, { numbers: new Set([3]) }),
     said.filter(({ words }) => words !== null).map(({ judge, first, words }) => el("details", {}, el("summary", {}, `${judge}, ${first} first: what it wrote`), longText(words))),

@@ -1,5 +1,5 @@
 // The list of runs, and runs side by side.
-import { address, bytes, choice, el, interval, link, number, percent, table } from "./dom.js";
+import { address, breakable, bytes, choice, el, interval, link, number, percent, table } from "./dom.js";
 import { compare, fresh, get } from "./source.js";
 import { curves } from "./plots.js";
 
@@ -11,9 +11,9 @@ export async function runsPage(page) {
   const boxes = runs.map((run) => el("input", { type: "checkbox", name: "run", value: run.name, "aria-label": `compare ${run.name}`, checked: chosen.includes(run.name) }));
   const head = ["run", "state", "win rate (95 %)", "reward accuracy", "KL, nats", "reference", "size", "changed", "compare"];
   const rows = runs.map((run, place) => [
-    link(["runs", run.name], {}, run.name),
+    link(["runs", run.name], {}, breakable(run.name)),
     (run.state === "training" ? `training, step ${run.step} of ${run.steps ?? "?"}` : run.state) + (run.writer ? ", running" : ""),
-    run.figures.win_rate ? [interval(run.figures.win_rate), el("small", {}, ` by ${run.figures.judge}`)] : "–",
+    run.figures.win_rate ? [interval(run.figures.win_rate), el("small", {}, " by ", breakable(run.figures.judge))] : "–",
     percent(run.figures.reward_accuracy),
     interval(run.figures.kl),
     el("code", {}, run.reference || "–"),
@@ -39,7 +39,7 @@ async function sideBySide(page, names) {
   const found = await compare(names);
   const others = (first) => [first, ...names.filter((name) => name !== first)];
   const baseline = choice("baseline", names[0], names.map((name) => [name, name]), (name) => (location.hash = address(["runs"], { run: others(name) })));
-  const differences = found.differences.map((one) => [one.run, one.judge, interval(one, 3), number(one.p, 3), String(one.prompts)]);
+  const differences = found.differences.map((one) => [breakable(one.run), breakable(one.judge), interval(one, 3), number(one.p, 3), String(one.prompts)]);
   return [
     el("h1", {}, "Runs side by side"),
     el("div", { class: "filters" }, baseline, el("p", {}, names.map((name) => [link(["runs", name], {}, name), " "]))),
@@ -52,10 +52,14 @@ async function sideBySide(page, names) {
           { numbers: new Set([3, 4]) },
         )
       : el("p", {}, "No judge judged these runs on the same prompts against the same responses, so that no difference is tested."),
-    table("What was reached", ["figure", ...names], found.reached),
-    table("Settings that differ", ["field", ...names], found.settings),
+    table("What was reached", ["figure", ...names], named(found.reached)),
+    table("Settings that differ", ["field", ...names], named(found.settings)),
     await trainings(names),
   ];
+}
+
+function named(rows) {
+  return rows.map(([name, ...values]) => [breakable(name), ...values.map(breakable)]);
 }
 
 async function trainings(names) {

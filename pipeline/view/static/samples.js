@@ -1,5 +1,5 @@
 // The table of comparisons: one row each, a column per judge; filtered and sorted here, texts fetched as rows come into sight.
-import { address, choice, el, link, number, say } from "./dom.js";
+import { address, breakable, choice, el, link, number, say } from "./dom.js";
 import { get, Problem, search } from "./source.js";
 import { promptView } from "./prompt.js";
 
@@ -137,7 +137,7 @@ export function rowList(rows, make, head) {
   const scroller = el(
     "div",
     { class: "rows", tabindex: 0, role: "region", "aria-label": `${rows.length} rows` },
-    el("table", { "aria-rowcount": rows.length + 1 }, el("thead", {}, el("tr", { "aria-rowindex": 1 }, head.map((name) => el("th", { scope: "col" }, name)))), body),
+    el("table", { "aria-rowcount": rows.length + 1 }, el("thead", {}, el("tr", { "aria-rowindex": 1 }, head.map((name) => el("th", { scope: "col" }, breakable(name))))), body),
   );
   let chosen = -1;
   let first = -1;

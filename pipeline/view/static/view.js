@@ -70,11 +70,12 @@ async function show(keepsPlace) {
     },
   };
   crumbs(parts);
+  say("");
   try {
     const content = await open(page);
     if (mine !== shown) return;
     const scroll = window.scrollY;
-    main.replaceChildren(...[content].flat());
+    main.replaceChildren(...[content].flat(Infinity).filter((child) => child instanceof Node));
     document.title = `${main.querySelector("h1")?.textContent || "runs"} – refscore`;
     if (keepsPlace) window.scrollTo(0, scroll);
     else {

@@ -1,5 +1,5 @@
 // The blind vote, one ballot at a time, and what the votes say of the judges.
-import { address, el, interval, link, longText, number, say, table } from "./dom.js";
+import { address, breakable, choice, el, interval, link, longText, number, say, table } from "./dom.js";
 import { ballot, get, isFolder, vote } from "./source.js";
 
 const KEPT = "refscore-voter";
@@ -54,7 +54,7 @@ function ballotView(current, run, voter, choose, back) {
     alert,
     el("h2", {}, "Prompt"),
     longText(current.prompt || "(empty)", { class: "prompt" }),
-    el("div", { class: "sides" }, sides.map(([side, key]) => el("section", { "aria-label": `${side} response` }, el("h2", {}, `${side} response`), longText(current[side] || "(empty)"), el("button", { type: "button", class: "choice", onclick: () => choose(side) }, `The ${side} is better (${key})`)))),
+    el("div", { class: "sides" }, sides.map(([side, key]) => el("section", { "aria-label": `${side} response` }, el("h2", {}, side === "first" ? "First response" : "Second response"), longText(current[side] || "(empty)"), el("button", { type: "button", class: "choice", onclick: () => choose(side) }, `The ${side} is better (${key})`)))),
     el("p", { class: "choices" }, el("button", { type: "button", onclick: () => choose("tie") }, "A tie (0)"), el("button", { type: "button", onclick: () => choose("skip") }, "Skip (s)"), undo),
     el("label", {}, el("span", {}, "a note on this vote"), el("textarea", { rows: 2, maxlength: 4000 })),
   ];
@@ -96,18 +96,37 @@ function remember(name) {
   }
 }
 
-export async function votesPage({ run, overview }) {
+export async function votesPage(page) {
+  const { run, overview, parameters } = page;
   const title = el("h1", {}, `Votes on ${run}`);
-  const begin = isFolder || !overview.comparisons.length ? null : el("p", {}, link(["runs", run, "vote"], {}, "Vote, or go on voting"));
-  const found = await get(`runs/${encodeURIComponent(run)}/votes.json`, `${Date.now()}`);
-  if (!found.voters?.length) return [title, el("p", {}, "Nobody has voted yet."), begin];
-  return [
-    title,
-    begin,
-    ...figures(found),
-  ];
+  if (!overview.comparisons.length) return [title, el("p", {}, "There is nothing to vote on: refscore eval writes samples of two models.")];
+  const asked = overview.comparisons.findIndex(([model, baseline]) => model === parameters.get("model") && baseline === parameters.get("baseline"));
+  const pair = Math.max(0, asked);
+  const [model, baseline] = overview.comparisons[pair];
+  const others = overview.comparisons.map(([one, other], place) => [String(place), `${one} against ${other}`]);
+  const found = await get(`runs/${encodeURIComponent(run)}/votes/${pair}.json`, `${overview.votes} ${overview.versions.samples} ${overview.versions.judgements}`);
+  const begin = isFolder ? null : el("p", {}, link(["runs", run, "vote"], { model, baseline }, "Vote, or go on voting"));
+  const models = others.length > 1 ? el("div", { class: "filters" }, choice("models", String(pair), others, (place) => (location.hash = page.with({ model: overview.comparisons[place][0], baseline: overview.comparisons[place][1] })))) : null;
+  return [title, models, begin, found.voters.length ? figures(found) : el("p", {}, "Nobody has voted yet.")];
 }
 
-function figures(found) {
-  return [el("pre", {}, JSON.stringify(found, null, 2)), interval(null), number(null), table("", ["a"], [])].slice(0, 1);
+function figures({ model, baseline, people, human, voters, judges, between, prompts }) {
+  const agreement = (row) => [String(row.comparisons), interval(row.same), interval(row.decided), interval(row.kappa)];
+  const head = ["common", "same verdict (95 %)", "where both decide", "kappa"];
+  const numbers = new Set([1]);
+  const topics = judges.flatMap((row) => Object.entries(row.topics).map(([topic, found]) => [breakable(row.judge), topic || "(none)", ...agreement(found)]));
+  const votesOf = (one) => [one.votes, one.wins, one.losses, one.ties, one.skips].map(String);
+  return [
+    human ? el("p", { class: "verdict" }, `${model} wins ${interval(human.rate)} of ${human.prompts} prompts by people's votes, ties half.`) : el("p", {}, "No vote but skips yet."),
+    people ? el("p", {}, `${people.voters} ${people.voters === 1 ? "person" : "people"} voted on ${people.comparisons} of ${people.of_comparisons} comparisons, of ${people.prompts} of ${prompts} prompts.`, people.ignored ? ` ${people.ignored} votes are on other responses and count no more.` : "", " refscore eval takes the votes into its report as the judge human.") : null,
+    judges.length ? table("Which automatic judge deserves trust: agreement with people, the lower end of kappa's interval first", ["judge", ...head], judges.map((row) => [breakable(row.judge), ...agreement(row)]), { numbers }) : null,
+    topics.length ? table("By topic, where 20 comparisons or more are common", ["judge", "topic", ...head], topics, { numbers: new Set([2]) }) : null,
+    between.length ? table("Between voters", ["voters", ...head], between.map((row) => [`${row.first} and ${row.second}`, ...agreement(row)]), { numbers }) : null,
+    table(
+      `Who voted; wins are those of ${model} against ${baseline}`,
+      ["voter", "votes", "wins", "losses", "ties", "skips", "the first is better", "seconds per vote, median", "notes"],
+      voters.map((one) => [one.voter, ...votesOf(one), interval(one.first_share), number(one.seconds, 0), String(one.notes)]),
+      { numbers: new Set([1, 2, 3, 4, 5, 7, 8]) },
+    ),
+  ];
 }
