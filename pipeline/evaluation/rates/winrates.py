@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,9 +15,9 @@ from pipeline.judges.judging import Judgement
 # a difference of win rates that people care about, for "how many prompts would it take"
 WORTH_SEEING = 0.05
 # what judges that know no shades say
-VERDICTS = (0.0, 0.5, 1.0)
+_VERDICTS = (0.0, 0.5, 1.0)
 # no probability counts as surer than 999 to 1: one order alone would decide the average
-SUREST = 0.999
+_SUREST = 0.999
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class WinRate:
 
     `flips` counts comparisons in which the judge contradicted itself when the order changed. `worst` and `best` are the
     rates if every failed comparison had been lost or won. `first_wins` is how often the response that stood first won (0.5:
-    no preference for a position), None if no order exists. `length_controlled`: see
+    no preference for a position), None unless comparisons were asked in both orders. `length_controlled`: see
     `pipeline.evaluation.rates.length_control`; `length_withheld` says why there is none. `detectable` is the difference that
     so many prompts would have shown four times in five, `prompts_needed` how many would show WORTH_SEEING; see
     `pipeline.evaluation.rates.statistics`.
@@ -79,7 +79,7 @@ def both_orders(judgements: Iterable[Judgement]) -> dict[tuple[str, int], Compar
     """
     judged = list(judgements)
     verdicts = comparison_scores(judged)
-    if all(judgement.score is None or judgement.score in VERDICTS for judgement in judged):
+    if all(judgement.score is None or judgement.score in _VERDICTS for judgement in judged):
         return verdicts
     asked = _by_comparison(judged)
     return {
@@ -153,7 +153,7 @@ def _by_comparison(judgements: Iterable[Judgement]) -> dict[tuple[str, int], lis
 
 
 def _mean_log_odds(scores: Iterable[float | None]) -> float:
-    chances = np.clip([score for score in scores if score is not None], 1 - SUREST, SUREST)
+    chances = np.clip([score for score in scores if score is not None], 1 - _SUREST, _SUREST)
     mean = float(np.mean(np.log(chances / (1 - chances))))
     # rounded, so that two orders that cancel are a tie and no win by the last bit
     return round(1 / (1 + float(np.exp(-mean))), 12)
@@ -168,10 +168,17 @@ def _mean_if_failures_were(score: float, scores: Mapping[tuple[str, int], Compar
 
 
 def first_wins(judgements: Iterable[Judgement]) -> float | None:
-    """How often the response that was shown first won, over decided verdicts in both orders."""
+    """How often the response that was shown first won, over decided verdicts on comparisons that were asked in both orders: in
+    one order alone, what is better cannot be told from what stands first.
+    """
+    asked = list(judgements)
+    orders = Counter(judgement.key for judgement in asked)
     won = [
         judgement.winner == judgement.order.removesuffix("_first")
-        for judgement in judgements
-        if judgement.order != "pair" and judgement.score is not None and judgement.score != 0.5
+        for judgement in asked
+        if orders[judgement.key] > 1
+        and judgement.order != "pair"
+        and judgement.score is not None
+        and judgement.score != 0.5
     ]
     return float(np.mean(won)) if won else None
