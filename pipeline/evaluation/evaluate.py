@@ -12,7 +12,7 @@ from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.tables import read_about, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config
-from pipeline.config.judges import IMPLICIT, JudgeConfig, pair_judge_problem, seen_by
+from pipeline.config.judges import HUMAN, IMPLICIT, JudgeConfig, pair_judge_problem, seen_by
 from pipeline.engines.reference import open_for_new
 from pipeline.errors import DataError
 from pipeline.evaluation.baselines import GainByLength, cut_rates, gain_by_length, needs_no_model
@@ -24,9 +24,11 @@ from pipeline.evaluation.figures import (
     results_of,
     worst_first,
 )
-from pipeline.evaluation.results import Baselines, HeldOut, Results, SideBySide
+from pipeline.evaluation.results import Baselines, HeldOut, People, Results, SideBySide
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts, shown
 from pipeline.evaluation.sampling import make_samples, measure_kl
+from pipeline.evaluation.votes.people import judged_by_people
+from pipeline.evaluation.votes.record import votes_here
 from pipeline.judges.judging import Comparison, Judge, Judgement, Prompt
 from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.progress import SILENT, Listener
@@ -47,8 +49,8 @@ class Evaluation:
 def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluation:
     """Generate with each model, measure KL, judge; writes samples, kl and judgements.parquet.
 
-    Raises DataError without held-out pairs, ConfigError if a model or a judge cannot be opened: before anything is
-    generated.
+    What people voted on these responses is judged by HUMAN, beside the judges that are configured. Raises DataError without
+    held-out pairs or if votes cannot be read, ConfigError if a model or a judge cannot be opened: before anything is generated.
     """
     reference = open_for_new(config.reference, listener)
     models = candidates(config, run, reference)
@@ -66,6 +68,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     made_by = (about.get("vocabulary", ""), about.get("template", ""))
     context = JudgeContext(run.verdicts, config.judge, made_by, listener)
     judges = [open_judge(settings, context) for settings in config.judge if settings.kind != IMPLICIT]
+    votes_here(run)
     listener.say(f"prompts   {len(prompts)} held out, for {', '.join(names)}")
 
     # the implicit judge first: vLLM pins this process's threads once it has run
@@ -84,6 +87,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     against = "reference" if config.generate.compare == "reference" else None
     comparisons = comparisons_of(samples, prompts, names, against)
     said = _judged(judges, comparisons, kl, prompts, listener)
+    people = _ask_people(run, comparisons, said, listener)
     judgements += said.judgements
     free = {settings.shown for settings in config.judge if needs_no_model(settings)}
     against_reference = [item for item in comparisons if (item.model, item.baseline) == ("policy", "reference")]
@@ -103,6 +107,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
         judge_costs=said.costs,
         held_out=held_out,
         baselines=baselines,
+        people=people,
         worse=side_by_side[:3],
     )
     digests = {model.name: model.digest for model in models}
@@ -157,3 +162,19 @@ def _judged(
         failed = sum(judgement.score is None for judgement in said.judgements)
         listener.say(f"judge     {judge.name}: {len(said.judgements)} verdicts, {failed} failed")
     return judged
+
+
+def _ask_people(run: Run, comparisons: Sequence[Comparison], judged: _Judged, listener: Listener) -> People | None:
+    """Put what people voted on the comparisons beside what judges said; how much that is, None if nobody voted on anything."""
+    by_people, people = judged_by_people(votes_here(run), comparisons)
+    if people is None:
+        return None
+    if by_people:
+        heard = {one.key for one in by_people}
+        voted_on = [item for item in comparisons if item.key in heard]
+        judged.judgements.extend(by_people)
+        judged.gains[HUMAN] = gain_by_length(by_people, [], voted_on)
+    said = f"{people.votes} votes of {people.voters} people on {people.prompts} of {people.of_prompts} prompts"
+    elsewhere = f"; {people.elsewhere} votes are on other responses" if people.elsewhere else ""
+    listener.say(f"judge     {HUMAN}: {said}{elsewhere}")
+    return people

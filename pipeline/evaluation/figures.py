@@ -14,14 +14,23 @@ import torch
 
 from pipeline.artifacts.tables import JUDGEMENTS
 from pipeline.config.experiment import Config
-from pipeline.config.judges import IMPLICIT
+from pipeline.config.judges import HUMAN, IMPLICIT
 from pipeline.config.losses import reference_free
 from pipeline.evaluation.baselines import Pair, by_ending, length_baselines, pair_baselines, together
 from pipeline.evaluation.kl import cost_figures
 from pipeline.evaluation.rates import ratings
 from pipeline.evaluation.rates.statistics import Interval, bootstrap_mean
 from pipeline.evaluation.rates.winrates import WinRate, both_orders, by_topic, prompt_scores, win_rate
-from pipeline.evaluation.results import Baselines, HeldOut, OtherRate, Responses, Results, SideBySide, Split
+from pipeline.evaluation.results import (
+    Baselines,
+    HeldOut,
+    OtherRate,
+    People,
+    Responses,
+    Results,
+    SideBySide,
+    Split,
+)
 from pipeline.forward.logps import forward_of
 from pipeline.hardware import device_kind
 from pipeline.judges import marks
@@ -101,12 +110,13 @@ def results_of(
     judge_costs: dict[str, dict[str, float]],
     held_out: HeldOut | None,
     baselines: dict[str, Baselines],
+    people: People | None,
     worse: list[SideBySide],
 ) -> Results:
     """Every figure of an evaluation, made of what it sampled and what judges said; still without a verdict in words.
 
     `models`: name -> what it is, in the order of tables. `rewards`: judge -> rewards of the rows of `kl`. `baselines`: those
-    that do not follow from the judgements.
+    that do not follow from the judgements. `people`: how much they voted on, if they did.
     """
     wins = win_figures(judgements, comparisons)
     return Results(
@@ -114,6 +124,7 @@ def results_of(
         pair_judge=pair_judge,
         shared=shared,
         judges=wins.judges,
+        people=people,
         baselines={
             judge: together(wins.baselines.get(judge, Baselines()), baselines.get(judge, Baselines()))
             for judge in wins.judges
@@ -148,12 +159,15 @@ def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Compariso
     for judgement in judgements:
         groups[judgement.model, judgement.baseline, judgement.judge].append(judgement)
     longer = _longer_by(comparisons)
+    voted_on = {judgement.key for judgement in judgements if judgement.judge == HUMAN}
+    longer_of_people = _longer_by([item for item in comparisons if item.key in voted_on])
     topics = {item.prompt.prompt_id: item.prompt.topic for item in comparisons}
     compared = [item for item in comparisons if (item.model, item.baseline) == ("policy", "reference")]
     figures = WinFigures(rated(groups))
     for (model, baseline, judge), judged in groups.items():
         # the implicit judge compares a pair's own responses, whose lengths are not those of the samples
-        rate = win_rate(judged, None if judge == IMPLICIT else longer.get((model, baseline)))
+        lengths = longer_of_people if judge == HUMAN else longer
+        rate = win_rate(judged, None if judge == IMPLICIT else lengths.get((model, baseline)))
         if (model, baseline) == ("policy", "reference"):
             figures.judges[judge] = rate
             figures.topics[judge] = by_topic(judged, topics)
@@ -166,15 +180,18 @@ def win_figures(judgements: Sequence[Judgement], comparisons: Sequence[Compariso
 
 
 def rated(groups: dict[tuple[str, str, str], list[Judgement]]) -> dict[str, dict[str, Interval]]:
-    """Bradley-Terry ratings relative to the reference, of judges that compared three models or more."""
+    """Bradley-Terry ratings relative to the reference, of judges that compared three models or more, each with it or with
+    another that was.
+    """
     by_judge: dict[str, dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
     for (model, baseline, judge), judged in groups.items():
         for prompt_id, score in prompt_scores(both_orders(judged)).items():
             by_judge[judge][prompt_id][model, baseline] = score
     rated = {}
     for judge, scores in by_judge.items():
-        models = {name for met in scores.values() for two in met for name in two}
-        if len(models) >= 3 and "reference" in models:
+        met = {two for of_prompt in scores.values() for two in of_prompt}
+        # people may have been asked about some pairs of models only
+        if len({name for two in met for name in two}) >= 3 and ratings.comparable(met, "reference"):
             rated[judge] = ratings.ratings(scores, "reference")
     return rated
 
@@ -190,14 +207,14 @@ def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
     `difference` is the mean over judges of texts of score minus one half, then of the marks of
     rule:complete_and_concise, which tells apart what judges call equal.
     """
-    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    scores: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for judgement in judgements:
         if (
             (judgement.model, judgement.baseline) == ("policy", "reference")
             and judgement.order != "pair"
             and judgement.score is not None
         ):
-            scores[judgement.prompt_id, judgement.sample].append(judgement.score - 0.5)
+            scores[judgement.prompt_id, judgement.sample][judgement.judge].append(judgement.score - 0.5)
     rows = []
     for item in comparisons:
         if (item.model, item.baseline) != ("policy", "reference"):
@@ -205,7 +222,8 @@ def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
         marked = [
             marks.marks(item.prompt.text, side.text, side.finish_reason).score for side in (item.response, item.against)
         ]
-        said = scores.get((item.prompt.prompt_id, item.sample), [0.0])
+        # people are asked in one order, and count no less for it
+        said = [float(np.mean(of_judge)) for of_judge in scores[item.prompt.prompt_id, item.sample].values()]
         rows.append(
             SideBySide(
                 prompt_id=item.prompt.prompt_id,
@@ -216,7 +234,7 @@ def worst_first(comparisons: Sequence[Comparison], judgements: Sequence[Judgemen
                 reference=item.against.text,
                 policy_finish=item.response.finish_reason,
                 reference_finish=item.against.finish_reason,
-                difference=round(float(np.mean(said)), 4),
+                difference=round(float(np.mean(said or [0.0])), 4),
                 marks=round(marked[0] - marked[1], 4),
             )
         )

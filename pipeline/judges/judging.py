@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+# what names a comparison: prompt_id, sample, model, baseline
+Compared = tuple[str, int, str, str]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -58,6 +61,10 @@ class Comparison:
     response: Response
     against: Response
 
+    @property
+    def key(self) -> Compared:
+        return self.prompt.prompt_id, self.sample, self.model, self.baseline
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -76,6 +83,10 @@ class Judgement:
     winner: str
     score: float | None
     words: str | None = None
+
+    @property
+    def key(self) -> Compared:
+        return self.prompt_id, self.sample, self.model, self.baseline
 
 
 # how likely the first response is the better one, in [0, 1]; 0.5 a tie; None: no verdict could be had

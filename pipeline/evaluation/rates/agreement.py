@@ -107,10 +107,10 @@ def voice(name: str, votes: Iterable[Vote], price: float | None = None) -> Voice
 
 def votes_of(judgements: Iterable[Judgement], comparisons: Iterable[Comparison]) -> dict[str, list[Vote]]:
     """What each judge of a run said of its texts; the implicit judge, which compares no samples, is left out."""
-    items = {(item.prompt.prompt_id, item.sample, item.model, item.baseline): item for item in comparisons}
+    items = {item.key: item for item in comparisons}
     votes: dict[str, list[Vote]] = defaultdict(list)
     for one in judgements:
-        item = items.get((one.prompt_id, one.sample, one.model, one.baseline))
+        item = items.get(one.key)
         if item is None or one.order == "pair":
             continue
         texts, score = (item.response.text, item.against.text), one.score

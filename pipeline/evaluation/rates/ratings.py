@@ -5,7 +5,7 @@ P(a beats b) = sigmoid(rating_a - rating_b); one model is the anchor at 0. Ratin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -37,6 +37,14 @@ def ratings(scores: Scores, anchor: str, seed: int = 0) -> dict[str, Interval]:
     low, high = np.quantile([fit(table, anchor_index) for table in resampled], [0.025, 0.975], axis=0)
     order = sorted(range(len(models)), key=lambda number: (-whole[number], models[number]))
     return {models[n]: Interval(float(whole[n]), float(low[n]), float(high[n])) for n in order}
+
+
+def comparable(met: Collection[tuple[str, str]], anchor: str) -> bool:
+    """Whether every model of the pairs that met is tied to `anchor`, through others if need be: else its rating means nothing."""
+    tied = {anchor}
+    while more := {name for two in met if tied & {*two} for name in two} - tied:
+        tied |= more
+    return {name for two in met for name in two} == tied
 
 
 def fit(wins: np.ndarray, anchor: int, prior: float = _PRIOR) -> np.ndarray:

@@ -18,9 +18,7 @@ import pyarrow.compute as pc
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.tables import SAMPLES, read_groups
 from pipeline.errors import ConfigError
-
-# prompt_id, sample, model, baseline
-Key = tuple[str, int, str, str]
+from pipeline.judges.judging import Compared
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Ballot:
     topic: str
 
     @property
-    def key(self) -> Key:
+    def key(self) -> Compared:
         return self.prompt_id, self.sample, self.model, self.baseline
 
 
@@ -113,7 +111,7 @@ class Ballots(Sequence[Ballot]):
             own["topic"] or "",
         )
 
-    def answered(self, given: Mapping[Key, V]) -> dict[int, V]:
+    def answered(self, given: Mapping[Compared, V]) -> dict[int, V]:
         """Of `given`, what is on these very texts, by the number of the ballot; votes on earlier responses are left out."""
         if not self._numbers:
             keys = _keys(self._own.take(pa.array(self._rows, pa.int64())))

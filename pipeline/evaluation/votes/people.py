@@ -13,7 +13,7 @@ from pipeline.config.judges import HUMAN
 from pipeline.evaluation.results import People
 from pipeline.evaluation.votes.record import Given
 from pipeline.judges.annotations import Vote
-from pipeline.judges.judging import Comparison, Judgement, majority, winner_of
+from pipeline.judges.judging import Compared, Comparison, Judgement, majority, winner_of
 
 # the prompt, and both responses in the order of their texts
 _Texts = tuple[str, str, str]
@@ -29,8 +29,8 @@ def judged_by_people(
 ) -> tuple[list[Judgement], People | None]:
     """One judgement by HUMAN of every comparison that has a vote, and how much was voted on; None without any votes.
 
-    `given`: by voter. A judgement's order is the one that most saw, as people are asked in one. Of a voter's votes on the same
-    texts the one on this very comparison counts, else the last. Identical responses are not asked about.
+    `given`: by voter. A judgement's order is the one that most saw, as people are asked in one; its words are their notes. Of a
+    voter's votes on the same texts the one on this very comparison counts, else the last. Identical responses are not asked about.
     """
     if not any(given.values()):
         return [], None
@@ -60,7 +60,7 @@ class _Finder:
     """The votes of one person, skips left out."""
 
     def __init__(self, given: Sequence[Given]) -> None:
-        self._by_texts: dict[_Texts, dict[tuple[str, int, str, str], Given]] = {}
+        self._by_texts: dict[_Texts, dict[Compared, Given]] = {}
         for vote in given:
             if vote.score is not None:
                 self._by_texts.setdefault(_sorted(vote.texts), {})[vote.key] = vote
@@ -69,8 +69,7 @@ class _Finder:
         votes = self._by_texts.get(_texts_of(item))
         if votes is None:
             return None
-        key = (item.prompt.prompt_id, item.sample, item.model, item.baseline)
-        return votes.get(key) or list(votes.values())[-1]
+        return votes.get(item.key) or list(votes.values())[-1]
 
 
 def _judgement(item: Comparison, votes: Sequence[Given]) -> Judgement:
@@ -81,8 +80,19 @@ def _judgement(item: Comparison, votes: Sequence[Given]) -> Judgement:
     ]
     score = majority(scores)
     order = f"{item.model if 2 * sum(straight) >= len(straight) else item.baseline}_first"
-    winner = winner_of(score, item.model, item.baseline)
-    return Judgement(item.prompt.prompt_id, item.sample, HUMAN, item.model, item.baseline, order, winner, score)
+    # half a character, which a note may hold, cannot stand in a table
+    notes = [vote.note.encode(errors="replace").decode() for vote in votes if vote.note]
+    return Judgement(
+        prompt_id=item.prompt.prompt_id,
+        sample=item.sample,
+        judge=HUMAN,
+        model=item.model,
+        baseline=item.baseline,
+        order=order,
+        winner=winner_of(score, item.model, item.baseline),
+        score=score,
+        words="\n".join(notes) or None,
+    )
 
 
 def _texts_of(item: Comparison) -> _Texts:

@@ -24,7 +24,8 @@ from typing import Any, Literal
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.votes.order import Ballot, Key
+from pipeline.evaluation.votes.order import Ballot
+from pipeline.judges.judging import Compared
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Given:
     time: str = ""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> Compared:
         return self.prompt_id, self.sample, self.model, self.baseline
 
     @property
@@ -83,9 +84,9 @@ class Votes:
         self.path = run.votes / f"{voter}.jsonl"
         self._seen: tuple[object, list[Given]] | None = None
 
-    def given(self) -> dict[Key, Given]:
+    def given(self) -> dict[Compared, Given]:
         """Every comparison that was voted on, skips among them, with its last vote; in the order of these."""
-        last: dict[Key, Given] = {}
+        last: dict[Compared, Given] = {}
         for vote in self.every():
             last.pop(vote.key, None)
             last[vote.key] = vote
@@ -229,7 +230,7 @@ def votes_here(run: Run) -> dict[str, list[Given]]:
 
 
 def _last_of_each(votes: Sequence[Given]) -> list[Given]:
-    last: dict[tuple[Key, str, frozenset[str]], Given] = {}
+    last: dict[tuple[Compared, str, frozenset[str]], Given] = {}
     for vote in votes:
         what = (vote.key, vote.prompt, frozenset((vote.first, vote.second)))
         last.pop(what, None)

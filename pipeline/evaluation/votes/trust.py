@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_groups
+from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_groups, read_table
 from pipeline.config.judges import HUMAN
 from pipeline.evaluation.rates.agreement import Agreement, Voice, agreement, voice
 from pipeline.evaluation.rates.statistics import wilson
@@ -98,14 +98,9 @@ def _judgements_of(run: Run, comparisons: Sequence[Comparison], model: str, base
     if not comparisons or not run.judgements.is_file():
         return []
     wanted = pa.array({item.prompt.prompt_id for item in comparisons}, pa.string())
-    found: list[Judgement] = []
-    for group in read_groups(run.judgements, JUDGEMENTS, JUDGEMENTS.names):
-        voted = group.filter(pc.is_in(group["prompt_id"], value_set=wanted))
-        found += [
-            Judgement(**row)
-            for row in voted.to_pylist()
-            if (row["model"], row["baseline"]) == (model, baseline) and row["order"] != "pair"
-        ]
+    table = read_table(run.judgements, JUDGEMENTS, [name for name in JUDGEMENTS.names if name != "words"])
+    voted = table.filter(pc.is_in(table["prompt_id"], value_set=wanted))
+    found = [Judgement(**row) for row in voted.to_pylist() if (row["model"], row["baseline"]) == (model, baseline)]
     return without_people(found)
 
 
