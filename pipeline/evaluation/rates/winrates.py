@@ -15,9 +15,9 @@ from pipeline.judges.judging import Judgement
 # a difference of win rates that people care about, for "how many prompts would it take"
 WORTH_SEEING = 0.05
 # what judges that know no shades say
-_VERDICTS = (0.0, 0.5, 1.0)
+VERDICTS = (0.0, 0.5, 1.0)
 # no probability counts as surer than 999 to 1: one order alone would decide the average
-_SUREST = 0.999
+SUREST = 0.999
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def both_orders(judgements: Iterable[Judgement]) -> dict[tuple[str, int], Compar
     """
     judged = list(judgements)
     verdicts = comparison_scores(judged)
-    if all(judgement.score is None or judgement.score in _VERDICTS for judgement in judged):
+    if all(judgement.score is None or judgement.score in VERDICTS for judgement in judged):
         return verdicts
     asked = _by_comparison(judged)
     return {
@@ -153,7 +153,7 @@ def _by_comparison(judgements: Iterable[Judgement]) -> dict[tuple[str, int], lis
 
 
 def _mean_log_odds(scores: Iterable[float | None]) -> float:
-    chances = np.clip([score for score in scores if score is not None], 1 - _SUREST, _SUREST)
+    chances = np.clip([score for score in scores if score is not None], 1 - SUREST, SUREST)
     mean = float(np.mean(np.log(chances / (1 - chances))))
     # rounded, so that two orders that cancel are a tie and no win by the last bit
     return round(1 / (1 + float(np.exp(-mean))), 12)
