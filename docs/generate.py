@@ -29,13 +29,14 @@ _TABLES = {
     "pairs": tables.PAIRS,
     "dropped": tables.DROPPED,
     "metrics": tables.METRICS,
+    "policy_logps": tables.POLICY_LOGPS,
     "samples": tables.SAMPLES,
     "kl": tables.KL,
     "judgements": tables.JUDGEMENTS,
     "scores": tables.SCORES,
     "scored": tables.TOP_SCORED,
 }
-# what a column means; a column without a meaning is an error
+# what a column means, in one table if it is named with it; a column without a meaning is an error
 _MEANING = {
     "pair_id": "digest of the pair's token ids",
     "split": "`train` or `eval`",
@@ -55,6 +56,9 @@ _MEANING = {
     "reason": "why the row was left out",
     "detail": "the same in words",
     "step": "optimizer steps taken, from 1; 0 is before training",
+    "policy_logps.step": "updates that the policy had had when this was computed: 0 is before training",
+    "chosen_logps": "log-probability of the chosen response under the policy, summed over tokens, in nats",
+    "rejected_logps": "the same of the rejected response",
     "loss": "mean loss of the step's pairs",
     "rewards/chosen": "mean implicit reward of the chosen responses",
     "rewards/rejected": "the same of the rejected responses",
@@ -96,7 +100,7 @@ _MEANING = {
 
 def regions() -> dict[str, str]:
     """Every region's text by its name."""
-    made = {f"columns-{name}": _columns(schema) for name, schema in _TABLES.items()}
+    made = {f"columns-{name}": _columns(name, schema) for name, schema in _TABLES.items()}
     for name, section in sections().items():
         made[f"options-{name.replace('.', '-')}"] = _options(section)
     return made | {
@@ -121,10 +125,10 @@ def _options(section: type[BaseModel]) -> str:
     return _table(["field", "default", "meaning and limits"], rows)
 
 
-def _columns(schema: pa.Schema) -> str:
+def _columns(table: str, schema: pa.Schema) -> str:
     rows = []
     for field in schema:
-        meaning = _MEANING[field.name.removeprefix("eval_")]
+        meaning = _MEANING.get(f"{table}.{field.name}") or _MEANING[field.name.removeprefix("eval_")]
         rows.append(
             [f"`{field.name}`", str(field.type), f"held-out: {meaning}" if field.name.startswith("eval_") else meaning]
         )

@@ -28,6 +28,8 @@ _OF_PRODUCTS = {"scoring": 0.5, "training": 0.5}
 _PRODUCT_SECONDS = 0.3
 # a score's key, lengths and sum beside its log-probabilities
 _BESIDE_A_SCORE = 80
+# two sums and a step, of a training pair at its last visit and of a held-out one before training and after
+_OF_A_PAIR = {"train": 20, "eval": 40}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def disk(config: Config, plan: Plan, seen: Outlook) -> Disk:
     # an adapter's weights are half of what AdamW keeps of them
     learning = state // 2 if config.policy.lora else parameters * (4 if config.policy.dtype == "float32" else 2)
     # the new one is whole before an old one is removed
-    checkpoints = (config.train.save_total_limit + 1) * (learning + state)
+    logps = sum(count * _OF_A_PAIR[split] for split, count in plan.pairs.splits.items())
+    checkpoints = (config.train.save_total_limit + 1) * (learning + state + logps)
     merged = config.policy.lora is None or config.policy.lora.merge
     responses = plan.pairs.response_tokens
     working = sum(file.stat().st_size for file in Path(plan.pairs.directory.name).iterdir())

@@ -55,6 +55,14 @@ def test_what_is_not_kept_takes_no_disk(tmp_path, tiny_model):
     assert disk(config, plan, seen).checkpoints == pytest.approx(4 * 3 * 4 * parameters_in(tiny_model), rel=0.01)
 
 
+def test_log_probabilities_of_pairs_are_a_part_of_every_checkpoint(tmp_path, tiny_model):
+    _, config, plan, seen = of(tmp_path, tiny_model, preference_rows(8))
+    before = disk(config, plan, seen).checkpoints
+    for split, count in (("train", 10**6), ("eval", 10**5)):
+        plan.pairs.splits[split] += count
+    assert disk(config, plan, seen).checkpoints - before == 2 * (20 * 10**6 + 40 * 10**5)
+
+
 def test_time_goes_with_the_model_and_what_is_computed_twice(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr("pipeline.planning.forecast._products_per_second", lambda dtype: 6e9)
     _, config, plan, _ = of(tmp_path, tiny_model, preference_rows(8))

@@ -23,6 +23,7 @@ ARTIFACTS = {
     "pairs.parquet": tables.PAIRS,
     "dropped.parquet": tables.DROPPED,
     "metrics.parquet": tables.METRICS,
+    "policy_logps.parquet": tables.POLICY_LOGPS,
     "samples.parquet": tables.SAMPLES,
     "judgements.parquet": tables.JUDGEMENTS,
 }

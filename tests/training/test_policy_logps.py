@@ -300,7 +300,11 @@ def test_what_another_training_of_the_run_left_goes(train, monkeypatch):
     assert not run.policy_logps.exists()
     train("r", restart=True)
     assert len(kept_of(run, "train")) == 16
-    train("r", "train.objective=reward", restart=True)
+    # also if the new one does not come to its first step
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.training.train, "load_policy", interrupting)
+        with pytest.raises(Interrupted):
+            train("r", restart=True)
     assert not run.policy_logps.exists()
 
 
