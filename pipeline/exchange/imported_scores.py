@@ -325,7 +325,7 @@ def _must_be_ids(ids: Any, vocabulary: int) -> None:
     outside = next((token for token in (min(ids), max(ids)) if not 0 <= token < vocabulary), None)
     if outside is not None:
         raise DataError(
-            f"token id {str(outside)[:20]} is not in the reference's vocabulary of {vocabulary}: these scores are of a model with "
+            f"token id {str(outside)[:40]} is not in the reference's vocabulary of {vocabulary}: these scores are of a model with "
             "another tokenizer. Set reference.model to the model that was scored"
         )
 
