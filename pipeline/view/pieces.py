@@ -29,13 +29,16 @@ def _piece(tokenizer: Tokenizer | None, token: int) -> str:
 
 
 def _tokenizer_of(run: Run) -> Tokenizer | None:
-    for path in (run.model / "tokenizer.json", run.adapter / "tokenizer.json", *_of_the_reference(run)):
+    of_the_reference = _of_the_reference(run, stamp(run.config))
+    for path in (run.model / "tokenizer.json", run.adapter / "tokenizer.json", *of_the_reference):
         if there := stamp(path):
             return _read(path, there)
     return None
 
 
-def _of_the_reference(run: Run) -> list[Path]:
+# a page asks a hundred times, and YAML is slow to read
+@lru_cache(maxsize=8)
+def _of_the_reference(run: Run, _version: Stamp) -> list[Path]:
     reference = read_saved_config(run).get("reference", {})
     model = reference.get("model") if isinstance(reference, dict) else None
     return [Path(model).expanduser() / "tokenizer.json"] if isinstance(model, str) and ":" not in model else []

@@ -91,7 +91,13 @@ export function longText(text, attributes = {}, most = 20000) {
   return shown;
 }
 
+let said;
+
+/** Says it to whoever listens or looks; it goes from sight after a moment. */
 export function say(text) {
   const place = document.getElementById("said");
   place.textContent = text;
+  place.classList.remove("hidden");
+  clearTimeout(said);
+  said = setTimeout(() => place.classList.add("hidden"), 3000);
 }

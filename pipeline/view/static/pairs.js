@@ -56,6 +56,7 @@ export async function pairsPage(page) {
         el("td", { class: "number" }, index.step[row] === null ? "–" : String(index.step[row])),
       ),
     ["prompt", "split", "tokens", "margin under the reference", "margin under the policy", "moved by", "at step"],
+    new Set([2, 3, 4, 5, 6]),
   );
   page.onKeys({ j: () => list.move(1), k: () => list.move(-1), Enter: () => list.chosen() !== null && (location.hash = open(list.chosen())) });
   say(`${rows.length} of ${index.pair_id.length} pairs`);

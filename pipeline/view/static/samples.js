@@ -4,7 +4,7 @@ import { get, Problem, search } from "./source.js";
 import { promptView } from "./prompt.js";
 
 const OUTCOMES = { W: "won", T: "tied", L: "lost", X: "failed", "-": "not judged" };
-const ROW = 46;
+const NARheight = matchMedia("(max-width: 42rem)");
 const AROUND = 15;
 
 /** The comparisons that the address asks for, with the rows that pass its filters in its order. */
@@ -77,7 +77,7 @@ export async function samplesPage(page) {
   const { run, parameters } = page;
   const kept = Object.fromEntries(parameters);
   const open = (row) => address(["runs", run, "prompts", index.prompts.prompt_id[index.prompt[row]]], { ...kept, sample: null, of: index.sample[row] });
-  const list = rowList(rows, (row, place) => rowOf(index, row, place, open(row)), ["prompt", "sample", "tokens", "KL", ...index.judges.map(({ name }) => name)]);
+  const list = rowList(rows, (row, place) => rowOf(index, row, place, open(row)), ["prompt", "sample", "tokens", "KL", ...index.judges.map(({ name }) => name)], new Set([1, 2, 3]));
   page.onKeys({ j: () => list.move(1), k: () => list.move(-1), Enter: () => list.chosen() !== null && (location.hash = open(list.chosen())) });
   say(`${rows.length} of ${index.sample.length} comparisons`);
   return [
@@ -132,23 +132,25 @@ function rowOf(index, row, place, href) {
 }
 
 /** A table of very many rows, of which those in sight are made. */
-export function rowList(rows, make, head) {
+export function rowList(rows, make, head, numbers) {
+  // in a narrow window a row is the prompt and below it two labelled cells on each line
+  const height = NARheight.matches ? 40 + 26 * Math.ceil((head.length - 1) / 2) : 46;
   const body = el("tbody");
   const scroller = el(
     "div",
     { class: "rows", tabindex: 0, role: "region", "aria-label": `${rows.length} rows` },
-    el("table", { "aria-rowcount": rows.length + 1 }, el("thead", {}, el("tr", { "aria-rowindex": 1 }, head.map((name) => el("th", { scope: "col" }, breakable(name))))), body),
+    el("table", { "aria-rowcount": rows.length + 1 }, el("thead", {}, el("tr", { "aria-rowindex": 1 }, head.map((name, place) => el("th", { scope: "col", class: numbers.has(place) ? "number" : null }, breakable(name))))), body),
   );
   let chosen = -1;
   let first = -1;
   const space = (count) => {
     const row = el("tr", { "aria-hidden": "true", class: "space" }, el("td", { colspan: head.length }));
-    row.style.height = `${count * ROW}px`;
+    row.style.height = `${count * height}px`;
     return row;
   };
   const draw = () => {
-    const from = Math.max(0, Math.floor(scroller.scrollTop / ROW) - AROUND);
-    const to = Math.min(rows.length, from + Math.ceil((scroller.clientHeight || 700) / ROW) + 2 * AROUND);
+    const from = Math.max(0, Math.floor(scroller.scrollTop / height) - AROUND);
+    const to = Math.min(rows.length, from + Math.ceil((scroller.clientHeight || 700) / height) + 2 * AROUND);
     if (from === first && body.childElementCount) return;
     first = from;
     const held = document.activeElement?.closest?.("[data-row]")?.dataset.row;
@@ -156,14 +158,16 @@ export function rowList(rows, make, head) {
     if (held !== undefined && scroller.contains(document.activeElement) === false) body.querySelector(`[data-row="${held}"] a`)?.focus({ preventScroll: true });
   };
   const mark = (row, place) => {
+    row.style.height = `${height}px`;
+    [...row.cells].forEach((cell, of) => cell.setAttribute("data-label", head[of]));
     if (place === chosen) row.setAttribute("aria-selected", "true");
     return row;
   };
   const move = (by) => {
     chosen = Math.min(rows.length - 1, Math.max(0, chosen + by));
-    const top = chosen * ROW;
+    const top = chosen * height;
     if (top < scroller.scrollTop) scroller.scrollTop = top;
-    else if (top + 2 * ROW > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = top + 2 * ROW - scroller.clientHeight;
+    else if (top + 2 * height > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = top + 2 * height - scroller.clientHeight;
     first = -1;
     draw();
     body.querySelector('[aria-selected="true"] a')?.focus({ preventScroll: true });
