@@ -4,7 +4,7 @@ import { get, Problem, search } from "./source.js";
 import { promptView } from "./prompt.js";
 
 const OUTCOMES = { W: "won", T: "tied", L: "lost", X: "failed", "-": "not judged" };
-const NARheight = matchMedia("(max-width: 42rem)");
+const NARROW = matchMedia("(max-width: 42rem)");
 const AROUND = 15;
 
 /** The comparisons that the address asks for, with the rows that pass its filters in its order. */
@@ -133,8 +133,8 @@ function rowOf(index, row, place, href) {
 
 /** A table of very many rows, of which those in sight are made. */
 export function rowList(rows, make, head, numbers) {
-  // in a narrow window a row is the prompt and below it two labelled cells on each line
-  const height = NARheight.matches ? 40 + 26 * Math.ceil((head.length - 1) / 2) : 46;
+  // in a narrow window a row is the prompt and below it a labelled cell on each line
+  const height = NARROW.matches ? 44 + 26 * (head.length - 1) : 46;
   const body = el("tbody");
   const scroller = el(
     "div",
