@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.artifacts import durable
@@ -14,6 +15,8 @@ from pipeline.view.server import STATIC
 
 # what marks a folder as one of ours, which may be written anew
 MARK = "refscore-view.json"
+# runs of which every two are compared in a file of their own
+_MOST_BY_TWO = 20
 _MODE = b'<body data-source="folder">'
 
 
@@ -41,9 +44,9 @@ def write_bundle(runs: list[Run], to: Path, ticker: Ticker) -> tuple[int, int, l
             place.write_bytes(content)
         files, written = files + 1, written + len(content)
         ticker.advance(1, "")
-    for name in names if len(names) > 1 else []:
-        content = as_json(runs_compared([name, *(other for other in names if other != name)]))
-        durable.write_text(to / "data" / "compare" / f"{name}.json", content.decode())
+    for place, compared in _compared(names):
+        content = as_json(runs_compared(compared))
+        durable.write_text(to / "data" / "compare" / place, content.decode())
         files, written = files + 1, written + len(content)
     for run in runs:
         if run.report.is_file():
@@ -79,6 +82,15 @@ def _pages(runs: list[Run]) -> list[tuple[str, bytes]]:
         (f"static/{file.name}", file.read_bytes()) for file in sorted(STATIC.iterdir()) if file.name != "index.html"
     ]
     return [(MARK, begun), ("index.html", index.replace(b"<body>", _MODE)), *statics]
+
+
+def _compared(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Files of runs side by side, the first as the baseline: every two, and all, of which a page shows those that are asked for."""
+    for first in names if len(names) > 1 else []:
+        others = [name for name in names if name != first]
+        yield f"{first}.json", [first, *others]
+        if len(names) <= _MOST_BY_TWO:
+            yield from ((f"{first}/{other}.json", [first, other]) for other in others)
 
 
 def _only(listed: dict[str, list[dict[str, object]]], names: list[str]) -> dict[str, object]:

@@ -6,6 +6,8 @@ import { promptView } from "./prompt.js";
 const OUTCOMES = { W: "won", T: "tied", L: "lost", X: "failed", "-": "not judged" };
 const NARROW = matchMedia("(max-width: 42rem)");
 const AROUND = 15;
+// pixels; browsers cut an element off beyond
+const TALLEST = 3e7;
 
 /** The comparisons that the address asks for, with the rows that pass its filters in its order. */
 async function listed(page) {
@@ -132,9 +134,10 @@ function rowOf(index, row, place, href) {
 }
 
 /** A table of very many rows, of which those in sight are made. */
-export function rowList(rows, make, head, numbers) {
+export function rowList(all, make, head, numbers) {
   // in a narrow window a row is the prompt and below it a labelled cell on each line
   const height = NARROW.matches ? 44 + 26 * (head.length - 1) : 46;
+  const rows = all.slice(0, Math.floor(TALLEST / height));
   const body = el("tbody");
   const scroller = el(
     "div",
@@ -175,7 +178,8 @@ export function rowList(rows, make, head, numbers) {
   scroller.addEventListener("scroll", draw, { passive: true });
   requestAnimationFrame(draw);
   draw();
-  return { element: scroller, move, chosen: () => (chosen < 0 ? null : rows[chosen]) };
+  const rest = all.length > rows.length ? el("p", { class: "problem" }, `The first ${rows.length.toLocaleString("en")} are listed: filter for the others.`) : null;
+  return { element: [rest, scroller], move, chosen: () => (chosen < 0 ? null : rows[chosen]) };
 }
 
 /** One comparison whole. Its neighbours are those of the list that the address's filters make. */

@@ -62,6 +62,10 @@ export async function search(run, number, text, count, page) {
 /** Runs side by side, the first as the baseline. */
 export async function compare(runs) {
   if (!FOLDER) return load(`compare?${new URLSearchParams(runs.map((run) => ["run", run]))}`);
+  if (runs.length === 2) {
+    const two = await load(`data/compare/${runs.map(encodeURIComponent).join("/")}.json`).catch(() => null);
+    if (two) return two;
+  }
   const all = await load(`data/compare/${encodeURIComponent(runs[0])}.json`);
   const columns = runs.map((run) => 1 + all.runs.indexOf(run));
   const chosen = (rows) => rows.map((row) => [row[0], ...columns.map((place) => row[place])]);
