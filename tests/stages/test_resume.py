@@ -42,6 +42,8 @@ def test_the_same_configuration_gives_the_same_metrics_and_resuming_changes_no_b
     }
     assert frames["whole"].equals(frames["again"])
     assert frames["whole"].equals(frames["killed"])
+    files = [(tmp_path / f"data/runs/{name}/policy_logps.parquet").read_bytes() for name in frames]
+    assert files == [files[0]] * 3
     models = [
         load_file(tmp_path / f"data/runs/{name}/model/model.safetensors") for name in ("whole", "again", "killed")
     ]
