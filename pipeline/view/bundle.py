@@ -38,10 +38,10 @@ def write_bundle(runs: list[Run], to: Path, ticker: Ticker) -> tuple[int, int, l
         except RefscoreError as error:
             content = as_json({"problem": str(error)})
             problems.append(f"{address}: {error}")
-        place = to / "data" / address
-        with durable.explaining_disk(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(content)
+        at = to / "data" / address
+        with durable.explaining_disk(at):
+            at.parent.mkdir(parents=True, exist_ok=True)
+            at.write_bytes(content)
         files, written = files + 1, written + len(content)
         ticker.advance(1, "")
     for place, compared in _compared(names):
