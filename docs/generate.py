@@ -49,7 +49,8 @@ _MEANING = {
     "prompt_ids": "token ids of the prompt, template included",
     "chosen_ids": "token ids of the chosen response, its end of turn included",
     "rejected_ids": "token ids of the rejected response",
-    "ref_chosen_token_logps": "log-probability of every token of `chosen_ids` under the reference, in nats",
+    "ref_chosen_token_logps": "log-probability of every token of `chosen_ids` under the reference, in nats; null if only "
+    "the sum was imported",
     "ref_rejected_token_logps": "the same of `rejected_ids`",
     "ref_chosen_logps": "sum of `ref_chosen_token_logps`, in float64",
     "ref_rejected_logps": "sum of `ref_rejected_token_logps`",

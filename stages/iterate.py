@@ -13,15 +13,22 @@ from pathlib import Path
 
 from pipeline.artifacts.runs import Run, open_run
 from pipeline.config.experiment import Config
+from pipeline.errors import ConfigError
 from pipeline.evaluation.candidates import policy_of
 from pipeline.progress import duration
+from pipeline.store.identity import IMPORTED
 from stages import console
 from stages.steps import step
 
 
 def main(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
-    """Every round: precompute, train, pairs; then one evaluation of all."""
+    """Every round: precompute, train, pairs; then one evaluation of all. Raises ConfigError where scores are imported."""
     started = time.monotonic()
+    if config.reference.engine == IMPORTED and rounds > 1:
+        raise ConfigError(
+            f"later rounds make new pairs, and scores imported by {config.reference.imported_by!r} are of others: set "
+            "reference.engine=vllm and no reference.imported_by, or --rounds 1"
+        )
     runs = [open_run(f"{name}-r{number}") for number in range(1, rounds + 1)]
     settings = list(overrides)
     for number, this in enumerate(runs):

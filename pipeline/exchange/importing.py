@@ -1,7 +1,7 @@
 """Scores that others computed, into the store, under an identity that says so.
 
 All rows are read and looked at before any is published: what contradicts itself, or what was imported before, is refused whole.
-Memory holds some eighty bytes per sequence; token ids become keys at once, values per token wait in a temporary file.
+Memory holds some hundred bytes per sequence; token ids become keys at once, values per token wait in a temporary file.
 """
 
 from __future__ import annotations

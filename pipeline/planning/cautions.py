@@ -123,10 +123,11 @@ def _one_sided(plan: Plan) -> list[str]:
             longer, shorter = sorted(means, reverse=True)
             often = f"in {share:.0%} of the pairs (on average {longer:.0f} and {shorter:.0f} tokens)"
             habit = "long" if side == "chosen" else "short"
-            advice = "train.ld_alpha=0.5 gives half the weight to what goes beyond the shorter response"
-            return [
-                f"{side} is longer than {other} {often}: a policy learns from that to write {habit} responses; {advice}"
-            ]
+            said = f"{side} is longer than {other} {often}: a policy learns from that to write {habit} responses"
+            # sums do not say what part of them goes beyond the shorter response
+            if not plan.held_as_sums:
+                said += "; train.ld_alpha=0.5 gives half the weight to what goes beyond the shorter response"
+            return [said]
     return []
 
 
