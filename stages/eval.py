@@ -16,7 +16,7 @@ from stages import console
 def main(config: Config, run: Run) -> None:
     """Evaluate; write eval.json, report.html and report.md; show the same on the terminal, the verdict last."""
     results = write_reports(run, config, evaluate(config, run, console.working))
-    for section in sections(results):
+    for section in sections(results, run.name):
         console.table(section.title, section.head, [list(map(str, row)) for row in section.rows])
     console.say(results.verdict)
     for line in notes(results):

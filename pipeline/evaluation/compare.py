@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -50,11 +50,24 @@ def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
     ]
 
 
-def reached(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of a table: a figure, and its value in each run."""
-    figures = {run.name: _figures(read_results(run.eval) or Results()) for run in runs}
-    names = dict.fromkeys(name for values in figures.values() for name in values)
-    return [[name, *(figures[run.name].get(name, "-") for run in runs)] for name in names]
+@dataclass(frozen=True)
+class Reached:
+    """A figure's value in each run, "-" where it has none; `file`: of the run, has its rows; `judge`: whose they are, if any."""
+
+    name: str
+    values: list[str]
+    file: str
+    judge: str = ""
+
+
+def reached(runs: Sequence[Run]) -> list[Reached]:
+    """The figures that any of these runs has."""
+    found = [_figures(read_results(run.eval) or Results()) for run in runs]
+    known = {name: figure for figures in found for name, figure in figures.items()}
+    return [
+        Reached(name, [figures[name].text if name in figures else "-" for figures in found], figure.file, figure.judge)
+        for name, figure in known.items()
+    ]
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
@@ -194,25 +207,38 @@ def _scores(run: Run) -> dict[str, dict[str, float]]:
     return {judge: prompt_scores(both_orders(judgements)) for judge, judgements in by_judge.items()}
 
 
-def _figures(results: Results) -> dict[str, str]:
-    figures = {f"win rate, {name}": _interval(rate.rate) for name, rate in results.judged.items()}
-    if results.held_out:
-        figures["held-out reward accuracy"] = f"{results.held_out.reward_accuracy:.3f}"
-        figures["held-out mean margin"] = f"{results.held_out.mean_margin:.3f}"
+@dataclass(frozen=True)
+class _Figure:
+    text: str
+    file: str
+    judge: str = ""
+
+
+def _figures(results: Results) -> dict[str, _Figure]:
+    """By name, each with its n where that is known."""
+    figures = {
+        f"win rate, {name}": _Figure(_interval(replace(seen.rate, n=seen.prompts)), "judgements.parquet", name)
+        for name, seen in results.judged.items()
+    }
+    if held_out := results.held_out:
+        for name, value in (("reward accuracy", held_out.reward_accuracy), ("mean margin", held_out.mean_margin)):
+            figures[f"held-out {name}"] = _Figure(f"{value:.3f}, n = {held_out.pairs}", "pairs.parquet")
     cost = results.cost.get("policy", Cost())
     if cost.kl:
-        figures["KL to the reference, nats"] = _interval(cost.kl, 2)
+        figures["KL to the reference, nats"] = _Figure(_interval(cost.kl, 2), "kl.parquet")
     for judge, reward in cost.reward.items():
-        figures[f"reward at temperature 1, {judge}"] = _interval(reward)
-    policy = results.responses.get("policy")
-    if policy:
-        figures["response tokens, mean"] = f"{policy.tokens.mean:.1f}"
-        figures["responses cut off"] = f"{policy.cut_off:.0%}"
+        figures[f"reward at temperature 1, {judge}"] = _Figure(_interval(reward), "kl.parquet")
+    if policy := results.responses.get("policy"):
+        figures["response tokens, mean"] = _Figure(
+            f"{policy.tokens.mean:.1f}, n = {policy.responses}", "samples.parquet"
+        )
+        figures["responses cut off"] = _Figure(f"{policy.cut_off:.0%}, n = {policy.responses}", "samples.parquet")
     return figures
 
 
 def _interval(interval: Interval, digits: int = 3) -> str:
-    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    number = "" if interval.n is None else f", n = {interval.n}"
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]{number}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

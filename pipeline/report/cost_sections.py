@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.evaluation.results import Cost, Position, Results
-from pipeline.report.table import Cell, Section, between
+from pipeline.report.table import Cell, Section, between, with_interval
 
 
 def cost_sections(results: Results) -> list[Section]:
@@ -28,6 +28,7 @@ def _whole(results: Results) -> Section:
         "KL(model || reference) on the model's own responses at temperature 1, scored by stage one's scorer under both models. "
         "Perplexity: of these responses under the reference, whose own show what it finds fluent; far above, fluency was lost.",
         "frontier",
+        "kl.parquet, model as named; rewards are not kept",
     )
 
 
@@ -37,7 +38,7 @@ def _cost_row(cost: Cost, judges: list[str]) -> list[str | Cell]:
         kl = [f"{cost.kl.mean:.2f}", between(cost.kl, 2), f"{cost.per_token:.4f}", str(cost.responses)]
     kl.append("-" if cost.perplexity is None else f"{cost.perplexity:.1f}")
     rewards = [cost.reward.get(judge) for judge in judges]
-    return [*kl, *("-" if interval is None else f"{interval.mean:.3f} ({between(interval)})" for interval in rewards)]
+    return [*kl, *("-" if interval is None else with_interval(interval) for interval in rewards)]
 
 
 def _estimates(results: Results) -> Section:
@@ -60,19 +61,29 @@ def _estimates(results: Results) -> Section:
         "log-ratio of the tokens drawn. Control variate: with r - 1 added, r = reference / model, whose mean is 0. Exact per "
         "position: at every position the mean over all tokens instead of the one drawn. Gain in variance: how many times as "
         "many prompts the sampled estimate needs for the same standard error; below 1 it needs fewer.",
+        source="kl.parquet, model as named: logps, ref_logps, exact_kl",
     )
 
 
 def _positions(results: Results) -> Section:
     return Section(
         "KL by position",
-        ["model", "tokens of the response", "number", "nats per response", "share", "exact per position", "share"],
+        [
+            "model",
+            "tokens of the response",
+            "number",
+            "nats per response",
+            "its share",
+            "exact per position",
+            "share of that",
+        ],
         [
             [model, part.where, str(part.tokens), *_position_row(part, cost)]
             for model, cost in results.cost.items()
             for part in cost.positions
         ],
         "Parts of the whole; the token that ends a response stands apart, and is in no other part.",
+        source="kl.parquet, model as named: places in logps, ref_logps, exact_kl",
     )
 
 

@@ -18,8 +18,9 @@ def write_markdown(run: Run, config: Config, results: Results) -> None:
         f"**{plain(results.verdict)}**",
         "\n".join(f"- {plain(line)}" for line in notes(results)),
     ]
-    for section in sections(results):
+    for section in sections(results, run.name):
         parts += [f"#### {plain(section.title)}", markdown_table(section.head, section.rows)]
+        parts += [f"Rows: {plain(section.source)}."] if section.source else []
     durable.write_text(run.report_markdown, "\n\n".join(filter(None, [*parts, _settings(config)])) + "\n")
 
 

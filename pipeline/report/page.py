@@ -14,15 +14,18 @@ from markupsafe import Markup
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json
-from pipeline.artifacts.tables import METRICS, read_table
+from pipeline.artifacts.tables import DROPPED, METRICS, read_table
 from pipeline.config.experiment import Config
 from pipeline.evaluation.baselines import GainByLength
 from pipeline.evaluation.frontier import gain_of, label_of, points_of
 from pipeline.evaluation.results import Cost, Results, SideBySide
+from pipeline.report import addresses
 from pipeline.report.plots import curves, frontier, scatter, win_rates
 from pipeline.report.sections import sections
 from pipeline.report.side_by_side import marked, visible
+from pipeline.report.table import ARROWS
 from pipeline.report.words import leading_judge, notes
+from pipeline.report.wrapping import WIDTHS, breakable, in_cell, with_names
 from pipeline.training.checks.health import length_words
 
 # more than anybody reads; all are in samples.parquet
@@ -35,16 +38,18 @@ def write_report(
     """Render the page from the run's artifacts, `results` (eval.json), `samples` (worst first) and `gains` (by judge)."""
     metrics = pl.DataFrame(read_table(run.metrics, METRICS))
     leading = leading_judge(results)
+    judges = {name: addresses.judged(run.name, name) for name in results.judged}
     page = (
         environment()
         .get_template("report.html.j2")
         .render(
             run=run.name,
             results=results,
-            notes=notes(results),
+            verdict=with_names(results.verdict, judges, whole=True),
+            notes=[with_names(line, judges) for line in notes(results)],
             lead=results.judged[leading] if leading else None,
-            kl=results.cost.get("policy", Cost()).kl,
-            sections=sections(results),
+            cost=results.cost.get("policy", Cost()),
+            sections=sections(results, run.name),
             pictures=_pictures(results, gains),
             samples=samples[:_SHOWN],
             hidden=max(0, len(samples) - _SHOWN),
@@ -54,14 +59,30 @@ def write_report(
             verified=read_json(run.directory / "verify.json"),
             provenance=read_json(run.provenance),
             curves=_curves(metrics),
+            dropped=len(read_table(run.dropped, DROPPED, ["reason"])) if run.dropped.is_file() else 0,
+            rows=_places(run.name, leading),
+            address_of=lambda row: addresses.prompt(run.name, row.prompt_id, row.sample),
+            view=addresses.PORT,
         )
     )
     durable.write_text(run.report, page)
 
 
+def _places(run: str, leading: str | None) -> dict[str, str]:
+    """Where the rows of figures open that stand in no table."""
+    return {
+        "lead": addresses.judged(run, leading) if leading else "",
+        "policy": addresses.samples(run, model="policy"),
+        "compared": addresses.samples(run, model="policy", baseline="reference"),
+        "pairs": addresses.pairs(run),
+        "dropped": addresses.dropped(run),
+        "training": addresses.training(run),
+    }
+
+
 def _pictures(results: Results, gains: Mapping[str, GainByLength]) -> dict[str, Markup]:
     """The pictures of sections by the names that these give them."""
-    pictures = {"win_rates": win_rates([(name, rate.rate) for name, rate in results.judged.items()])}
+    pictures = {"win_rates": win_rates(list(results.judged.items()))}
     gain = gain_of(results)
     points = points_of(results, gain) if gain else []
     if gain and len(points) >= 2:
@@ -85,7 +106,7 @@ def _curves(metrics: pl.DataFrame) -> list[tuple[str, Markup]]:
         ),
     ]
     return [
-        (title, curves(metrics, columns, label))
+        (title, curves(metrics, columns, label, title))
         for title, columns, label in wanted
         if any(metrics[name].count() for column in columns.values() for name in (column, f"eval_{column}"))
     ]
@@ -111,5 +132,11 @@ def environment() -> jinja2.Environment:
         # characters that hide or reorder text are shown, wherever they come from
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    templates.globals["marked"] = marked
+    templates.globals |= {
+        "marked": marked,
+        "in_cell": in_cell,
+        "breakable": breakable,
+        "widths": WIDTHS,
+        "arrows": ARROWS,
+    }
     return templates

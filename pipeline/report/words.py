@@ -27,8 +27,8 @@ _OF_PAIRS = {
 
 
 def verdict(results: Results) -> str:
-    """The outcome in one sentence, from the first judge of texts; else from the implicit one. A second sentence if something
-    that took no training does better.
+    """The outcome in one sentence, from the first judge of texts; else from the implicit one: it says so if this judge made
+    the pairs. A second sentence if something that took no training does better.
     """
     name = leading_judge(results)
     if name is None:
@@ -40,9 +40,12 @@ def verdict(results: Results) -> str:
         "worse": f"The policy is worse than {against}",
         "even": f"No difference to {against} could be shown",
     }[outcome(seen.rate)]
+    maker = (
+        ", which also chose the training pairs and so is no independent judge," if name == results.pair_judge else ""
+    )
     return " ".join(
         [
-            f"{said}: {name} prefers it on {seen.rate.mean:.0%} of {seen.prompts} prompts ({_between(seen.rate)}).",
+            f"{said}: {name}{maker} prefers it on {seen.rate.mean:.0%} of {seen.prompts} prompts ({_between(seen.rate)}).",
             *_surpassed(results, name),
         ]
     )
@@ -59,7 +62,9 @@ def _surpassed(results: Results, name: str) -> list[str]:
     if not known:
         return []
     best = max(known, key=lambda what: known[what].mean)
-    return [f"{(_OF_PAIRS if name == IMPLICIT else _TRIVIAL)[best]}: {known[best].mean:.0%} ({_between(known[best])})."]
+    what = (_OF_PAIRS if name == IMPLICIT else _TRIVIAL)[best]
+    unit = "held-out pairs" if best == "shuffled" else "prompts"
+    return [f"{what}: {_share(known[best], unit)} ({_between(known[best])})."]
 
 
 def leading_judge(results: Results) -> str | None:
@@ -86,9 +91,8 @@ def second_opinions(results: Results) -> list[str]:
     led = outcome(results.judged[leading].rate)
     sentences = []
     if leading == results.pair_judge:
-        sentences.append(
-            f"{leading} also chose the training pairs, so it is no independent judge: weigh the others more."
-        )
+        if len(results.judged) > 1:
+            sentences.append(f"{leading} also chose the training pairs: weigh the other judges more.")
     elif independence := _independence(results, leading):
         sentences.append(f"{leading} {independence.strip(', ').removeprefix('which ')}.")
     for name, rate in results.judged.items():
@@ -104,7 +108,7 @@ def second_opinions(results: Results) -> list[str]:
             if led == "even"
             else "disagrees"
         )
-        counted = "held-out pairs" if name == IMPLICIT else f"{rate.prompts} prompts"
+        counted = f"{'held-out pairs of ' if name == IMPLICIT else ''}{rate.prompts} prompts"
         sentences.append(
             f"{name}{_independence(results, name)} {says}: {rate.rate.mean:.0%} of {counted} ({_between(rate.rate)})."
         )
@@ -159,13 +163,14 @@ def cautions(results: Results) -> list[str]:
 
 def _cut_off(results: Results) -> list[str]:
     """Every model counts: a reference that was cut off loses to one that only learned to stop."""
-    shares = {name: seen.cut_off for name, seen in results.responses.items()}
-    if shares and min(shares.values()) == 1.0:
-        nobody = "No response was ended by its model: all were written to the longest allowed length"
+    shares = {name: (seen.cut_off, seen.responses) for name, seen in results.responses.items()}
+    if shares and min(shares.values())[0] == 1.0:
+        every = sum(number for _, number in shares.values())
+        nobody = f"No response was ended by its model: all {every} were written to the longest allowed length"
         return [f"{nobody}, so there is no win rate of those that ended."]
     return [
-        f"{share:.0%} of the responses of {name} were cut off at the longest allowed length."
-        for name, share in shares.items()
+        f"{share:.0%} of the {number} responses of {name} were cut off at the longest allowed length."
+        for name, (share, number) in shares.items()
         if share > _MANY_CUT_OFF
     ]
 
@@ -206,12 +211,15 @@ def _of_judge(name: str, seen: WinRate) -> list[str]:
             f"{name} contradicted itself on {seen.flips} of {seen.comparisons} comparisons when the order changed."
         )
     if seen.first_wins is not None and abs(seen.first_wins - 0.5) > _LEANING:
-        sentences.append(f"{name} prefers the response that stands first in {seen.first_wins:.0%} of its verdicts.")
+        sentences.append(
+            f"{name} prefers the response that stands first in {seen.first_wins:.0%} of its verdicts on {seen.comparisons} "
+            "comparisons."
+        )
     controlled = seen.length_controlled
     if controlled and outcome(controlled) != outcome(seen.rate):
         sentences.append(
-            f"{name}: at equal length the rate would be {controlled.mean:.0%} ({_between(controlled)}), "
-            "so length explains part of the outcome."
+            f"{name}: at equal length the rate on {seen.prompts} prompts would be {controlled.mean:.0%} "
+            f"({_between(controlled)}), so length explains part of the outcome."
         )
     return sentences
 
@@ -226,6 +234,10 @@ def _withheld(results: Results) -> list[str]:
         f"No rate at equal length is given for {', '.join(names)}, because {reason}."
         for reason, names in judges.items()
     ]
+
+
+def _share(interval: Interval, unit: str) -> str:
+    return f"{interval.mean:.0%}" + ("" if interval.n is None else f" of {interval.n} {unit}")
 
 
 def _between(interval: Interval) -> str:

@@ -140,7 +140,17 @@ def test_an_opponent_that_is_not_known_is_said(tmp_path):
 def test_settings_and_figures_stand_side_by_side(tmp_path):
     runs = [make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0)]
     assert differing_settings(runs) == [["train.beta", "1.0", "2.0"]]
-    assert ["KL to the reference, nats", "1.00 [0.90, 1.10]", "2.00 [1.90, 2.10]"] in reached(runs)
+    found = {figure.name: figure for figure in reached(runs)}
+    kl, rate = found["KL to the reference, nats"], found["win rate, rule:a"]
+    assert (kl.values, kl.file, kl.judge) == (["1.00 [0.90, 1.10]", "2.00 [1.90, 2.10]"], "kl.parquet", "")
+    # n stands beside every rate
+    assert rate.values == ["0.000 [-0.100, 0.100], n = 1", "1.000 [0.900, 1.100], n = 1"]
+    assert (rate.file, rate.judge) == ("judgements.parquet", "rule:a")
+
+
+def test_what_only_one_run_reached_is_a_dash_in_the_other(tmp_path):
+    runs = [make(tmp_path, "one", [0.0], 1.0), make(tmp_path, "two", [1.0], 2.0, reward=None)]
+    assert {figure.name: figure.values for figure in reached(runs)}["reward at temperature 1, rule:a"][1] == "-"
 
 
 @pytest.mark.parametrize(("reward", "heights"), [(0.5, [0.5, 0.5, 0.3]), (None, [0.0, 1.0, 0.5])])
