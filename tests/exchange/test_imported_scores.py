@@ -4,11 +4,14 @@ import json
 import shutil
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
 from pipeline.artifacts.runs import open_run
-from pipeline.artifacts.tables import PAIRS, read_about, read_table
+from pipeline.artifacts.tables import PAIRS, read_about, read_table, write_table
+from pipeline.errors import DataError
+from pipeline.training.examples import load_pairs
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.exchange.conftest import exported
 
@@ -315,3 +318,57 @@ def test_evaluation_scores_new_responses_with_an_engine(where):
         "reference scores imported by 'Lab A' are of the pairs alone: new responses are scored here, by vllm"
     ]
     assert not torch.cuda.is_available() or opened.numerics.device == "cuda"
+
+
+def test_what_differs_from_what_was_imported_is_explained(forms, where):
+    imported(where, forms / "trl", "--set", "reference.dtype=auto")
+    said = run(where, "store", "explain", "--config", "experiment.yaml", *BY)
+    assert "0 hits, 48 misses" in said
+    assert "numerics: dtype 'unknown' -> 'float32'" in said
+
+
+def test_rounds_that_would_need_new_scores_are_refused_before_the_first(where):
+    said = run(where, "iterate", "--config", "experiment.yaml", "--run", "r", "--rounds", "2", *BY, code=2)
+    assert "later rounds make new pairs" in said
+    assert not (where / "data/runs").exists()
+
+
+def test_what_sums_cannot_do_is_not_advised(forms, where):
+    longer = "chosen is longer than rejected"
+    for form, by, advised in (("trl", "Lab A", False), ("jsonl", "Lab B", True)):
+        imported(where, forms / form, by=by)
+        said = run(where, "precompute", "--config", "experiment.yaml", "--plan", *BY[:3], f"reference.imported_by={by}")
+        assert longer in said
+        assert ("train.ld_alpha=0.5" in said) == advised
+
+
+def test_a_name_that_looks_like_a_number_is_shown_as_it_is_typed(forms, where):
+    said = imported(where, forms / "trl", by="1.5")
+    assert "--set 'reference.imported_by=\"1.5\"'" in said
+    whose = [*BY[:3], 'reference.imported_by="1.5"']
+    assert "48 imported" in run(where, "precompute", "--config", "experiment.yaml", "--plan", *whose)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "cpo"])
+def test_losses_without_a_reference_need_no_import(where, loss):
+    settings = ["--set", f"train.loss_type={loss}", "--set", "train.max_steps=1"]
+    precompute(where, *settings)
+    run(where, "train", "--config", "experiment.yaml", "--run", "r", *BY, *settings)
+
+
+def test_pairs_whose_sums_are_damaged_are_not_trained_on(forms, where):
+    imported(where, forms / "trl")
+    precompute(where)
+    path = where / "data/runs/r/pairs.parquet"
+    about, rows = read_about(path), read_table(path, PAIRS).to_pylist()
+    for value in (None, float("nan"), float("-inf"), 0.5):
+        rows[1]["ref_rejected_logps"] = value
+        write_table(path, pa.Table.from_pylist(rows, schema=PAIRS), about)
+        said = run(where, "train", "--config", "experiment.yaml", "--run", "r", *BY, code=3)
+        assert f"pair {rows[1]['pair_id']} has no score for rejected" in said
+    # and of scores that were computed a sum alone is none
+    rows[1]["ref_rejected_logps"] = -5.0
+    del about["imported_by"]
+    write_table(path, pa.Table.from_pylist(rows, schema=PAIRS), about)
+    with pytest.raises(DataError, match="no whole set of scores"):
+        load_pairs(path, "train")

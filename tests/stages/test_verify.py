@@ -11,7 +11,7 @@ from pipeline.artifacts import tables
 from pipeline.artifacts.runs import open_run
 from pipeline.artifacts.tables import write_table
 from pipeline.config.files import load_config
-from pipeline.precompute.agreement import agreement
+from pipeline.precompute.agreement import agreement, agreement_of_sums
 from pipeline.precompute.verify import judge
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 
@@ -123,6 +123,21 @@ def test_figures_by_hand():
     assert found["margin_noise_reward"] == pytest.approx(0.1)
     assert found["correlation_with_length"] == pytest.approx(1.0)
     assert not judge(found, "bfloat16")["passed"]
+
+
+def test_figures_of_sums_by_hand():
+    """A response of four tokens that is 2 nats off, and one of a single token that is half a nat off the other way."""
+    found = agreement_of_sums([-3.0, -1.5], [-5.0, -1.0], [4, 1], beta=0.5)
+    assert found["tokens"] == 5
+    assert found["mean_signed_difference"] == pytest.approx(1.5 / 5)
+    assert found["mean_absolute_difference"] == pytest.approx(2.5 / 5)
+    assert found["max_absolute_difference"] == pytest.approx(2 / 4**0.5)
+    assert found["max_sequence_difference"] == pytest.approx(2.0)
+    assert found["margin_noise_nats"] == pytest.approx(2.5)
+    assert found["margin_noise_reward"] == pytest.approx(1.25)
+    assert "sums were compared" in judge(found, "unknown", by_sum=True)["verdict"]
+    nothing = dict.fromkeys(found, 0.0)
+    assert "in a dtype that is not known" in judge(nothing, "unknown")["verdict"]
 
 
 def test_a_run_that_does_not_exist_is_no_traceback(tmp_path):
