@@ -12,6 +12,8 @@ from pipeline.report.side_by_side import visible
 from pipeline.view.pages import Stamp, stamp
 
 _CHOICES = ("first", "second", "tie", "skip")
+# seconds; whole numbers of JSON may be larger than any float
+_LONGEST = 1e9
 
 
 def next_ballot(run: Run, voter: str, model: str, baseline: str, seed: int) -> dict[str, Any]:
@@ -48,8 +50,8 @@ def cast(run: Run, vote: dict[str, Any]) -> dict[str, Any]:
     choice, seconds = vote.get("choice"), vote.get("seconds")
     if choice not in _CHOICES:
         raise ConfigError(f"a vote says one of {', '.join(_CHOICES)}")
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
-        raise ConfigError("the seconds that a vote took are a number")
+    if seconds is not None and not _is_duration(seconds):
+        raise ConfigError(f"the seconds that a vote took are a number from 0 to {_LONGEST:.0e}, or nothing")
     listed = _ballots(run, seed, model, baseline, stamp(run.samples))
     if not 0 <= number < len(listed):
         raise ConfigError(f"there is no ballot {number}: there are {len(listed)}")
@@ -79,6 +81,10 @@ def _text(vote: dict[str, Any], name: str) -> str:
         raise ConfigError(f"{name} of a vote is a text")
     # half a character cannot be written
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _is_duration(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= _LONGEST
 
 
 def _number(vote: dict[str, Any], name: str) -> int:
