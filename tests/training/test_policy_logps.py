@@ -355,8 +355,11 @@ def test_nothing_is_written_twice_or_of_nothing(tmp_path):
     logps.keep_step(0)
     logps.write()
     (tmp_path / "t.parquet").unlink()
+    # what was noted is kept once
+    logps.keep_step(5)
     logps.write()
     assert not list(tmp_path.iterdir())
+    assert logps.state()["train/updates"].tolist() == [0, -1]
 
 
 def test_a_pair_takes_twenty_bytes_at_each_moment():
