@@ -3,7 +3,8 @@
 
 AlpacaEval: `outputs.json` lists {instruction, output, generator}; `annotations.json` adds two outputs and a preference
 between 1 (the baseline, output_1) and 2 (the model, output_2), 1.5 a tie. Arena-Hard: JSONL of questions, of answers, and
-of judgments with two games each, the baseline as A in the first and as B in the second.
+of judgments with two games each, the baseline as A in the first and as B in the second; people are asked in one order, so
+that one of their games says that it was not asked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.evaluation.rates.winrates import both_orders
+from pipeline.judges.annotations import NOT_ASKED
 from pipeline.judges.judging import Comparison, Judgement
 
 
@@ -45,8 +47,9 @@ def write_alpaca_eval(
                 "preference": None if score is None else 1.0 + score,
             }
             for item in comparisons
-            if (item.model, item.baseline) == (model, baseline)
-            for score in [scores.get((item.prompt.prompt_id, item.sample))]
+            # people judge some comparisons only
+            if item.key[2:] == (model, baseline) and item.key[:2] in scores
+            for score in [scores[item.key[:2]]]
         ]
         written.append(directory / f"annotations_{durable.file_name(f'{judge}_{model}_{baseline}')}.json")
         durable.write_json(written[-1], annotations)
@@ -79,10 +82,10 @@ def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgeme
         _jsonl(directory / "model_answer" / f"{durable.file_name(model)}.jsonl", rows.values())
         for model, rows in answers.items()
     ]
-    items = {(item.prompt.prompt_id, item.sample, item.model, item.baseline): item for item in comparisons}
+    items = {item.key: item for item in comparisons}
     judged: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for judgement in judgements:
-        comparison = items.get((judgement.prompt_id, judgement.sample, judgement.model, judgement.baseline))
+        comparison = items.get(judgement.key)
         if comparison is None or judgement.order == "pair":
             continue
         row = judged[judgement.judge, judgement.model, judgement.baseline].setdefault(
@@ -93,7 +96,7 @@ def write_arena_hard(directory: Path, comparisons: Sequence[Comparison], judgeme
                 "judge": judgement.judge,
                 "model": judgement.model,
                 "baseline": judgement.baseline,
-                "games": [None, None],
+                "games": [NOT_ASKED, NOT_ASKED],
             },
         )
         baseline_is_a = judgement.order == f"{judgement.baseline}_first"

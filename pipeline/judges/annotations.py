@@ -16,6 +16,8 @@ from pipeline.errors import DataError
 from pipeline.judges.judging import Duel, Judge, majority
 
 _ARENA = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+# of two games of Arena-Hard, the one in whose order nobody was asked: no failure
+NOT_ASKED: dict[str, Any] = {"score": None, "judgment": {"answer": ""}, "asked": False}
 _Texts = tuple[str, str, str]
 
 
@@ -106,6 +108,8 @@ def _arena_votes(path: Path, rows: list[dict[str, Any]]) -> list[Vote]:
             baseline, model = (answers[row[name], row["uid"]] for name in ("baseline", "model"))
             prompt = questions[row["uid"]]
             for game, texts in zip(row["games"], ((baseline, model), (model, baseline)), strict=True):
+                if game == NOT_ASKED:
+                    continue
                 votes.append(Vote(prompt, *texts, _ARENA.get(str((game or {}).get("score")).strip("[]"))))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, row {number}: not an Arena-Hard judgment with its answers ({error!r})") from None
