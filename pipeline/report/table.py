@@ -27,6 +27,10 @@ class Cell:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def several(self) -> bool:
+        return not isinstance(self.rows, str)
+
     def figures(self) -> Iterator[tuple[str, str]]:
         """The parts of the text, each with its address or an empty one."""
         if isinstance(self.rows, str):

@@ -3,6 +3,7 @@
 from urllib.parse import parse_qs, urlsplit
 
 from pipeline.report import addresses
+from pipeline.view import server
 
 PLACE = "http://127.0.0.1:7788/#/runs"
 
@@ -16,6 +17,10 @@ def test_addresses_have_the_form_that_the_viewer_reads():
     assert addresses.pairs("a") == f"{PLACE}/a/pairs"
     assert addresses.training("a") == f"{PLACE}/a/training"
     assert addresses.dropped("a") == f"{PLACE}/a/dropped"
+
+
+def test_the_viewer_listens_where_links_lead():
+    assert server.PORT == addresses.PORT
 
 
 def test_no_name_breaks_out_of_its_parameter():

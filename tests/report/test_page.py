@@ -1,14 +1,17 @@
 """The report is self-contained, says what the figures say, and nothing a model writes can act in it."""
 
 import json
+import re
+from itertools import pairwise
 
 import pyarrow as pa
 import pytest
 
 from pipeline.artifacts.markdown import plain
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import METRICS, write_table
+from pipeline.artifacts.tables import DROPPED, METRICS, write_table
 from pipeline.config.experiment import Config
+from pipeline.report.addresses import dropped, prompt, training
 from pipeline.report.page import write_report
 from tests.report.evaluations import figures, typed, write
 
@@ -99,3 +102,34 @@ def test_a_curve_of_what_was_not_logged_is_left_out(tmp_path):
     page = run.report.read_text()
     assert "Log-probabilities of the responses" not in page
     assert page.count("<svg") == 5
+
+
+def test_the_page_says_once_how_its_links_open_and_names_files_beside_them(run):
+    page = run.report.read_text().replace("&amp;", "&")
+    assert page.count("refscore view") == 1
+    assert "at its port 7788" in page
+    for file in ("judgements.parquet", "samples.parquet", "kl.parquet", "metrics.parquet", "provenance.json"):
+        assert file in page
+    assert f'href="{prompt(run.name, "p", 0)}"' in page
+    assert f'href="{training(run.name)}"' in page
+    text = run.report_markdown.read_text()
+    assert "Rows: judgements.parquet, model = policy, baseline = reference, judge as named" in text
+
+
+def test_pairs_that_were_left_out_are_counted_and_opened(tmp_path):
+    run = write(Run(tmp_path / "run"))
+    assert "left out" not in run.report.read_text()
+    write_table(run.dropped, pa.Table.from_pylist([{"reason": "empty"}] * 3, schema=DROPPED))
+    page = write(run).report.read_text()
+    assert f'3 pairs were left out before training (<a href="{dropped(run.name)}">' in page
+
+
+def test_tables_have_a_name_and_heads(run):
+    page = run.report.read_text()
+    tables = page.count("<table")
+    assert tables == page.count("<caption>") == page.count("<thead") >= 8
+    assert page.count("<th ") == page.count('<th scope="')
+    assert "<main>" in page
+    levels = [int(level) for level in re.findall(r"<h(\d)", page)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))

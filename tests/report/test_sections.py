@@ -1,8 +1,9 @@
 """The tables of a report: what stands in their cells, beside which words, and where the rows of their figures are."""
 
+from pipeline.report.addresses import judged, pairs, responses
 from pipeline.report.sections import sections
 from pipeline.report.words import cautions, second_opinions
-from tests.report.evaluations import ODDS, figures, rate, typed
+from tests.report.evaluations import ODDS, crowded, figures, rate, typed
 
 
 def test_what_length_predicts_of_pairs_is_said_beside_reward_accuracy():
@@ -58,3 +59,41 @@ def test_estimates_and_positions_of_kl_are_tables():
         ["policy", "1 to 8", "320", "24.000", "80%", "20.000", "100%"],
         ["policy", "end token", "36", "6.000", "20%", "-", "-"],
     ]
+
+
+def by_title(found):
+    return {section.title: section for section in sections(typed(found), "r")}
+
+
+def test_every_table_names_the_file_of_its_rows():
+    for section in by_title(crowded()).values():
+        assert ".parquet" in section.source or "verdicts/" in section.source, section.title
+        assert "judge" in section.source or "model" in section.source, section.title
+
+
+def test_every_rate_has_its_n_in_its_row():
+    for title, section in by_title(crowded()).items():
+        counted = {"prompts", "responses"} & set(section.head)
+        for row in section.rows:
+            for head, cell in zip(section.head, map(str, row), strict=True):
+                is_rate = head in {"win rate", "cut off", "empty", "policy", "shorter wins"} or title == "By topic"
+                if is_rate and any(sign.isdigit() for sign in cell):
+                    assert counted or ", n = " in cell, (title, head, cell)
+
+
+def test_figures_lead_to_their_rows():
+    judge = "rule:no_repetition"
+    found = by_title(figures() | {"judges": {judge: rate(failed=2, ties=0), "implicit": rate()}})
+    policy, implicit = found["Policy against reference"].rows
+    assert policy[0].rows == judged("r", judge)
+    won, tied, lost = policy[4].rows
+    assert (won, tied, lost) == (judged("r", judge, outcome="won"), "", judged("r", judge, outcome="lost"))
+    assert str(policy[4]) == "20 / 0 / 4"
+    assert (policy[6].rows, policy[7].rows) == ("", judged("r", judge, outcome="failed"))
+    assert implicit[0].rows == pairs("r")
+    assert list(implicit[4].rows) == ["", "", ""]
+    assert found["By topic"].rows[0][1].rows == judged("r", judge, topic="a<b>")
+    assert found["Other models"].rows[0][0].rows == judged("r", judge, "round1", "reference")
+    ratings = found[f"Bradley-Terry ratings by {judge}"]
+    assert [row[0].rows for row in ratings.rows] == [judged("r", judge), judged("r", judge, "round1"), ""]
+    assert [row[0].rows for row in found["Responses"].rows] == [responses("r", "policy"), responses("r", "reference")]

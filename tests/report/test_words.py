@@ -43,6 +43,26 @@ def test_a_leading_judge_that_made_no_pair_says_so_and_the_maker_is_named_behind
     )
 
 
+def test_a_headline_that_rests_on_the_maker_of_the_pairs_says_so_in_the_same_sentence():
+    found = figures(0.7, 0.6, 0.8)
+    assert verdict(typed(found)) == (
+        "The policy is better than the reference: rule:no_repetition, which also chose the training pairs and so is no "
+        "independent judge, prefers it on 70% of 40 prompts (95 % interval 60% to 80%)."
+    )
+    assert second_opinions(typed(found)) == []
+    assert "chose the training pairs" not in verdict(typed(found | {"pair_judge": "another"}))
+    assert "chose the training pairs" not in verdict(typed(found | {"pair_judge": None}))
+
+
+def test_n_stands_beside_rates_that_took_no_training():
+    found = figures(0.5, 0.4, 0.6, implicit=rate(0.8, 0.7, 0.9))
+    found["baselines"]["rule:no_repetition"] = {"shorter": {"mean": 0.62, "low": 0.51, "high": 0.7, "n": 31}}
+    assert "by the same judge: 62% of 31 prompts (95 % interval 51% to 70%)." in verdict(typed(found))
+    found["baselines"]["implicit"] = {"shuffled": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 44}}
+    assert second_opinions(typed(found))[-1].endswith("better: 90% of 44 held-out pairs (95 % interval 80% to 100%).")
+    assert "80% of held-out pairs of 40 prompts" in second_opinions(typed(found))[-2]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
