@@ -372,3 +372,12 @@ def test_pairs_whose_sums_are_damaged_are_not_trained_on(forms, where):
     write_table(path, pa.Table.from_pylist(rows, schema=PAIRS), about)
     with pytest.raises(DataError, match="no whole set of scores"):
         load_pairs(path, "train")
+
+
+def test_pairs_with_the_scores_of_one_are_not_taken_for_those_of_another(forms, where):
+    imported(where, forms / "trl")
+    precompute(where)
+    others = [*BY[:3], "reference.imported_by=Lab B"]
+    said = run(where, "train", "--config", "experiment.yaml", "--run", "r", *others, code=3)
+    assert "48 of 48 sequences have no score imported by 'Lab B'" in said
+    run(where, "train", "--config", "experiment.yaml", "--run", "r", "--set", "reference.engine=transformers", code=2)
