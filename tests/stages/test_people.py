@@ -141,6 +141,25 @@ def test_judges_and_exports_have_people_among_them(voted, evaluate):
         assert " 10 " in matrix.partition("Against")[2]
 
 
+def test_people_lead_where_no_other_judge_reads_texts(voted, evaluate):
+    _, run, _ = voted
+    evaluate("--set", "judge=[implicit]")
+    assert "human prefers it on" in json.loads(run.eval.read_text())["verdict"]
+    # the picture of what was gained against length is of their verdicts
+    assert "score minus one half" in run.report.read_text()
+
+
+def test_a_file_of_what_people_did_not_vote_on_is_still_set_against_the_others(voted):
+    where, _, asked = voted
+    one = asked[11]
+    row = {"instruction": one.prompt, "output_1": one.first, "output_2": one.second, "preference": 1}
+    other = write_rows(where / "other.jsonl", [row])
+    said = refscore_here(where, "judges", "--run", "r", "--against", other).partition("Against")[2]
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()}
+    assert rows["rule:contains=e"][:2] == ["1", "1"]
+    assert rows["human"] == ["0", "0", *["-"] * 5]
+
+
 def test_people_are_asked_by_their_file_as_any_judge_of_annotations(voted, evaluate):
     _, run, _ = voted
     said, _ = evaluate("--set", f"judge=['annotations:{run.votes / 'anna.jsonl'}']")
