@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start engines come first: the last ones to end are short, and no worker waits long for the other."""
     slow = {item.path for item in items if item.get_closest_marker("engine")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium for all files of a worker: playwright runs once in a process."""
+    from tests.view.browsing import chromium
+
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,7 @@ Needs Chromium, which `.ci/run` installs on Debian, and playwright. Set REFSCORE
 and REFSCORE_REPORT to look at a page of your own.
 """
 
-import importlib.util
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,16 +15,6 @@ from pipeline.report.addresses import PORT
 from pipeline.report.comparison import comparison_sections, write_comparison
 from tests.report.evaluations import compared, crowded, write
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium): no page was seen in a browser"
-    ),
-    pytest.mark.skipif(
-        importlib.util.find_spec("playwright") is None,
-        reason="playwright is not installed: no page was seen in a browser",
-    ),
-]
 PAGES = ("report", "crowded", "compare")
 VIEWS = {(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")} | {(320, "light")}
 
@@ -76,16 +64,6 @@ def pages(tmp_path_factory):
     if chosen := os.environ.get("REFSCORE_REPORT"):
         found["report"] = Path(chosen).absolute()
     return found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

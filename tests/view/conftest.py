@@ -1,16 +1,10 @@
-"""One browser, and one server with a few runs, for all files of a worker."""
+"""One server with a few runs for all files of a worker."""
 
 import pytest
 
-from tests.view.browsing import Pages, chromium
+from tests.view.browsing import Pages
 from tests.view.runs import make_run
 from tests.view.served import Served
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with chromium() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="session")
