@@ -170,8 +170,10 @@ def _kappa_interval(shares: np.ndarray, same: Interval) -> Interval | None:
         chance = float((table.sum(1) * table.sum(0)).sum())
         low, high = ((end - chance) / (1 - chance) for end in (same.low, same.high))
         return Interval(kappa, max(-1.0, low), high)
-    drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES) / number
-    resampled = kappas(np.tensordot(drawn, shares, axes=1))
+    # prompts of equal tables are as likely as they are many: drawing how many of each kind is the same, and does not grow with them
+    kinds, many = np.unique(shares, axis=0, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(number, many / number, RESAMPLES) / number
+    resampled = kappas(np.tensordot(drawn, kinds, axes=1))
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return Interval(kappa, float(low), float(high))
 
