@@ -153,6 +153,6 @@ export async function droppedPage({ run, overview, parameters }) {
     title,
     table("Rows that are no pairs, by reason", ["reason", "rows"], found.reasons.map(([reason, count]) => [link(["runs", run, "dropped"], { reason }, reason), String(count)]), { numbers: new Set([1]) }),
     el("p", {}, `${shown.length} of ${rows.length} rows${asked ? ` with ${asked}` : ""}; dropped.parquet holds all ${found.total}.`),
-    table("Rows", ["source", "row", "reason", "detail"], shown.map(([source, row, reason, detail]) => [source, String(row), reason, detail]), { hidden: true, numbers: new Set([1]) }),
+    table("Rows", ["source", "row", "reason", "detail"], shown.map(([source, row, reason, detail]) => [longText(source, {}, 300), String(row), reason, longText(detail, {}, 2000)]), { hidden: true, numbers: new Set([1]) }),
   ];
 }
