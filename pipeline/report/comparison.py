@@ -39,7 +39,7 @@ def comparison_sections(runs: Sequence[Run], compared: Sequence[Difference]) -> 
             ["figure", *names],
             [[figure.name, *_values(figure, names)] for figure in reached(runs)],
             "n: prompts, of held-out figures pairs, of lengths and shares responses.",
-            source="of each run: judgements.parquet, model = policy, baseline = reference, judge as named; of held-out figures "
+            source="in each run judgements.parquet, model = policy, baseline = reference, judge as named; of held-out figures "
             "pairs.parquet, split = eval; of KL and rewards kl.parquet, of responses samples.parquet, model = policy",
         ),
         Section(

@@ -107,7 +107,7 @@ def test_a_curve_of_what_was_not_logged_is_left_out(tmp_path):
 def test_the_page_says_once_how_its_links_open_and_names_files_beside_them(run):
     page = run.report.read_text().replace("&amp;", "&")
     assert page.count("refscore view") == 1
-    assert "at its port 7788" in page
+    assert "runs on this machine at port 7788" in page
     for file in ("judgements.parquet", "samples.parquet", "kl.parquet", "metrics.parquet", "provenance.json"):
         assert file in page
     assert f'href="{prompt(run.name, "p", 0)}"' in page
