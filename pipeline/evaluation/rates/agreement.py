@@ -169,13 +169,13 @@ def _kappa_interval(shares: np.ndarray, same: Interval) -> Interval | None:
     if number < SMALL or min(same.mean, 1 - same.mean) * number < RARE:
         chance = float((table.sum(1) * table.sum(0)).sum())
         low, high = ((end - chance) / (1 - chance) for end in (same.low, same.high))
-        return Interval(kappa, max(-1.0, low), high)
+        return Interval(kappa, max(-1.0, low), high, number)
     # prompts of equal tables are as likely as they are many: drawing how many of each kind is the same, and does not grow with them
     kinds, many = np.unique(shares, axis=0, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(number, many / number, RESAMPLES) / number
     resampled = kappas(np.tensordot(drawn, kinds, axes=1))
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Interval(kappa, float(low), float(high))
+    return Interval(kappa, float(low), float(high), number)
 
 
 def _longer(scores: Mapping[Texts, float], of: Iterable[Texts]) -> Interval | None:
