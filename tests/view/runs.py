@@ -90,7 +90,7 @@ def make_run(
     durable.write_text(run.config, dump_config(config))
     write_samples(run, prompts, samples, words, texts, topics)
     if judges:
-        write_judgements(run, prompts, samples, judges, outcomes, judged)
+        write_judgements(run, prompts, samples, judges, outcomes, judged, [one[0] for one in texts] if texts else None)
     write_kl(run, min(prompts, 2000))
     write_pairs(run, texts, reference, topics=topics)
     write_dropped(run, [one[0] for one in texts or []])
@@ -126,7 +126,8 @@ def write_samples(run, prompts, samples, words=8, texts=None, topics=TOPICS, opp
     write_table(run.samples, pa.table(table, schema=SAMPLES), {"keys": {"reference": opponent}})
 
 
-def write_judgements(run, prompts, samples, judges=JUDGES, outcomes=OUTCOMES, judged=1.0):
+def write_judgements(run, prompts, samples, judges=JUDGES, outcomes=OUTCOMES, judged=1.0, wrote=None):
+    """`wrote`: what the judge that writes wrote, in turn."""
     count = int(prompts * samples * judged)
     parts = []
     for number, judge in enumerate(judges):

@@ -53,6 +53,8 @@ async function show(keepsPlace) {
     onKeys: (keys) => {
       const listener = (event) => {
         if (event.target.closest("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+        // Enter on a link or a button is theirs
+        if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
         const act = keys[event.key];
         if (act) {
           event.preventDefault();
