@@ -19,7 +19,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test test-browser faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-view bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -49,6 +49,9 @@ iterate: .venv/.run ## ROUNDS=2 rounds of training, each on pairs that the last 
 
 test: .venv/.test ## the tests, two at a time (real vLLM on CPU)
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-browser: .venv/.test ## refscore view in Chromium: what make test has of it, and every page in both schemes at both widths
+	@REFSCORE_BROWSER=1 .venv/bin/python -m pytest tests/view
 
 check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .
@@ -90,6 +93,9 @@ bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 
 bench-pairs: .venv/.test ## a training's pairs, up to a million: time to open, memory per pair
 	@.venv/bin/python -m tests.benchmarks.pairs
+
+bench-view: .venv/.test ## pages of 100,000 samples and 300,000 judgements in Chromium: times, memory of the server
+	@.venv/bin/python -m tests.benchmarks.view
 
 bench-statistics: .venv/.test ## intervals and tests of stage three on simulated judges: promised against kept; under 10 minutes
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.statistics

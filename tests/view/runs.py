@@ -80,9 +80,11 @@ def make_run(
     steps: int = 16,
     beta: float = 0.1,
     evaluated: bool = True,
+    pairs: int = 60,
+    tokens: int = 3,
 ) -> Run:
     """Every table of a run below data/runs. `texts`: prompt, policy's, reference's, taken in turn; judge number k says of
-    comparison n what `outcomes` has at (n + k).
+    comparison n what `outcomes` has at (n + k). `tokens`: of samples of which KL is measured, and of chosen responses.
     """
     run = Run(RUNS / name)
     run.directory.mkdir(parents=True, exist_ok=True)
@@ -91,8 +93,8 @@ def make_run(
     write_samples(run, prompts, samples, words, texts, topics)
     if judges:
         write_judgements(run, prompts, samples, judges, outcomes, judged, [one[0] for one in texts] if texts else None)
-    write_kl(run, min(prompts, 2000))
-    write_pairs(run, texts, reference, topics=topics)
+    write_kl(run, min(prompts, 2000), tokens)
+    write_pairs(run, texts, reference, topics=topics, count=pairs, length=tokens)
     write_dropped(run, [one[0] for one in texts or []])
     write_metrics(run, steps)
     run.gate.write_text('{"mean_difference": 0.0001, "verdict": "agrees"}')
@@ -164,28 +166,29 @@ def winner(score: float | None) -> str:
     return "policy" if score > 0.5 else "reference" if score < 0.5 else "tie"
 
 
-def write_kl(run, prompts):
+def write_kl(run, prompts, tokens=3):
     """One sample of each model for all prompts but every fifth, the policy's log-ratio growing with the prompt."""
     rows = []
     for prompt in range(prompts):
         if prompt % 5 == 4:
             continue
         for model in ("policy", "reference"):
-            ref_logps = [-2.0, -1.0, -3.0]
+            ref_logps = [-2.0, -1.0, -3.0] + [-1.0 - at % 7 / 3 for at in range(tokens - 3)]
             logps = [value + 0.01 * prompt * (model == "policy") for value in ref_logps]
             rows.append(
                 {
                     "prompt_id": prompt_id(prompt), "sample": 0, "model": model, "topic": "", "prompt": f"Subject {prompt}?",
-                    "response": "one two three", "response_ids": [3, 4, 5], "finish_reason": "stop", "tokens": 3,
+                    "response": "one two three", "response_ids": list(range(3, 3 + tokens)), "finish_reason": "stop", "tokens": tokens,
                     "logps": logps, "ref_logps": ref_logps, "logp": sum(logps), "ref_logp": sum(ref_logps), "exact_kl": None,
                 }
             )  # fmt: skip
     write_table(run.kl, pa.Table.from_pylist(rows, schema=KL))
 
 
-def write_pairs(run, texts=None, reference="ab" * 32, *, topics=TOPICS, count=60, tokens=True):
+def write_pairs(run, texts=None, reference="ab" * 32, *, topics=TOPICS, count=60, tokens=True, length=3):
     """Every fifth pair is held out. `tokens`: whether scores of single tokens are known, as of what refscore scored."""
     rows, logps = [], []
+    more, scores = list(range(length - 3)), [-1.0 - at % 7 / 3 for at in range(length - 3)]
     for number in range(count):
         prompt, chosen, rejected = texts[number % len(texts)] if texts else ("", "", "")
         sums = (-10.0 - number % 7, -10.0 - number % 5)
@@ -197,9 +200,9 @@ def write_pairs(run, texts=None, reference="ab" * 32, *, topics=TOPICS, count=60
                 "prompt": prompt if texts else f"Question {number}?",
                 "chosen": chosen if texts else f"chosen answer {number}, good",
                 "rejected": rejected if texts else f"rejected answer {number}, good",
-                "prompt_ids": [number], "chosen_ids": [1, 2, number % 9], "rejected_ids": [3, 4],
-                "ref_chosen_token_logps": [sums[0] + 3, -1.0, -2.0] if tokens else None,
-                "ref_rejected_token_logps": [sums[1] + 4, -4.0] if tokens else None,
+                "prompt_ids": [number], "chosen_ids": [1, 2, number % 9, *more], "rejected_ids": [3, 4, *more],
+                "ref_chosen_token_logps": [sums[0] + 3, -1.0, -2.0, *scores] if tokens else None,
+                "ref_rejected_token_logps": [sums[1] + 4, -4.0, *scores] if tokens else None,
                 "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1],
             }
         )  # fmt: skip
