@@ -55,6 +55,16 @@ def test_the_majority_of_voters_counts_whichever_side_they_saw_it_on():
     assert (people.comparisons, people.of_comparisons, people.elsewhere) == (3, 4, 0)
 
 
+def test_one_vote_on_texts_that_stand_twice_is_one_vote():
+    asked = [replace(item, response=Response("once more", "stop")) for item in items(["p"], samples=2)]
+    judgements, people = judged_by_people({"anna": [given(asked[0], "first")]}, asked)
+    assert [(one.sample, one.score) for one in judgements] == [(0, 1.0), (1, 1.0)]
+    assert (people.votes, people.comparisons) == (1, 2)
+    # where both were voted on, each counts for its own
+    both = {"anna": [given(asked[0], "first"), given(asked[1], "second")]}
+    assert [one.score for one in judged_by_people(both, asked)[0]] == [1.0, 0.0]
+
+
 def test_what_nobody_voted_on_is_absent_and_no_failure():
     asked = items()
     judged, _ = judged_by_people({"anna": [given(asked[0], "first"), given(asked[1], "skip")]}, asked)
@@ -212,6 +222,15 @@ def test_before_the_first_vote_and_the_first_judge_there_are_no_figures(run):
     found = vote_figures(run)
     assert found["human"]["prompts"] == 3
     assert found["judges"] == []
+
+
+def test_votes_on_other_models_are_not_those_on_responses_that_are_gone(run):
+    asked = vote(run, "anna", long_ones, 5)
+    others = replace(asked[7], model="earlier", first="earlier one", second="earlier two")
+    Votes(run, "anna").add(others, "first")
+    found = vote_figures(run)
+    assert (found["people"]["elsewhere"], found["people"]["votes"]) == (0, 5)
+    assert found["voters"][0]["votes"] == 5
 
 
 def test_votes_on_responses_that_are_gone_are_counted_and_used_for_nothing(run):

@@ -6,7 +6,6 @@ failures of this judge and no ties.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.config.judges import HUMAN
@@ -37,22 +36,22 @@ def judged_by_people(
     asked = [item for item in comparisons if item.response.text != item.against.text]
     finders = [_Finder(votes) for votes in given.values()]
     judgements: list[Judgement] = []
-    heard: Counter[int] = Counter()
+    heard: set[int] = set()
     for item in asked:
         found = {number: vote for number, finder in enumerate(finders) if (vote := finder.find(item)) is not None}
         if found:
             judgements.append(_judgement(item, list(found.values())))
-            heard.update(found.keys())
-    texts = {_texts_of(item) for item in asked}
-    spoken = [vote for votes in given.values() for vote in votes if vote.score is not None]
+            heard |= found.keys()
+    texts = {texts_of(item) for item in asked}
+    spoken = [in_order(vote.texts) in texts for votes in given.values() for vote in votes if vote.score is not None]
     return judgements, People(
         voters=len(heard),
-        votes=heard.total(),
+        votes=sum(spoken),
         prompts=len({judgement.prompt_id for judgement in judgements}),
         of_prompts=len({item.prompt.prompt_id for item in comparisons}),
         comparisons=len(judgements),
         of_comparisons=len(asked),
-        elsewhere=sum(_sorted(vote.texts) not in texts for vote in spoken),
+        elsewhere=len(spoken) - sum(spoken),
     )
 
 
@@ -63,10 +62,10 @@ class _Finder:
         self._by_texts: dict[_Texts, dict[Compared, Given]] = {}
         for vote in given:
             if vote.score is not None:
-                self._by_texts.setdefault(_sorted(vote.texts), {})[vote.key] = vote
+                self._by_texts.setdefault(in_order(vote.texts), {})[vote.key] = vote
 
     def find(self, item: Comparison) -> Given | None:
-        votes = self._by_texts.get(_texts_of(item))
+        votes = self._by_texts.get(texts_of(item))
         if votes is None:
             return None
         return votes.get(item.key) or list(votes.values())[-1]
@@ -95,10 +94,12 @@ def _judgement(item: Comparison, votes: Sequence[Given]) -> Judgement:
     )
 
 
-def _texts_of(item: Comparison) -> _Texts:
-    return _sorted((item.prompt.text, item.response.text, item.against.text))
+def texts_of(item: Comparison) -> _Texts:
+    """What is compared, whoever wrote which."""
+    return in_order((item.prompt.text, item.response.text, item.against.text))
 
 
-def _sorted(texts: tuple[str, str, str]) -> _Texts:
+def in_order(texts: tuple[str, str, str]) -> _Texts:
+    """A prompt and two responses, whichever stood first."""
     one, other = sorted((texts[1].strip(), texts[2].strip()))
     return texts[0].strip(), one, other

@@ -18,7 +18,7 @@ from pipeline.config.judges import HUMAN
 from pipeline.evaluation.rates.agreement import Agreement, Voice, agreement, voice
 from pipeline.evaluation.rates.statistics import wilson
 from pipeline.evaluation.rates.winrates import win_rate
-from pipeline.evaluation.votes.people import judged_by_people, votes_in
+from pipeline.evaluation.votes.people import in_order, judged_by_people, texts_of, votes_in
 from pipeline.evaluation.votes.record import Given, votes_here
 from pipeline.evaluation.votes.voices import voices, without_people
 from pipeline.judges.judging import Comparison, Judgement, Prompt, Response
@@ -35,8 +35,14 @@ def vote_figures(run: Run, model: str = "policy", baseline: str = "reference") -
     trust first: by the lower end of kappa's interval. `between`: agreement of every two voters. Only what was voted on is read
     into memory. Raises DataError if a file of votes, or a table, cannot be read.
     """
-    given = votes_here(run)
-    comparisons, prompts, differing = _voted_on(run, given, model, baseline)
+    every = votes_here(run)
+    comparisons, prompts, differing = _voted_on(run, every, model, baseline)
+    there, models = {texts_of(item) for item in comparisons}, {model, baseline}
+    # what was said of other models is not said of responses that are gone
+    given = {
+        voter: [vote for vote in votes if {vote.model, vote.baseline} == models or in_order(vote.texts) in there]
+        for voter, votes in every.items()
+    }
     judged, people = judged_by_people(given, comparisons)
     if people is not None:
         people = replace(people, of_prompts=prompts, of_comparisons=differing)
