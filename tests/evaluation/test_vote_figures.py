@@ -227,8 +227,10 @@ def test_before_the_first_vote_and_the_first_judge_there_are_no_figures(run):
 def test_votes_on_other_models_are_not_those_on_responses_that_are_gone(run):
     asked = vote(run, "anna", long_ones, 5)
     others = replace(asked[7], model="earlier", first="earlier one", second="earlier two")
-    Votes(run, "anna").add(others, "first")
+    for voter in ("anna", "ben"):
+        Votes(run, voter).add(others, "first")
     found = vote_figures(run)
+    assert [row["voter"] for row in found["voters"]] == ["anna"]
     assert (found["people"]["elsewhere"], found["people"]["votes"]) == (0, 5)
     assert found["voters"][0]["votes"] == 5
 

@@ -39,10 +39,11 @@ def vote_figures(run: Run, model: str = "policy", baseline: str = "reference") -
     comparisons, prompts, differing = _voted_on(run, every, model, baseline)
     there, models = {texts_of(item) for item in comparisons}, {model, baseline}
     # what was said of other models is not said of responses that are gone
-    given = {
+    kept = {
         voter: [vote for vote in votes if {vote.model, vote.baseline} == models or in_order(vote.texts) in there]
         for voter, votes in every.items()
     }
+    given = {voter: votes for voter, votes in kept.items() if votes}
     judged, people = judged_by_people(given, comparisons)
     if people is not None:
         people = replace(people, of_prompts=prompts, of_comparisons=differing)
