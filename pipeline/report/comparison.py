@@ -43,10 +43,10 @@ def comparison_sections(runs: Sequence[Run], compared: Sequence[Difference]) -> 
             "pairs.parquet, split = eval; of KL and rewards kl.parquet, of responses samples.parquet, model = policy",
         ),
         Section(
-            "Prompt by prompt",
-            ["judge", "first", "second", "compares", "prompts", "difference", "95 % interval", "p, corrected"],
+            "Prompt by prompt, first minus second",
+            ["judge", "first", "second", "compares", "prompts", "difference", "interval, corrected", "p, corrected"],
             [_compared(difference) for difference in compared],
-            "Differences of scores on the same prompts against the same reference responses, first minus second. p: flips of "
+            "Differences of scores on the same prompts against the same reference responses. p: flips of "
             "the differences' signs. Intervals and p-values are corrected alike for all rows of this table (Bonferroni): an "
             "interval leaves out 0 exactly if its p is at most 0.05. A row of two models says nothing about the methods that "
             "made them: another seed could have made others. Runs that differ in train.seed alone are one method; two "

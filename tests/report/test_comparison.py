@@ -24,7 +24,11 @@ def where(tmp_path_factory):
 
 def test_terminal_page_and_markdown_have_the_same_tables(where):
     directory, _, tables = where
-    assert [table.title for table in tables] == ["Settings that differ", "What they reached", "Prompt by prompt"]
+    assert [table.title for table in tables] == [
+        "Settings that differ",
+        "What they reached",
+        "Prompt by prompt, first minus second",
+    ]
     page, text = (directory / "compare.html").read_text(), (directory / "compare.md").read_text()
     for table in tables:
         assert f"<caption>{table.title}</caption>" in page
