@@ -159,7 +159,12 @@ def test_the_judge_that_votes_as_people_do_deserves_most_trust(run):
     assert [row["judge"] for row in found["judges"]] == ["good", "longer", "none"]
     good, longer, none = found["judges"]
     assert (good["same"]["mean"], good["kappa"]["mean"], good["comparisons"]) == (1.0, 1.0, 60)
-    assert (good["same"]["n"], good["kappa"]["n"], good["topics"]["cats"]["kappa"]["n"]) == (60, 60, 30)
+    assert (good["same"]["n"], longer["kappa"]["n"], good["kappa"]["n"], good["topics"]["cats"]["kappa"]["n"]) == (
+        60,
+        60,
+        60,
+        30,
+    )
     # always a tie against 20 wins and 40 ties: nothing beyond chance
     assert none["same"]["mean"] == pytest.approx(40 / 60)
     assert none["kappa"]["mean"] == pytest.approx(0.0, abs=1e-12)
