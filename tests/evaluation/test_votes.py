@@ -395,3 +395,5 @@ def test_votes_count_for_the_texts_they_were_given_on(run):
     assert sorted(asked.answered(votes.given())) == [1, 2, 3]
     assert judged_by_people({}, now) == ([], None)
     assert judged_by_people({"anna": []}, now) == ([], None)
+    skipped = replace(votes.given()[asked[1].key], choice="skip")
+    assert judged_by_people({"anna": [skipped]}, now) == ([], None)

@@ -26,12 +26,12 @@ def votes_in(given: Iterable[Given]) -> list[Vote]:
 def judged_by_people(
     given: Mapping[str, Sequence[Given]], comparisons: Sequence[Comparison]
 ) -> tuple[list[Judgement], People | None]:
-    """One judgement by HUMAN of every comparison that has a vote, and how much was voted on; None without any votes.
+    """One judgement by HUMAN of every comparison that has a vote, and how much was voted on; None without any votes but skips.
 
     `given`: by voter. A judgement's order is the one that most saw, as people are asked in one; its words are their notes. Of a
     voter's votes on the same texts the one on this very comparison counts, else the last. Identical responses are not asked about.
     """
-    if not any(given.values()):
+    if not any(vote.score is not None for votes in given.values() for vote in votes):
         return [], None
     asked = [item for item in comparisons if item.response.text != item.against.text]
     finders = [_Finder(votes) for votes in given.values()]
