@@ -104,6 +104,18 @@ def test_filters_orders_and_the_search_work(pages):
     assert plain_text(110, "policy", 8) in pages.tab.get_by_label("response of policy").inner_text()
 
 
+def test_the_first_and_the_last_row_of_every_file_are_opened(pages):
+    pages.open("runs/one/samples")
+    for row in (0, 49, 50, 99, 100, 119):
+        pages.go(f"runs/one/prompts/{prompt_id(row // 2)}?of={row % 2}")
+        assert plain_text(row, "policy", 8) in pages.tab.get_by_label("response of policy").inner_text()
+        # of all five prompts but the last there are tokens
+        assert pages.tab.get_by_label("tokens of policy").count() == (row // 2 % 5 != 4)
+    for row in (0, 49, 50, 59):
+        pages.go(f"runs/one/pairs/{row:012x}")
+        assert f"chosen answer {row}, good" in pages.tab.get_by_label("chosen response", exact=True).inner_text()
+
+
 @pytest.mark.parametrize(("first", "second"), [("one", "two"), ("two", "one")])
 def test_runs_side_by_side_with_either_as_the_baseline(pages, first, second):
     pages.open(f"runs?run={first}&run={second}")
