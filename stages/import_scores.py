@@ -12,10 +12,12 @@ from pipeline.config.files import load_overrides
 from pipeline.engines.reference import OpenedReference, open_reference
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.exchange.importing import Imported, import_scores
+from pipeline.pairs.reading.spool import STDIN
 from pipeline.precompute.plan import make_plan
 from pipeline.store.identity import IMPORTED
 from pipeline.store.store import Store
 from stages import console
+from stages.hashing import hash_weights
 
 
 def main(data: Path, config: Config, name: str, by: str | None, form: str | None) -> None:
@@ -25,6 +27,7 @@ def main(data: Path, config: Config, name: str, by: str | None, form: str | None
     """
     config = _of_importer(config, by)
     reference = open_reference(config.reference)
+    hash_weights(reference)
     console.say(f"reference {reference.identity.reference_id[:12]}  {reference.numerics.words}")
     store = Store(config.reference.store, reference.identity)
     imported = import_scores(data, form, reference, store, config.data)
@@ -72,6 +75,9 @@ def _show(imported: Imported, data: Path, store: Store) -> None:
 
 def _show_coverage(config: Config, reference: OpenedReference) -> None:
     """How far the scores go for the configuration's own data, which tells at once whether token ids are the same."""
+    if STDIN in config.data.path:
+        console.say("not compared with the data of this configuration: that is standard input")
+        return
     try:
         plan = make_plan(config, reference)
     except RefscoreError as problem:

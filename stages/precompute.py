@@ -8,16 +8,14 @@ from functools import partial
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
-from pipeline.engines.reference import OpenedReference, open_reference
+from pipeline.engines.reference import open_reference
 from pipeline.errors import CheckError, ConfigError
-from pipeline.models.weights import tensor_digests, unread_bytes
 from pipeline.planning.cautions import warnings_of
 from pipeline.precompute.launch import score
 from pipeline.precompute.pairs_file import write_pairs, write_unscored
 from pipeline.precompute.plan import make_plan, part_of
 from stages import console
-
-_WORTH_A_BAR = 2**30  # bytes: a second or two of reading
+from stages.hashing import hash_weights
 
 
 def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None) -> None:
@@ -31,7 +29,7 @@ def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None)
         write_unscored(config, run, console.working, plan_only=plan_only, remarks=partial(warnings_of, config))
         return
     reference = open_reference(config.reference)
-    _hash_weights(reference)
+    hash_weights(reference)
     plan = make_plan(config, reference)
     if part:
         plan = part_of(plan, *part)
@@ -64,13 +62,3 @@ def _part(shard: str | None) -> tuple[int, int] | None:
     if not numbers or not int(numbers[1]) < int(numbers[2]):
         raise ConfigError(f"--shard {shard!r}: i/n with i from 0 to n-1, e.g. 0/4")
     return int(numbers[1]), int(numbers[2])
-
-
-def _hash_weights(reference: OpenedReference) -> None:
-    """Hash weights that were not seen before, with a bar if that takes a while; the plan then finds them known."""
-    base = reference.paths.base
-    unread = unread_bytes(base)
-    if unread < _WORTH_A_BAR:
-        return
-    with console.progress("hashing weights, MiB", unread // 2**20) as ticker:
-        tensor_digests(base, lambda read: ticker.advance(read // 2**20, ""))

@@ -12,7 +12,7 @@ from pipeline.errors import CheckError, DataError, first_line
 from pipeline.precompute.explain import explain as why
 from pipeline.precompute.plan import make_plan
 from pipeline.store.compaction import compact, look
-from pipeline.store.inventory import bytes_of, holdings, references
+from pipeline.store.inventory import bytes_of, holdings, is_imported, references
 from pipeline.store.places import set_aside_if_damaged
 from pipeline.store.registrations import registered
 from pipeline.store.shard import shard_files
@@ -60,7 +60,8 @@ def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
         console.say(f"leftover of a killed writer: {path} ({bytes_of([path]):,} bytes)")
     for directory in tidy.unreferenced:
         size = bytes_of(shard_files(directory))
-        console.say(f"used by no run in {RUNS} nor by any that is registered in it: {directory} ({size:,} bytes)")
+        lost = "; these scores were imported, and cannot be computed again" if is_imported(directory) else ""
+        console.say(f"used by no run in {RUNS} nor by any that is registered in it: {directory} ({size:,} bytes){lost}")
     for directory, groups in tidy.small.items():
         for group in groups:
             console.say(f"small shards: {len(group)} in {directory.name[:12]} could be one")
@@ -106,7 +107,8 @@ def verify(store: str) -> None:
     console.say(f"{checked} shards checked, {bad} damaged")
     if bad:
         raise CheckError(
-            f"{bad} shards were damaged and set aside in corrupt/: the next precompute scores their rows again"
+            f"{bad} shards were damaged and set aside in corrupt/: the next precompute scores their rows again, or asks for "
+            "those that were imported"
         )
 
 

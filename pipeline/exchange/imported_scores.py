@@ -36,8 +36,9 @@ _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state
 _DOCUMENTS = {".md", ".py", ".txt", ".lock"}
 # rows that the tokenizer gets at once
 _AT_ONCE = 1000
-# two sums of one response may differ by so much, in nats per token: arithmetic in another batch. And by what float32 rounds
-_NOISE, _ROUNDING = 1e-3, 1e-6
+# by how much two sums of one response may differ as batches differ: nats per token, noise of single tokens, and what rounding a sum
+# takes. Of a dtype that is not known, as of half precision
+_NOISE = {"float32": (1e-3, 0.0, 1e-6), "half": (0.02, 0.1, 2**-8)}
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class ClaimedPair:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What the reference's token ids are: how many, and for forms of text the tokenizer and whether prompts begin with its
-    begin token.
+class Claimed:
+    """The reference that scores are claimed to be of: how many token ids it knows, the dtype that is said, and for forms of text
+    the tokenizer and whether prompts begin with its begin token.
     """
 
-    size: int
+    vocabulary: int
+    dtype: str
     tokenizer: PreTrainedTokenizerBase
     begins: bool
 
@@ -75,9 +77,10 @@ class _Unusable(Exception):
     """Why a row's claims cannot be true."""
 
 
-def noise(tokens: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """By how much two honest sums of the same responses may differ, in nats."""
-    allowed: np.ndarray = _NOISE * tokens + _ROUNDING * np.abs(sums)
+def noise(tokens: np.ndarray, sums: np.ndarray, dtype: str) -> np.ndarray:
+    """By how much two honest sums of the same responses, computed in `dtype`, may differ, in nats."""
+    bias, spread, rounding = _NOISE["float32" if dtype == "float32" else "half"]
+    allowed: np.ndarray = bias * tokens + spread * np.sqrt(tokens) + rounding * np.abs(sums)
     return allowed
 
 
@@ -104,21 +107,21 @@ def form_of(path: Path) -> str:
     )
 
 
-def claimed_pairs(path: Path, form: str, vocabulary: Vocabulary) -> Iterator[ClaimedPair]:
+def claimed_pairs(path: Path, form: str, claimed: Claimed) -> Iterator[ClaimedPair]:
     """Every row of `path`, which has this form, in order."""
     if form not in FORMS:
         raise ConfigError(f"--format {form!r} is unknown; there are: {', '.join(FORMS)}")
     if form == "open_instruct":
         for table in _tables(path):
-            yield from _of_open_instruct(table, vocabulary)
+            yield from _of_open_instruct(table, claimed)
         return
     for name, rows in _parts(path):
         if form == "fairseq2":
-            yield from _of_fairseq2(name, rows(), vocabulary)
+            yield from _of_fairseq2(name, rows(), claimed)
         else:
             _must_have(name, rows(), _OF_IDS, form)
             for number, row in enumerate(rows()):
-                yield _pair(name, number, partial(_of_ids, row, vocabulary))
+                yield _pair(name, number, partial(_of_ids, row, claimed))
 
 
 def _parts(path: Path) -> list[tuple[str, Callable[[], Iterator[Row]]]]:
@@ -180,29 +183,29 @@ def _pair(source: str, number: int, claims: Callable[[], tuple[Claim, ...]]) -> 
         raise DataError(f"{source} row {number}: {error}") from None
 
 
-def _of_ids(row: Row, vocabulary: Vocabulary) -> tuple[Claim, ...]:
+def _of_ids(row: Row, claimed: Claimed) -> tuple[Claim, ...]:
     """TRL's columns, and those of JSONL, which may have values per token beside them."""
     return tuple(
         _claim(
             row.get("prompt_ids"),
             row.get(f"{side}_ids"),
             row.get(f"ref_{side}_logps"),
-            vocabulary.size,
+            claimed,
             row.get(f"ref_{side}_token_logps"),
         )
         for side in SIDES
     )
 
 
-def _of_fairseq2(name: str, rows: Iterator[Row], vocabulary: Vocabulary) -> Iterator[ClaimedPair]:
+def _of_fairseq2(name: str, rows: Iterator[Row], claimed: Claimed) -> Iterator[ClaimedPair]:
     """Texts, which its loader encodes, and ends after every response."""
     number = 0
     while part := list(islice(rows, _AT_ONCE)):
         texts = [row[column] for row in part if _are_texts(row) for column in ("src", "tgt_chosen", "tgt_rejected")]
-        encoded = iter(vocabulary.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        encoded = iter(claimed.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         for row in part:
             ids = [next(encoded) for _ in range(3)] if _are_texts(row) else None
-            yield _pair(name, number, partial(_of_texts, row, ids, vocabulary))
+            yield _pair(name, number, partial(_of_texts, row, ids, claimed))
             number += 1
 
 
@@ -210,16 +213,16 @@ def _are_texts(row: Row) -> bool:
     return all(isinstance(row.get(column), str) for column in _OF_FAIRSEQ2)
 
 
-def _of_texts(row: Row, ids: list[list[int]] | None, vocabulary: Vocabulary) -> tuple[Claim, ...]:
+def _of_texts(row: Row, ids: list[list[int]] | None, claimed: Claimed) -> tuple[Claim, ...]:
     if ids is None:
         raise _Unusable("without the texts src, tgt_chosen and tgt_rejected")
     scores = [row.get(f"reference_score_{side}") for side in SIDES]
     if any(score == 0 for score in scores):
         raise _Unusable("with a score of exactly 0, which fairseq2 takes for none")
-    begin = [vocabulary.tokenizer.bos_token_id] if vocabulary.begins else []
-    end = vocabulary.tokenizer.eos_token_id
+    begin = [claimed.tokenizer.bos_token_id] if claimed.begins else []
+    end = claimed.tokenizer.eos_token_id
     return tuple(
-        _claim(begin + ids[0], [*response, end], score, vocabulary.size)
+        _claim(begin + ids[0], [*response, end], score, claimed)
         for response, score in zip(ids[1:], scores, strict=True)
     )
 
@@ -240,7 +243,7 @@ def _tables(path: Path) -> list[Path]:
     return tables
 
 
-def _of_open_instruct(table: Path, vocabulary: Vocabulary) -> Iterator[ClaimedPair]:
+def _of_open_instruct(table: Path, claimed: Claimed) -> Iterator[ClaimedPair]:
     import pyarrow.parquet as pq
 
     caches = [table.with_name(table.stem + suffix) for suffix in _CACHES]
@@ -252,7 +255,7 @@ def _of_open_instruct(table: Path, vocabulary: Vocabulary) -> Iterator[ClaimedPa
         raise DataError(f"{cache} has {entries} entries and {table} {rows} rows: it is the cache of other rows")
     seen = np.zeros(rows, dtype=bool)
     for number, row in enumerate(file_rows(table)):
-        yield _pair(str(table), number, partial(_of_cache, row, values, seen, vocabulary, means=means))
+        yield _pair(str(table), number, partial(_of_cache, row, values, seen, claimed, means=means))
 
 
 def _cached(cache: Path) -> dict[str, np.ndarray]:
@@ -272,7 +275,7 @@ def _cached(cache: Path) -> dict[str, np.ndarray]:
 
 
 def _of_cache(
-    row: Row, values: dict[str, np.ndarray], seen: np.ndarray, vocabulary: Vocabulary, *, means: bool
+    row: Row, values: dict[str, np.ndarray], seen: np.ndarray, claimed: Claimed, *, means: bool
 ) -> tuple[Claim, ...]:
     index = row["index"]
     if type(index) is not int or not 0 <= index < len(seen):
@@ -284,7 +287,7 @@ def _of_cache(
     for side in SIDES:
         prompt, response = _split(row, side)
         logp = float(values[side][index]) * (len(response) if means else 1)
-        claims.append(_claim(prompt, response, logp, vocabulary.size))
+        claims.append(_claim(prompt, response, logp, claimed))
     return tuple(claims)
 
 
@@ -301,12 +304,14 @@ def _split(row: Row, side: str) -> tuple[list[int], list[int]]:
     return ids[:prompt], ids[prompt:]
 
 
-def _claim(prompt: Any, response: Any, logp: Any, vocabulary: int, logps: Any = None) -> Claim:
+def _claim(prompt: Any, response: Any, logp: Any, claimed: Claimed, logps: Any = None) -> Claim:
     for ids in (prompt, response):
-        _must_be_ids(ids, vocabulary)
+        _must_be_ids(ids, claimed.vocabulary)
     if logps is not None:
         values, total = _values(logps, len(response))
-        if logp is not None and not abs(_number(logp) - total) <= noise(np.array(len(response)), np.array(total)):
+        if logp is not None and not abs(_number(logp) - total) <= noise(
+            np.array(len(response)), np.array(total), claimed.dtype
+        ):
             raise _Unusable("with a sum that is not that of its values per token")
         return Claim(prompt, response, total, values)
     number = _number(logp)

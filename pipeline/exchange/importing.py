@@ -20,7 +20,7 @@ from pipeline.artifacts.tables import SCORES, list_column
 from pipeline.config.experiment import DataConfig
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import CheckError, DataError, RefscoreError
-from pipeline.exchange.imported_scores import FORMS, Claim, ClaimedPair, Vocabulary, claimed_pairs, form_of, noise
+from pipeline.exchange.imported_scores import FORMS, Claim, Claimed, ClaimedPair, claimed_pairs, form_of, noise
 from pipeline.exchange.scored_pairs import SIDES
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import text_config
@@ -80,11 +80,11 @@ def import_scores(path: Path, form: str | None, reference: OpenedReference, stor
             f"the store cannot be written ({problem}): put a directory of your own first in reference.store"
         )
     imported = Imported(form or form_of(path))
-    vocabulary = _vocabulary(reference, data, texts=imported.form == FORMS[-1])
+    claimed = _claimed(reference, data, texts=imported.form == FORMS[-1])
     with tempfile.NamedTemporaryFile(prefix="imported-", dir=durable.scratch_place()) as file:
         claims = _Claims(reference.identity.reference_id)
         with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, SCORES) as writer:
-            pairs = claimed_pairs(path, imported.form, vocabulary)
+            pairs = claimed_pairs(path, imported.form, claimed)
             while part := list(islice(pairs, _ROWS)):
                 if len(table := claims.take(part, imported)):
                     writer.write_table(table)
@@ -157,12 +157,13 @@ def _publish(table: pa.Table, claims: _Claims, store: Store, imported: Imported)
     _, firsts, number = np.unique(words_of(keys), axis=0, return_index=True, return_inverse=True)
     number = number.reshape(-1)
     imported.repeated = len(keys) - len(firsts)
-    _must_agree(firsts[number], tokens, sums, claims)
+    allowed = noise(tokens, sums, store.reference.numerics.dtype)
+    _must_agree(firsts[number], sums, allowed, claims)
     positions = np.sort(firsts)
     lookup = store.lookup(keys.take(pa.array(positions)))
     values = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table["logps"].chunks])
     for held, rows in lookup.rows(lookup.held):
-        _must_be_as_before(positions[held], rows["logp"].to_numpy(), tokens, sums, claims)
+        _must_be_as_before(positions[held], rows["logp"].to_numpy(), sums, allowed, claims)
     imported.there = len(lookup.held)
     imported.known_by_sum = int((values[positions[lookup.held_as_sums]] > 0).sum())
     fresh = positions[lookup.missing]
@@ -171,23 +172,24 @@ def _publish(table: pa.Table, claims: _Claims, store: Store, imported: Imported)
         imported.new += len(shard)
 
 
-def _must_agree(first: np.ndarray, tokens: np.ndarray, sums: np.ndarray, claims: _Claims) -> None:
+def _must_agree(first: np.ndarray, sums: np.ndarray, allowed: np.ndarray, claims: _Claims) -> None:
     """Raise DataError if two claims of the same sequence differ by more than noise; `first` of each is its first claim's place."""
-    apart = np.abs(sums - sums[first]) > noise(tokens, sums)
+    apart = np.abs(sums - sums[first]) > allowed
     if apart.any():
         later = int(np.argmax(apart))
         earlier = int(first[later])
         raise DataError(
             f"{claims.place(earlier)} and {claims.place(later)} are the same response to the same prompt with two scores "
-            f"({sums[earlier]:.4f} and {sums[later]:.4f} nats; {int(apart.sum())} such claims), so one of them is wrong: "
-            "remove it, or import each model's file under its own model and name. Nothing was imported"
+            f"({sums[earlier]:.4f} and {sums[later]:.4f} nats; {int(apart.sum())} such claims), further apart than arithmetic in "
+            "this dtype takes them (reference.dtype), so one of them is wrong: remove it, or import each model's file under its "
+            "own model and name. Nothing was imported"
         )
 
 
 def _must_be_as_before(
-    places: np.ndarray, before: np.ndarray, tokens: np.ndarray, sums: np.ndarray, claims: _Claims
+    places: np.ndarray, before: np.ndarray, sums: np.ndarray, allowed: np.ndarray, claims: _Claims
 ) -> None:
-    apart = np.abs(before - sums[places]) > noise(tokens[places], before)
+    apart = np.abs(before - sums[places]) > allowed[places]
     if apart.any():
         at = int(np.argmax(apart))
         raise DataError(
@@ -208,7 +210,7 @@ def _shards(positions: np.ndarray, values: np.ndarray) -> Iterator[np.ndarray]:
         yield from np.split(whole, np.flatnonzero(np.diff(number)) + 1)
 
 
-def _vocabulary(reference: OpenedReference, data: DataConfig, *, texts: bool) -> Vocabulary:
+def _claimed(reference: OpenedReference, data: DataConfig, *, texts: bool) -> Claimed:
     """The reference's; forms of texts need to know whether this experiment's prompts begin with a begin token, which is in none."""
     tokenizer = reference.tokenizer
     size = int(text_config(reference.paths.base, trusts_code=reference.config.trust_remote_code).vocab_size)
@@ -216,4 +218,4 @@ def _vocabulary(reference: OpenedReference, data: DataConfig, *, texts: bool) ->
     if texts:
         (one,) = Encoder(data, tokenizer).chosen([preference_of("", 0, {"prompt": "a", "response": "b"})])
         begins = isinstance(one, Encoded) and one.prompt_ids[:1] == [tokenizer.bos_token_id]
-    return Vocabulary(max(size, len(tokenizer)), tokenizer, begins)
+    return Claimed(max(size, len(tokenizer)), reference.numerics.dtype, tokenizer, begins)

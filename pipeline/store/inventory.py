@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.identity import VERSION
-from pipeline.store.identity import numerics_in_words
+from pipeline.store.identity import IMPORTED, numerics_in_words
 from pipeline.store.places import is_url
 from pipeline.store.shard import Unsound, key_words, open_shard, shard_files
 from pipeline.store.store import read_reference
@@ -47,6 +47,14 @@ def references(store: str) -> list[Path]:
     except OSError as error:
         raise DataError(f"store {store} cannot be listed ({error.strerror}): mend its rights") from None
     return [directory for directory in directories if (directory / "reference.json").exists()]
+
+
+def is_imported(directory: Path) -> bool:
+    """Whether a reference's scores were computed elsewhere, so that what is lost of them is not computed again."""
+    try:
+        return bool(read_reference(directory)["numerics"].get("engine") == IMPORTED)
+    except DataError:
+        return False
 
 
 def bytes_of(paths: list[Path]) -> int:

@@ -30,7 +30,7 @@ def row(number=0, **changes):
 def where(tmp_path, tiny_model):
     """A directory with an experiment, whose data has none of the token ids below."""
     data = write_rows(tmp_path / "preferences.jsonl", preference_rows(6))
-    experiment(tmp_path, tiny_model, data)
+    experiment(tmp_path, tiny_model, data, reference={"dtype": "float32"})
     return tmp_path
 
 
@@ -136,6 +136,14 @@ def test_the_same_response_on_both_sides_is_one(where):
     assert sorted(sums) == [-4.5, -2.25, -1.0]
 
 
+@pytest.mark.parametrize(("apart", "code"), [(0.15, 0), (0.5, 3)])
+def test_a_dtype_that_is_not_known_may_be_coarse(where, apart, code):
+    data = write_rows(where / "scores.jsonl", [row(1), row(1, ref_chosen_logps=-4.5 - apart)])
+    said = imported(where, data, "--set", "reference.dtype=auto", code=code)
+    assert ("2 that stand in another row too" in said) == (code == 0)
+    assert "further apart than arithmetic in this dtype" in imported(where, data, code=3)
+
+
 def test_two_rows_of_different_files_contradict_one_another_too(where):
     for number, score in enumerate((-4.5, -4.6)):
         write_rows(where / f"scores/part{number}.jsonl", [row(3, ref_chosen_logps=score)])
@@ -223,6 +231,7 @@ def test_what_the_scores_cover_is_said(where):
     # the data need not be at hand
     said = imported(where, data, "--set", "data.path=gone.jsonl")
     assert "not compared with the data of this configuration: gone.jsonl: no such file" in said
+    assert "not compared" in imported(where, data, "--set", "data.path=-")
 
 
 def test_a_store_that_cannot_be_written_is_said_before_the_rows_are_read(where):

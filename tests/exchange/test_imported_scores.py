@@ -1,6 +1,7 @@
 """Scores that others computed: read in every form, kept under a name of their own, used where they are asked for, checked."""
 
 import json
+import os
 import shutil
 
 import polars as pl
@@ -256,6 +257,16 @@ def test_the_store_s_commands_work_with_it(forms, where, tmp_path):
     precompute(where)
     precompute(where, "--set", f"reference.store={tmp_path / 'fourth'}", name="fourth")
     assert pairs(where).equals(pairs(where, "fourth"))
+
+
+def test_tidying_says_what_cannot_be_computed_again(forms, where):
+    imported(where, forms / "trl")
+    (reference,) = (where / "data/store").iterdir()
+    for path in [*reference.iterdir(), reference]:
+        os.utime(path, (0, 0))
+    said = run(where, "store", "gc")
+    assert "used by no run" in said
+    assert "these scores were imported, and cannot be computed again" in said
 
 
 def test_importing_twice_imports_nothing(forms, where):
