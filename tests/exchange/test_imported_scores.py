@@ -392,3 +392,28 @@ def test_pairs_with_the_scores_of_one_are_not_taken_for_those_of_another(forms, 
     said = run(where, "train", "--config", "experiment.yaml", "--run", "r", *others, code=3)
     assert "48 of 48 sequences have no score imported by 'Lab B'" in said
     run(where, "train", "--config", "experiment.yaml", "--run", "r", "--set", "reference.engine=transformers", code=2)
+
+
+def test_what_trl_computes_itself_is_taken_and_true(where, tiny_model, tmp_path):
+    """TRL tokenises plain texts, computes the reference's sums, and its data set is saved."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "out"), precompute_ref_log_probs=True, max_length=None, max_steps=1, bf16=False,
+        report_to="none", save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(preference_rows(24)),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+    )
+    trainer.train()
+    trainer.train_dataset.save_to_disk(str(tmp_path / "theirs"))
+    plain = ["--set", "data.template=none"]
+    assert "covered   48 of 48 sequences" in imported(where, tmp_path / "theirs", *plain)
+    precompute(where, *plain)
+    assert "gate      passed" in run(where, "train", "--config", "experiment.yaml", "--run", "r", *BY, *plain)
+    assert "passed for the scores of 24 pairs" in run(where, "verify", "--run", "r", "--rows", "24")
