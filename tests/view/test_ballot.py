@@ -6,9 +6,10 @@ from collections import Counter
 import pytest
 from starlette.testclient import TestClient
 
+from pipeline.artifacts.runs import RUNS, Run
 from pipeline.evaluation.votes import Votes, ballots, vote_figures
 from pipeline.view.server import application
-from tests.view.runs import make_run, tree, write_samples
+from tests.view.runs import tree, write_samples
 
 TOKEN, PORT = "t" * 32, 7788
 # nothing in them says which of the two models it is
@@ -18,7 +19,12 @@ MODELS = {"model": "policy", "baseline": "reference"}
 
 @pytest.fixture
 def run():
-    return make_run(prompts=12, samples=1, texts=TEXTS)
+    # what a vote needs of a run, and no more: there are many tests
+    made = Run(RUNS / "one")
+    made.directory.mkdir(parents=True)
+    made.config.touch()
+    write_samples(made, 12, 1, texts=TEXTS)
+    return made
 
 
 @pytest.fixture

@@ -73,25 +73,28 @@ def test_tokens_of_a_row_are_those_of_its_prompt_and_models():
             assert found["logps"][0] == pytest.approx(-2.0 + 0.01 * prompt * (model == "policy"), abs=1e-5)
 
 
-@pytest.mark.parametrize("asked", [
+SPECIAL = [
+    ("Was (a+b)*[c] \\d kostet?", "Ä Straße .* $5 ^ {2} | ~", "日本語 & #1 'q' \"z\" @ % - _ = `"),
+    ("plain\tand\nlines", "x < y > z; a, b: c! d? e/f", "nothing here"),
+]
+ASKED = [
     "needle-7", "NEEDLE-7 ", "subject 1", "plain words", "no such text", ".*", "\\", "(?i)", "[a", "$", "Ä", "ä", "straße", "日本",
     "a+b", "{2}", "\t", "\n", *string.punctuation,
-])  # fmt: skip
-def test_a_search_finds_what_a_plain_scan_finds(asked):
-    special = [
-        ("Was (a+b)*[c] \\d kostet?", "Ä Straße .* $5 ^ {2} | ~", "日本語 & #1 'q' \"z\" @ % - _ = `"),
-        ("plain\tand\nlines", "x < y > z; a, b: c! d? e/f", "nothing here"),
-    ]
-    run = make_run(prompts=12, texts=special + [(f"Subject {n}?", f"needle-{n} of", "plain words") for n in range(8)])
+]  # fmt: skip
+
+
+def test_a_search_finds_what_a_plain_scan_finds():
+    run = make_run(prompts=12, texts=SPECIAL + [(f"Subject {n}?", f"needle-{n} of", "plain words") for n in range(8)])
     table = read_table(run.samples, SAMPLES).to_pylist()
-    hits = {
-        (row["prompt_id"], row["sample"])
-        for row in table
-        if asked.lower() in row["prompt"].lower() or asked.lower() in row["response"].lower()
-    }
-    expected = [number for number in range(24) if (prompt_id(number // 2), number % 2) in hits]
-    assert search(run, 0, asked) == expected
-    assert expected or asked in ("no such text", "(?i)", "[a")
+    for asked in ASKED:
+        hits = {
+            (row["prompt_id"], row["sample"])
+            for row in table
+            if asked.lower() in row["prompt"].lower() or asked.lower() in row["response"].lower()
+        }
+        expected = [number for number in range(24) if (prompt_id(number // 2), number % 2) in hits]
+        assert search(run, 0, asked) == expected, asked
+        assert expected or asked in ("no such text", "(?i)", "[a")
 
 
 def test_text_that_hides_or_reorders_is_shown_as_what_it_is():
