@@ -25,7 +25,7 @@ def stamp(path: Path) -> Stamp:
     """What tells one version of a file from the next, since stages replace files whole."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter of a name that cannot be a file's
         return None
     return status.st_size, status.st_mtime_ns, status.st_ino
 

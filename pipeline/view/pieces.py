@@ -41,7 +41,12 @@ def _tokenizer_of(run: Run) -> Tokenizer | None:
 def _of_the_reference(run: Run, _version: Stamp) -> list[Path]:
     reference = read_saved_config(run).get("reference", {})
     model = reference.get("model") if isinstance(reference, dict) else None
-    return [Path(model).expanduser() / "tokenizer.json"] if isinstance(model, str) and ":" not in model else []
+    if not isinstance(model, str) or ":" in model:
+        return []
+    try:
+        return [Path(model).expanduser() / "tokenizer.json"]
+    except RuntimeError:  # the home of somebody who is not known here
+        return []
 
 
 @lru_cache(maxsize=4)

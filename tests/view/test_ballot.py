@@ -194,3 +194,12 @@ def test_hostile_notes_and_texts_are_kept_as_they_are(client, run):
     lines = Votes(run, "anna").path.read_bytes().splitlines()
     assert len(lines) == 1
     assert json.loads(lines[0])["note"] == note.replace("\ud800", "\ufffd")
+
+
+def test_a_file_of_votes_with_a_number_larger_than_any_float_is_a_message(client, run):
+    client.post("/votes", json=vote_on(ballot(client).json()))
+    path = Votes(run, "anna").path
+    path.write_text(path.read_text().replace('"seconds": 1.5', f'"seconds": {HUGE}'))
+    for answer in (ballot(client), client.get("/data/runs/one/votes/0.json")):
+        assert answer.status_code == 409, answer.text
+        assert "anna.jsonl" in answer.json()["problem"]

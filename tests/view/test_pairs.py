@@ -123,6 +123,13 @@ def test_pieces_are_the_tokenizers_texts_and_ids_where_it_knows_none():
     assert pairs_page(run, 0)["rows"][8]["pieces"][1] == ["<3>", "<4>"]
 
 
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/x", '"a\\0b"', "[1]", "org/name", "embedded:none"])
+def test_a_reference_that_is_nowhere_has_no_tokenizer(model):
+    run = make_run("nowhere")
+    run.config.write_text(f"reference: {{model: {model}}}\n")
+    assert pairs_page(run, 0)["rows"][0]["pieces"][1] == ["<3>", "<4>"]
+
+
 def test_dropped_rows_are_counted_by_reason():
     run = make_run()
     found = dropped(run)

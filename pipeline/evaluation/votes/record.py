@@ -261,7 +261,7 @@ def _vote_in(line: bytes) -> Given | None:
             _number(row.get("seconds")),
             str(row.get("time", "")),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OverflowError):
         return None
 
 
