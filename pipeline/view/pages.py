@@ -17,6 +17,10 @@ import pyarrow.parquet as pq
 from pipeline.artifacts.tables import read_table
 from pipeline.errors import DataError, first_line
 
+# of the columns that pages ask for by rows
+_MAY_BE_EMPTY = {"topic", "source", "source_row", "score", "words", "logps", "ref_logps"} | {
+    f"ref_{side}_token_logps" for side in ("chosen", "rejected")
+}
 # which file it was: bytes, time of change in nanoseconds, number on its disk; None: there is none
 Stamp = tuple[int, int, int] | None
 
@@ -39,7 +43,8 @@ def columns(path: Path, schema: pa.Schema, names: Sequence[str]) -> pl.DataFrame
 def rows(path: Path, schema: pa.Schema, places: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
     """The rows at `places`, in the order asked for; only the row groups that hold them are read.
 
-    A column that was added later and that the file lacks is None. Raises DataError if the file is gone or cannot be read.
+    A column that was added later and that the file lacks is None. Raises DataError if the file is gone, cannot be read, or lacks a
+    value that every row has.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -60,6 +65,9 @@ def rows(path: Path, schema: pa.Schema, places: Sequence[int], names: Sequence[s
     absent: dict[str, Any] = {name: None for name in names if name in schema.names}
     if len(found) < len(set(places)):
         raise DataError(f"{path} was replaced meanwhile: load the page again")
+    for place, row in found.items():
+        if empty := [name for name, value in row.items() if value is None and name not in _MAY_BE_EMPTY]:
+            raise DataError(f"{path} has no {empty[0]} in row {place}, which no refscore wrote: make it again")
     return [absent | found[place] for place in places]
 
 

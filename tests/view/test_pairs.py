@@ -1,9 +1,10 @@
 """Pages of pairs and of dropped rows: margins before and after, imported scores, files that cannot be read."""
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts.tables import PAIRS, read_table, write_table
+from pipeline.artifacts.tables import JUDGEMENTS, KL, PAIRS, SAMPLES, read_table, write_table
 from pipeline.errors import DataError
 from pipeline.view import answers, pairs, pieces
 from pipeline.view.answers import answer
@@ -128,6 +129,29 @@ def test_a_reference_that_is_nowhere_has_no_tokenizer(model):
     run = make_run("nowhere")
     run.config.write_text(f"reference: {{model: {model}}}\n")
     assert pairs_page(run, 0)["rows"][0]["pieces"][1] == ["<3>", "<4>"]
+
+
+@pytest.mark.parametrize(("table", "schema", "page", "names"), [
+    ("pairs", PAIRS, "pairs/0", ("prompt", "chosen", "rejected", "chosen_ids", "rejected_ids")),
+    ("samples", SAMPLES, "samples/0/0", ("prompt", "response", "finish_reason", "tokens")),
+    ("kl", KL, "tokens/0", ("response_ids",)),
+    ("judgements", JUDGEMENTS, "samples/0/0", ("winner",)),
+])  # fmt: skip
+def test_a_table_that_lacks_what_every_row_has_is_a_message(table, schema, page, names):
+    run = make_run()
+    path = getattr(run, table)
+    whole = read_table(path, schema).to_pylist()
+    for name in names:
+        rows = [row | {name: None} if number == 1 else row for number, row in enumerate(whole)]
+        write_table(path, pa.Table.from_pylist(rows, schema=schema))
+        with pytest.raises(DataError, match=rf"{table}\.parquet has no {name} in row 1, which no refscore wrote"):
+            answer(f"runs/one/{page}.json")
+    # what may be unknown is no damage
+    write_table(
+        path,
+        pa.Table.from_pylist([row | {"topic": None, "score": None, "words": None} for row in whole], schema=schema),
+    )
+    answer(f"runs/one/{page}.json")
 
 
 def test_dropped_rows_are_counted_by_reason():
