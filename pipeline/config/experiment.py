@@ -255,8 +255,7 @@ def _import_problems(reference: ReferenceConfig) -> list[str]:
         return ["reference.engine=imported needs reference.imported_by: the name that 'refscore import --by' was given"]
     if not name.isprintable() or name != name.strip() or not 0 < len(name) <= _LONGEST_NAME:
         return [
-            f"reference.imported_by {name[:_LONGEST_NAME]!r}: a name of 1 to {_LONGEST_NAME} characters on one line, without "
-            "space around it"
+            f"reference.imported_by {name[:_LONGEST_NAME]!r}: 1 to {_LONGEST_NAME} characters on a line, no space around them"
         ]
     return []
 

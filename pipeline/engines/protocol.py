@@ -103,9 +103,7 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
     Raises ConfigError if the engine is not installed, or is a version whose answers are not known.
     """
     if reference.engine == IMPORTED:
-        return imported_numerics(
-            str(reference.imported_by), UNKNOWN if reference.dtype == "auto" else reference.dtype
-        )
+        return imported_numerics(str(reference.imported_by), UNKNOWN if reference.dtype == "auto" else reference.dtype)
     device = device_kind() if reference.device == "auto" else reference.device
     dtype = reference.dtype
     if dtype == "auto":

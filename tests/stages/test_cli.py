@@ -24,6 +24,7 @@ COMMANDS = [
     ("show",),
     ("validate",),
     ("verify",),
+    ("view",),
     ("score",),
     ("compare",),
     ("judges",),
