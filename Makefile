@@ -2,6 +2,7 @@
 CONFIG ?= pipeline/presets/demo.yaml
 SET ?=
 ROUNDS ?= 2
+DEVICES ?= 1
 MINUTES ?= 20
 DATA ?= demo
 
@@ -19,7 +20,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test test-browser faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-view bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-view bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -36,7 +37,7 @@ plan: .venv/.run ## what stage 1 would score; loads no model
 	@$(refscore) precompute --plan $(options)
 
 train: .venv/.run ## stage 2: train the policy alone against the stored scores
-	@$(refscore) train $(options)
+	@$(refscore) train --devices $(DEVICES) $(options)
 
 eval: .venv/.run ## stage 3: generate, judge, report
 	@$(refscore) eval $(options)
@@ -60,6 +61,9 @@ check: .venv/.test ## lint and strict types
 
 tutorials: .venv/.test ## every tutorial of docs/tutorials, word for word, on a tiny model
 	@REFSCORE_TUTORIALS=1 .venv/bin/python -m pytest tests/test_tutorials.py
+
+test-devices: .venv/.test ## training in 1, 2 and 4 processes: every objective, resumed, killed (gloo on CPU)
+	@REFSCORE_DEVICES=1 .venv/bin/python -m pytest tests/training/test_devices.py tests/faults/test_devices.py
 
 gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory, speed; reduced on a CPU; data/gpu-check.md
 	@.venv/bin/python -m tests.gpu_check --minutes $(MINUTES)

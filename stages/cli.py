@@ -105,10 +105,22 @@ def train(
     run: RunOption = None,
     set_: SetOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier training of this run away.")] = False,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="GPUs, or shares of the processors, that train together.")
+    ] = 1,
 ) -> None:
     """Stage 2: train the policy alone against pairs.parquet; resumes an interrupted training."""
+    from stages import devices as many
+
     resolved, opened = _open(config, run, set_)
-    with ending.working_on(opened, ending.from_a_checkpoint):
+    if devices > 1 and not many.inside():
+        options = [part for override in set_ or [] for part in ("--set", override)]
+        again = ["--restart"] if restart else []
+        command = ["train", "--config", str(config), "--run", opened.name, *options, *again, *console.as_asked()]
+        with ending.interruptible(lambda: ending.from_a_checkpoint(opened)):
+            many.launch(devices, command, lambda: ending.from_a_checkpoint(opened))
+        return
+    with many.writing_alone(opened):
         from stages import train as stage
 
         stage.main(resolved, opened, restart=restart)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.artifacts.runs import Run
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# set where a process above says how an interruption goes on
+LAUNCHED = "REFSCORE_LAUNCHED"
 # Ctrl-C reaches a stage from the terminal and, in `sweep`, from the process above it: both are one
 _ONE_WISH_SECONDS = 1.0
 # what may be wrong with a file or its disk, and is no bug
@@ -61,12 +63,15 @@ def run(app: Callable[..., object]) -> int:
             app(prog_name="refscore")
         except SystemExit as stop:
             if stop.code == 130:  # as Typer ends after an interruption that nothing below explained
-                console.fail(_how_stopped())
+                if LAUNCHED not in os.environ:
+                    console.fail(_how_stopped())
                 return 1
             # Typer changes the stream if its reader went away (refscore --help | head)
             return 0 if sys.stdout is not stdout else _code(stop)
         except RefscoreError as error:
-            console.fail(str(error))
+            # one of many processes may have nothing to say, as another one does
+            if str(error) and not (LAUNCHED in os.environ and _is_said_above(error)):
+                console.fail(str(error))
             return error.exit_code
         except console.OutputLost as lost:
             return _without_output(lost)
@@ -74,7 +79,8 @@ def run(app: Callable[..., object]) -> int:
             if os.environ.get("REFSCORE_DEBUG"):
                 raise
             if _received:
-                console.fail(_how_stopped())
+                if LAUNCHED not in os.environ:
+                    console.fail(_how_stopped())
             elif (message := _explained(error)) is not None:
                 console.fail(message)
             else:
@@ -161,6 +167,12 @@ def from_the_last_stage() -> str:
     return "what was finished is not done again: the same command goes on from there"
 
 
+def _is_said_above(error: RefscoreError) -> bool:
+    from pipeline.training.parallel.world import OtherGone
+
+    return isinstance(error, Interrupted | OtherGone)
+
+
 def _code(stop: SystemExit) -> int:
     return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
 
@@ -194,9 +206,13 @@ def _explained(error: Exception) -> str | None:
     return None
 
 
-def _how_stopped() -> str:
-    name = _received[-1][1] if _received else "SIGINT"
+def how_stopped(name: str) -> str:
+    """What a signal did to a command."""
     return "interrupted" if name == "SIGINT" else f"stopped by {name}"
+
+
+def _how_stopped() -> str:
+    return how_stopped(_received[-1][1] if _received else "SIGINT")
 
 
 @contextmanager

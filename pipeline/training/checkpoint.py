@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # ends the name of a number that an optimizer keeps as a Python integer
-_INTEGER = ":integer"
+INTEGER = ":integer"
 _POLICY_LOGPS = "policy_logps.safetensors"
 
 
@@ -49,10 +49,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     policy_logps: Mapping[str, torch.Tensor] | None = None,
+    whole: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write the state of the weights that learn after `step` steps and remove all but the `keep` newest checkpoints.
 
-    `policy_logps` is the state of `PolicyLogps`.
+    `policy_logps` is the state of `PolicyLogps`; `whole`: weights, and the rest, gathered from the processes that share the model.
     """
     final = root / f"step_{step:06d}"
     temporary = durable.temporary_beside(final)
@@ -60,9 +61,13 @@ def save_checkpoint(
         with durable.explaining_disk(final):
             temporary.mkdir(parents=True)
             durable.reached("checkpoint: begun")
-            save_file({name: p.detach().contiguous() for name, p in _learning(model)}, temporary / "model.safetensors")
+            weights, rest = whole or (
+                {name: p.detach().contiguous() for name, p in _learning(model)},
+                _optimizer_tensors(model, optimizer),
+            )
+            save_file(dict(weights), temporary / "model.safetensors")
             durable.reached("checkpoint: weights written")
-            save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            save_file(dict(rest), temporary / "optimizer.safetensors")
             durable.reached("checkpoint: optimizer written")
             if policy_logps:
                 save_file(dict(policy_logps), temporary / _POLICY_LOGPS)
@@ -120,8 +125,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: t
             parameter.copy_(weights[name])
             # the fused optimizer keeps its step counter on the device too
             optimizer.state[parameter] = {
-                key.removeprefix(f"{name}/").removesuffix(_INTEGER): int(value)
-                if key.endswith(_INTEGER)
+                key.removeprefix(f"{name}/").removesuffix(INTEGER): int(value)
+                if key.endswith(INTEGER)
                 else value.to(parameter.device)
                 for key, value in tensors.items()
                 if key.startswith(f"{name}/")
@@ -145,7 +150,7 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     for name, parameter in _learning(model):
         for field, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, torch.Tensor):
-                tensors[f"{name}/{field}{_INTEGER}"] = torch.tensor(value)
+                tensors[f"{name}/{field}{INTEGER}"] = torch.tensor(value)
                 continue
             # 8-bit optimizers share tables between parameters; safetensors keeps no tensor twice
             again = value.data_ptr() in shared

@@ -15,12 +15,14 @@ _FLUSH_SECONDS = 5.0
 
 
 class Metrics:
-    """Collects one row per step and keeps metrics.parquet current; `resumed_at` drops rows after that step."""
+    """Collects one row per step and keeps metrics.parquet current; `resumed_at` drops rows after that step. Without a path
+    nothing is written.
+    """
 
-    def __init__(self, path: Path, trackers: Sequence[Tracker], resumed_at: int | None) -> None:
+    def __init__(self, path: Path | None, trackers: Sequence[Tracker], resumed_at: int | None) -> None:
         self._path, self._trackers = path, trackers
         self._rows: dict[int, dict[str, float]] = {}
-        if resumed_at is not None and path.exists():
+        if resumed_at is not None and path is not None and path.exists():
             for row in read_table(path, METRICS).to_pylist():
                 if row["step"] <= resumed_at:
                     self._rows[row.pop("step")] = {name: value for name, value in row.items() if value is not None}
@@ -40,6 +42,8 @@ class Metrics:
 
     def flush(self) -> None:
         """Write every row now."""
+        if self._path is None:
+            return
         rows = [{"step": step, **values} for step, values in sorted(self._rows.items())]
         columns = {name: [row.get(name) for row in rows] for name in METRICS.names}
         write_table(self._path, pa.table(columns, schema=METRICS))

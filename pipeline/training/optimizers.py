@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 # weights that are rounded at once
 _AT_ONCE = 2**24
 
 
-def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the weights that learn; norms and biases are not decayed.
 
     adamw: Loshchilov and Hutter 2017 (1711.05101). adamw_8bit: the same with block-wise 8-bit moments, Dettmers et al. 2021
@@ -89,18 +85,20 @@ def round_by_chance(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor
 
 
 def update(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     rate: float,
     max_norm: float | None,
     means: Mapping[str, torch.Tensor] | None = None,
+    clipping: Callable[[float | None], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Clip to `max_norm` (None: not at all), step with learning rate `rate`, forget the gradients.
+    """Clip to `max_norm` (None: not at all), step with learning rate `rate`, forget the gradients. `clipping` does that in
+    place of `clip` where gradients lie on several devices.
 
     Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If one
     of them is not finite nothing is changed: the caller stops.
     """
-    norm = clip(model, max_norm)
+    norm = clipping(max_norm) if clipping else clip(model, max_norm)
     values = numbers({**(means or {}), "grad_norm": norm})
     if all(map(math.isfinite, values.values())):
         for group in optimizer.param_groups:

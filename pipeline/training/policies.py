@@ -18,10 +18,8 @@ from pipeline.config.training import LoraConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.forward.compiled import compile_layers
 from pipeline.forward.cpu_products import recomputation
-from pipeline.forward.logps import Forward
 from pipeline.hardware import device_kind, multiplies_bfloat16
 from pipeline.training.objectives.objective import objective_of
-from pipeline.training.objectives.reward_model import Rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,11 +33,13 @@ _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
 
 @dataclass(frozen=True)
 class Policy:
-    """`model` is what runs; `adapted` is PEFT's view of it if adapters are trained; `forward` is its forward pass."""
+    """`model` is what runs; `adapted` is PEFT's view of it if adapters are trained; `forward` is its pass over
+    trees, a `Forward` or `Rewards`, or that of a model in shards.
+    """
 
     model: PreTrainedModel
     adapted: Any
-    forward: Forward | Rewards
+    forward: Any
 
 
 def precision_of(config: Config) -> torch.dtype:

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.config.training import TrainConfig
 
 # by default checkpoints are so many steps apart, and so many times as long as writing one takes
-_SAVE_STEPS, _TIMES_ITS_WRITING = 50, 20
+SAVE_STEPS, _TIMES_ITS_WRITING = 50, 20
 
 
 def total_steps(pairs: int, train: TrainConfig) -> int:
@@ -40,7 +40,7 @@ def checkpoint_is_due(done: int, every: int | None, idle: float, writing: float)
     """
     if every is not None:
         return is_due(done, every)
-    return is_due(done, _SAVE_STEPS) and idle >= _TIMES_ITS_WRITING * writing
+    return is_due(done, SAVE_STEPS) and idle >= _TIMES_ITS_WRITING * writing
 
 
 def pairs_of_step(step: int, pairs: int, train: TrainConfig) -> list[int]:

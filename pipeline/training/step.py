@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from pipeline.config.losses import across_pairs
 from pipeline.config.training import TrainConfig
 from pipeline.errors import CheckError, first_line
 from pipeline.forward.logps import Forward
+from pipeline.hardware import device_kind
 from pipeline.training.examples import Pairs, micro_batches
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.preference import joined, pair_logps
 from pipeline.training.optimizers import numbers
+from pipeline.training.parallel.plan import Pass, counted, passes, places_of
+from pipeline.training.parallel.world import ALONE, World
 
 # is told rows, and the policy's sums of their chosen and rejected responses, [2, rows]: on the device, which was not waited for
 Note = Callable[[Sequence[int], torch.Tensor], None]
@@ -64,28 +67,34 @@ def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConf
 
 @_no_gradient_lost()
 def accumulate(
-    forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig, note: Note | None = None
+    forward: Any,
+    pairs: Pairs,
+    rows: Sequence[int],
+    train: TrainConfig,
+    note: Note | None = None,
+    world: World = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS, scalars on the device.
 
-    The mean is over the pairs of the whole step, so splitting a step into more forward passes changes nothing. Losses that
-    sort pairs see the whole step too: then every forward pass but a single one runs twice. Nothing here waits for the device.
-    `note` is told the log-probabilities of all pairs at once, if the objective has any.
+    The mean is over the pairs of the whole step, so splitting a step into more forward passes, or over the processes of `world`,
+    changes nothing. Losses that sort pairs see the whole step too: then every forward pass but a single one runs twice. Nothing
+    here waits for the device. `note` is told the log-probabilities of all pairs at once, if the objective has any.
     Raises CheckError if an operation of the model has no gradient.
     """
-    groups = list(micro_batches(forward, pairs, rows, train))
-    if across_pairs(train) and len(groups) > 1:
-        return _step_in_two_passes(forward, pairs, groups, train, note)
+    made = passes(forward, pairs, rows, train, world)
+    if across_pairs(train) and (len(made) > 1 or not world.alone):
+        return _step_in_two_passes(forward, pairs, rows, made, train, note, world)
     mean_tokens = _mean_chosen_tokens(pairs, rows)
     sums: list[dict[str, torch.Tensor]] = []
     policy: list[torch.Tensor] = []
-    for group in groups:
+    for group, counts in made:
         terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
-        sums.append(_sums(terms, logps))
-        policy += _policy_sums(logps)
-        torch.autograd.backward(terms.losses.sum() / len(rows))
-    _tell(note, groups, policy)
-    return _means(sums, len(rows))
+        sums.append(_sums(terms, logps, counts=counts))
+        policy += _policy_sums(logps) if counts else []
+        loss = terms.losses.sum() / len(rows)
+        torch.autograd.backward(loss if counts else loss * 0.0)
+    _tell(note, rows, made, policy, world)
+    return _means(sums, len(rows), world)
 
 
 def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> None:
@@ -97,22 +106,25 @@ def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int
 
 
 @torch.no_grad()
-def evaluate(forward: Any, pairs: Pairs, train: TrainConfig, note: Note | None = None) -> dict[str, float]:
-    """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them. `note` as of `accumulate`."""
+def evaluate(
+    forward: Any, pairs: Pairs, train: TrainConfig, note: Note | None = None, world: World = ALONE
+) -> dict[str, float]:
+    """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them. `note` and `world` as of `accumulate`."""
     rows = range(len(pairs))
-    groups = list(micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size))
+    made = passes(forward, pairs, rows, train, world, train.per_device_eval_batch_size)
     mean_tokens = _mean_chosen_tokens(pairs, rows)
-    if not across_pairs(train):
-        sums, policy = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
-        for group in groups:
-            terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
-            sums.append(_sums(terms, logps))
-            policy += _policy_sums(logps)
-        _tell(note, groups, policy)
-        return numbers(_means(sums, len(pairs)))
-    whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
-    _tell(note, groups, _policy_sums(whole))
-    return numbers(_means([_sums(preference_loss(whole, train), whole)], len(pairs)))
+    if across_pairs(train):
+        whole = _whole_step(forward, pairs, rows, made, train, mean_tokens, world)
+        if note is not None:
+            note(*whole.noted)
+        return numbers(_means([_sums(preference_loss(whole.logps, train), whole.logps)], len(pairs), ALONE))
+    sums, policy = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+    for group, counts in made:
+        terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
+        sums.append(_sums(terms, logps, counts=counts))
+        policy += _policy_sums(logps) if counts else []
+    _tell(note, rows, made, policy, world)
+    return numbers(_means(sums, len(pairs), world))
 
 
 @torch.no_grad()
@@ -132,26 +144,66 @@ def _mean_chosen_tokens(pairs: Pairs, rows: Sequence[int]) -> float:
     return float(np.mean([len(pairs.trees[row].branches[0]) for row in rows]))
 
 
+class _Whole(NamedTuple):
+    """What is known of all pairs of a step; `places`: for each pass, where its pairs stand; `noted`: what `note` is told."""
+
+    logps: PairLogps
+    places: list[list[int]]
+    noted: tuple[Sequence[int], torch.Tensor]
+
+
+@torch.no_grad()
+def _whole_step(
+    forward: Forward,
+    pairs: Pairs,
+    rows: Sequence[int],
+    made: Sequence[Pass],
+    train: TrainConfig,
+    mean_tokens: float,
+    world: World,
+) -> _Whole:
+    """Every pair's logps without gradient, in every process those of all."""
+    # forked, so that dropout of adapters falls alike in both passes
+    with torch.random.fork_rng():
+        parts = [(pair_logps(forward, pairs, group, train, mean_tokens), counts) for group, counts in made]
+    mine = list(counted(made))
+    own = joined([part for part, counts in parts if counts]) if mine else None
+    if world.alone and own is not None:
+        return _Whole(own, places_of(mine, made), (mine, own.sums_2B.detach()))
+    places = places_of(rows, made)
+    table = torch.zeros(9, len(rows), dtype=torch.float64, device=parts[0][0].sums_2B.device)
+    if own is not None:
+        here = [place for of_pass, (_, counts) in zip(places, made, strict=True) if counts for place in of_pass]
+        table[:, here] = torch.cat([*own[:4], own.weights_B[None]]).double()
+    table = world.total(table)
+    logps = PairLogps(table[0:2], table[2:4], table[4:6], table[6:8], table[8], mean_tokens)
+    return _Whole(logps, places, (list(rows), logps.sums_2B.clone()))
+
+
 def _step_in_two_passes(
-    forward: Forward, pairs: Pairs, groups: list[list[int]], train: TrainConfig, note: Note | None
+    forward: Forward,
+    pairs: Pairs,
+    rows: Sequence[int],
+    made: Sequence[Pass],
+    train: TrainConfig,
+    note: Note | None,
+    world: World,
 ) -> dict[str, torch.Tensor]:
     """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
-    rows = [row for group in groups for row in group]
-    # forked, so that dropout of adapters falls alike in both passes
-    mean_tokens = _mean_chosen_tokens(pairs, rows)
-    with torch.no_grad(), torch.random.fork_rng():
-        whole = joined([pair_logps(forward, pairs, group, train, mean_tokens) for group in groups])
-    _tell(note, groups, _policy_sums(whole))
-    leaves = [values.requires_grad_() for values in (whole.policy_2B, whole.sums_2B)]
-    terms = preference_loss(whole, train)
-    sums = _sums(terms, whole)
+    mean_tokens = _mean_chosen_tokens(pairs, [*counted(made)] if world.alone else rows)
+    whole = _whole_step(forward, pairs, rows, made, train, mean_tokens, world)
+    if note is not None:
+        note(*whole.noted)
+    leaves = [values.clone().requires_grad_() for values in (whole.logps.policy_2B, whole.logps.sums_2B)]
+    seen = whole.logps._replace(policy_2B=leaves[0], sums_2B=leaves[1])
+    terms = preference_loss(seen, train)
+    sums = _sums(terms, seen)
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
-    start = 0
-    for group in groups:
-        part, stop = pair_logps(forward, pairs, group, train, mean_tokens), start + len(group)
-        torch.autograd.backward([part.policy_2B, part.sums_2B], [gradient[:, start:stop] for gradient in gradients])
-        start = stop
-    return _means([sums], len(rows))
+    for (group, counts), places in zip(made, whole.places, strict=True):
+        part = pair_logps(forward, pairs, group, train, mean_tokens)
+        of_part = [gradient[:, places] * float(counts) for gradient in gradients]
+        torch.autograd.backward([part.policy_2B, part.sums_2B], of_part)
+    return _means([sums], len(rows), ALONE)
 
 
 def _policy_sums(logps: PairLogps | None) -> list[torch.Tensor]:
@@ -159,14 +211,34 @@ def _policy_sums(logps: PairLogps | None) -> list[torch.Tensor]:
     return [] if logps is None else [logps.sums_2B.detach()]
 
 
-def _tell(note: Note | None, groups: Sequence[Sequence[int]], policy: Sequence[torch.Tensor]) -> None:
-    """Tell `note` the sums of the pairs of `groups`, in one tensor."""
-    if note is not None and policy:
-        note([row for group in groups for row in group], torch.cat(list(policy), dim=1))
+def _tell(
+    note: Note | None, rows: Sequence[int], made: Sequence[Pass], policy: Sequence[torch.Tensor], world: World
+) -> None:
+    """Tell `note` the sums of the pairs that every process has read, in one tensor."""
+    if world.alone:
+        if note is not None and policy:
+            note(list(counted(made)), torch.cat(list(policy), dim=1))
+        return
+    # every process must send, be it nothing; a reward model has no sums, in none of them
+    told = world.total(torch.tensor(float(bool(policy)), device=_device_of(policy))) > 0
+    if not told:
+        return
+    table = torch.zeros(2, len(rows), dtype=torch.float64, device=_device_of(policy))
+    if policy:
+        places = zip(places_of(rows, made), made, strict=True)
+        here = [place for of_pass, (_, counts) in places if counts for place in of_pass]
+        table[:, here] = torch.cat(list(policy), dim=1).double()
+    table = world.total(table)
+    if note is not None:
+        note(list(rows), table)
 
 
-def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, torch.Tensor]:
-    """Sums over the pairs, under the names of TRAIN_METRICS; a reward model has no logps."""
+def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device(device_kind())
+
+
+def _sums(terms: LossTerms, logps: PairLogps | None, *, counts: bool = True) -> dict[str, torch.Tensor]:
+    """Sums over the pairs, under the names of TRAIN_METRICS; a reward model has no logps. Zeros if they do not count."""
     margins = terms.chosen_rewards - terms.rejected_rewards
     values = {
         "loss": terms.losses,
@@ -177,8 +249,10 @@ def _sums(terms: LossTerms, logps: PairLogps | None) -> dict[str, torch.Tensor]:
     }
     if logps is not None:
         values |= {"logps/chosen": logps.sums_2B[0], "logps/rejected": logps.sums_2B[1]}
-    return {name: value.detach().sum().double() for name, value in values.items()}
+    sums = {name: value.detach().sum().double() for name, value in values.items()}
+    return sums if counts else {name: torch.zeros_like(value) for name, value in sums.items()}
 
 
-def _means(metrics: list[dict[str, torch.Tensor]], pairs: int) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([part[name] for part in metrics]).sum() / pairs for name in metrics[0]}
+def _means(metrics: list[dict[str, torch.Tensor]], pairs: int, world: World) -> dict[str, torch.Tensor]:
+    sums = torch.stack([torch.stack([part[name] for part in metrics]).sum() for name in metrics[0]])
+    return dict(zip(metrics[0], world.total(sums) / pairs, strict=True))

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json, record
 from pipeline.artifacts.tables import TRAIN_METRICS, read_about
-from pipeline.artifacts.writer import one_writer
+from pipeline.artifacts.writer import writing
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.config.training import TrainConfig
@@ -35,11 +37,14 @@ from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.metrics import Metrics
 from pipeline.training.optimizers import make_optimizer, numbers, update
+from pipeline.training.parallel.sharded import Shards, must_be_shardable
+from pipeline.training.parallel.world import ALONE, Followed, World
 from pipeline.training.policies import Policy, load_policy
 from pipeline.training.policy_logps import PolicyLogps
 from pipeline.training.resume import decide, trained_fields, training_digest
 from pipeline.training.save import model_card, save_policy
 from pipeline.training.schedule import (
+    SAVE_STEPS,
     checkpoint_is_due,
     is_due,
     learning_rate,
@@ -62,19 +67,111 @@ class Trained:
     results: dict[str, float | None]
 
 
-@one_writer
-def train(config: Config, run: Run, *, restart: bool = False, listener: Listener = SILENT) -> Trained | None:
+def train(
+    config: Config, run: Run, *, restart: bool = False, listener: Listener = SILENT, world: World = ALONE
+) -> Trained | None:
     """Train the policy on the run's pairs and save it; goes on after the last checkpoint of the same training.
 
-    None if the run already holds the result of this very configuration. `restart` throws an earlier training away.
+    None if the run already holds the result of this very configuration. `restart` throws an earlier training away. `world`: the
+    processes that call this together; the first one writes the run.
     Raises ConfigError if the inputs do not fit together, CheckError if the gate is closed, a loss is not finite, or what
     was saved is not what was trained.
     """
-    ensure_pairs(config, run, listener)
+    with writing(run) if world.first else nullcontext():
+        return _train(config, run, restart, listener, world)
+
+
+def _train(config: Config, run: Run, restart: bool, listener: Listener, world: World) -> Trained | None:  # noqa: FBT001
+    if not world.alone:
+        must_be_shardable(config, world)
+    found = world.once(lambda: _begin(config, run, restart, listener))
+    if found is None:
+        return None
+    training, checkpoint = found["training"], _checkpoint_of(run, found)
     about = read_about(run.pairs)
     base = locate(config.policy)
     tokenizer = load_tokenizer(base, config.policy)
-    if vocabulary_digest(tokenizer) != about["vocabulary"]:
+
+    scored = not reference_free(config.train)
+    by_token = scored and config.train.ld_alpha is not None
+    pairs, held_out = (load_pairs(run.pairs, split, scored=scored, by_token=by_token) for split in ("train", "eval"))
+    _must_fit_positions(base, config, pairs, held_out)
+    steps = total_steps(len(pairs), config.train)
+    torch.manual_seed(config.train.seed)
+    policy = load_policy(base, config, tokenizer, pairs.ends)
+    shards = None if world.alone else Shards(policy.model, policy.forward, world)
+    if shards is not None:
+        policy = replace(policy, forward=shards.forward)
+    optimizer = make_optimizer(shards.module() if shards else policy.model, config.train)
+    if config.train.optimizer_in_backward:
+        _must_be_single_passes(policy, pairs, config.train, steps)
+    first, logps = 0, PolicyLogps(run.policy_logps, pairs, held_out)
+    if checkpoint is not None:
+        if shards is not None:
+            shards.load(checkpoint, optimizer)
+        else:
+            load_checkpoint(checkpoint, policy.model, optimizer)
+        logps.load(load_policy_logps(checkpoint))
+        first = checkpoint.step
+        listener.say(f"resuming after step {first} from {checkpoint.directory}")
+    elif world.first:
+        # what a training that was killed before its first checkpoint left behind
+        shutil.rmtree(run.tensorboard, ignore_errors=True)
+        run.policy_logps.unlink(missing_ok=True)
+    # each beginning is counted, so that what shows metrics tells one from another of the same settings
+    begun = int(read_json(run.training).get("begun", 0)) + (first == 0)
+    shown = config.train.report_to if world.first else []
+    trackers = open_trackers(shown, run, f"{training[:8]}-{begun}", trained_fields(config), first or None)
+    metrics = Metrics(run.metrics if world.first else None, trackers, resumed_at=first or None)
+    listener.say(
+        f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step(config.train)} pairs"
+    )
+    if policy.adapted is not None:
+        learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+        listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
+    if first == 0:
+        if world.first:
+            durable.write_json(run.training, {"steps": steps, "config": trained_fields(config), "begun": begun})
+        check_gate(config, run, about, base, policy, pairs, listener, world)
+
+    in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
+    loop = _Loop(
+        config,
+        run,
+        training,
+        policy,
+        optimizer,
+        in_backward,
+        pairs,
+        held_out,
+        metrics,
+        logps,
+        steps,
+        listener,
+        shards,
+        world,
+    )
+    loop.run(first)
+    metrics.close()
+    optimizer.state.clear()  # a second model is loaded to be compared
+    if shards is not None:
+        policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends))
+    results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
+    world.once(
+        lambda: _finish(
+            config, run, training, about, base, tokenizer, policy, pairs, steps, metrics, logps, results, listener
+        )
+    )
+    return Trained(steps, results)
+
+
+def _begin(config: Config, run: Run, restart: bool, listener: Listener) -> dict[str, Any] | None:  # noqa: FBT001
+    """Make the pairs fit, and decide where to begin: the training's digest, and the checkpoint's directory and step if there is
+    one; None if nothing is to be done.
+    """
+    ensure_pairs(config, run, listener)
+    about, base = read_about(run.pairs), locate(config.policy)
+    if vocabulary_digest(load_tokenizer(base, config.policy)) != about["vocabulary"]:
         raise ConfigError(
             f"policy.model {config.policy.model!r} has another vocabulary than reference.model {config.reference.model!r}: "
             "a token id does not mean the same to both, so they cannot be compared"
@@ -85,56 +182,47 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         trained = run.model if run.model.is_dir() else run.adapter
         listener.say(f"nothing to train: {trained} is the result of this very configuration (--restart trains again)")
         return None
+    if not isinstance(checkpoint, Checkpoint):
+        return {"training": training}
+    return {"training": training, "checkpoint": checkpoint.directory.name, "step": checkpoint.step}
 
-    scored = not reference_free(config.train)
-    by_token = scored and config.train.ld_alpha is not None
-    pairs, held_out = (load_pairs(run.pairs, split, scored=scored, by_token=by_token) for split in ("train", "eval"))
-    _must_fit_positions(base, config, pairs, held_out)
-    steps = total_steps(len(pairs), config.train)
-    torch.manual_seed(config.train.seed)
-    policy = load_policy(base, config, tokenizer, pairs.ends)
-    optimizer = make_optimizer(policy.model, config.train)
-    if config.train.optimizer_in_backward:
-        _must_be_single_passes(policy, pairs, config.train, steps)
-    first, logps = 0, PolicyLogps(run.policy_logps, pairs, held_out)
-    if isinstance(checkpoint, Checkpoint):
-        load_checkpoint(checkpoint, policy.model, optimizer)
-        logps.load(load_policy_logps(checkpoint))
-        first = checkpoint.step
-        listener.say(f"resuming after step {first} from {checkpoint.directory}")
-    else:
-        # what a training that was killed before its first checkpoint left behind
-        shutil.rmtree(run.tensorboard, ignore_errors=True)
-        run.policy_logps.unlink(missing_ok=True)
-    # each beginning is counted, so that what shows metrics tells one from another of the same settings
-    begun = int(read_json(run.training).get("begun", 0)) + (first == 0)
-    trackers = open_trackers(
-        config.train.report_to, run, f"{training[:8]}-{begun}", trained_fields(config), first or None
-    )
-    metrics = Metrics(run.metrics, trackers, resumed_at=first or None)
-    listener.say(
-        f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step(config.train)} pairs"
-    )
-    if policy.adapted is not None:
-        learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-        listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
-    if first == 0:
-        durable.write_json(run.training, {"steps": steps, "config": trained_fields(config), "begun": begun})
-        check_gate(config, run, about, base, policy, pairs, listener)
 
-    in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
-    loop = _Loop(
-        config, run, training, policy, optimizer, in_backward, pairs, held_out, metrics, logps, steps, listener
-    )
-    loop.run(first)
-    metrics.close()
+def _checkpoint_of(run: Run, found: dict[str, Any]) -> Checkpoint | None:
+    if "checkpoint" not in found:
+        return None
+    return Checkpoint(run.checkpoints / found["checkpoint"], found["step"], found["training"])
+
+
+def _whole(shards: Shards, policy: Policy, world: World, load: Callable[[], Policy]) -> Policy:
+    """The trained policy in one piece in the first process; the others keep their parts."""
+    fresh = load() if world.first else policy
+    weights = dict(fresh.model.named_parameters()) if world.first else {}
+    for name, whole in shards.whole_weights():
+        if world.first:
+            weights[name].data.copy_(whole)
+    return fresh
+
+
+def _finish(
+    config: Config,
+    run: Run,
+    training: str,
+    about: dict[str, Any],
+    base: Path,
+    tokenizer: Any,
+    policy: Policy,
+    pairs: Pairs,
+    steps: int,
+    metrics: Metrics,
+    logps: PolicyLogps,
+    results: dict[str, float | None],
+    listener: Listener,
+) -> None:
+    """Save the policy, and write down what the training came to."""
     logps.write()
-
     sentences = [finding.sentence for finding in health.findings(metrics.rows(), config.train, steps)]
     durable.write_json(run.health, {"words": sentences})
-    results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
     card = model_card(config, run.name, about["reference_id"], len(pairs), results)
-    optimizer.state.clear()  # a second model is loaded to be compared
     differences = save_policy(policy, base, config, run, card, tokenizer, pairs.trees)
     policy_digest = identify_model(base, trusts_code=config.policy.trust_remote_code).digest
     facts = {"training": training, "policy": policy_digest, "steps": steps, "pairs": len(pairs), "results": results}
@@ -147,7 +235,6 @@ def train(config: Config, run: Run, *, restart: bool = False, listener: Listener
         listener.say(f"adapter   {run.adapter}")
     if run.model.is_dir():
         listener.say(f"model     {run.model}")
-    return Trained(steps, results)
 
 
 @dataclass(frozen=True)
@@ -166,6 +253,8 @@ class _Loop:
     logps: PolicyLogps
     steps: int
     listener: Listener
+    shards: Shards | None
+    world: World
 
     def run(self, first: int) -> None:
         """Take the steps from `first` (0-based) on."""
@@ -202,17 +291,33 @@ class _Loop:
                     self._say_findings(kinds_said)
                     since = time.monotonic()
                 idle = time.monotonic() - saved
-                if done == self.steps or checkpoint_is_due(done, train.save_steps, idle, writing):
+                if done == self.steps or self._is_due(done, idle, writing):
                     started = time.monotonic()
                     self.metrics.flush()
-                    self.logps.write()
+                    if self.world.first:
+                        self.logps.write()
                     self._save(done)
                     since = saved = time.monotonic()
                     writing = since - started
 
+    def _is_due(self, done: int, idle: float, writing: float) -> bool:
+        save_steps = self.config.train.save_steps
+        # by the clock of the first process
+        by_time = save_steps is None and is_due(done, SAVE_STEPS)
+        due: bool = (
+            self.world.once(lambda: checkpoint_is_due(done, save_steps, idle, writing))
+            if by_time
+            else checkpoint_is_due(done, save_steps, idle, writing)
+        )
+        return due
+
     def _save(self, done: int) -> None:
         root, kept = self.directories.checkpoints, self.config.train.save_total_limit
-        save_checkpoint(root, done, self.training, self.policy.model, self.optimizer, kept, self.logps.state())
+        whole = self.shards.state(self.optimizer) if self.shards else None
+        self.world.once(lambda: self._write(root, done, kept, whole))
+
+    def _write(self, root: Path, done: int, kept: int, whole: Any) -> None:
+        save_checkpoint(root, done, self.training, self.policy.model, self.optimizer, kept, self.logps.state(), whole)
 
     def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
         """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
@@ -222,15 +327,18 @@ class _Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
             with offloaded_activations(self.policy.model) if train.activation_offloading else nullcontext():
-                means = accumulate(self.policy.forward, self.pairs, rows, train, self.logps.note)
+                means = accumulate(self.policy.forward, self.pairs, rows, train, self.logps.note, self.world)
             if self.in_backward is None:
-                values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means)
+                clipping = self.shards.clip if self.shards else None
+                values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means, clipping)
             else:
                 values = numbers({**means, "grad_norm": self.in_backward.grad_norm()})
             must_be_finite(values, self.pairs, rows, train)
             self.logps.keep_step(number - 1)
         except NotFinite as stop:
             self.metrics.close()
+            if not self.world.first:
+                raise Followed(stop.exit_code) from None
             self.logps.write()
             path = self.directories.directory / "not_finite.json"
             durable.write_json(path, {"step": number, "problem": str(stop), "pair_ids": stop.pair_ids})
@@ -243,7 +351,7 @@ class _Loop:
         if not len(self.held_out):
             return
         self.policy.model.eval()
-        values = evaluate(self.policy.forward, self.held_out, self.config.train, self.logps.note)
+        values = evaluate(self.policy.forward, self.held_out, self.config.train, self.logps.note, self.world)
         self.logps.keep_evaluation(step)
         self.policy.model.train()
         self.metrics.add(step, values, prefix="eval_")

@@ -14,11 +14,11 @@ from pipeline.artifacts.tables import IMPORTED_BY
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError
-from pipeline.forward.logps import Forward
 from pipeline.models.identity import identify_model, weights_digest
 from pipeline.precompute.agreement import TOLERANCES, agreement, agreement_of_sums
 from pipeline.progress import Listener
 from pipeline.training.examples import Pairs
+from pipeline.training.parallel.world import ALONE, World
 from pipeline.training.policies import Policy, precision_of
 
 GATE_PAIRS = 8
@@ -30,7 +30,7 @@ _SUSPECTS = {
 
 
 @torch.no_grad()
-def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: str, beta: float) -> dict[str, object]:
+def measure_gate(forward: Any, pairs: Pairs, rows: Sequence[int], numerics: str, beta: float) -> dict[str, object]:
     """Compare the policy's logps before step 1 with the stored reference, on `rows`.
 
     `numerics` names the coarser of the two arithmetics (a key of TOLERANCES). Differences are policy minus reference; see
@@ -58,22 +58,35 @@ def measure_gate(forward: Forward, pairs: Pairs, rows: Sequence[int], numerics: 
 
 
 def check_gate(
-    config: Config, run: Run, about: dict[str, Any], base: Path, policy: Policy, pairs: Pairs, listener: Listener
+    config: Config,
+    run: Run,
+    about: dict[str, Any],
+    base: Path,
+    policy: Policy,
+    pairs: Pairs,
+    listener: Listener,
+    world: World = ALONE,
 ) -> None:
     """Write gate.json; raises CheckError if the policy should agree with the stored scores and does not.
 
-    `about`: what pairs.parquet says of itself. `base`: the directory that the policy was loaded from.
+    `about`: what pairs.parquet says of itself. `base`: the directory that the policy was loaded from. All processes of `world`
+    measure, the first one writes.
     """
+
+    def write(figures: dict[str, object]) -> None:
+        if world.first:
+            durable.write_json(run.gate, figures)
+
     reason = None
     if reference_free(config.train):
         reason = "nothing is compared with the reference"
     elif weights_digest(base) != about["weights_digest"]:
         reason = "the policy does not start from the reference's weights"
     if reason:
-        durable.write_json(run.gate, {"applies": False, "reason": reason})
+        write({"applies": False, "reason": reason})
         listener.say(f"gate      does not apply: {reason}")
         return
-    if not isinstance(policy.forward, Forward):
+    if config.train.objective == "reward":
         return  # a reward model compares nothing with the reference, as was said above
     policy.model.eval()
     precise = precision_of(config) == torch.float32 and about.get("dtype") == "float32"
@@ -92,10 +105,10 @@ def check_gate(
     elif about.get("model") != identify_model(base, trusts_code=config.policy.trust_remote_code).digest:
         reason = "the policy has the reference's weights, but not its configuration or its code"
     if reason:
-        durable.write_json(run.gate, {**figures, "applies": False, "reason": reason})
+        write({**figures, "applies": False, "reason": reason})
         listener.say(f"gate      does not apply ({reason}): {text}")
         return
-    durable.write_json(run.gate, figures)
+    write(figures)
     if not figures["passed"]:
         raise CheckError(
             f"the gate is closed: {text}; allowed are {figures['tolerance_mean_signed']} and "

@@ -1,0 +1,135 @@
+"""The processes of one training, as torchrun starts them. One alone is a world of size 1, in which nothing is sent.
+
+The first process writes all files and speaks; what it finds before the first step the others are told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from pipeline.errors import RefscoreError
+from pipeline.hardware import device_kind
+
+# a process that is gone is noticed by torchrun, which ends the others; what takes long is the first one's writing
+_PATIENCE = timedelta(hours=12)
+
+
+# what gloo says where a process that it sends to is gone
+_GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+
+
+class OtherGone(RefscoreError):
+    """Another process of the training ended before this one; what ended it says why."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this training has ended, which says why itself, or was killed")
+
+
+class Followed(RefscoreError):
+    """The first process failed and has said why; this one ends with the same code and says nothing."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("")
+        self.exit_code = code
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's number `rank`, from 0, among `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of `values`, which every process must give in the same shape."""
+        if self.alone:
+            return values
+        summed = values.clone()
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    def gathered(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The values of every process, of one shape, in the order of their ranks."""
+        if self.alone:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, values)
+        return parts
+
+    def once(self, find: Callable[[], Any]) -> Any:
+        """What `find`, called in the first process alone, returns, a value for JSON; every process gets it.
+
+        Raises what `find` raises in the first process, and Followed in the others.
+        """
+        if self.alone:
+            return find()
+        told: dict[str, Any]
+        if self.first:
+            try:
+                told = {"found": find()}
+            except RefscoreError as error:
+                self._tell({"failed": error.exit_code})
+                raise
+            self._tell(told)
+        else:
+            told = self._told()
+            if "failed" in told:
+                raise Followed(told["failed"])
+        return told["found"]
+
+    def _tell(self, told: dict[str, Any]) -> None:
+        content = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+        for tensor in (torch.tensor([len(content)]), content):
+            torch.distributed.broadcast(tensor.to(_place()), 0)
+
+    def _told(self) -> dict[str, Any]:
+        length = torch.zeros(1, dtype=torch.int64, device=_place())
+        torch.distributed.broadcast(length, 0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=_place())
+        torch.distributed.broadcast(content, 0)
+        told: dict[str, Any] = json.loads(content.cpu().numpy().tobytes())
+        return told
+
+
+ALONE = World()
+
+
+def _place() -> torch.device:
+    return torch.device(device_kind())
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """The world that torchrun, or srun with its variables, put this process in: NCCL between GPUs, gloo between processors."""
+    size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    if size == 1:
+        yield ALONE
+        return
+    if device_kind() == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if device_kind() == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_PATIENCE)
+    try:
+        yield World(rank, size)
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _GONE):
+            raise OtherGone from None
+        raise
+    # not after a failure: the others may wait for this process elsewhere
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,24 @@
+"""Trainings of several cases one after the other in the processes that torchrun starts: `-m tests.training.many PLACE CASE...`.
+
+Each case is a configuration PLACE/CASE.yaml whose run is named CASE-<world's size>, or after an `=`. The pairs are there already.
+"""
+
+import sys
+from pathlib import Path
+
+from pipeline.artifacts.runs import open_run
+from pipeline.config.files import load_config
+from pipeline.training.parallel.world import world
+from pipeline.training.train import train
+
+
+def main(cases: list[str]) -> None:
+    """Train every case."""
+    with world() as here:
+        for case in cases:
+            name, _, run = case.partition("=")
+            train(load_config(Path(f"{name}.yaml")), open_run(run or f"{name}-{here.size}"), world=here)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

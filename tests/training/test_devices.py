@@ -1,0 +1,135 @@
+"""Many processes train what one does: FSDP2 over gloo on processors, every objective, resumed on other numbers of processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERYTHING = bool(os.environ.get("REFSCORE_DEVICES"))
+SIZES = (1, 2, 4) if EVERYTHING else (1, 2)
+LORA = {"policy": {"lora": {"r": 4, "alpha": 8, "merge": False}}}
+CASES = {
+    "sigmoid": {},
+    "ipo": {"train": {"loss_type": ["ipo"]}},
+    "aot": {"train": {"loss_type": ["aot"]}},
+    "sft": {"train": {"loss_type": ["sigmoid", "sft"]}},
+    "simpo": {"train": {"loss_type": ["simpo"], "beta": 2.0}},
+    "reward": {"train": {"objective": "reward"}},
+    "lora": LORA,
+    "bfloat16": {"train": {"precision": "bfloat16"}},
+}
+if not EVERYTHING:
+    # the whole takes minutes: make test-devices
+    CASES = {name: CASES[name] for name in ("aot", "lora")}
+FIRST = next(iter(CASES))
+
+
+def launched(where, size, *cases, code=0):
+    """Runs `tests.training.many` in `size` processes; its output."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        # gloo asks the machine's name for an address, which not every machine can resolve
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, "-m", "tests.training.many", *cases]
+    if size > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command = [sys.executable, *launcher, *command[1:]]
+    done = subprocess.run(command, check=False, cwd=where, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model):
+    """Runs of every case in one, two and four processes, of pairs that were scored once."""
+    where = tmp_path_factory.mktemp("devices")
+    data = write_rows(where / "d.jsonl", preference_rows(40))
+    for name, sections in CASES.items():
+        # small enough a rate that Adam does not blow digits up, and trees of very different length
+        train = {
+            "max_steps": 6,
+            "per_device_train_batch_size": 8,
+            "eval_steps": 3,
+            "save_steps": 3,
+            "learning_rate": 1e-4,
+        }
+        whole = {**sections, "train": {**train, "tokens_per_batch": 256, **sections.get("train", {})}}
+        experiment(where, tiny_model, data, **whole).rename(where / f"{name}.yaml")
+    refscore_here(where, "precompute", "--config", f"{FIRST}.yaml", "--run", "scored")
+    for size in SIZES:
+        for name in CASES:
+            run = where / f"data/runs/{name}-{size}"
+            run.mkdir(parents=True)
+            shutil.copy(where / "data/runs/scored/pairs.parquet", run)
+        launched(where, size, *CASES)
+    return where
+
+
+def read(where, run):
+    """What a run's training gave: metrics, weights."""
+    directory = where / "data/runs" / run
+    file = next(
+        path
+        for path in (directory / "model/model.safetensors", directory / "adapter/adapter_model.safetensors")
+        if path.exists()
+    )
+    return pl.read_parquet(directory / "metrics.parquet"), load_file(file)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize("case", CASES)
+def test_many_processes_train_what_one_does(place, case, size):
+    (one, weights), (many, others) = read(place, f"{case}-1"), read(place, f"{case}-{size}")
+    within = 2e-2 if case == "bfloat16" else 1e-6
+    for name in ("loss", "eval_loss"):
+        assert ((one[name] - many[name]).abs() / one[name].abs().clip(1)).max() <= within, name
+    assert one["loss"].n_unique() > 3
+    assert weights.keys() == others.keys()
+    differences = [(weights[name].float() - others[name].float()).abs().max().item() for name in weights]
+    assert max(differences) <= (1e-3 if case == "bfloat16" else 1e-6)
+
+
+def test_what_single_pairs_were_given_is_kept_of_all_processes(place):
+    one, many = (pl.read_parquet(place / f"data/runs/{FIRST}-{size}/policy_logps.parquet") for size in (1, SIZES[-1]))
+    both = one.join(many, on=["pair_id", "split", "step"])
+    assert len(one) == len(many) == len(both) > 40
+    assert (both["chosen_logps"] - both["chosen_logps_right"]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (2, 2)] if EVERYTHING else [(1, 2), (2, 2)])
+def test_a_training_goes_on_in_another_number_of_processes(place, before, after):
+    case, run = ("lora", "lora") if before == 1 else (FIRST, FIRST)
+    new = f"{run}-from-{before}-to-{after}"
+    directory = place / "data/runs" / new
+    shutil.copytree(place / f"data/runs/{run}-{before}", directory)
+    for name in ("model", "adapter", "checkpoints/step_000006"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / "provenance.json").unlink()
+    said = launched(place, after, f"{case}={new}")
+    assert "Traceback" not in said
+    (_, weights), (_, again) = read(place, f"{run}-{before}"), read(place, new)
+    if before == after:
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+    else:
+        assert max((weights[name] - again[name]).abs().max().item() for name in weights) <= 1e-6
+
+
+def test_settings_that_many_processes_do_not_know_are_refused_before_anything_is_loaded(place):
+    content = yaml.safe_load((place / f"{FIRST}.yaml").read_text())
+    content["train"]["optimizer"] = "adafactor"
+    (place / "adafactor.yaml").write_text(yaml.safe_dump(content))
+    said = launched(place, 2, "adafactor", code=1)
+    assert "its state spans whole weights; set adamw" in said
