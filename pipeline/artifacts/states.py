@@ -116,7 +116,7 @@ def _steps(run: Run) -> tuple[int | None, int | None]:
         column = pq.read_table(run.metrics, columns=["step"])["step"].to_pylist()
     except (OSError, pa.ArrowException):
         column = []
-    return max(column, default=0 if run.training.is_file() else None), steps
+    return max((step for step in column if step is not None), default=0 if run.training.is_file() else None), steps
 
 
 def _figures(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from pipeline.config.judges import IMPLICIT
+from pipeline.report.side_by_side import visible
 
 # the port of `refscore view` unless it is told another one
 PORT = 7788
@@ -25,8 +26,10 @@ def samples(
     """The comparisons of a run's samples, as far as they pass all filters that are given; the empty topic is that of prompts
     without one.
     """
+    # the pages show, and so filter, a topic with its hidden characters written out
+    shown = None if topic is None else visible(topic)
     return _address(
-        f"{_quoted(run)}/samples", model=model, baseline=baseline, judge=judge, outcome=outcome, topic=topic
+        f"{_quoted(run)}/samples", model=model, baseline=baseline, judge=judge, outcome=outcome, topic=shown
     )
 
 

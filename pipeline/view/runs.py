@@ -97,13 +97,12 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
     if len(runs) < 2:
         raise ConfigError("name two runs or more to see them side by side")
     baseline = runs[0].name
-    found = []
-    for difference in differences(runs):
-        sides = {side: side.split(", ") for side in (difference.first, difference.second)}
-        other = [side for side, names in sides.items() if baseline not in names]
-        if len(other) == 1:
-            turned = -1 if other[0] == difference.second else 1
-            found.append({"judge": difference.judge, "run": other[0], **_minus_baseline(difference.paired, turned)})
+    # each is of a later run, or runs of several seeds, minus an earlier
+    found = [
+        {"judge": difference.judge, "run": difference.first, **_figures(difference.paired)}
+        for difference in differences(runs)
+        if baseline in difference.second.split(", ")
+    ]
     return {
         "runs": [run.name for run in runs],
         "unlike": unlike(runs),
@@ -113,13 +112,12 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _minus_baseline(found: Paired, turned: int) -> dict[str, Any]:
+def _figures(found: Paired) -> dict[str, Any]:
     interval = found.difference
-    ends = sorted((turned * interval.low, turned * interval.high))
     return {
-        "mean": turned * interval.mean,
-        "low": ends[0],
-        "high": ends[1],
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
         "p": found.p,
         "prompts": found.prompts,
         "comparisons": found.comparisons,

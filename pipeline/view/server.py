@@ -7,6 +7,7 @@ stands in a cookie that other sites' requests do not carry, and nothing that a p
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from starlette.staticfiles import StaticFiles
 from pipeline.errors import RefscoreError
 from pipeline.view.answers import NoAnswer, answer, as_json, found_rows, run_here, runs_compared
 from pipeline.view.ballot import cast, next_ballot, take_back
+
+log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 PORT = 7788
@@ -69,7 +72,13 @@ class _Guard(BaseHTTPMiddleware):
         self._hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
 
     async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = self._refusal(request) or self._entry(request) or await call_next(request)
+        response = self._refusal(request) or self._entry(request)
+        if response is None:
+            try:
+                response = await call_next(request)
+            except Exception:  # what nobody foresaw: its trace is for whoever started the server, and no page's
+                log.exception("an error in refscore: please report it")
+                response = PlainTextResponse("an error in refscore: the server's terminal says more\n", status_code=500)
         for name, value in (
             ("Content-Security-Policy", _POLICY),
             ("X-Content-Type-Options", "nosniff"),

@@ -22,6 +22,8 @@ from pipeline.view.comparisons import PAGE, Comparisons, comparisons
 from pipeline.view.pages import Stamp, columns, rows, stamp
 from pipeline.view.pieces import pieces
 
+# a sign that pages write out as its code point, in a text that was escaped for a pattern
+_WRITTEN_OUT = re.compile(r"\\\[U\\\+([0-9A-F]{4})\\\]")
 _SHOWN = ["prompt", "response", "finish_reason", "tokens"]
 
 
@@ -77,9 +79,11 @@ def tokens_page(run: Run, page: int) -> dict[str, Any]:
 
 
 def search(run: Run, number: int, text: str) -> list[int]:
-    """The rows of the `number`-th comparisons whose prompt or responses have `text` in them, in whatever case."""
+    """The rows of the `number`-th comparisons whose prompt or responses have `text` in them, in whatever case. A sign that pages
+    write out as its code point is found by that.
+    """
     index = comparisons(run, number)
-    pattern = f"(?i){re.escape(text)}"
+    pattern = f"(?i){_WRITTEN_OUT.sub(_or_the_sign, re.escape(text))}"
     try:
         hit = (
             pl.scan_parquet(run.samples)
@@ -94,6 +98,10 @@ def search(run: Run, number: int, text: str) -> list[int]:
     return table.filter(pl.col("row").is_in(hit.implode()) | pl.col("row_baseline").is_in(hit.implode()))[
         "place"
     ].to_list()
+
+
+def _or_the_sign(written: re.Match[str]) -> str:
+    return f"(?:{written[0]}|{re.escape(chr(int(written[1], 16)))})"
 
 
 def first_of(page: int, total: int) -> int:

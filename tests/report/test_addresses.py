@@ -3,6 +3,7 @@
 from urllib.parse import parse_qs, urlsplit
 
 from pipeline.report import addresses
+from pipeline.report.side_by_side import visible
 from pipeline.view import server
 
 PLACE = "http://127.0.0.1:7788/#/runs"
@@ -28,7 +29,7 @@ def test_no_name_breaks_out_of_its_parameter():
         address = addresses.judged("r", name, topic=name)
         query = parse_qs(urlsplit(address).fragment.partition("?")[2], keep_blank_values=True, strict_parsing=True)
         shown = [name.replace("\ud800", "?")]
-        assert query == {"model": ["policy"], "baseline": ["reference"], "judge": shown, "topic": shown}
+        assert query == {"model": ["policy"], "baseline": ["reference"], "judge": shown, "topic": [visible(name)]}
         assert address.isascii()
         assert not set(address) & set("\"'<> ")
 

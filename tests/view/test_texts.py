@@ -97,6 +97,13 @@ def test_a_search_finds_what_a_plain_scan_finds():
         assert expected or asked in ("no such text", "(?i)", "[a")
 
 
+def test_a_sign_that_is_shown_as_its_code_point_is_found_by_that_and_by_itself():
+    run = make_run(prompts=2, samples=1, texts=[("a\u202eb", "x", "y"), ("a[U+202E]b", "x", "y")])
+    assert search(run, 0, "a[u+202e]b") == [1]  # as a text, in whatever case
+    assert search(run, 0, "a[U+202E]b") == [0, 1]
+    assert search(run, 0, "a\u202eb") == [0]
+
+
 def test_text_that_hides_or_reorders_is_shown_as_what_it_is():
     run = make_run(prompts=len(HOSTILE), samples=1, texts=[(text, text, f"x {text} y") for text in HOSTILE])
     unseen = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
