@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config.judges import IMPLICIT
+from pipeline.config.judges import HUMAN, IMPLICIT
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
 from pipeline.evaluation.results import Baselines, Results
@@ -21,6 +21,12 @@ _RATE = [
     "sign test p",
 ]
 _COMPARED = "model = policy, baseline = reference"
+
+
+_OF_PEOPLE = (
+    f" {HUMAN} is what most of the people who voted prefer, on the prompts that they voted on. Each saw a comparison in one "
+    "order."
+)
 
 
 def sections(results: Results, run: str) -> list[Section]:
@@ -50,7 +56,8 @@ def _policy(results: Results, run: str) -> Section:
         "unless the judge gives probabilities: their log-odds are averaged over both orders. Ties count half. Won, tied and lost "
         "are prompts, by the mean over their samples; the links list single comparisons. Intervals are "
         "over prompts: a bootstrap, or Wilson's for few prompts or near-unanimous judges. implicit "
-        "asks whether training moved the policy towards the chosen response of held-out pairs.",
+        "asks whether training moved the policy towards the chosen response of held-out pairs."
+        + (_OF_PEOPLE if HUMAN in results.judged else ""),
         "win_rates",
         f"judgements.parquet, {_COMPARED}, judge as named; for implicit: pairs.parquet, split = eval",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config.judges import IMPLICIT
+from pipeline.config.judges import HUMAN, IMPLICIT
 from pipeline.evaluation.rates.statistics import Interval
 from pipeline.evaluation.rates.winrates import WinRate
 from pipeline.evaluation.results import END, Baselines, Cost, Results
@@ -142,6 +142,7 @@ def cautions(results: Results) -> list[str]:
         )
     for name, seen in results.judged.items():
         sentences += _of_judge(name, seen)
+    sentences += _of_people(results)
     sentences += [*_withheld(results), *_cut_off(results), *_by_ending(results, leading), *_in_the_end(results)]
     policy, reference = (results.responses.get(name) for name in ("policy", "reference"))
     if policy and reference:
@@ -221,6 +222,21 @@ def _of_judge(name: str, seen: WinRate) -> list[str]:
             f"{name}: at equal length the rate on {seen.prompts} prompts would be {controlled.mean:.0%} "
             f"({_between(controlled)}), so length explains part of the outcome."
         )
+    return sentences
+
+
+def _of_people(results: Results) -> list[str]:
+    """How many people voted on how much, and what of it is on responses that are gone."""
+    people = results.people
+    if people is None:
+        return []
+    sentences = []
+    if people.votes:
+        who = "one person prefers" if people.voters == 1 else f"most of {people.voters} people prefer"
+        sentences.append(f"{HUMAN} is what {who}, on {people.prompts} of {people.of_prompts} prompts.")
+    if people.elsewhere:
+        votes = "One vote is" if people.elsewhere == 1 else f"{people.elsewhere} votes are"
+        sentences.append(f"{votes} on other responses, and counted for nothing.")
     return sentences
 
 

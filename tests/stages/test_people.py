@@ -64,6 +64,7 @@ def voted(trained, evaluate):
 def test_a_second_evaluation_takes_votes_in_and_samples_nothing(voted, evaluate):
     _, run, asked = voted
     before = json.loads(run.eval.read_text())
+    assert "people who voted" not in run.report.read_text()
     assert "human" not in before["judges"]
     assert before["people"] is None
     said, told = evaluate()
@@ -93,6 +94,12 @@ def test_a_second_evaluation_takes_votes_in_and_samples_nothing(voted, evaluate)
     assert set(rows["order"]) <= {"policy_first", "reference_first"}
     assert "human" in run.report.read_text()
     assert "| human |" in run.report_markdown.read_text()
+    on_pages = f" is what most of 2 people prefer, on {prompts} of {all_prompts} prompts."
+    of_people = " is what most of the people who voted prefer"
+    assert on_pages in run.report_markdown.read_text()
+    assert on_pages in run.report.read_text()
+    assert of_people in run.report.read_text()
+    assert f"human{on_pages}" in said
     assert evaluate()[0].count("human: 16 votes") == 1
 
 
@@ -108,6 +115,7 @@ def test_votes_on_other_responses_are_counted_and_count_for_nothing(voted, evalu
     assert f"{elsewhere} votes are on other responses" in said
     assert results["people"]["elsewhere"] == elsewhere
     assert results["people"]["votes"] == 16 - elsewhere
+    assert f"{elsewhere} votes are on other responses, and counted for nothing." in run.report.read_text()
     # the earlier samples come back: so do the votes on them
     evaluate()
     assert json.loads(run.eval.read_text())["people"]["elsewhere"] == 0
