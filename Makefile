@@ -20,7 +20,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-view bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -37,7 +37,7 @@ plan: .venv/.run ## what stage 1 would score; loads no model
 	@$(refscore) precompute --plan $(options)
 
 train: .venv/.run ## stage 2: train the policy alone against the stored scores
-	@$(refscore) train --devices $(DEVICES) $(options)
+	@$(refscore) train $(if $(filter-out 1,$(DEVICES)),--devices $(DEVICES)) $(options)
 
 eval: .venv/.run ## stage 3: generate, judge, report
 	@$(refscore) eval $(options)
@@ -76,6 +76,9 @@ architectures: .venv/.test ## which families of models are read how; writes the 
 
 mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=training/objectives/losses for one file
 	@.venv/bin/python -m tests.mutants $(FILE)
+
+bench-balance: .venv/.test ## how evenly tokens are shared out among processes; no model runs
+	@.venv/bin/python -m tests.benchmarks.balance
 
 bench-store: .venv/.test ## the store with two million sequences: planning, reading, compaction
 	@.venv/bin/python -m tests.benchmarks.store

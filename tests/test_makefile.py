@@ -52,6 +52,11 @@ def test_a_name_that_was_given_is_passed_on_an_empty_one_too(make):
     assert make("train", RUN="a b") == ["train", *DEMO, "--run", "a b"]
 
 
+def test_devices_are_passed_to_the_training(make):
+    assert make("train", "DEVICES=2") == ["train", "--devices", "2", *DEMO]
+    assert make("train", "DEVICES=1") == ["train", *DEMO]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -84,26 +84,30 @@ class Forward:
         return logps, sums
 
 
-def forward_of(model: PreTrainedModel, layout: str, precision: torch.dtype = torch.float32) -> Forward:
+def forward_of(
+    model: PreTrainedModel, layout: str, precision: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Forward:
     """The forward pass of a causal language model over trees: for each tree and branch float32 [len(branch)], in nats.
 
     `layout`: "tree" reads a prompt once for its responses, "separate" once per response. `precision` bfloat16 runs the
-    layers (not the logits) under autocast. Raises ConfigError if the model's output layer does something that is not
-    reproduced here.
+    layers (not the logits) under autocast. `device`: where it will run, if that is not where the model lies now. Raises
+    ConfigError if the model's output layer does something that is not reproduced here.
     """
-    return Forward(hidden_states_of(model, layout, precision), output_layer_of(model), precision)
+    return Forward(hidden_states_of(model, layout, precision, device), output_layer_of(model), precision)
 
 
-def hidden_states_of(model: PreTrainedModel, layout: str, precision: torch.dtype) -> Hidden:
+def hidden_states_of(
+    model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+) -> Hidden:
     """The hidden states of merged trees under `layout` (tree, separate); says in the log if they are not packed whole."""
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
 
     def arithmetic() -> AbstractContextManager[object]:
         if precision == torch.bfloat16:
             return torch.autocast(device.type, torch.bfloat16)
         return FastProducts() if device.type == "cpu" else nullcontext()
 
-    route = route_of(model, precision)
+    route = route_of(model, precision, device)
     if route.why:
         ways = {
             "packed": "longer sequences each alone",

@@ -93,21 +93,23 @@ class Route:
         return torch.cat([parts[number] for number in range(len(trees))])
 
 
-def route_of(model: PreTrainedModel, precision: torch.dtype) -> Route:
-    """How `model` may read trees, in `precision` (bfloat16: under autocast). Sets its attention up for that."""
-    route = _route_of(model, precision)
+def route_of(model: PreTrainedModel, precision: torch.dtype, device: torch.device | None = None) -> Route:
+    """How `model` may read trees, in `precision` (bfloat16: under autocast) on `device`, or where it lies. Sets its attention
+    up for that.
+    """
+    route = _route_of(model, precision, device or next(model.parameters()).device)
     if route.kind == "packed":
         model.set_attn_implementation(attention.register())
     return route
 
 
-def _route_of(model: PreTrainedModel, precision: torch.dtype) -> Route:
+def _route_of(model: PreTrainedModel, precision: torch.dtype, device: torch.device) -> Route:
     name = model.config.get_text_config().model_type
     try:
         twin = twin_of(model)
     except NoTwin as reason:
         return Route("alone", f"{name}: {reason}")
-    modes = _modes(model, precision)
+    modes = _modes(model, precision, device)
     try:
         _states_and_gradients(twin, read_alone, _trees(_SHORT), _EXACT)
     except ConfigError:
@@ -183,10 +185,10 @@ def read_alone(model: PreTrainedModel, trees: Sequence[Tree]) -> torch.Tensor:
 # --- trying them on a twin
 
 
-def _modes(model: PreTrainedModel, precision: torch.dtype) -> list[Mode]:
+def _modes(model: PreTrainedModel, precision: torch.dtype, device: torch.device) -> list[Mode]:
     """In which modes the twin is compared: the exact one first, then the model's own if it is another."""
     weights = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    used = Mode(next(model.parameters()).device, weights, precision == torch.bfloat16)
+    used = Mode(device, weights, precision == torch.bfloat16)
     return [_EXACT] if used == _EXACT else [_EXACT, used]
 
 

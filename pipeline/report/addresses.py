@@ -10,7 +10,8 @@ from pipeline.report.side_by_side import visible
 
 # the port of `refscore view` unless it is told another one
 PORT = 7788
-_RUNS = f"http://127.0.0.1:{PORT}/#/runs"
+PLACE = f"http://127.0.0.1:{PORT}"
+_RUNS = f"{PLACE}/#/runs"
 Outcome = Literal["won", "tied", "lost", "flipped", "failed"]
 
 

@@ -52,8 +52,11 @@ def precision_of(config: Config) -> torch.dtype:
     return torch.float32 if precision == "float32" else torch.bfloat16
 
 
-def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Policy:
-    """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses.
+def load_policy(
+    base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int], *, waits: bool = False
+) -> Policy:
+    """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses. One that
+    `waits` stays in the machine's memory, to be brought to devices in parts, where its pass then runs.
 
     Raises ConfigError if the architecture, or this machine, cannot do what is asked.
     """
@@ -74,7 +77,7 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
     model = objective.load(base, config, tokenizer, ends, precision, **options)
     if policy.load_in_4bit:
         without_packing(model)
-    model = model.to(device_kind())
+    model = model if waits else model.to(device_kind())
     without_dropout(model)
     adapted = adapted_model(model, policy.lora, objective.adapter_task) if policy.lora else None
     if on_a_gpu(train.gradient_checkpointing):
@@ -82,7 +85,7 @@ def load_policy(base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, 
         model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         if adapted is not None:
             model.enable_input_require_grads()
-    forward = objective.forward_of(model, train.layout, precision)
+    forward = objective.forward_of(model, train.layout, precision, torch.device(device_kind()))
     if on_a_gpu(train.torch_compile) and compile_layers(model) == 0:
         log.warning("train.torch_compile: the layers of %s are not found, so none is compiled", type(model).__name__)
     return Policy(model, adapted, forward)

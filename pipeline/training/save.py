@@ -53,7 +53,7 @@ def save_policy(
     def check(
         name: str, place: Path, load: Callable[[], PreTrainedModel], expected: np.ndarray, *, rough: bool
     ) -> None:
-        difference = must_agree(load(), place, expected, trees, objective, coarse=rough)
+        difference = must_agree(load(), place, expected, trees, objective, coarse=rough, device=policy.model.device)
         differences[name] = difference
 
     if lora is None:

@@ -37,7 +37,7 @@ from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.metrics import Metrics
 from pipeline.training.optimizers import make_optimizer, numbers, update
-from pipeline.training.parallel.sharded import Shards, must_be_shardable
+from pipeline.training.parallel.sharded import Shards, mesh_of, must_be_shardable
 from pipeline.training.parallel.world import ALONE, Followed, World
 from pipeline.training.policies import Policy, load_policy
 from pipeline.training.policy_logps import PolicyLogps
@@ -98,10 +98,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     _must_fit_positions(base, config, pairs, held_out)
     steps = total_steps(len(pairs), config.train)
     torch.manual_seed(config.train.seed)
-    policy = load_policy(base, config, tokenizer, pairs.ends)
-    shards = None if world.alone else Shards(policy.model, policy.forward, world)
-    if shards is not None:
-        policy = replace(policy, forward=shards.forward)
+    policy, shards = _policy(base, config, tokenizer, pairs, world)
     optimizer = make_optimizer(shards.module() if shards else policy.model, config.train)
     if config.train.optimizer_in_backward:
         _must_be_single_passes(policy, pairs, config.train, steps)
@@ -155,7 +152,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     metrics.close()
     optimizer.state.clear()  # a second model is loaded to be compared
     if shards is not None:
-        policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends))
+        policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends, waits=True))
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
     world.once(
         lambda: _finish(
@@ -191,6 +188,21 @@ def _checkpoint_of(run: Run, found: dict[str, Any]) -> Checkpoint | None:
     if "checkpoint" not in found:
         return None
     return Checkpoint(run.checkpoints / found["checkpoint"], found["step"], found["training"])
+
+
+def _policy(base: Path, config: Config, tokenizer: Any, pairs: Pairs, world: World) -> tuple[Policy, Shards | None]:
+    """The policy, in shards if several processes train it; on each machine one process after the other holds it whole."""
+    if world.alone:
+        return load_policy(base, config, tokenizer, pairs.ends), None
+    mesh = mesh_of(world)
+
+    def in_shards() -> tuple[Policy, Shards]:
+        policy = load_policy(base, config, tokenizer, pairs.ends, waits=True)
+        shards = Shards(policy.model, policy.forward, world, mesh)
+        return_freed_memory()
+        return replace(policy, forward=shards.forward), shards
+
+    return world.in_turn(in_shards)
 
 
 def _whole(shards: Shards, policy: Policy, world: World, load: Callable[[], Policy]) -> Policy:

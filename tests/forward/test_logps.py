@@ -126,7 +126,7 @@ def routed(monkeypatch):
 def test_the_layers_run_in_the_arithmetic_that_is_asked_for(routed, layout, device, precision, autocast, fast):
     model = Model(device)
     found = hidden_states_of(model, layout, precision)
-    assert routed.asked == [(model, precision)]
+    assert routed.asked == [(model, precision, torch.device(device))]
     assert found.of(TREES) == "hidden"
     assert routed.seen == [(model, TREES, layout == "tree", autocast, fast)]
     assert found.tokens(TREES) == (3, layout == "tree")
@@ -158,7 +158,10 @@ def test_layers_and_output_layer_are_of_one_model_and_one_precision(routed, monk
     model = Model()
     found = forward_of(model, "separate", precision)
     assert (found.layer, found.precision) == (("layer of", model), precision)
-    assert routed.asked == [(model, precision)]
+    assert routed.asked == [(model, precision, torch.device("cpu"))]
+    elsewhere = hidden_states_of(model, "separate", precision, torch.device("meta"))
+    assert routed.asked[1:] == [(model, precision, torch.device("meta"))]
+    assert elsewhere.tokens(TREES) == (3, False)
     found.hidden.of(TREES)
     assert routed.seen[0][2] is False
     assert forward_of(model, "tree").precision == torch.float32

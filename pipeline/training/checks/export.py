@@ -14,7 +14,7 @@ import torch
 
 from pipeline.errors import CheckError
 from pipeline.forward.trees import Tree
-from pipeline.hardware import device_kind, return_freed_memory
+from pipeline.hardware import return_freed_memory
 from pipeline.precompute.agreement import TOLERANCES
 from pipeline.training.objectives.objective import Objective
 
@@ -51,13 +51,15 @@ def must_agree(
     objective: Objective,
     *,
     coarse: bool,
+    device: torch.device,
 ) -> float:
     """Mean absolute difference between an exported model, loaded again from `place`, and the outputs when it was trained.
+    `device`: where both are computed.
 
     `coarse`: some of the weights have, or had, 16 bits or fewer. Raises CheckError if the difference is more than arithmetic
     makes.
     """
-    again = outputs_of(exported.to(device_kind()), trees, objective)
+    again = outputs_of(exported.to(device), trees, objective)
     return_freed_memory()
     difference = float(np.abs(again - trained).mean()) if len(again) == len(trained) else float("nan")
     allowed = TOLERANCES["bfloat16" if coarse else "float32"][1]

@@ -45,8 +45,10 @@ class Objective(Protocol):
         """The model of a directory in float32: what was saved, or the base of an adapter. `like` is the trained one."""
         ...
 
-    def forward_of(self, model: PreTrainedModel, layout: str, precision: torch.dtype) -> Any:
-        """The model's pass over trees; its method `tokens(trees)` counts what it reads for them."""
+    def forward_of(
+        self, model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+    ) -> Any:
+        """The model's pass over trees on `device`, or where the model lies; its method `tokens(trees)` counts what it reads."""
         ...
 
     def terms(

@@ -48,9 +48,11 @@ class Preference:
         """See `Objective.load_again`."""
         return load_causal_lm(directory, config.policy, torch.float32, **options)
 
-    def forward_of(self, model: PreTrainedModel, layout: str, precision: torch.dtype) -> Forward:
+    def forward_of(
+        self, model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+    ) -> Forward:
         """See `Objective.forward_of`."""
-        return forward_of(model, layout, precision)
+        return forward_of(model, layout, precision, device)
 
     def terms(
         self, forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float

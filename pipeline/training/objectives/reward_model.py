@@ -92,9 +92,11 @@ class RewardModel:
         )
         return model
 
-    def forward_of(self, model: PreTrainedModel, layout: str, precision: torch.dtype) -> Rewards:
+    def forward_of(
+        self, model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+    ) -> Rewards:
         """See `Objective.forward_of`."""
-        return rewards_of(model, layout, precision)
+        return rewards_of(model, layout, precision, device)
 
     def terms(
         self,
@@ -110,9 +112,11 @@ class RewardModel:
         return bradley_terry_loss(chosen, rejected), None
 
 
-def rewards_of(model: PreTrainedModel, layout: str, precision: torch.dtype) -> Rewards:
+def rewards_of(
+    model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+) -> Rewards:
     """The scoring function of a one-label sequence classifier."""
-    return Rewards(hidden_states_of(model, layout, precision), model.score)
+    return Rewards(hidden_states_of(model, layout, precision, device), model.score)
 
 
 def load_reward_model(

@@ -20,10 +20,12 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.forward.compiled import decoder_layers
 from pipeline.forward.logps import Forward
 from pipeline.forward.trees import Tree
+from pipeline.hardware import device_kind
 from pipeline.training.checkpoint import INTEGER, Checkpoint
 from pipeline.training.parallel.world import World
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from pipeline.config.experiment import Config
@@ -43,17 +45,23 @@ def must_be_shardable(config: Config, world: World) -> None:
         )
 
 
+def mesh_of(world: World) -> DeviceMesh:
+    """All processes in a row; all must call it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_kind(), (world.size,))
+
+
 class Shards:
     """The weights of `model` in parts. `forward` is the pass that reads them; `learning` are this process's parts of the weights
     that learn, by name, for an optimizer that knows nothing of the others.
     """
 
-    def __init__(self, model: PreTrainedModel, forward: Any, world: World) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
+    def __init__(self, model: PreTrainedModel, forward: Any, world: World, mesh: DeviceMesh) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         self._world, self._names = world, [name for name, weight in model.named_parameters() if weight.requires_grad]
-        mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
+        # each layer is brought to the device as it is cut up
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh)
         root = _Root(model, forward)
@@ -105,9 +113,7 @@ class Shards:
         for name, whole in self.whole_weights():
             if self._world.first:
                 weights[name] = whole.cpu()
-        states = {
-            f"random/cpu{_of(rank)}": part for rank, part in enumerate(self._world.gathered(torch.get_rng_state()))
-        }
+        states = dict(self._chance())
         for name, part in self.learning.items():
             like: Any = self._weights[name]
             fields: dict[str, Any] = optimizer.state.get(part, {})
@@ -151,11 +157,21 @@ class Shards:
                     field.removesuffix(INTEGER): self._state(states, name, field) for field in fields.get(name, [])
                 }
             ranks = len([key for key in states.keys() if key.startswith("random/cpu")])  # noqa: SIM118
-            if ranks == self._world.size:
-                torch.set_rng_state(states.get_tensor(f"random/cpu{_of(self._world.rank)}"))
-            else:
-                # of as many processes as before, chance goes on where it was; else it begins anew, another in each
-                torch.manual_seed(hash((torch.initial_seed(), checkpoint.step, self._world.rank)) % 2**63)
+            if ranks != self._world.size:
+                # of as many processes as before chance goes on where it was; else it begins anew, another in each
+                torch.manual_seed(torch.initial_seed() + 1_000_003 * checkpoint.step + self._world.rank)
+                return
+            torch.set_rng_state(states.get_tensor(f"random/cpu{_of(self._world.rank)}"))
+            if (of_the_gpu := f"random/cuda{_of(self._world.rank)}") in states.keys():  # noqa: SIM118
+                torch.cuda.set_rng_state(states.get_tensor(of_the_gpu))
+
+    def _chance(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The state of chance of every process, by name; all must take part."""
+        device = next(iter(self.learning.values())).device
+        kinds = {"cpu": torch.get_rng_state, **({"cuda": torch.cuda.get_rng_state} if device.type == "cuda" else {})}
+        for kind, state in kinds.items():
+            for rank, part in enumerate(self._world.gathered(state().to(device))):
+                yield f"random/{kind}{_of(rank)}", part.cpu()
 
     def _state(self, states: Any, name: str, field: str) -> Any:
         key = f"{name}/{field}"

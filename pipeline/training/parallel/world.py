@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.errors import RefscoreError
 from pipeline.hardware import device_kind
 
+Made = TypeVar("Made")
 # a process that is gone is noticed by torchrun, which ends the others; what takes long is the first one's writing
 _PATIENCE = timedelta(hours=12)
 
@@ -71,6 +72,18 @@ class World:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         torch.distributed.all_gather(parts, values)
         return parts
+
+    def in_turn(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns, called in one process of each machine after the other, so that only one takes the memory for it."""
+        if self.alone:
+            return make()
+        here, most = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        made: list[Made] = []
+        for turn in range(max(int(size) for size in self.gathered(torch.tensor([most], device=_place())))):
+            if turn == here:
+                made.append(make())
+            torch.distributed.barrier()
+        return made[0]
 
     def once(self, find: Callable[[], Any]) -> Any:
         """What `find`, called in the first process alone, returns, a value for JSON; every process gets it.
