@@ -52,7 +52,7 @@ test: .venv/.test ## the tests, two at a time (real vLLM on CPU)
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: .venv/.test ## refscore view in Chromium: what make test has of it, and every page in both schemes at both widths
-	@REFSCORE_BROWSER=1 .venv/bin/python -m pytest tests/view
+	@REFSCORE_BROWSER=1 .venv/bin/python -m pytest tests/view tests/report/test_browser.py
 
 check: .venv/.test ## lint and strict types
 	@.venv/bin/ruff check .

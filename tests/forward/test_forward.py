@@ -254,7 +254,7 @@ def test_flex_attention_gives_what_the_dense_masks_give():
 )
 def test_a_way_of_reading_is_tried_in_the_arithmetic_of_training_too(weights, precision, used):
     """Kernels for other dtypes are other kernels."""
-    modes = routes._modes(build(MODELS["llama"]).to(weights), precision)
+    modes = routes._modes(build(MODELS["llama"]).to(weights), precision, torch.device("cpu"))
     assert [(mode.weights, mode.autocast) for mode in modes] == [(torch.float32, False), *used]
 
 

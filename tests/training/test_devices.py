@@ -109,7 +109,8 @@ def test_what_single_pairs_were_given_is_kept_of_all_processes(place):
     assert (both["chosen_logps"] - both["chosen_logps_right"]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (2, 2)] if EVERYTHING else [(1, 2), (2, 2)])
+@pytest.mark.skipif(not EVERYTHING, reason="each starts torchrun anew: make test-devices")
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (2, 2)])
 def test_a_training_goes_on_in_another_number_of_processes(place, before, after):
     case, run = ("lora", "lora") if before == 1 else (FIRST, FIRST)
     new = f"{run}-from-{before}-to-{after}"

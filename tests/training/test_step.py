@@ -182,7 +182,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_forward_pass_reads_no_more_than_its_budget_whatever_the_way(pairs, reference, way, layout, monkeypatch):
     """What reaches the embeddings is counted, filling of packs to a rounded width left out."""
-    monkeypatch.setattr("pipeline.forward.logps.route_of", lambda model, precision: WAYS[way])
+    monkeypatch.setattr("pipeline.forward.logps.route_of", lambda model, precision, device: WAYS[way])
     monkeypatch.setattr("pipeline.forward.trees._WIDTH", {})
     model = copy.deepcopy(reference)
     read = []

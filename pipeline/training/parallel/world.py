@@ -77,7 +77,9 @@ class World:
         """What `make` returns, called in one process of each machine after the other, so that only one takes the memory for it."""
         if self.alone:
             return make()
-        here, most = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        # what starts processes without torchrun may not say which share a machine: then all take turns
+        here = int(os.environ.get("LOCAL_RANK", self.rank))
+        most = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         made: list[Made] = []
         for turn in range(max(int(size) for size in self.gathered(torch.tensor([most], device=_place())))):
             if turn == here:
