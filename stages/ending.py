@@ -68,6 +68,11 @@ def run(app: Callable[..., object]) -> int:
                 return 1
             # Typer changes the stream if its reader went away (refscore --help | head)
             return 0 if sys.stdout is not stdout else _code(stop)
+        except KeyboardInterrupt:
+            # it came where nothing below could explain it
+            if LAUNCHED not in os.environ:
+                console.fail(_how_stopped())
+            return 1
         except RefscoreError as error:
             # one of many processes may have nothing to say, as another one does
             if str(error) and not (LAUNCHED in os.environ and _is_said_above(error)):

@@ -154,11 +154,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     if shards is not None:
         policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends, waits=True))
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
-    world.once(
-        lambda: _finish(
-            config, run, training, about, base, tokenizer, policy, pairs, steps, metrics, logps, results, listener
-        )
-    )
+    world.once(lambda: _finish(loop, policy, base, tokenizer, about["reference_id"], results))
     return Trained(steps, results)
 
 
@@ -216,37 +212,32 @@ def _whole(shards: Shards, policy: Policy, world: World, load: Callable[[], Poli
 
 
 def _finish(
-    config: Config,
-    run: Run,
-    training: str,
-    about: dict[str, Any],
-    base: Path,
-    tokenizer: Any,
-    policy: Policy,
-    pairs: Pairs,
-    steps: int,
-    metrics: Metrics,
-    logps: PolicyLogps,
-    results: dict[str, float | None],
-    listener: Listener,
+    loop: _Loop, policy: Policy, base: Path, tokenizer: Any, reference_id: str, results: dict[str, float | None]
 ) -> None:
     """Save the policy, and write down what the training came to."""
-    logps.write()
-    sentences = [finding.sentence for finding in health.findings(metrics.rows(), config.train, steps)]
+    config, run, pairs, metrics, say = loop.config, loop.directories, loop.pairs, loop.metrics, loop.listener.say
+    loop.logps.write()
+    sentences = [finding.sentence for finding in health.findings(metrics.rows(), config.train, loop.steps)]
     durable.write_json(run.health, {"words": sentences})
-    card = model_card(config, run.name, about["reference_id"], len(pairs), results)
+    card = model_card(config, run.name, reference_id, len(pairs), results)
     differences = save_policy(policy, base, config, run, card, tokenizer, pairs.trees)
     policy_digest = identify_model(base, trusts_code=config.policy.trust_remote_code).digest
-    facts = {"training": training, "policy": policy_digest, "steps": steps, "pairs": len(pairs), "results": results}
+    facts = {
+        "training": loop.training,
+        "policy": policy_digest,
+        "steps": loop.steps,
+        "pairs": len(pairs),
+        "results": results,
+    }
     record(run, config, "train", **facts, export_check=differences)
     for name, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
         before, after = metrics.first(f"eval_{name}"), metrics.last(f"eval_{name}")
         if before is not None and after is not None:
-            listener.say(f"held-out  {label} {before:.4f} -> {after:.4f}")
+            say(f"held-out  {label} {before:.4f} -> {after:.4f}")
     if policy.adapted is not None:
-        listener.say(f"adapter   {run.adapter}")
+        say(f"adapter   {run.adapter}")
     if run.model.is_dir():
-        listener.say(f"model     {run.model}")
+        say(f"model     {run.model}")
 
 
 @dataclass(frozen=True)

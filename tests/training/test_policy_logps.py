@@ -141,7 +141,7 @@ def must_be_trained(run, expected):
 
 
 # each way with one layout: both with each would be the same passes once more
-@pytest.mark.parametrize(("way", "layout"), zip(WAYS, ["tree", "separate"] * 2, strict=True))
+@pytest.mark.parametrize(("way", "layout"), list(zip(WAYS, ["tree", "separate"] * 2, strict=True)))
 def test_values_are_those_of_plain_passes_whatever_the_way(train, tiny_model, monkeypatch, layout, way):
     monkeypatch.setattr("pipeline.forward.logps.route_of", lambda model, precision, device: WAYS[way])
     # several forward passes a step, and two epochs whose border lies within a step
