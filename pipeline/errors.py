@@ -30,6 +30,13 @@ class CheckError(RefscoreError):
     exit_code = 4
 
 
+class OtherGone(RefscoreError):
+    """Another process of the training ended before this one; what ended it says why."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this training has ended, which says why itself, or was killed")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, cut at 200 characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

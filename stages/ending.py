@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import durable
-from pipeline.errors import RefscoreError, first_line
+from pipeline.errors import OtherGone, RefscoreError, first_line
 from stages import console, libraries
 
 if TYPE_CHECKING:
@@ -173,8 +173,6 @@ def from_the_last_stage() -> str:
 
 
 def _is_said_above(error: RefscoreError) -> bool:
-    from pipeline.training.parallel.world import OtherGone
-
     return isinstance(error, Interrupted | OtherGone)
 
 

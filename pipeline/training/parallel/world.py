@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.errors import RefscoreError
+from pipeline.errors import OtherGone, RefscoreError
 from pipeline.hardware import device_kind
 
 Made = TypeVar("Made")
@@ -25,13 +25,6 @@ _PATIENCE = timedelta(hours=12)
 
 # what gloo says where a process that it sends to is gone
 _GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
-
-
-class OtherGone(RefscoreError):
-    """Another process of the training ended before this one; what ended it says why."""
-
-    def __init__(self) -> None:
-        super().__init__("another process of this training has ended, which says why itself, or was killed")
 
 
 class Followed(RefscoreError):
