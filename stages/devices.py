@@ -92,8 +92,11 @@ def _perhaps(name: str) -> str:
 
 def _must_be_there(devices: int) -> None:
     if device_kind() == "cpu":
-        return
-    import torch
+        # each process takes memory for libraries of its own, and more of them than processors are slower
+        there, what = len(processors()), "processors"
+    else:
+        import torch
 
-    if devices > torch.cuda.device_count():
-        raise ConfigError(f"--devices {devices}: this machine has {torch.cuda.device_count()}")
+        there, what = torch.cuda.device_count(), "GPUs"
+    if devices > there:
+        raise ConfigError(f"--devices {devices}: this machine has {there} {what}")

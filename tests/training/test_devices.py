@@ -12,7 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+from pipeline.config.files import load_config
+from pipeline.errors import ConfigError
+from pipeline.hardware import processors
+from pipeline.training.parallel.sharded import must_be_shardable
+from pipeline.training.parallel.world import World
+from tests.conftest import experiment, preference_rows, refscore, refscore_here, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = bool(os.environ.get("REFSCORE_DEVICES"))
@@ -27,6 +32,9 @@ CASES = {
     "reward": {"train": {"objective": "reward"}},
     "lora": LORA,
     "bfloat16": {"train": {"precision": "bfloat16"}},
+    "recomputed": {"train": {"gradient_checkpointing": True}},
+    # fewer prompts in a step than processes: some read nothing that counts
+    "few": {"train": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}},
 }
 if not EVERYTHING:
     # the whole takes minutes: make test-devices
@@ -128,9 +136,33 @@ def test_a_training_goes_on_in_another_number_of_processes(place, before, after)
         assert max((weights[name] - again[name]).abs().max().item() for name in weights) <= 1e-6
 
 
-def test_settings_that_many_processes_do_not_know_are_refused_before_anything_is_loaded(place):
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"optimizer": "adafactor"}}, "its state spans whole weights; set adamw"),
+        ({"train": {"optimizer_in_backward": True, "max_grad_norm": None}}, "gradients are summed over devices first"),
+        ({"train": {"activation_offloading": True}}, "it would move gathered weights"),
+        ({"policy": {"load_in_4bit": True, "lora": {"r": 4}}}, "cannot be cut into shards"),
+    ],
+)
+def test_settings_that_many_devices_do_not_know_are_refused(tmp_path, tiny_model, sections, says):
+    config = load_config(experiment(tmp_path, tiny_model, tmp_path / "d.jsonl", **sections))
+    with pytest.raises(ConfigError, match=says):
+        must_be_shardable(config, World(0, 2))
+    plain = load_config(experiment(tmp_path, tiny_model, tmp_path / "d.jsonl"))
+    must_be_shardable(plain, World(0, 2))
+
+
+def test_more_devices_than_there_are_are_refused(place):
+    said = refscore_here(place, "train", "--config", f"{FIRST}.yaml", "--devices", "5000", code=2)
+    assert f"--devices 5000: this machine has {len(processors())} processors" in said or "GPUs" in said
+
+
+def test_what_is_refused_is_said_once_before_anything_is_loaded(place):
     content = yaml.safe_load((place / f"{FIRST}.yaml").read_text())
     content["train"]["optimizer"] = "adafactor"
     (place / "adafactor.yaml").write_text(yaml.safe_dump(content))
-    said = launched(place, 2, "adafactor", code=1)
-    assert "its state spans whole weights; set adamw" in said
+    command = ["train", "--config", "adafactor.yaml", "--devices", "2"]
+    said = refscore(place, *command, code=2, GLOO_SOCKET_IFNAME="lo")
+    assert said.count("error:") == 1
+    assert "does not know train.optimizer=adafactor" in said

@@ -38,6 +38,7 @@ def must_be_shardable(config: Config, world: World) -> None:
         (policy.load_in_4bit, "policy.load_in_4bit: its weights of four bits cannot be cut into shards"),
         (train.optimizer != "adamw", f"train.optimizer={train.optimizer}: its state spans whole weights; set adamw"),
         (train.optimizer_in_backward, "train.optimizer_in_backward: gradients are summed over devices first"),
+        (train.activation_offloading, "train.activation_offloading: it would move gathered weights to and fro too"),
     ]
     if reasons := [reason for applies, reason in refused if applies]:
         raise ConfigError(
