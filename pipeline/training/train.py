@@ -6,7 +6,6 @@ Training reads pairs.parquet and the policy; it never opens the reference model.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,40 +22,33 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.hardware import device_kind, peak_memory_gib, return_freed_memory
+from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.identity import identify_model
 from pipeline.models.load import load_tokenizer, vocabulary_digest
 from pipeline.models.locate import locate
 from pipeline.precompute.pairs_file import ensure_pairs
 from pipeline.progress import SILENT, Listener
-from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_policy_logps, save_checkpoint
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_policy_logps
 from pipeline.training.checks import health
 from pipeline.training.checks.gate import check_gate
 from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
-from pipeline.training.lean import StepInBackward, offloaded_activations
-from pipeline.training.metrics import Metrics
-from pipeline.training.optimizers import make_optimizer, numbers, update
+from pipeline.training.lean import StepInBackward
+from pipeline.training.loop import Loop
+from pipeline.training.optimizers import make_optimizer
 from pipeline.training.parallel.sharded import Shards, mesh_of, must_be_shardable
-from pipeline.training.parallel.world import ALONE, Followed, World
+from pipeline.training.parallel.world import ALONE, World
 from pipeline.training.policies import Policy, load_policy
-from pipeline.training.policy_logps import PolicyLogps
+from pipeline.training.records.metrics import Metrics
+from pipeline.training.records.policy_logps import PolicyLogps
+from pipeline.training.records.trackers import open_trackers
 from pipeline.training.resume import decide, trained_fields, training_digest
 from pipeline.training.save import model_card, save_policy
 from pipeline.training.schedule import (
-    SAVE_STEPS,
-    checkpoint_is_due,
-    is_due,
-    learning_rate,
     pairs_of_step,
     pairs_per_step,
     total_steps,
 )
-from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
-from pipeline.training.trackers import open_trackers
-
-# taking memory from the system again costs the step that follows a sixth of its time
-_STEPS_TO_RETURN_MEMORY = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
         check_gate(config, run, about, base, policy, pairs, listener, world)
 
     in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
-    loop = _Loop(
+    loop = Loop(
         config,
         run,
         training,
@@ -212,7 +204,7 @@ def _whole(shards: Shards, policy: Policy, world: World, load: Callable[[], Poli
 
 
 def _finish(
-    loop: _Loop, policy: Policy, base: Path, tokenizer: Any, reference_id: str, results: dict[str, float | None]
+    loop: Loop, policy: Policy, base: Path, tokenizer: Any, reference_id: str, results: dict[str, float | None]
 ) -> None:
     """Save the policy, and write down what the training came to."""
     config, run, pairs, metrics, say = loop.config, loop.directories, loop.pairs, loop.metrics, loop.listener.say
@@ -240,137 +232,6 @@ def _finish(
         say(f"model     {run.model}")
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """The steps of one training, and all that is written while they run."""
-
-    config: Config
-    directories: Run
-    training: str
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    in_backward: StepInBackward | None
-    pairs: Pairs
-    held_out: Pairs
-    metrics: Metrics
-    logps: PolicyLogps
-    steps: int
-    listener: Listener
-    shards: Shards | None
-    world: World
-
-    def run(self, first: int) -> None:
-        """Take the steps from `first` (0-based) on."""
-        train = self.config.train
-        if first == 0:
-            self._evaluate(0)
-        self.policy.model.train()
-        kinds_said: set[str] = set()
-        with self.listener.progress("training", self.steps, first) as ticker:
-            pending: list[dict[str, float]] = []
-            tokens, since = 0, time.monotonic()
-            saved, writing = since, 0.0
-            for step in range(first, self.steps):
-                rows = pairs_of_step(step, len(self.pairs), train)
-                rate = learning_rate(step, self.steps, train)
-                done = step + 1
-                values = self._step(done, rows, rate)
-                if done % _STEPS_TO_RETURN_MEMORY == 0:
-                    return_freed_memory()
-                pending.append(values)
-                tokens += sum(len(self.pairs.trees[row]) for row in rows)
-                if done % train.logging_steps == 0 or done == self.steps:
-                    values = {name: sum(row[name] for row in pending) / len(pending) for name in pending[0]}
-                    seconds = time.monotonic() - since
-                    values["learning_rate"] = rate
-                    values["step_seconds"] = seconds / len(pending)
-                    values["tokens_per_second"] = tokens / seconds
-                    values["peak_memory_gib"] = peak_memory_gib()
-                    self.metrics.add(done, values)
-                    pending, tokens, since = [], 0, time.monotonic()
-                ticker.advance(1, _line(values))
-                if done == self.steps or is_due(done, train.eval_steps):
-                    self._evaluate(done)
-                    self._say_findings(kinds_said)
-                    since = time.monotonic()
-                idle = time.monotonic() - saved
-                if done == self.steps or self._is_due(done, idle, writing):
-                    started = time.monotonic()
-                    self.metrics.flush()
-                    if self.world.first:
-                        self.logps.write()
-                    self._save(done)
-                    since = saved = time.monotonic()
-                    writing = since - started
-
-    def _is_due(self, done: int, idle: float, writing: float) -> bool:
-        save_steps = self.config.train.save_steps
-        # by the clock of the first process
-        by_time = save_steps is None and is_due(done, SAVE_STEPS)
-        due: bool = (
-            self.world.once(lambda: checkpoint_is_due(done, save_steps, idle, writing))
-            if by_time
-            else checkpoint_is_due(done, save_steps, idle, writing)
-        )
-        return due
-
-    def _save(self, done: int) -> None:
-        root, kept = self.directories.checkpoints, self.config.train.save_total_limit
-        whole = self.shards.state(self.optimizer) if self.shards else None
-        self.world.once(lambda: self._write(root, done, kept, whole))
-
-    def _write(self, root: Path, done: int, kept: int, whole: Any) -> None:
-        save_checkpoint(root, done, self.training, self.policy.model, self.optimizer, kept, self.logps.state(), whole)
-
-    def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
-        """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
-        train = self.config.train
-        try:
-            if self.in_backward is not None:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-            with offloaded_activations(self.policy.model) if train.activation_offloading else nullcontext():
-                means = accumulate(self.policy.forward, self.pairs, rows, train, self.logps.note, self.world)
-            if self.in_backward is None:
-                clipping = self.shards.clip if self.shards else None
-                values = update(self.policy.model, self.optimizer, rate, train.max_grad_norm, means, clipping)
-            else:
-                values = numbers({**means, "grad_norm": self.in_backward.grad_norm()})
-            must_be_finite(values, self.pairs, rows, train)
-            self.logps.keep_step(number - 1)
-        except NotFinite as stop:
-            self.metrics.close()
-            if not self.world.first:
-                raise Followed(stop.exit_code) from None
-            self.logps.write()
-            path = self.directories.directory / "not_finite.json"
-            durable.write_json(path, {"step": number, "problem": str(stop), "pair_ids": stop.pair_ids})
-            metrics = self.directories.metrics
-            self.listener.say(f"step {number}: the pairs are kept in {path}; metrics up to here in {metrics}")
-            raise
-        return values
-
-    def _evaluate(self, step: int) -> None:
-        if not len(self.held_out):
-            return
-        self.policy.model.eval()
-        values = evaluate(self.policy.forward, self.held_out, self.config.train, self.logps.note, self.world)
-        self.logps.keep_evaluation(step)
-        self.policy.model.train()
-        self.metrics.add(step, values, prefix="eval_")
-        self.listener.say(
-            f"step {step}: held-out loss {values['loss']:.4f}, margin {values['rewards/margins']:.3f}, "
-            f"accuracy {values['rewards/accuracies']:.3f}"
-        )
-
-    def _say_findings(self, kinds_said: set[str]) -> None:
-        """Say what looks wrong, each kind once."""
-        for finding in health.findings(self.metrics.rows(), self.config.train, self.steps):
-            if finding.kind not in kinds_said:
-                kinds_said.add(finding.kind)
-                self.listener.say(f"health    {finding.sentence}")
-
-
 def _must_be_single_passes(policy: Policy, pairs: Pairs, train: TrainConfig, steps: int) -> None:
     """Raise ConfigError if a step needs more than one forward pass: the gradients of the first would have to be kept."""
     budget = tokens_in_a_pass(train, device_kind())
@@ -394,10 +255,3 @@ def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:
             f"the longest pair has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
             f"data.max_length={limit} or less, run precompute again (nothing is scored twice), or choose another policy"
         )
-
-
-def _line(values: dict[str, float]) -> str:
-    text = f"loss {values['loss']:.4f}  margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.2f}"
-    if "tokens_per_second" in values:
-        text += f"  {values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.1f} GiB"
-    return text

@@ -49,7 +49,7 @@ MOMENTS = {
     },
     "train": {
         "loading the policy": ("pipeline.training.train", "load_policy", "1"),
-        "taking a step": ("pipeline.training.train", "accumulate", "4"),
+        "taking a step": ("pipeline.training.loop", "accumulate", "4"),
         "writing a checkpoint": ("pipeline.artifacts.durable", "reached", "checkpoint: optimizer written"),
         "saving the model": ("pipeline.training.save", "outputs_of", "1"),
     },

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import pipeline.training.loop
 import pipeline.training.train
 from pipeline.artifacts.runs import open_run
 from pipeline.artifacts.tables import POLICY_LOGPS, read_table
@@ -21,7 +22,7 @@ from pipeline.forward.routes import Route
 from pipeline.forward.trees import Tree
 from pipeline.training.checkpoint import load_policy_logps, newest_checkpoint
 from pipeline.training.examples import Pairs
-from pipeline.training.policy_logps import PolicyLogps
+from pipeline.training.records.policy_logps import PolicyLogps
 from pipeline.training.schedule import learning_rate, pairs_of_step
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 
@@ -67,7 +68,7 @@ def train(scored, tmp_path, monkeypatch):
 @contextmanager
 def interrupted(monkeypatch, step):
     """A context in which a training ends before it takes `step` (1-based)."""
-    inner, count = pipeline.training.train.accumulate, itertools.count(1)
+    inner, count = pipeline.training.loop.accumulate, itertools.count(1)
 
     def counting(*args):
         if next(count) == step:
@@ -75,7 +76,7 @@ def interrupted(monkeypatch, step):
         return inner(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.training.train, "accumulate", counting)
+        patch.setattr(pipeline.training.loop, "accumulate", counting)
         with pytest.raises(Interrupted):
             yield
 
@@ -322,7 +323,7 @@ def some(number):
 
 
 def test_tables_are_written_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.training.policy_logps._AT_ONCE", 4)
+    monkeypatch.setattr("pipeline.training.records.policy_logps._AT_ONCE", 4)
     logps = PolicyLogps(tmp_path / "t.parquet", some(11), some(3))
     sums = torch.arange(10, dtype=torch.float64).reshape(2, 5)
     logps.note([10, 0, 9, 1, 2], sums)

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.artifacts.runs import Run
 from pipeline.errors import ConfigError
-from pipeline.training import trackers
-from pipeline.training.trackers import open_trackers
+from pipeline.training.records import trackers
+from pipeline.training.records.trackers import open_trackers
 from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore_here, write_rows
 
 
@@ -54,7 +54,7 @@ TRACKED = """
 import json, sys
 from pathlib import Path
 from pipeline.artifacts.runs import Run
-from pipeline.training.trackers import open_trackers
+from pipeline.training.records.trackers import open_trackers
 (tracker,) = open_trackers(["trackio"], Run(Path("r")), "digest-1", {}, json.loads(sys.argv[1]))
 for step, names in json.loads(sys.argv[2]):
     tracker.log(step, dict.fromkeys(names, 1.0))

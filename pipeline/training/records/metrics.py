@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.artifacts.tables import METRICS, read_table, write_table
-from pipeline.training.trackers import Tracker
+from pipeline.training.records.trackers import Tracker
 
 _FLUSH_SECONDS = 5.0
 
