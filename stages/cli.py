@@ -262,7 +262,7 @@ def import_(
         typer.Option("--format", help="trl, jsonl, open_instruct, fairseq2; default: found out from the data."),
     ] = None,
 ) -> None:
-    """Take scores that others computed into the store, as imported and unverified; used only where they are asked for."""
+    """Take scores that others computed into the store, as imported and unverified; used only if they are asked for."""
     from pipeline.config.files import load_config
 
     resolved = load_config(config, set_ or [])

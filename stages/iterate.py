@@ -22,7 +22,7 @@ from stages.steps import step
 
 
 def main(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
-    """Every round: precompute, train, pairs; then one evaluation of all. Raises ConfigError where scores are imported."""
+    """Every round: precompute, train, pairs; then one evaluation of all. Raises ConfigError if scores are imported."""
     started = time.monotonic()
     if config.reference.engine == IMPORTED and rounds > 1:
         raise ConfigError(

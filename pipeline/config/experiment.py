@@ -213,7 +213,7 @@ class Config(Section):
         if self.policy.dtype == "bfloat16" and self.train.precision == "float32":
             problems.append("policy.dtype=bfloat16 computes in bfloat16: train.precision=float32 does not fit it")
         problems += _import_problems(self.reference)
-        # where scores are imported, vLLM scores the new sequences of stage three
+        # if scores are imported, vLLM scores the new sequences of stage three
         if self.reference.tensor_parallel_size > 1 and self.reference.engine == "transformers":
             problems.append("reference.tensor_parallel_size spreads vLLM's model: it needs reference.engine=vllm")
         if self.reference.kv_cache_gib is not None and self.reference.engine == "transformers":

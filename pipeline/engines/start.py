@@ -19,7 +19,7 @@ from pipeline.store.identity import Numerics
 def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics, longest: int) -> Iterator[Scorer]:
     """Load the model at `directory` into the configured engine, and stop it afterwards.
 
-    `longest` is the longest sequence in tokens. Raises ConfigError where scores are imported.
+    `longest` is the longest sequence in tokens. Raises ConfigError if scores are imported.
     """
     must_compute(numerics)
     start = Workers if reference.workers > 1 else start_single

@@ -52,7 +52,7 @@ def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Reached:
-    """A figure's value in each run, "-" where it has none; `file`: of the run, has its rows; `judge`: whose they are, if any."""
+    """A figure's value in each run, "-" if it has none; `file`: of the run, has its rows; `judge`: whose they are, if any."""
 
     name: str
     values: list[str]
@@ -215,7 +215,7 @@ class _Figure:
 
 
 def _figures(results: Results) -> dict[str, _Figure]:
-    """By name, each with its n where that is known."""
+    """By name, each with its n if that is known."""
     figures = {
         f"win rate, {name}": _Figure(_interval(replace(seen.rate, n=seen.prompts)), "judgements.parquet", name)
         for name, seen in results.judged.items()

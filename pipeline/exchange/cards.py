@@ -47,7 +47,7 @@ in `mixer_list` with the amount "1.0" and no `transform_fn`, start once, and cop
 the loader's source; not run with it.
 """,
     "jsonl": """One object per pair: texts, token ids, log-probabilities of every response token (`ref_*_token_logps`) and their
-sums (`ref_*_logps`), in nats; null per token where only the sum is known.
+sums (`ref_*_logps`), in nats; null per token if only the sum is known.
 """,
 }
 

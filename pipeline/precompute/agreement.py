@@ -36,7 +36,7 @@ def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: f
 def agreement_of_sums(
     sums: Sequence[float], truth: Sequence[float], tokens: Sequence[int], beta: float
 ) -> dict[str, float]:
-    """Like `agreement`, where only a sum per response is known: differences per token are each response's mean.
+    """Like `agreement`, if only a sum per response is known: differences per token are each response's mean.
 
     Its largest is that of a response's difference over the root of its tokens, which is what noise of single values adds up to.
     """

@@ -43,7 +43,7 @@ def dropped_with(plan: Plan, left_out: Mapping[int, str]) -> pa.Table:
 def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -> Iterator[pa.Table]:
     """Every pair but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
 
-    Values per token are null where only their sum was imported. Raises CheckError if a score is not there or has not the tokens'
+    Values per token are null if only their sum was imported. Raises CheckError if a score is not there or has not the tokens'
     number of values.
     """
     scores = _Scores(plan, left_out) if scored else None

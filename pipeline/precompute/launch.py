@@ -17,7 +17,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
 
     `directory`: that of the run which will use the scores, so that the store keeps them for it. Returns the keys of
     sequences whose scores are not finite, and why: they are not stored. Raises RefscoreError if the store cannot be
-    written, DataError where scores are imported and some are missing, CheckError for scores that cannot be true. What was
+    written, DataError if scores are imported and some are missing, CheckError for scores that cannot be true. What was
     published before an error or Ctrl-C stays.
     """
     if not len(plan.missing):

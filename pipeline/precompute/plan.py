@@ -94,7 +94,7 @@ class Plan:
         return lines
 
     def not_imported(self) -> str:
-        """What to do about sequences without a score, where scores are imported, in a sentence."""
+        """What to do about sequences without a score, if scores are imported, in a sentence."""
         by, first = self.identity.numerics.imported_by, self.row(int(self.missing[0]) // 2)
         return (
             f"{len(self.missing)} of {self.sequences} sequences have no score imported by {by!r} (first: {first['source']} row "

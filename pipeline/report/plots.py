@@ -1,7 +1,7 @@
 """Plots as SVG inside a page: no file beside it, no script, text in the page's own font and colour.
 
 Only numbers and names are drawn; matplotlib and markupsafe escape them. Every plot says in words what it shows. Colours
-stand out from light and from dark paper; where there are several, shape or dashes tell apart what colour does.
+stand out from light and from dark paper; if there are several, shape or dashes tell apart what colour does.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def scatter(points: Sequence[tuple[float, float]], judge: str, gain: str) -> Mar
     longer, gained = zip(*points, strict=True)
     axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
     axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
-    # many prompts share a point where a judge gives few values: rings show how many more than dots would
+    # many prompts share a point if a judge gives few values: rings show how many more than dots would
     axes.plot(longer, gained, "o", color=BLUE, markersize=5.5, markerfacecolor="none", markeredgewidth=1.1)
     axes.set_xlabel("tokens of the policy's response\nminus the reference's")
     axes.set_ylabel(f"{_plain(judge)}\n{gain}")

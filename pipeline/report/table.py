@@ -10,7 +10,7 @@ from pipeline.report.wrapping import stacked_below
 
 # between the figures of a cell that has several
 BETWEEN = " / "
-# what a cell's tone looks like where colours are not seen
+# what a cell's tone looks like if colours are not seen
 ARROWS = {"up": "\u25b2", "down": "\u25bc", "above": "\u25b2"}
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from pipeline.report.side_by_side import visible
 
-# a longer name than this is shortened where it must stay on one line
+# a longer name than this is shortened if it must stay on one line
 LONGEST = 34
 # what begins a figure: 0.82, -1.5, 12 of 40, (0.1 to 0.2), -
 _FIGURE = re.compile(r"[-+(\[]?\d|-$")
@@ -47,7 +47,7 @@ def breakable(text: str) -> Markup:
 
 
 def on_one_line(name: str) -> Markup:
-    """A name that never breaks: shortened if it is long, set smaller where the line is too short for it."""
+    """A name that never breaks: shortened if it is long, set smaller if the line is too short for it."""
     shown = visible(name)
     short = shortened(shown)
     title = Markup(' title="{}"').format(shown) if short != shown else ""
@@ -86,7 +86,7 @@ def with_names(text: str, addresses: Mapping[str, str], *, whole: bool = False) 
 
 
 def stacked_below(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The class of a table that becomes a list of its rows where they do not fit side by side."""
+    """The class of a table that becomes a list of its rows if they do not fit side by side."""
     columns = zip(*(map(str, row) for row in (head, *rows)), strict=True)
     needed = sum(_PADDING + _CHARACTER * max(map(_least, column)) for column in columns)
     return next((f"stacked-{width}" for width in WIDTHS if needed <= width), "stacked")

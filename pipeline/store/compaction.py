@@ -153,7 +153,7 @@ def _holds_sums(shard: Path) -> bool:
         with open_shard(shard) as file:
             return sums_only(file)
     except (Unsound, FileNotFoundError):
-        return False  # set aside, or passed over, where it is merged
+        return False  # set aside, or passed over, if it is merged
 
 
 def _if_there(ask: Callable[[], T]) -> T | None:

@@ -93,7 +93,7 @@ def update(
     clipping: Callable[[float | None], torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Clip to `max_norm` (None: not at all), step with learning rate `rate`, forget the gradients. `clipping` does that in
-    place of `clip` where gradients lie on several devices.
+    place of `clip` if gradients lie on several devices.
 
     Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If one
     of them is not finite nothing is changed: the caller stops.

@@ -26,7 +26,7 @@ _PAIR = ["prompt", "topic", "source", "source_row", "split", "chosen", "rejected
 
 def pairs_index(run: Run) -> dict[str, Any]:
     """One row per pair, the first `MOST` of all `total`: split, topic, lengths in tokens, and in nats per response the sums of
-    the reference and, where a training kept them, of the policy when it last saw the pair, after `step` updates.
+    the reference and, if a training kept them, of the policy when it last saw the pair, after `step` updates.
     """
     table = _index(run, (stamp(run.pairs), stamp(run.policy_logps)))
     kept = table.head(MOST)

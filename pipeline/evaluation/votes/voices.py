@@ -16,7 +16,7 @@ from pipeline.judges.judging import Comparison, Judgement
 
 
 def voices_of(run: Run) -> list[Voice]:
-    """Every judge of texts of a run, with the price of 1,000 comparisons where it had one; people last.
+    """Every judge of texts of a run, with the price of 1,000 comparisons if it had one; people last.
 
     What people voted since the last evaluation counts too.
     """

@@ -58,7 +58,7 @@ def counted(made: Sequence[Pass]) -> Iterator[int]:
 
 
 def places_of(rows: Sequence[int], made: Sequence[Pass]) -> list[list[int]]:
-    """For each pass where its pairs stand among `rows`, which may hold a row twice where a step reaches into the next epoch.
+    """For each pass where its pairs stand among `rows`, which may hold a row twice if a step reaches into the next epoch.
 
     What does not count stands somewhere. A row's second place is in the same process, as a prompt's pairs stay together.
     """

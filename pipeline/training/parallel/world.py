@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 _PATIENCE = timedelta(hours=12)
 
 
-# what gloo says where a process that it sends to is gone
+# what gloo says when a process that it sends to is gone
 _GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 
 

@@ -81,7 +81,7 @@ export function bytes(count) {
   return `${count} B`;
 }
 
-/** Text that is cut where it is very long, with the rest at a press. */
+/** Text that is cut if it is very long, with the rest at a press. */
 export function longText(text, attributes = {}, most = 20000) {
   const shown = el("div", { ...attributes, class: `text ${attributes.class || ""}`, dir: "auto" }, text.slice(0, most));
   if (text.length > most) {

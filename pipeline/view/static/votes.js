@@ -120,7 +120,7 @@ function figures({ model, baseline, people, human, voters, judges, between, prom
     human ? el("p", { class: "verdict" }, `${model} wins ${interval(human.rate)} of ${human.prompts} prompts by people's votes, ties half.`) : el("p", {}, "No vote but skips yet."),
     people ? el("p", {}, `${people.voters} ${people.voters === 1 ? "person" : "people"} voted on ${people.comparisons} of ${people.of_comparisons} comparisons, of ${people.prompts} of ${prompts} prompts.`, people.ignored ? ` ${people.ignored} votes are on other responses and count no more.` : "", " refscore eval takes the votes into its report as the judge human.") : null,
     judges.length ? table("Which automatic judge deserves trust: agreement with people, the lower end of kappa's interval first", ["judge", ...head], judges.map((row) => [breakable(row.judge), ...agreement(row)]), { numbers }) : null,
-    topics.length ? table("By topic, where 20 comparisons or more are common", ["judge", "topic", ...head], topics, { numbers: new Set([2]) }) : null,
+    topics.length ? table("By topic, if 20 comparisons or more are common", ["judge", "topic", ...head], topics, { numbers: new Set([2]) }) : null,
     between.length ? table("Between voters", ["voters", ...head], between.map((row) => [`${row.first} and ${row.second}`, ...agreement(row)]), { numbers }) : null,
     table(
       `Who voted; wins are those of ${model} against ${baseline}`,
