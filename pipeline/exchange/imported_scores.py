@@ -8,22 +8,18 @@ that is not known, token ids of another vocabulary, a cache of other rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError, first_line
+from pipeline.exchange.claims import Claim, Claimed, ClaimedPair, Unusable, claim_of
 from pipeline.exchange.scored_pairs import SIDES
 from pipeline.pairs.reading.files import file_rows, suffix_of
 from pipeline.pairs.reading.folders import is_saved
 from pipeline.pairs.reading.json_rows import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FORMS = ("trl", "jsonl", "open_instruct", "fairseq2")
 # columns by which a form is known
@@ -36,52 +32,6 @@ _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state
 _DOCUMENTS = {".md", ".py", ".txt", ".lock"}
 # rows that the tokenizer gets at once
 _AT_ONCE = 1000
-# by how much two sums of one response may differ as batches differ: nats per token, noise of single tokens, and what rounding a sum
-# takes. Of a dtype that is not known, as of half precision
-_NOISE = {"float32": (1e-3, 0.0, 1e-6), "half": (0.02, 0.1, 2**-8)}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a file says of one response: float64 sum in nats, and float32 values per token if it has them."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logp: float
-    logps: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class ClaimedPair:
-    """The claims of one row, chosen and rejected; none, and why, if one of them cannot be true."""
-
-    source: str
-    row: int
-    claims: tuple[Claim, ...]
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """The reference that scores are claimed to be of: how many token ids it knows, the dtype that is said, and for forms of text
-    the tokenizer and whether prompts begin with its begin token.
-    """
-
-    vocabulary: int
-    dtype: str
-    tokenizer: PreTrainedTokenizerBase
-    begins: bool
-
-
-class _Unusable(Exception):
-    """Why a row's claims cannot be true."""
-
-
-def noise(tokens: np.ndarray, sums: np.ndarray, dtype: str) -> np.ndarray:
-    """By how much two honest sums of the same responses, computed in `dtype`, may differ, in nats."""
-    bias, spread, rounding = _NOISE["float32" if dtype == "float32" else "half"]
-    allowed: np.ndarray = bias * tokens + spread * np.sqrt(tokens) + rounding * np.abs(sums)
-    return allowed
 
 
 def form_of(path: Path) -> str:
@@ -177,7 +127,7 @@ def _must_have(name: str, rows: Iterator[Row], columns: set[str], form: str) -> 
 def _pair(source: str, number: int, claims: Callable[[], tuple[Claim, ...]]) -> ClaimedPair:
     try:
         return ClaimedPair(source, number, claims())
-    except _Unusable as unusable:
+    except Unusable as unusable:
         return ClaimedPair(source, number, (), str(unusable))
     except DataError as error:
         raise DataError(f"{source} row {number}: {error}") from None
@@ -186,7 +136,7 @@ def _pair(source: str, number: int, claims: Callable[[], tuple[Claim, ...]]) -> 
 def _of_ids(row: Row, claimed: Claimed) -> tuple[Claim, ...]:
     """TRL's columns, and those of JSONL, which may have values per token beside them."""
     return tuple(
-        _claim(
+        claim_of(
             row.get("prompt_ids"),
             row.get(f"{side}_ids"),
             row.get(f"ref_{side}_logps"),
@@ -215,14 +165,14 @@ def _are_texts(row: Row) -> bool:
 
 def _of_texts(row: Row, ids: list[list[int]] | None, claimed: Claimed) -> tuple[Claim, ...]:
     if ids is None:
-        raise _Unusable("without the texts src, tgt_chosen and tgt_rejected")
+        raise Unusable("without the texts src, tgt_chosen and tgt_rejected")
     scores = [row.get(f"reference_score_{side}") for side in SIDES]
     if any(score == 0 for score in scores):
-        raise _Unusable("with a score of exactly 0, which fairseq2 takes for none")
+        raise Unusable("with a score of exactly 0, which fairseq2 takes for none")
     begin = [claimed.tokenizer.bos_token_id] if claimed.begins else []
     end = claimed.tokenizer.eos_token_id
     return tuple(
-        _claim(begin + ids[0], [*response, end], score, claimed)
+        claim_of(begin + ids[0], [*response, end], score, claimed)
         for response, score in zip(ids[1:], scores, strict=True)
     )
 
@@ -279,15 +229,15 @@ def _of_cache(
 ) -> tuple[Claim, ...]:
     index = row["index"]
     if type(index) is not int or not 0 <= index < len(seen):
-        raise _Unusable("with an index that is none of the cache's")
+        raise Unusable("with an index that is none of the cache's")
     if seen[index]:
-        raise _Unusable("with the index of another row")
+        raise Unusable("with the index of another row")
     seen[index] = True
     claims = []
     for side in SIDES:
         prompt, response = _split(row, side)
         logp = float(values[side][index]) * (len(response) if means else 1)
-        claims.append(_claim(prompt, response, logp, claimed))
+        claims.append(claim_of(prompt, response, logp, claimed))
     return tuple(claims)
 
 
@@ -295,63 +245,10 @@ def _split(row: Row, side: str) -> tuple[list[int], list[int]]:
     """Prompt and response: the labels of the prompt are -100, those of the response are its ids."""
     ids, labels, mask = (row.get(f"{side}_{what}") for what in ("input_ids", "labels", "attention_mask"))
     if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels):
-        raise _Unusable("with other labels than token ids")
+        raise Unusable("with other labels than token ids")
     if mask is not None and not all(mask):
-        raise _Unusable("that are padded")
+        raise Unusable("that are padded")
     prompt = next((place for place, label in enumerate(labels) if label != -100), len(labels))
     if labels[prompt:] != ids[prompt:]:
-        raise _Unusable("of which a part of the response was not scored")
+        raise Unusable("of which a part of the response was not scored")
     return ids[:prompt], ids[prompt:]
-
-
-def _claim(prompt: Any, response: Any, logp: Any, claimed: Claimed, logps: Any = None) -> Claim:
-    for ids in (prompt, response):
-        _must_be_ids(ids, claimed.vocabulary)
-    if logps is not None:
-        values, total = _values(logps, len(response))
-        if logp is not None and not abs(_number(logp) - total) <= noise(
-            np.array(len(response)), np.array(total), claimed.dtype
-        ):
-            raise _Unusable("with a sum that is not that of its values per token")
-        return Claim(prompt, response, total, values)
-    number = _number(logp)
-    if not np.isfinite(number):
-        raise _Unusable("with a score that is not finite")
-    if number > 0:
-        raise _Unusable("with a score above 0, which is no log-probability")
-    return Claim(prompt, response, number)
-
-
-def _must_be_ids(ids: Any, vocabulary: int) -> None:
-    if not isinstance(ids, list) or not ids:
-        raise _Unusable("without token ids of prompt or response")
-    if set(map(type, ids)) != {int}:
-        raise _Unusable("with token ids that are no whole numbers")
-    outside = next((token for token in (min(ids), max(ids)) if not 0 <= token < vocabulary), None)
-    if outside is not None:
-        raise DataError(
-            f"token id {str(outside)[:40]} is not in the reference's vocabulary of {vocabulary}: these scores are of a model with "
-            "another tokenizer. Set reference.model to the model that was scored"
-        )
-
-
-def _values(logps: Any, tokens: int) -> tuple[np.ndarray, float]:
-    if not isinstance(logps, list) or len(logps) != tokens:
-        raise _Unusable("with another number of values than tokens")
-    numbers = np.array([_number(value) for value in logps], np.float64)
-    with np.errstate(over="ignore"):
-        values = numbers.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise _Unusable("with a score that is not finite")
-    if (values > 0).any():
-        raise _Unusable("with a score above 0, which is no log-probability")
-    return values, float(values.sum(dtype=np.float64))
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Unusable("without a score" if value is None else "with a score that is no number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise _Unusable("with a score that is not finite") from None

@@ -20,7 +20,8 @@ from pipeline.artifacts.tables import SCORES, list_column
 from pipeline.config.experiment import DataConfig
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import CheckError, DataError, RefscoreError
-from pipeline.exchange.imported_scores import FORMS, Claim, Claimed, ClaimedPair, claimed_pairs, form_of, noise
+from pipeline.exchange.claims import Claim, Claimed, ClaimedPair, noise
+from pipeline.exchange.imported_scores import FORMS, claimed_pairs, form_of
 from pipeline.exchange.scored_pairs import SIDES
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import text_config
