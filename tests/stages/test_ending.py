@@ -110,9 +110,9 @@ def test_a_command_that_fails_before_it_writes_leaves_no_run(tmp_path, config):
 # a training that stops itself, at the beginning of step 4
 STOPPED = """
 import os, signal, sys, time
-from pipeline.training import train
+from pipeline.training import loop
 from stages.cli import main
-inner, count = train.accumulate, 0
+inner, count = loop.accumulate, 0
 def counting(*args):
     global count
     count += 1
@@ -120,7 +120,7 @@ def counting(*args):
         os.kill(os.getpid(), signal.{signal})
         time.sleep(5)
     return inner(*args)
-train.accumulate = counting
+loop.accumulate = counting
 main()
 """
 

@@ -127,7 +127,7 @@ def outcome(where, config, run, settings, monkeypatch):
         mlp = LlamaMLP.forward
         patch.setattr(LlamaMLP, "forward", lambda *each: layers.append(1) or mlp(*each))
         for module, way in (
-            ("train", "offloaded_activations"),
+            ("loop", "offloaded_activations"),
             ("train", "StepInBackward"),
             ("policies", "compile_layers"),
         ):

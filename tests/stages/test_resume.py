@@ -88,9 +88,9 @@ def killed_after(where, config, run, step):
 
 PATCHED = """
 import os, signal, sys
-from pipeline.training import train
+from pipeline.training import loop
 from stages.cli import main
-inner = train.accumulate
+inner = loop.accumulate
 count = 0
 def counting(*args):
     global count
@@ -98,7 +98,7 @@ def counting(*args):
     if count == {step} + 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*args)
-train.accumulate = counting
+loop.accumulate = counting
 main()
 """
 

@@ -163,6 +163,7 @@ def test_more_devices_than_there_are_are_refused(place):
     assert f"--devices 5000: this machine has {len(processors())} processors" in said or "GPUs" in said
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_what_is_refused_is_said_once_before_anything_is_loaded(place):
     content = yaml.safe_load((place / f"{FIRST}.yaml").read_text())
     content["train"]["optimizer"] = "adafactor"
