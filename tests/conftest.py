@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,6 +226,58 @@ def refscore_here(where: Path, *arguments: object, code: int = 0) -> str:
     return output.getvalue()
 
 
+IN_TURN = """
+import json, sys
+from stages.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["refscore", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        print(f"ENDED {stop.code or 0}", flush=True)
+"""
+
+
+def refscore_in_turn(where: Path, *commands: tuple[object, ...]) -> list[tuple[int, str]]:
+    """Commands in one process beside this one, for those that start vLLM, whose imports take most of their time.
+
+    Returns every command's exit code, and stdout and stderr together.
+    """
+    arguments = json.dumps([[*map(str, command)] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, arguments], cwd=where, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stdout, done.stdout
+    said = re.split(r"^ENDED (\d+)\n", done.stdout, flags=re.MULTILINE)
+    assert len(said) == 2 * len(commands) + 1, done.stdout
+    return [(int(code), text) for text, code in zip(said[:-1:2], said[1::2], strict=True)]
+
+
+def run_stages(where: Path, config: Path, run: str, *stages: str) -> dict[str, str]:
+    """Run stages as of a user with an empty home and place for temporary files, `home` and `temporary`; what each said."""
+    for place in ("home", "temporary"):
+        (where / place).mkdir()
+    here = {"PATH": os.environ["PATH"], "HOME": where / "home", "TMPDIR": where / "temporary", "PYTHONPATH": ROOT}
+    said = {}
+    for stage in stages:
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.cli", stage, "--config", config, "--run", run],
+            cwd=where, env={**here, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        assert "Traceback" not in done.stdout
+        said[stage] = done.stdout
+    return said
+
+
+def must_leave_nothing_outside(where: Path, said: dict[str, str]) -> None:
+    """Of `run_stages`: no file in the home or among temporary ones, no warning of a library, which a user could do nothing about."""
+    assert list((where / "home").rglob("*")) == []
+    assert list((where / "temporary").rglob("*")) == []
+    assert not [stage for stage, text in said.items() if "WARNING" in text]
+
+
 @pytest.fixture(scope="session")
 def pipeline_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, str]]:
     """A directory in which all three stages have run once on the tiny model with real vLLM, and what they printed."""
@@ -233,7 +286,4 @@ def pipeline_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
         where / "preferences.jsonl", [*preference_rows(24), {"prompt": "Hi?", "chosen": "", "rejected": "x"}]
     )
     config = experiment(where, tiny_model, data, reference={"engine": "vllm"})
-    said = {
-        stage: refscore(where, stage, "--config", config, "--run", "first") for stage in ("precompute", "train", "eval")
-    }
-    return where, said
+    return where, run_stages(where, config, "first", "precompute", "train", "eval")

@@ -12,7 +12,7 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.models.locate import at_hand, locate
 from stages import libraries
-from tests.conftest import ROOT, experiment, preference_rows, write_rows
+from tests.conftest import ROOT, experiment, must_leave_nothing_outside, preference_rows, run_stages, write_rows
 from tests.stages.test_stale import FIRST, in_hub_cache
 
 ASKED = """
@@ -91,34 +91,9 @@ def test_who_has_no_home_needs_none(tmp_path, monkeypatch):
         locate(ReferenceConfig(model="tests/absent"))
 
 
-def run_stages(where, config, *stages):
-    """Stages with a home of their own; the files in it, and in the place for temporary ones, afterwards."""
-    home, temporary = where / "home", where / "temporary"
-    home.mkdir()
-    temporary.mkdir()
-    for stage in stages:
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.cli", stage, "--config", str(config), "--run", "r"],
-            cwd=where, capture_output=True, text=True, check=False,
-            env={"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        # nor is there a warning of a library, which its user could do nothing about
-        assert "WARNING" not in done.stderr
-    return list(home.rglob("*")), list(temporary.rglob("*"))
-
-
 def test_scoring_and_training_leave_nothing_outside(tmp_path, tiny_model):
     shutil.copytree(tiny_model, tmp_path / "model")
     # a folder, which the library for data sets reads
     folder = write_rows(tmp_path / "folder/train.jsonl", preference_rows(12)).parent
     config = experiment(tmp_path, tmp_path / "model", folder)
-    assert run_stages(tmp_path, config, "precompute", "train") == ([], [])
-
-
-@pytest.mark.engine
-def test_all_stages_with_vllm_leave_nothing_outside(tmp_path, tiny_model):
-    config = experiment(
-        tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(24)), reference={"engine": "vllm"}
-    )
-    assert run_stages(tmp_path, config, "precompute", "train", "eval") == ([], [])
+    must_leave_nothing_outside(tmp_path, run_stages(tmp_path, config, "r", "precompute", "train"))

@@ -72,16 +72,3 @@ def test_a_failure_is_no_json(made):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert "does not exist" in done.stderr
-
-
-@pytest.mark.engine
-def test_an_evaluation(pipeline_run):
-    """Samples and KL are those of the run that was: no engine starts."""
-    where, _ = pipeline_run
-    config = where / "experiment.yaml"
-    results, said = asked(where, "eval", "--config", config, "--run", "first")
-    assert "samples   policy: " in said
-    written = json.loads((where / "data/runs/first/eval.json").read_text())
-    assert {name: results[name] for name in written} == written
-    assert results["run"] == "first"
-    assert (where / results["report"]).is_file()

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import tables
 from pipeline.report import addresses
-from tests.conftest import ROOT, refscore, refscore_here
+from tests.conftest import ROOT, must_leave_nothing_outside, refscore, refscore_here
+from tests.stages.test_json import asked
 
 pytestmark = pytest.mark.engine
 
@@ -106,6 +107,38 @@ def test_the_saved_model_loads_and_is_not_the_reference(run, tiny_model):
     card = (run / "model" / "README.md").read_text()
     assert "eval\\_rewards/accuracies" in card
     assert "More information needed" not in card
+
+
+def test_nothing_is_written_outside(pipeline_run):
+    must_leave_nothing_outside(*pipeline_run)
+
+
+def test_transformers_and_vllm_load_the_saved_model_and_agree_with_the_trainer(pipeline_run):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.stages.saved_model", "data/runs/first", "4"],
+        cwd=pipeline_run[0],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.split("RESULT ")[1])
+    assert found["sequences"] == 8
+    assert found["transformers"] < 1e-4
+    assert found["vllm"] < 1e-4
+
+
+def test_an_evaluation_as_json(pipeline_run):
+    """Samples and KL are those of the run that was: no engine starts."""
+    where, _ = pipeline_run
+    config = where / "experiment.yaml"
+    results, said = asked(where, "eval", "--config", config, "--run", "first")
+    assert "samples   policy: " in said
+    written = json.loads((where / "data/runs/first/eval.json").read_text())
+    assert {name: results[name] for name in written} == written
+    assert results["run"] == "first"
+    assert (where / results["report"]).is_file()
 
 
 def test_the_report_comes_last_and_holds_the_verdict(pipeline_run, run):

@@ -1,26 +1,25 @@
-"""The saved model is the trained one: transformers and vLLM give the trainer's own log-probabilities."""
+"""The saved model of a run in transformers and in vLLM against the trainer's own: `python -m tests.stages.saved_model RUN COUNT`.
+
+In a process of its own, as vLLM pins the threads of the process it runs in.
+"""
 
 import json
-import subprocess
 import sys
-
-import pytest
-
-# in a process of its own, as vLLM pins the threads of the process it runs in
-COMPARE = """
-import json, sys
 from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.forward.logps import forward_of
 from pipeline.engines.protocol import Request, numerics_of
 from pipeline.engines.start import start_scorer
+from pipeline.forward.logps import forward_of
 from pipeline.training.examples import load_pairs
 
-def main():
-    run, count = Path(sys.argv[1]), int(sys.argv[2])
+
+def main(run: Path, count: int) -> None:
+    """Print, for the first `count` pairs, how far the log-probabilities of either lie from the trainer's at most."""
     pairs = load_pairs(run / "pairs.parquet", "train")
     trees = pairs.trees[:count]
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
@@ -42,28 +41,13 @@ def main():
     requests = [Request(tree.trunk, branch) for tree in trees for branch in tree.branches]
     with start_scorer(spec, run / "model", numerics_of(spec), max(map(len, requests))) as scorer:
         vllm = scorer.score(requests)
-    print("RESULT", json.dumps({
+    found = {
         "sequences": len(ours),
         "transformers": max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True)),
         "vllm": max(float((a - torch.tensor(b)).abs().max()) for a, b in zip(ours, vllm, strict=True)),
-    }))
+    }
+    print("RESULT", json.dumps(found))
+
 
 if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.mark.engine
-def test_transformers_and_vllm_load_it_and_agree_with_the_trainer(pipeline_run):
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE, "data/runs/first", "4"],
-        cwd=pipeline_run[0],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.split("RESULT ")[1])
-    assert found["sequences"] == 8
-    assert found["transformers"] < 1e-4
-    assert found["vllm"] < 1e-4
+    main(Path(sys.argv[1]), int(sys.argv[2]))
