@@ -15,7 +15,7 @@ from pipeline.errors import CheckError
 from pipeline.pairs.encoding import Encoded
 from pipeline.pairs.preferences import Dropped
 from pipeline.precompute import top_tokens
-from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, refscore_in_turn, write_rows
 from tests.engines.doubles import Positions
 
 ROWS = [
@@ -28,27 +28,41 @@ ROWS = [
 
 @pytest.fixture
 def where(tmp_path, tiny_model):
-    write_rows(tmp_path / "rows.jsonl", ROWS)
-    experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(8)))
-    return tmp_path
+    return set_up(tmp_path, tiny_model)
 
 
-def likeliest(where, count, command=refscore_here, *overrides, code=0):
+def set_up(where, model):
+    write_rows(where / "rows.jsonl", ROWS)
+    experiment(where, model, write_rows(where / "d.jsonl", preference_rows(8)))
+    return where
+
+
+def asked(count, *overrides, rows="rows.jsonl", out="out.parquet"):
     sets = [argument for override in overrides for argument in ("--set", override)]
-    said = command(
-        where,
-        "score",
-        "rows.jsonl",
-        "--out",
-        "out.parquet",
-        "--config",
-        "experiment.yaml",
-        "--top-k",
-        count,
-        *sets,
-        code=code,
-    )
+    return "score", rows, "--out", out, "--config", "experiment.yaml", "--top-k", count, *sets
+
+
+def likeliest(where, count, *overrides, code=0):
+    said = refscore_here(where, *asked(count, *overrides), code=code)
     return said, pl.read_parquet(where / "out.parquet")
+
+
+@pytest.fixture(scope="module")
+def of_vllm(tmp_path_factory, tiny_model):
+    """What vLLM names of the rows, by how many are asked for, and of the damaged model's: code, what was said, table."""
+    where = set_up(tmp_path_factory.mktemp("vllm"), tiny_model)
+    damaged = damage(where)
+    vllm = "reference.engine=vllm"
+    ended = refscore_in_turn(
+        where,
+        asked(5, vllm, out="5.parquet"),
+        asked(40, vllm, out="40.parquet"),
+        asked(5, vllm, damaged, rows="one_is_spoilt.jsonl", out="damaged.parquet"),
+    )
+    return {
+        name: (*one, pl.read_parquet(where / f"{name}.parquet"))
+        for name, one in zip(("5", "40", "damaged"), ended, strict=True)
+    }
 
 
 def must_be_true(table, model, count):
@@ -80,32 +94,32 @@ def test_transformers_names_the_likeliest(where, tiny_model, count):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("count", [5, 40])
-def test_vllm_names_the_likeliest_also_more_than_it_answers_by_default(where, tiny_model, count):
-    _, table = likeliest(where, count, refscore, "reference.engine=vllm")
+def test_vllm_names_the_likeliest_also_more_than_it_answers_by_default(of_vllm, tiny_model, count):
+    code, _, table = of_vllm[str(count)]
+    assert code == 0
     must_be_true(table, AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval(), count)
 
 
-@pytest.fixture
-def damaged(where, tmp_path):
-    """A model that gives NaN from the token that begins `Zebra` on, and rows of which one has it."""
+def damage(where):
+    """Set a model that gives NaN from the token that begins `Zebra` on, and write rows of which one has it."""
     from safetensors.torch import load_file, save_file
 
     from pipeline.config.training import PolicyConfig
     from pipeline.models.load import load_tokenizer
 
-    model = make_tiny_model(tmp_path / "damaged", tie_word_embeddings=False)
+    model = make_tiny_model(where / "damaged", tie_word_embeddings=False)
     (bad,) = load_tokenizer(model, PolicyConfig(model=str(model))).convert_tokens_to_ids(["Z"])
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][bad] = math.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     # under another prompt each: a tree of one prompt is read together
     texts = {"Rice?": "Boil it.", "Who?": "The Zebra sat.", "Salt?": "A bit."}
-    write_rows(where / "rows.jsonl", [{"prompt": prompt, "response": text} for prompt, text in texts.items()])
+    write_rows(where / "one_is_spoilt.jsonl", [{"prompt": prompt, "response": text} for prompt, text in texts.items()])
     return f"reference.model={model}"
 
 
-def scored_but_one(where, command, *overrides):
-    said, table = likeliest(where, 5, command, *overrides, code=4)
+def all_but_one_are_scored(code, said, table):
+    assert code == 4
     assert "1 sequences have no finite score" in said
     assert table["problem"].is_null().to_list() == [True, False, True]
     assert table["problem"][1].startswith("not_finite value ")
@@ -114,13 +128,14 @@ def scored_but_one(where, command, *overrides):
     assert table["top_logps"].explode().explode().drop_nulls().is_finite().all()
 
 
-def test_a_row_without_finite_scores_says_so_and_the_command_ends_with_it(where, damaged):
-    scored_but_one(where, refscore_here, damaged)
+def test_a_row_without_finite_scores_says_so_and_the_command_ends_with_it(where):
+    said = refscore_here(where, *asked(5, damage(where), rows="one_is_spoilt.jsonl"), code=4)
+    all_but_one_are_scored(4, said, pl.read_parquet(where / "out.parquet"))
 
 
 @pytest.mark.engine
-def test_vllm_says_it_too(where, damaged):
-    scored_but_one(where, refscore, damaged, "reference.engine=vllm")
+def test_vllm_says_it_too(of_vllm):
+    all_but_one_are_scored(*of_vllm["damaged"])
 
 
 def test_likeliest_tokens_that_are_no_numbers_are_left_out_though_the_response_has_its_own(where, monkeypatch):
