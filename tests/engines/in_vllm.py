@@ -29,31 +29,27 @@ def main(models: Path, out: Path) -> None:
     settings = GenerateConfig(max_tokens=12, temperature=1.0, samples=2, seed=3, dtype="float32")
     found = {}
 
-    def sampled(directory, prompts, adapter=None):
-        with generator(directory, Named(str(directory)), 64, settings, adapter) as generate:
-            return [
-                [[one.ids for one in samples] for samples in generate(asked, settings, nobody)] for asked in prompts
-            ]
-
-    # in this order, in the other, and each alone
-    plain = sampled(tiny, [prompts, prompts[::-1], *([prompt] for prompt in prompts)])
-    found["in_order"], found["reversed"], found["alone"] = plain[0], plain[1][::-1], [one[0] for one in plain[2:]]
-    found["adapter"] = sampled(tiny, [prompts], adapter)[0]
-    found["merged"] = sampled(merged, [prompts])[0]
+    def ids_of(generate, asked):
+        return [[one.ids for one in samples] for samples in generate(asked, settings, nobody)]
 
     many = settings.model_copy(update={"samples": 40})
-    asked = [tokenizer(f"prompt {n}", add_special_tokens=False)["input_ids"] for n in range(40)]
     with generator(tiny, Named(str(tiny)), 64, settings) as generate:
+        # in this order, in the other, and each alone
+        found["in_order"] = ids_of(generate, prompts)
+        found["reversed"] = ids_of(generate, prompts[::-1])[::-1]
+        found["alone"] = [ids_of(generate, [prompt])[0] for prompt in prompts]
+        asked = [tokenizer(f"prompt {n}", add_special_tokens=False)["input_ids"] for n in range(40)]
         found["against_itself"] = [[one.text for one in samples] for samples in generate(asked, many, nobody)]
-
-    found["ends"] = {}
-    for fixed in (False, True):
-        how = many.model_copy(update={"fixed_length": fixed})
-        with generator(tiny, Named(str(tiny)), 64, how) as generate:
+        found["ends"] = {}
+        for fixed in (False, True):
+            how = many.model_copy(update={"fixed_length": fixed})
             written = [one for samples in generate(prompts, how, nobody) for one in samples]
-        found["ends"][str(fixed)] = [(len(one.ids), one.finish_reason) for one in written]
+            found["ends"][str(fixed)] = [(len(one.ids), one.finish_reason) for one in written]
+    for name, directory, on_it in (("adapter", tiny, adapter), ("merged", merged, None)):
+        with generator(directory, Named(str(directory)), 64, settings, on_it) as generate:
+            found[name] = ids_of(generate, prompts)
 
-    ids = [[*prompt, *samples[0]] for prompt, samples in zip(prompts, plain[0], strict=True)]
+    ids = [[*prompt, *samples[0]] for prompt, samples in zip(prompts, found["in_order"], strict=True)]
     # one ends with the end of turn, which pads too
     ids[0] = [*ids[0], tokenizer.eos_token_id]
     found["rewards"] = {
