@@ -20,7 +20,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -77,6 +77,9 @@ architectures: .venv/.test ## which families of models are read how; writes the 
 mutants: .venv/.test ## small changes of the code that makes numbers: which does a test notice? FILE=training/objectives/losses for one file
 	@.venv/bin/python -m tests.mutants $(FILE)
 
+bench-memory-host: .venv/.test ## a billion weights in 1, 2 and 4 processes: memory of all together
+	@.venv/bin/python -m tests.benchmarks.host_memory
+
 bench-balance: .venv/.test ## how evenly tokens are shared out among processes; no model runs
 	@.venv/bin/python -m tests.benchmarks.balance
 
@@ -85,6 +88,9 @@ bench-store: .venv/.test ## the store with two million sequences: planning, read
 
 bench-memory-train: .venv/.test ## peak memory of a training step, ours and TRL's, simulated for models of 1B and 8B
 	@.venv/bin/python -m tests.benchmarks.memory_train
+
+bench-memory-devices: .venv/.test ## the same on each of several devices, for models of 8B and 70B; and against two real processes
+	@.venv/bin/python -m tests.benchmarks.memory_devices
 
 bench-train: .venv/.test ## our trainer against TRL's: time of a step, peak memory
 	@.venv/bin/python -m tests.benchmarks.training

@@ -50,6 +50,16 @@ def memory_gib() -> float:
     return total / 2**30
 
 
+def free_memory() -> int:
+    """Bytes of the machine's memory that new things find, or of the control group's if that is less."""
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(known["MemAvailable"].split()[0]) * 2**10
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
 def peak_memory_gib() -> float:
     """Most memory so far: of the GPU if there is one, else resident memory of this process."""
     if device_kind() == "cuda":

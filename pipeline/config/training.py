@@ -75,6 +75,7 @@ class PolicyConfig(Section):
         "auto",
         description="of model/: float32, or what the base was saved in; auto: on a GPU base, on a CPU as `dtype`",
     )
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9][0-9]*[KMGT]B$", description="of each file of weights in model/")
 
     @model_validator(mode="after")
     def _fits_together(self) -> PolicyConfig:
@@ -174,6 +175,11 @@ class TrainConfig(Section):
         "take more than a twentieth of the time",
     )
     save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
+    async_save: bool | Literal["auto"] = Field(
+        "auto",
+        description="write checkpoints while the next steps are taken, from a copy in the machine's memory; auto: on a GPU, if "
+        "the copy fits twice",
+    )
 
     @field_validator("report_to")
     @classmethod

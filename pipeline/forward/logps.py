@@ -85,15 +85,20 @@ class Forward:
 
 
 def forward_of(
-    model: PreTrainedModel, layout: str, precision: torch.dtype = torch.float32, device: torch.device | None = None
+    model: PreTrainedModel,
+    layout: str,
+    precision: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    *,
+    whole: bool = True,
 ) -> Forward:
     """The forward pass of a causal language model over trees: for each tree and branch float32 [len(branch)], in nats.
 
     `layout`: "tree" reads a prompt once for its responses, "separate" once per response. `precision` bfloat16 runs the
     layers (not the logits) under autocast. `device`: where it will run, if that is not where the model lies now. Raises
-    ConfigError if the model's output layer does something that is not reproduced here.
+    ConfigError if the model's output layer does something that is not reproduced here, which can be seen if it is `whole`.
     """
-    return Forward(hidden_states_of(model, layout, precision, device), output_layer_of(model), precision)
+    return Forward(hidden_states_of(model, layout, precision, device), output_layer_of(model, checked=whole), precision)
 
 
 def hidden_states_of(

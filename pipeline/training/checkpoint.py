@@ -1,8 +1,8 @@
 """Checkpoints: everything a resumed training needs, as safetensors and JSON, published atomically.
 
 `step_000050/` holds model.safetensors, optimizer.safetensors (float32, random state included), policy_logps.safetensors if the
-training has any, and state.json, written last, with the digests of the others. A directory is whole or it is ignored: the
-newest whole one wins.
+training has any, and state.json, written last, with the digests of the others. Many processes write parts of the first two
+(`pipeline.training.parallel.checkpoints`). A directory is whole or it is ignored: the newest whole one wins.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts import durable
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +31,9 @@ log = logging.getLogger(__name__)
 
 # ends the name of a number that an optimizer keeps as a Python integer
 INTEGER = ":integer"
-_POLICY_LOGPS = "policy_logps.safetensors"
+# comes before the number of the process whose own a tensor is
+OF_RANK = "@"
+POLICY_LOGPS = "policy_logps.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     policy_logps: Mapping[str, torch.Tensor] | None = None,
-    whole: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
+    copied: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write the state of the weights that learn after `step` steps and remove all but the `keep` newest checkpoints.
 
-    `policy_logps` is the state of `PolicyLogps`; `whole`: weights, and the rest, gathered from the processes that share the model.
+    `policy_logps` is the state of `PolicyLogps`; `copied`: what `state_of` said then.
     """
     final = root / f"step_{step:06d}"
     temporary = durable.temporary_beside(final)
@@ -61,38 +65,57 @@ def save_checkpoint(
         with durable.explaining_disk(final):
             temporary.mkdir(parents=True)
             durable.reached("checkpoint: begun")
-            weights, rest = whole or (
-                {name: p.detach().contiguous() for name, p in _learning(model)},
-                _optimizer_tensors(model, optimizer),
-            )
+            weights, rest = copied or state_of(model, optimizer)
             save_file(dict(weights), temporary / "model.safetensors")
             durable.reached("checkpoint: weights written")
             save_file(dict(rest), temporary / "optimizer.safetensors")
             durable.reached("checkpoint: optimizer written")
             if policy_logps:
-                save_file(dict(policy_logps), temporary / _POLICY_LOGPS)
+                save_file(dict(policy_logps), temporary / POLICY_LOGPS)
             durable.reached("checkpoint: log-probabilities written")
-            files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-            state: dict[str, Any] = {"step": step, "training": training, "files": files}
-            state["digest"] = _digest_of(state)
-            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            durable.reached("checkpoint: state written")
-            for file in temporary.iterdir():
-                durable.flush(file)
-            durable.reached("checkpoint: flushed")
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            durable.reached("checkpoint: renamed")
-            durable.flush(root)
+            publish(temporary, final, step, training, keep)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(root.glob("step_*"))[:-keep]:
+    return final
+
+
+def state_of(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights that learn, and the state of the optimizer and of chance; not copied."""
+    return {name: p.detach().contiguous() for name, p in _learning(model)}, _optimizer_tensors(model, optimizer)
+
+
+def publish(
+    temporary: Path, final: Path, step: int, training: str, keep: int, known: Mapping[str, str] | None = None
+) -> None:
+    """Put what was written to `temporary` in the place of `final`, with its state.json, and remove all but the `keep` newest.
+
+    `known`: digests of files that are on the disk already.
+    """
+    files = dict(known or {})
+    for file in sorted(temporary.iterdir()):
+        if file.name not in files:
+            files[file.name] = sha256(file)
+            durable.flush(file)
+    state: dict[str, Any] = {"step": step, "training": training, "files": dict(sorted(files.items()))}
+    state["digest"] = _digest_of(state)
+    written = temporary / "state.json"
+    written.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    durable.reached("checkpoint: state written")
+    durable.flush(written)
+    durable.flush(temporary)
+    durable.reached("checkpoint: flushed")
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    durable.reached("checkpoint: renamed")
+    durable.flush(final.parent)
+    for old in sorted(final.parent.glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for leftover in root.glob(f"{durable.TEMPORARY}*"):  # of a process that was killed while it wrote
+    for leftover in final.parent.glob(f"{durable.TEMPORARY}*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True)
     durable.reached("checkpoint: done")
-    return final
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -102,7 +125,7 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
             state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
             if state.pop("digest") != _digest_of(state):
                 raise ValueError("state.json changed since it was saved")
-            damaged = [name for name, digest in state["files"].items() if _sha256(directory / name) != digest]
+            damaged = [name for name, digest in state["files"].items() if sha256(directory / name) != digest]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is not whole (%s): passed over", directory, error)
             continue
@@ -114,31 +137,78 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer and random state back, bit for bit. Raises DataError if they do not fit the model."""
-    weights = load_file(checkpoint.directory / "model.safetensors")
+    """Put weights, optimizer and random state back, bit for bit, whatever number of processes wrote them.
+
+    Raises DataError if they do not fit the model, or are of as many processes as wrote them alone.
+    """
     parameters = dict(_learning(model))
-    if weights.keys() != parameters.keys():
-        raise DataError(f"{checkpoint.directory} was saved from another model: start again with --restart")
-    tensors = load_file(checkpoint.directory / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    stored = stored_tensors(checkpoint, parameters.keys())
+    must_be_of(checkpoint, stored, 1)
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    for key, (size, dtype) in stored.items():
+        name = key.rpartition("/")[0]
+        if name in parameters:
             # the fused optimizer keeps its step counter on the device too
-            optimizer.state[parameter] = {
-                key.removeprefix(f"{name}/").removesuffix(INTEGER): int(value)
-                if key.endswith(INTEGER)
-                else value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(f"{name}/")
-            }
+            tensors[key] = torch.empty(size, dtype=dtype, device=parameters[name].device)
+        elif key in ("random/cpu", "random/cuda"):
+            tensors[key] = torch.empty(size, dtype=dtype)
+    read_parts(checkpoint.directory, tensors, alone=True)
+    for name, parameter in parameters.items():
+        fields = [key.removeprefix(f"{name}/") for key in tensors if key.startswith(f"{name}/")]
+        optimizer.state[parameter] = {
+            field.removesuffix(INTEGER): as_kept(field, tensors[f"{name}/{field}"]) for field in fields
+        }
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
+def stored_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Names, shapes and dtypes of what a checkpoint holds, each in whole. DataError if its weights are not those of `names`."""
+    dcp: Any = import_module("torch.distributed.checkpoint")
+    found = dcp.HuggingFaceStorageReader(str(checkpoint.directory)).read_metadata().state_dict_metadata
+    stored = {name: (known.size, known.properties.dtype) for name, known in found.items()}
+    if {name for name in stored if "/" not in name} != set(names):
+        raise DataError(f"{checkpoint.directory} was saved from another model: start again with --restart")
+    return stored
+
+
+def must_be_of(checkpoint: Checkpoint, stored: Iterable[str], size: int) -> None:
+    """Raise DataError if a process of a world of another `size` kept what cannot be spread over this one."""
+    ranks = {int(key.rpartition(OF_RANK)[2]) for key in stored if OF_RANK in key}
+    if ranks and len(ranks) != size:
+        raise DataError(
+            f"{checkpoint.directory}: {len(ranks)} devices kept the state of their optimizer in blocks that {size} cannot share: "
+            f"go on with --devices {len(ranks)}, or start again with --restart"
+        )
+
+
+def read_parts(directory: Path, parts: Mapping[str, torch.Tensor], *, group: Any = None, alone: bool = False) -> None:
+    """Fill tensors, whole or DTensors, with what the safetensors files of `directory` hold under their names, be it in parts too,
+    by torch's distributed checkpoint. All processes of `group` must call it; `alone`: this one needs no other.
+
+    Raises DataError if a name is missing, a shape is another or a file is damaged.
+    """
+    dcp: Any = import_module("torch.distributed.checkpoint")
+    try:
+        with warnings.catch_warnings():
+            # one process is what was asked for
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            reader = dcp.HuggingFaceStorageReader(str(directory))
+            dcp.load(dict(parts), storage_reader=reader, process_group=group, no_dist=alone)
+    except dcp.api.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise DataError(f"{directory} cannot be read: {first_line(reason)}") from None
+
+
+def as_kept(field: str, value: torch.Tensor) -> Any:
+    """The value of an optimizer's field, from what a checkpoint says of it."""
+    return int(value) if field.endswith(INTEGER) else value
+
+
 def load_policy_logps(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The state of `PolicyLogps`; empty if the checkpoint has none, as those of earlier versions."""
-    path = checkpoint.directory / _POLICY_LOGPS
+    path = checkpoint.directory / POLICY_LOGPS
     return load_file(path) if path.exists() else {}
 
 
@@ -167,6 +237,6 @@ def _digest_of(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +13,6 @@ from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.progress import Listener
-from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.checks import health
 from pipeline.training.examples import Pairs
 from pipeline.training.lean import StepInBackward, offloaded_activations
@@ -25,6 +22,7 @@ from pipeline.training.parallel.world import Followed, World
 from pipeline.training.policies import Policy
 from pipeline.training.records.metrics import Metrics
 from pipeline.training.records.policy_logps import PolicyLogps
+from pipeline.training.saver import Saver
 from pipeline.training.schedule import SAVE_STEPS, checkpoint_is_due, is_due, learning_rate, pairs_of_step
 from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
 
@@ -54,6 +52,7 @@ class Loop:
     def run(self, first: int) -> None:
         """Take the steps from `first` (0-based) on."""
         train = self.config.train
+        saver = Saver(self.directories.checkpoints, self.training, train, self.world)
         if first == 0:
             self._evaluate(0)
         self.policy.model.train()
@@ -91,7 +90,8 @@ class Loop:
                     self.metrics.flush()
                     if self.world.first:
                         self.logps.write()
-                    self._save(done)
+                    logps, last = self.logps.state(), done == self.steps
+                    saver.save(done, self.policy, self.shards, self.optimizer, logps, last=last)
                     since = saved = time.monotonic()
                     writing = since - started
 
@@ -102,14 +102,6 @@ class Loop:
         # by the clock of the first process
         due: bool = self.world.once(lambda: checkpoint_is_due(done, every, idle, writing))
         return due
-
-    def _save(self, done: int) -> None:
-        root, kept = self.directories.checkpoints, self.config.train.save_total_limit
-        whole = self.shards.state(self.optimizer) if self.shards else None
-        self.world.once(lambda: self._write(root, done, kept, whole))
-
-    def _write(self, root: Path, done: int, kept: int, whole: Any) -> None:
-        save_checkpoint(root, done, self.training, self.policy.model, self.optimizer, kept, self.logps.state(), whole)
 
     def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
         """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from pipeline.forward.compiled import compile_layers
 from pipeline.forward.cpu_products import recomputation
 from pipeline.hardware import device_kind, multiplies_bfloat16
 from pipeline.training.objectives.objective import objective_of
+from pipeline.training.parallel.unread import NOWHERE, Unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,12 +35,13 @@ _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
 @dataclass(frozen=True)
 class Policy:
     """`model` is what runs; `adapted` is PEFT's view of it if adapters are trained; `forward` is its pass over
-    trees, a `Forward` or `Rewards`, or that of a model in shards.
+    trees, a `Forward` or `Rewards`, or that of a model in shards. `unread`: its weights, if nobody has read them yet.
     """
 
     model: PreTrainedModel
     adapted: Any
     forward: Any
+    unread: Unread | None = None
 
 
 def precision_of(config: Config) -> torch.dtype:
@@ -53,12 +55,17 @@ def precision_of(config: Config) -> torch.dtype:
 
 
 def load_policy(
-    base: Path, config: Config, tokenizer: PreTrainedTokenizerBase, ends: set[int], *, waits: bool = False
+    base: Path,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: set[int],
+    to: Literal["device", "host", "parts"] = "device",
 ) -> Policy:
-    """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses. One that
-    `waits` stays in the machine's memory, to be brought to devices in parts, where its pass then runs.
+    """The configured policy from the directory `base`, without dropout but that of adapters; `ends` end responses.
 
-    Raises ConfigError if the architecture, or this machine, cannot do what is asked.
+    `to`: host leaves it in the machine's memory, to be brought to devices in parts, where its pass then runs; parts reads no
+    weight yet. Raises ConfigError if the architecture, or this machine, cannot do what is asked; NotInParts if it is read whole
+    or not at all.
     """
     policy, train = config.policy, config.train
     precision = precision_of(config)
@@ -73,11 +80,14 @@ def load_policy(
         options["quantization_config"] = four_bits(precision)
     if train.activation_offloading and device_kind() == "cpu":
         log.warning("train.activation_offloading saves nothing here: without a GPU there is no second memory")
+    if to == "parts":
+        options |= NOWHERE
     objective = objective_of(train)
     model = objective.load(base, config, tokenizer, ends, precision, **options)
+    unread = Unread(model, base) if to == "parts" else None
     if policy.load_in_4bit:
         without_packing(model)
-    model = model if waits else model.to(device_kind())
+    model = model.to(device_kind()) if to == "device" else model
     without_dropout(model)
     adapted = adapted_model(model, policy.lora, objective.adapter_task) if policy.lora else None
     if on_a_gpu(train.gradient_checkpointing):
@@ -85,10 +95,10 @@ def load_policy(
         model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
         if adapted is not None:
             model.enable_input_require_grads()
-    forward = objective.forward_of(model, train.layout, precision, torch.device(device_kind()))
+    forward = objective.forward_of(model, train.layout, precision, torch.device(device_kind()), whole=unread is None)
     if on_a_gpu(train.torch_compile) and compile_layers(model) == 0:
         log.warning("train.torch_compile: the layers of %s are not found, so none is compiled", type(model).__name__)
-    return Policy(model, adapted, forward)
+    return Policy(model, adapted, forward, unread)
 
 
 def on_a_gpu(setting: bool | str) -> bool:  # noqa: FBT001  # a field's value

@@ -16,7 +16,7 @@ from pipeline.training.policies import precision_of
 
 # fields that change what is shown or kept, not one weight
 _UNTRAINED = {
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "report_to",
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "async_save", "per_device_eval_batch_size", "report_to",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.forward.trees import Tree
-from pipeline.hardware import device_kind
+from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.models.configuration import read_config
 from pipeline.models.locate import copy_tokenizer
 from pipeline.training.checks.export import CHECKED, must_agree, outputs_of
@@ -24,6 +25,7 @@ from pipeline.training.objectives.objective import objective_of
 from pipeline.training.objectives.reward_model import align_padding
 from pipeline.training.policies import Policy, four_bits, precision_of, without_packing
 from pipeline.training.schedule import pairs_per_step
+from pipeline.training.weights_files import are_converted, weights_of, write_configuration, write_weights
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
@@ -46,20 +48,21 @@ def save_policy(
     lora, objective = config.policy.lora, objective_of(config.train)
     trees = trees[:CHECKED]
     trained = outputs_of(policy.model, trees, objective)
-    saved_dtype = _saved_dtype(config, base)
-    coarse = {policy.model.dtype, saved_dtype} != {torch.float32} or config.policy.load_in_4bit
+    kept_in = saved_dtype(config, base)
+    coarse = {policy.model.dtype, kept_in} != {torch.float32} or config.policy.load_in_4bit
     differences: dict[str, float] = {}
 
     def check(
         name: str, place: Path, load: Callable[[], PreTrainedModel], expected: np.ndarray, *, rough: bool
     ) -> None:
-        difference = must_agree(load(), place, expected, trees, objective, coarse=rough, device=policy.model.device)
-        differences[name] = difference
+        again = outputs_of(load().to(policy.model.device), trees, objective)
+        return_freed_memory()
+        differences[name] = must_agree(again, place, expected, len(trees), coarse=rough)
 
     if lora is None:
         _replace(
             run.model,
-            lambda to: _save_whole(policy.model, base, to, card, tokenizer, saved_dtype),
+            lambda to: _save_whole(policy.model, base, to, card, tokenizer, config, kept_in),
             lambda directory: check(
                 "model", run.model, lambda: objective.load_again(directory, config, policy.model), trained, rough=coarse
             ),
@@ -67,7 +70,7 @@ def save_policy(
         return differences
     _replace(
         run.adapter,
-        lambda to: _save_adapter(policy.adapted, to, card),
+        lambda to: write_adapter(policy.adapted, to, card),
         lambda directory: check(
             "adapter",
             run.adapter,
@@ -87,7 +90,7 @@ def save_policy(
     merged = adapted.merge_and_unload()
     _replace(
         run.model,
-        lambda to: _save_whole(merged, base, to, card, tokenizer, saved_dtype),
+        lambda to: _save_whole(merged, base, to, card, tokenizer, config, kept_in),
         lambda directory: check(
             "model",
             run.model,
@@ -99,7 +102,7 @@ def save_policy(
     return differences
 
 
-def _saved_dtype(config: Config, base: Path) -> torch.dtype:
+def saved_dtype(config: Config, base: Path) -> torch.dtype:
     """What `policy.save_dtype` means on this machine."""
     setting, saved = config.policy.save_dtype, read_config(base)
     name = "float32"
@@ -111,23 +114,36 @@ def _saved_dtype(config: Config, base: Path) -> torch.dtype:
 
 
 def _save_whole(
-    model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any, dtype: torch.dtype
+    model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any, config: Config, dtype: torch.dtype
 ) -> None:
-    trained = model.config.dtype
-    rounded = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()} if model.dtype != dtype else None
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(directory, state_dict=rounded)
-    finally:
-        model.config.dtype = trained
+    if are_converted(model):
+        rounded = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        model.save_pretrained(directory, state_dict=rounded, max_shard_size=config.policy.max_shard_size)
+    weights = weights_of(model)
+    write_configuration(model, directory, dtype)
+    if not are_converted(model):
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        write_weights(directory, shapes, weights.items(), dtype, config.policy.max_shard_size)
+    write_beside(model, base, directory, card, tokenizer)
+
+
+def write_beside(model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any) -> None:
+    """Write the base's tokenizer files and the model card."""
     copy_tokenizer(base, directory)
     if getattr(model.config, "num_labels", None) == 1:
         align_padding(directory, tokenizer, model.config.pad_token_id)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def _save_adapter(adapted: Any, directory: Path, card: str) -> None:
-    adapted.save_pretrained(directory)
+def write_adapter(adapted: Any, directory: Path, card: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write adapters in PEFT's layout; `state`: their weights, if `adapted` has not all of them."""
+    adapted.save_pretrained(directory, state_dict=state)
+    path = directory / "adapter_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    # PEFT writes a set, each time in another order
+    if isinstance(content.get("target_modules"), list):
+        content["target_modules"].sort()
+        path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -146,19 +162,27 @@ def _with_adapter(model: PreTrainedModel, base: Path, config: Config, adapter: P
 
 def _replace(directory: Path, write: Callable[[Path], None], check: Callable[[Path], None]) -> None:
     """Make `directory` anew with `write`, if what was written passes `check`; the old one goes in one step."""
-    temporary, old = durable.temporary_beside(directory), durable.temporary_beside(directory)
+    temporary = durable.temporary_beside(directory)
     try:
         with durable.explaining_disk(directory):
             write(temporary)
             check(temporary)
-            for file in temporary.iterdir():
-                durable.flush(file)
-            if directory.exists():
-                directory.rename(old)
-            temporary.rename(directory)
-            durable.flush(directory.parent)
+            put_in_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, directory: Path) -> None:
+    """Give what is whole its place, durably; the old one goes in one step."""
+    old = durable.temporary_beside(directory)
+    try:
+        for file in temporary.iterdir():
+            durable.flush(file)
+        if directory.exists():
+            directory.rename(old)
+        temporary.rename(directory)
+        durable.flush(directory.parent)
+    finally:
         shutil.rmtree(old, ignore_errors=True)
 
 

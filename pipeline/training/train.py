@@ -36,9 +36,12 @@ from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
 from pipeline.training.lean import StepInBackward
 from pipeline.training.loop import Loop
 from pipeline.training.optimizers import make_optimizer
+from pipeline.training.parallel.export import Exports, can_save_parts
 from pipeline.training.parallel.sharded import Shards, mesh_of, must_be_shardable
+from pipeline.training.parallel.state import load_parts
+from pipeline.training.parallel.unread import NotInParts
 from pipeline.training.parallel.world import ALONE, World
-from pipeline.training.policies import Policy, load_policy
+from pipeline.training.policies import Policy, load_policy, precision_of
 from pipeline.training.records.metrics import Metrics
 from pipeline.training.records.policy_logps import PolicyLogps
 from pipeline.training.records.trackers import open_trackers
@@ -90,14 +93,14 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     _must_fit_positions(base, config, pairs, held_out)
     steps = total_steps(len(pairs), config.train)
     torch.manual_seed(config.train.seed)
-    policy, shards = _policy(base, config, tokenizer, pairs, world)
+    policy, shards = _policy(base, config, tokenizer, pairs, world, listener)
     optimizer = make_optimizer(shards.module() if shards else policy.model, config.train)
     if config.train.optimizer_in_backward:
         _must_be_single_passes(policy, pairs, config.train, steps)
     first, logps = 0, PolicyLogps(run.policy_logps, pairs, held_out)
     if checkpoint is not None:
         if shards is not None:
-            shards.load(checkpoint, optimizer)
+            load_parts(shards, checkpoint, optimizer, world)
         else:
             load_checkpoint(checkpoint, policy.model, optimizer)
         logps.load(load_policy_logps(checkpoint))
@@ -142,11 +145,17 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     )
     loop.run(first)
     metrics.close()
-    optimizer.state.clear()  # a second model is loaded to be compared
-    if shards is not None:
-        policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends, waits=True))
+    optimizer.state.clear()  # what is exported is read again
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
-    world.once(lambda: _finish(loop, policy, base, tokenizer, about["reference_id"], results))
+    world.once(lambda: _say_health(loop))
+    card = model_card(config, run.name, about["reference_id"], len(pairs), results)
+    if shards is not None and can_save_parts(policy):
+        differences = Exports(policy, shards, base, config, run, world).save(card, tokenizer, pairs.trees)
+    else:
+        if shards is not None:
+            policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends, "host"))
+        differences = world.once(lambda: save_policy(policy, base, config, run, card, tokenizer, pairs.trees))
+    world.once(lambda: _finish(loop, policy, base, results, differences))
     return Trained(steps, results)
 
 
@@ -178,47 +187,57 @@ def _checkpoint_of(run: Run, found: dict[str, Any]) -> Checkpoint | None:
     return Checkpoint(run.checkpoints / found["checkpoint"], found["step"], found["training"])
 
 
-def _policy(base: Path, config: Config, tokenizer: Any, pairs: Pairs, world: World) -> tuple[Policy, Shards | None]:
-    """The policy, in shards if several processes train it; on each machine one process after the other holds it whole."""
+def _policy(
+    base: Path, config: Config, tokenizer: Any, pairs: Pairs, world: World, listener: Listener
+) -> tuple[Policy, Shards | None]:
+    """The policy, in shards if several processes train it: then each reads its own parts. If the weights are joined or renamed as
+    they are read, on each machine one process after the other holds them whole.
+    """
     if world.alone:
         return load_policy(base, config, tokenizer, pairs.ends), None
-    mesh = mesh_of(world)
+    mesh, precision = mesh_of(world), precision_of(config)
 
-    def in_shards() -> tuple[Policy, Shards]:
-        policy = load_policy(base, config, tokenizer, pairs.ends, waits=True)
-        shards = Shards(policy.model, policy.forward, world, mesh)
+    def in_shards(policy: Policy) -> tuple[Policy, Shards]:
+        shards = Shards(policy.model, policy.forward, world, mesh, precision, policy.unread)
         return_freed_memory()
-        return replace(policy, forward=shards.forward), shards
+        return replace(policy, forward=shards.forward, unread=None), shards
 
-    return world.in_turn(in_shards)
+    try:
+        return in_shards(load_policy(base, config, tokenizer, pairs.ends, "parts"))
+    except NotInParts as reason:
+        listener.say(f"loading   one process after the other, whole: {reason}")
+    # as if nothing had been tried
+    torch.manual_seed(config.train.seed)
+    return world.in_turn(lambda: in_shards(load_policy(base, config, tokenizer, pairs.ends, "host")))
 
 
 def _whole(shards: Shards, policy: Policy, world: World, load: Callable[[], Policy]) -> Policy:
     """The trained policy in one piece in the first process; the others keep their parts."""
     fresh = load() if world.first else policy
     weights = dict(fresh.model.named_parameters()) if world.first else {}
-    for name, whole in shards.whole_weights():
+    for name, whole in shards.whole_weights(shards.learning):
         if world.first:
             weights[name].data.copy_(whole)
     return fresh
 
 
-def _finish(
-    loop: Loop, policy: Policy, base: Path, tokenizer: Any, reference_id: str, results: dict[str, float | None]
-) -> None:
-    """Save the policy, and write down what the training came to."""
-    config, run, pairs, metrics, say = loop.config, loop.directories, loop.pairs, loop.metrics, loop.listener.say
+def _say_health(loop: Loop) -> None:
     loop.logps.write()
-    sentences = [finding.sentence for finding in health.findings(metrics.rows(), config.train, loop.steps)]
-    durable.write_json(run.health, {"words": sentences})
-    card = model_card(config, run.name, reference_id, len(pairs), results)
-    differences = save_policy(policy, base, config, run, card, tokenizer, pairs.trees)
+    sentences = [finding.sentence for finding in health.findings(loop.metrics.rows(), loop.config.train, loop.steps)]
+    durable.write_json(loop.directories.health, {"words": sentences})
+
+
+def _finish(
+    loop: Loop, policy: Policy, base: Path, results: dict[str, float | None], differences: dict[str, float]
+) -> None:
+    """Write down what the training came to."""
+    config, run, metrics, say = loop.config, loop.directories, loop.metrics, loop.listener.say
     policy_digest = identify_model(base, trusts_code=config.policy.trust_remote_code).digest
     facts = {
         "training": loop.training,
         "policy": policy_digest,
         "steps": loop.steps,
-        "pairs": len(pairs),
+        "pairs": len(loop.pairs),
         "results": results,
     }
     record(run, config, "train", **facts, export_check=differences)

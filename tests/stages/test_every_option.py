@@ -57,12 +57,14 @@ CHANGES = {
     "train.eval_steps": (2, {}),
     "train.save_steps": (1, {"train.save_total_limit": 3}),
     "train.save_total_limit": (2, {"train.save_steps": 1}),
+    "train.async_save": (True, {"train.save_steps": 1}),
     "policy.model": (None, {}),  # filled in below
     "policy.revision": (SECOND, {"policy.model": "tests/tiny"}),
     "policy.trust_remote_code": (True, {"policy.model": "tests/tiny", "policy.revision": CODED}),
     "policy.lora": ({"r": 2}, {}),
     "policy.dtype": ("bfloat16", {"train.precision": "bfloat16"}),
     "policy.save_dtype": ("base", {"policy.model": ROUNDED}),
+    "policy.max_shard_size": ("100KB", {}),
     "policy.load_in_4bit": (True, {"policy.lora": {"r": 2}}),
     "policy.lora.r": (4, {"policy.lora": {"r": 2}}),
     "policy.lora.alpha": (8.0, {"policy.lora": {"r": 2}}),
@@ -129,6 +131,7 @@ def outcome(where, config, run, settings, monkeypatch):
         for module, way in (
             ("loop", "offloaded_activations"),
             ("train", "StepInBackward"),
+            ("saver", "copied"),
             ("policies", "compile_layers"),
         ):
             original = getattr(import_module(f"pipeline.training.{module}"), way)

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_config
+from pipeline.progress import SILENT
 from pipeline.training.parallel.world import world
 from pipeline.training.train import train
+
+
+class Spoken(type(SILENT)):
+    """Lines go to the output; progress is not shown."""
+
+    def say(self, text: str) -> None:
+        """A line."""
+        print(text, flush=True)
 
 
 def main(cases: list[str]) -> None:
@@ -17,7 +26,9 @@ def main(cases: list[str]) -> None:
     with world() as here:
         for case in cases:
             name, _, run = case.partition("=")
-            train(load_config(Path(f"{name}.yaml")), open_run(run or f"{name}-{here.size}"), world=here)
+            train(
+                load_config(Path(f"{name}.yaml")), open_run(run or f"{name}-{here.size}"), listener=Spoken(), world=here
+            )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.files import load_config
 from pipeline.errors import ConfigError
@@ -33,6 +34,11 @@ CASES = {
     "reward": {"train": {"objective": "reward"}},
     "lora": LORA,
     "bfloat16": {"train": {"precision": "bfloat16"}},
+    # weights of 16 bits, read, gathered and exported as such; the merged adapter likewise
+    "narrow": {"policy": {"dtype": "bfloat16"}, "train": {"precision": "bfloat16"}},
+    "merged": {"policy": {"lora": {"r": 4, "alpha": 8}, "max_shard_size": "100KB"}},
+    "blocks": {"train": {"optimizer": "adamw_8bit"}},
+    "behind": {"train": {"async_save": True, "save_steps": 2}},
     "recomputed": {"train": {"gradient_checkpointing": True}},
     # fewer prompts in a step than processes: some read nothing that counts
     "few": {"train": ONE_PAIR},
@@ -74,6 +80,7 @@ def place(tmp_path_factory, tiny_model):
             "per_device_train_batch_size": 8,
             "eval_steps": 3,
             "save_steps": 3,
+            "save_total_limit": 2,
             "learning_rate": 1e-4,
         }
         whole = {**sections, "train": {**train, "tokens_per_batch": 256, **sections.get("train", {})}}
@@ -91,28 +98,41 @@ def place(tmp_path_factory, tiny_model):
 def read(where, run):
     """What a run's training gave: metrics, weights."""
     directory = where / "data/runs" / run
-    file = next(
-        path
-        for path in (directory / "model/model.safetensors", directory / "adapter/adapter_model.safetensors")
-        if path.exists()
-    )
-    return pl.read_parquet(directory / "metrics.parquet"), load_file(file)
+    kind = "model" if (directory / "model").exists() else "adapter"
+    weights = {
+        f"{file.name}: {name}": weight
+        for file in (directory / kind).glob("*.safetensors")
+        for name, weight in load_file(file).items()
+    }
+    return pl.read_parquet(directory / "metrics.parquet"), weights
+
+
+def begun_again(place, run, new, *lost):
+    """A copy of a run that has not finished its training."""
+    directory = place / "data/runs" / new
+    shutil.copytree(place / "data/runs" / run, directory)
+    for name in ("model", "adapter", *lost):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / "provenance.json").unlink()
+    return directory
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
 @pytest.mark.parametrize("case", CASES)
 def test_many_processes_train_what_one_does(place, case, size):
     (one, weights), (many, others) = read(place, f"{case}-1"), read(place, f"{case}-{size}")
-    within = 2e-2 if case == "bfloat16" else 1e-6
+    rounded = case in ("bfloat16", "narrow", "blocks")
+    within = 2e-2 if rounded else 1e-6
     # Adam does not see by how much all gradients are scaled; their norm does
     norms = (many["grad_norm"] / one["grad_norm"] - 1).abs().max()
-    assert norms <= (0.1 if case == "bfloat16" else 1e-4)
+    assert norms <= (0.1 if rounded else 1e-4)
     for name in ("loss", "eval_loss"):
         assert ((one[name] - many[name]).abs() / one[name].abs().clip(1)).max() <= within, name
     assert one["loss"].n_unique() > 3
     assert weights.keys() == others.keys()
     differences = [(weights[name].float() - others[name].float()).abs().max().item() for name in weights]
-    assert max(differences) <= (1e-3 if case == "bfloat16" else 1e-6)
+    # weights of 16 bits are rounded by chance: two of their last digits
+    assert max(differences) <= (2e-2 if case == "narrow" else 1e-3 if rounded else 1e-6)
 
 
 def test_what_single_pairs_were_given_is_kept_of_all_processes(place):
@@ -127,13 +147,10 @@ def test_what_single_pairs_were_given_is_kept_of_all_processes(place):
 def test_a_training_goes_on_in_another_number_of_processes(place, before, after):
     case, run = ("lora", "lora") if before == 1 else (FIRST, FIRST)
     new = f"{run}-from-{before}-to-{after}"
-    directory = place / "data/runs" / new
-    shutil.copytree(place / f"data/runs/{run}-{before}", directory)
-    for name in ("model", "adapter", "checkpoints/step_000006"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    (directory / "provenance.json").unlink()
+    begun_again(place, f"{run}-{before}", new, "checkpoints/step_000006")
     said = launched(place, after, f"{case}={new}")
     assert "Traceback" not in said
+    assert "resuming after step 3 " in said
     (_, weights), (_, again) = read(place, f"{run}-{before}"), read(place, new)
     if before == after:
         assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -141,10 +158,31 @@ def test_a_training_goes_on_in_another_number_of_processes(place, before, after)
         assert max((weights[name] - again[name]).abs().max().item() for name in weights) <= 1e-6
 
 
+@pytest.mark.parametrize("case", [case for case in ("few", "merged", "narrow", "reward") if case in CASES])
+def test_what_many_processes_export_is_byte_for_byte_what_one_does(place, case):
+    # from the checkpoint after the last step: the same weights
+    exported = {}
+    for size in {1, SIZES[-1]}:
+        directory = begun_again(place, f"{case}-{SIZES[-1]}", f"{case}-by-{size}")
+        assert "resuming after step 6 " in launched(place, size, f"{case}={directory.name}")
+        exported[size] = {
+            str(path.relative_to(directory)): path.read_bytes()
+            for kind in ("model", "adapter")
+            for path in (directory / kind).glob("*")
+            if path.name != "README.md"
+        }
+    one, many = exported[1], exported[SIZES[-1]]
+    assert one.keys() == many.keys()
+    assert [name for name in one if one[name] != many[name]] == []
+    if case != "reward":
+        dtype = AutoModelForCausalLM.from_pretrained(directory / "model").dtype
+        assert dtype == (torch.bfloat16 if case == "narrow" else torch.float32)
+
+
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"train": {"optimizer": "adafactor"}}, "its state spans whole weights; set adamw"),
+        ({"train": {"optimizer": "adafactor"}}, "its state spans whole weights; set adamw or adamw_8bit"),
         ({"train": {"optimizer_in_backward": True, "max_grad_norm": None}}, "gradients are summed over devices first"),
         ({"train": {"activation_offloading": True}}, "it would move gathered weights"),
         ({"policy": {"load_in_4bit": True, "lora": {"r": 4}}}, "cannot be cut into shards"),

@@ -102,7 +102,7 @@ def test_an_export_that_is_not_what_was_trained_fails_and_replaces_nothing(tiny_
     assert max(differences.values()) < 1e-4
     (file,) = (run.model if name == "model" else run.adapter).glob("*.safetensors")
     before = file.read_bytes()
-    write = pipeline.training.save._save_whole if name == "model" else pipeline.training.save._save_adapter
+    write = pipeline.training.save._save_whole if name == "model" else pipeline.training.save.write_adapter
 
     def spoiled(model, *others):
         write(model, *others)

@@ -5,16 +5,15 @@ Outputs are log-probabilities of response tokens, or rewards of responses for a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pipeline.errors import CheckError
 from pipeline.forward.trees import Tree
-from pipeline.hardware import return_freed_memory
 from pipeline.precompute.agreement import TOLERANCES
 from pipeline.training.objectives.objective import Objective
 
@@ -26,46 +25,48 @@ CHECKED = 4
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, trees: Sequence[Tree], objective: Objective) -> np.ndarray:
+def outputs_of(
+    model: PreTrainedModel,
+    trees: Sequence[Tree],
+    objective: Objective,
+    call: Callable[[Any, Sequence[Tree]], Any] | None = None,
+    precision: torch.dtype | None = None,
+) -> np.ndarray:
     """What the objective reads of `trees`, log-probabilities of all tokens or rewards of all responses: float64, in order.
+    `call` runs the model's pass, if its weights are not whole.
 
-    In float32 arithmetic, unless the weights have fewer digits. Runs in evaluation mode, and leaves the model in the mode it was
-    in and with the attention it had.
+    In float32 arithmetic unless the weights have fewer digits, or in `precision`. Runs in evaluation mode, and leaves the model in
+    the mode it was in and with the attention it had.
     """
     training, attention = model.training, model.config.get_text_config()._attn_implementation  # noqa: SLF001  # no public name
     model.eval()
-    precision = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    run = objective.forward_of(model, "separate", precision)
-    parts = [output.reshape(-1) for tree in trees for outputs in run([tree]) for output in outputs]
+    if precision is None:
+        precision = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    run = objective.forward_of(model, "separate", precision, whole=call is None)
+    parts = [
+        output.reshape(-1)
+        for tree in trees
+        for outputs in (call(run, [tree]) if call else run([tree]))
+        for output in outputs
+    ]
     model.set_attn_implementation(attention)
     model.train(training)
     outputs: np.ndarray = torch.cat(parts).double().cpu().numpy()
     return outputs
 
 
-def must_agree(
-    exported: PreTrainedModel,
-    place: Path,
-    trained: np.ndarray,
-    trees: Sequence[Tree],
-    objective: Objective,
-    *,
-    coarse: bool,
-    device: torch.device,
-) -> float:
-    """Mean absolute difference between an exported model, loaded again from `place`, and the outputs when it was trained.
-    `device`: where both are computed.
+def must_agree(again: np.ndarray, place: Path, trained: np.ndarray, pairs: int, *, coarse: bool) -> float:
+    """Mean absolute difference between outputs `again` of what was exported to `place`, and those when it was trained, on so many
+    `pairs`.
 
     `coarse`: some of the weights have, or had, 16 bits or fewer. Raises CheckError if the difference is more than arithmetic
     makes.
     """
-    again = outputs_of(exported.to(device), trees, objective)
-    return_freed_memory()
     difference = float(np.abs(again - trained).mean()) if len(again) == len(trained) else float("nan")
     allowed = TOLERANCES["bfloat16" if coarse else "float32"][1]
     if not difference <= allowed:
         raise CheckError(
-            f"what was exported is not what was trained: loaded again, its outputs on {len(trees)} pairs differ by "
+            f"what was exported is not what was trained: loaded again, its outputs on {pairs} pairs differ by "
             f"{difference:.4f} on average, allowed is {allowed}. {place} keeps what it held; the checkpoints hold the trained "
             "weights"
         )

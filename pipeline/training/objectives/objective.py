@@ -46,9 +46,18 @@ class Objective(Protocol):
         ...
 
     def forward_of(
-        self, model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+        self,
+        model: PreTrainedModel,
+        layout: str,
+        precision: torch.dtype,
+        device: torch.device | None = None,
+        *,
+        whole: bool = True,
     ) -> Any:
-        """The model's pass over trees on `device`, or where the model lies; its method `tokens(trees)` counts what it reads."""
+        """The model's pass over trees on `device`, or where the model lies; its method `tokens(trees)` counts what it reads.
+
+        `whole`: all weights are there, so that the pass can be tried.
+        """
         ...
 
     def terms(

@@ -49,10 +49,16 @@ class Preference:
         return load_causal_lm(directory, config.policy, torch.float32, **options)
 
     def forward_of(
-        self, model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+        self,
+        model: PreTrainedModel,
+        layout: str,
+        precision: torch.dtype,
+        device: torch.device | None = None,
+        *,
+        whole: bool = True,
     ) -> Forward:
         """See `Objective.forward_of`."""
-        return forward_of(model, layout, precision, device)
+        return forward_of(model, layout, precision, device, whole=whole)
 
     def terms(
         self, forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float

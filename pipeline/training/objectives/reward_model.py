@@ -93,7 +93,13 @@ class RewardModel:
         return model
 
     def forward_of(
-        self, model: PreTrainedModel, layout: str, precision: torch.dtype, device: torch.device | None = None
+        self,
+        model: PreTrainedModel,
+        layout: str,
+        precision: torch.dtype,
+        device: torch.device | None = None,
+        *,
+        whole: bool = True,  # noqa: ARG002  # nothing is tried
     ) -> Rewards:
         """See `Objective.forward_of`."""
         return rewards_of(model, layout, precision, device)
@@ -129,16 +135,18 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     try:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            num_labels=1,
-            pad_token_id=pad_token_id(tokenizer, ends),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            local_files_only=True,
-            **options,
-        )
+        # transformers draws a head too
+        with torch.random.fork_rng(devices=[]):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                directory,
+                num_labels=1,
+                pad_token_id=pad_token_id(tokenizer, ends),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                local_files_only=True,
+                **options,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"model {spec.model!r}: {directory} cannot be loaded as a sequence classifier ({first_line(error)})"
@@ -146,7 +154,12 @@ def load_reward_model(
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.out_features != 1:
         raise ConfigError(f"{type(model).__name__} has no linear score of the last token: no reward model can be made")
     if not _has_head(directory):
-        torch.nn.init.normal_(model.score.weight, std=1 / (model.score.in_features + 1) ** 0.5)
+        # also if the other weights are not read yet
+        head = torch.empty(model.score.weight.shape, dtype=model.score.weight.dtype)
+        torch.nn.init.normal_(head, std=1 / (model.score.in_features + 1) ** 0.5)
+        model.score.weight = torch.nn.Parameter(
+            head.to(device="cpu" if model.score.weight.is_meta else model.score.weight.device)
+        )
     return model
 
 

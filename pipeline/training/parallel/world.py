@@ -9,14 +9,17 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from pipeline.errors import OtherGone, RefscoreError
 from pipeline.hardware import device_kind
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Made = TypeVar("Made")
 # a process that is gone is noticed by torchrun, which ends the others; what takes long is the first one's writing
@@ -37,10 +40,11 @@ class Followed(RefscoreError):
 
 @dataclass(frozen=True)
 class World:
-    """This process's number `rank`, from 0, among `size`."""
+    """This process's number `rank`, from 0, among `size`. `group`: what sends between them; None: what a step sends by."""
 
     rank: int = 0
     size: int = 1
+    group: ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -55,7 +59,7 @@ class World:
         if self.alone:
             return values
         summed = values.clone()
-        torch.distributed.all_reduce(summed)
+        torch.distributed.all_reduce(summed, group=self.group)
         return summed
 
     def gathered(self, values: torch.Tensor) -> list[torch.Tensor]:
@@ -63,8 +67,27 @@ class World:
         if self.alone:
             return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, values)
+        torch.distributed.all_gather(parts, values, group=self.group)
         return parts
+
+    def all_of(self, value: Any) -> list[Any]:
+        """The `value`, one for JSON, of every process, in the order of their ranks."""
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.place)
+        lengths = [int(length) for length in self.gathered(torch.tensor([len(content)], device=self.place))]
+        padded = torch.nn.functional.pad(content, (0, max(lengths) - len(content)))
+        parts = zip(self.gathered(padded), lengths, strict=True)
+        return [json.loads(part[:length].cpu().numpy().tobytes()) for part, length in parts]
+
+    def aside(self) -> World:
+        """The same processes, which send by the machine's memory and beside a step; all of them must call it."""
+        if self.alone:
+            return self
+        return replace(self, group=torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+
+    @property
+    def place(self) -> torch.device:
+        """Where what is sent must lie."""
+        return torch.device(device_kind() if self.group is None else "cpu")
 
     def in_turn(self, make: Callable[[], Made]) -> Made:
         """What `make` returns, called in one process of each machine after the other, so that only one takes the memory for it."""
@@ -74,10 +97,10 @@ class World:
         here = int(os.environ.get("LOCAL_RANK", self.rank))
         most = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         made: list[Made] = []
-        for turn in range(max(int(size) for size in self.gathered(torch.tensor([most], device=_place())))):
+        for turn in range(max(int(size) for size in self.gathered(torch.tensor([most], device=self.place)))):
             if turn == here:
                 made.append(make())
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.group)
         return made[0]
 
     def once(self, find: Callable[[], Any]) -> Any:
@@ -104,22 +127,18 @@ class World:
     def _tell(self, told: dict[str, Any]) -> None:
         content = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
         for tensor in (torch.tensor([len(content)]), content):
-            torch.distributed.broadcast(tensor.to(_place()), 0)
+            torch.distributed.broadcast(tensor.to(self.place), 0, group=self.group)
 
     def _told(self) -> dict[str, Any]:
-        length = torch.zeros(1, dtype=torch.int64, device=_place())
-        torch.distributed.broadcast(length, 0)
-        content = torch.zeros(int(length), dtype=torch.uint8, device=_place())
-        torch.distributed.broadcast(content, 0)
+        length = torch.zeros(1, dtype=torch.int64, device=self.place)
+        torch.distributed.broadcast(length, 0, group=self.group)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.place)
+        torch.distributed.broadcast(content, 0, group=self.group)
         told: dict[str, Any] = json.loads(content.cpu().numpy().tobytes())
         return told
 
 
 ALONE = World()
-
-
-def _place() -> torch.device:
-    return torch.device(device_kind())
 
 
 @contextmanager

@@ -1,0 +1,134 @@
+"""What the processes of a training keep of weights, optimizer and chance, under the names that a checkpoint has for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.training.checkpoint import INTEGER, OF_RANK, Checkpoint, as_kept, must_be_of, read_parts, stored_tensors
+from pipeline.training.parallel.world import World
+
+if TYPE_CHECKING:
+    from pipeline.training.parallel.sharded import Shards
+
+# weights that one scale of bitsandbytes' 8-bit states is of
+_BLOCK = 256
+
+
+def state(shards: Shards, optimizer: torch.optim.Optimizer, world: World) -> dict[str, torch.Tensor]:
+    """Parts of weights and of the optimizer's state as DTensors, the rest as it is; nothing is copied."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, part in shards.learning.items():
+        tensors[name] = shards.whole[name].detach()
+        for field, value in optimizer.state.get(part, {}).items():
+            key = f"{name}/{field}"
+            if not isinstance(value, torch.Tensor):
+                tensors[key + INTEGER] = torch.tensor(value)
+            elif value.ndim == 0 or field.startswith("qmap"):
+                # the same in all processes; tables are shared by all weights
+                tensors[key] = value.clone()
+            elif (spread := _spread(shards, name, part, value, optimizer)) is not None:
+                tensors[key] = spread
+            else:
+                tensors[f"{key}{OF_RANK}{world.rank}"] = value
+    tensors[_chance("cpu", world.rank)] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[_chance("cuda", world.rank)] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def load_parts(shards: Shards, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Take this process's parts of a checkpoint, whatever number of processes wrote it. Only these parts are read.
+
+    Raises DataError if it does not fit the model, or is of as many processes as wrote it alone.
+    """
+    stored = stored_tensors(checkpoint, shards.learning)
+    must_be_of(checkpoint, stored, world.size)
+    tensors = {name: shards.whole[name].detach() for name in shards.learning}
+    fields: dict[str, dict[str, str]] = {name: {} for name in shards.learning}
+    for key, (size, dtype) in stored.items():
+        name, _, field = key.rpartition("/")
+        field, _, rank = field.partition(OF_RANK)
+        if name in fields and rank in ("", str(world.rank)):
+            fields[name][field] = key
+            like, device = shards.whole[name], shards.learning[name].device
+            local = _rows_of(like, size)
+            if rank or local is None:
+                tensors[key] = torch.empty(size, dtype=dtype, device=device)
+            else:
+                tensors[key] = _dtensor(torch.empty(local, dtype=dtype, device=device), like, size)
+    ranks = sum(key.startswith("random/cpu") for key in stored)
+    mine = (
+        [key for kind in ("cpu", "cuda") if (key := _chance(kind, world.rank)) in stored] if ranks == world.size else []
+    )
+    tensors |= {key: torch.empty(stored[key][0], dtype=stored[key][1]) for key in mine}
+    read_parts(checkpoint.directory, tensors, group=world.group)
+    for name, part in shards.learning.items():
+        optimizer.state[part] = {
+            field.removesuffix(INTEGER): as_kept(field, _local(tensors[key])) for field, key in fields[name].items()
+        }
+    if not mine:
+        # of another number of processes: chance begins anew, another in each
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * checkpoint.step + world.rank)
+        return
+    torch.set_rng_state(tensors[mine[0]])
+    if len(mine) > 1:
+        torch.cuda.set_rng_state(tensors[mine[1]])
+
+
+def names_of_all(tensors: dict[str, torch.Tensor], world: World) -> list[str]:
+    """The names of what all processes keep."""
+    return sorted({name for names in world.all_of(list(tensors)) for name in names})
+
+
+def _spread(
+    shards: Shards, name: str, part: torch.Tensor, value: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> torch.Tensor | None:
+    """`value`, of this process's part of a weight, as a part of one of the whole; None if blocks of it would lie in two."""
+    like: Any = shards.whole[name]
+    # all processes must decide alike, so by the whole
+    even = like.shape[0] % like.device_mesh.size() == 0
+    if value.shape == part.shape and (even or isinstance(optimizer, torch.optim.AdamW)):
+        return _dtensor(value, like, like.shape)
+    blocks = like.numel() // _BLOCK
+    if even and like[0].numel() % _BLOCK == 0 and value.shape == (part.numel() // _BLOCK,):
+        return _dtensor(value, like, torch.Size([blocks]))
+    return None
+
+
+def _rows_of(like: Any, size: torch.Size) -> list[int] | None:
+    """The shape of this process's part of a tensor of `size` that belongs to the weight `like`; None if all have it whole."""
+    if size == like.shape:
+        return list(like.to_local().shape)
+    rows, ranks = like.shape[0], like.device_mesh.size()
+    if (
+        like.numel() % _BLOCK == 0
+        and list(size) == [like.numel() // _BLOCK]
+        and rows % ranks == 0
+        and size[0] % ranks == 0
+    ):
+        return [size[0] // ranks]
+    return None
+
+
+def _dtensor(local: torch.Tensor, like: Any, size: torch.Size) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    stride = [1] * len(size)
+    for place in range(len(size) - 2, -1, -1):
+        stride[place] = stride[place + 1] * size[place + 1]
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=size, stride=tuple(stride)
+    )
+
+
+def _local(value: Any) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    local: torch.Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return local
+
+
+def _chance(kind: str, rank: int) -> str:
+    return f"random/{kind}/{rank}" if rank else f"random/{kind}"
