@@ -92,7 +92,8 @@ class Shards:
     ) -> None:
         self._world = world
         names = unread.forget(model) if unread else {}
-        root = self._root = _Root(model, forward)
+        root = _Root(model, forward)
+        self._root: Any = root
         cut(root, decoder_layers(model), mesh, precision)
         # values per response are views of one tensor, and nothing is done to them in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -113,7 +114,8 @@ class Shards:
     @property
     def root(self) -> torch.nn.Module:
         """What runs, with the hooks that gather its weights."""
-        return self._root
+        root: torch.nn.Module = self._root
+        return root
 
     def module(self) -> torch.nn.Module:
         """The parts that learn, as a module without a forward pass."""
