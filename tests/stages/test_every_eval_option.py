@@ -4,19 +4,15 @@ A double stands in for vLLM's sampling: what it writes is drawn from all that it
 """
 
 import json
-import random
 import shutil
-from contextlib import contextmanager
-from functools import cache
-from types import SimpleNamespace
 
 import polars as pl
 import pytest
 
-import pipeline.engines.vllm.generator
 import stages.iterate
 from pipeline.config.experiment import GenerateConfig
-from tests.conftest import experiment, make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.engines.sampling import sample_here
 from tests.judges.letter_server import Server
 
 # field: the change, and what must be set beside it (in both runs) for the field to have a meaning
@@ -99,9 +95,7 @@ def test_at_a_fixed_length_pairs_are_made_of_responses_without_an_end(ground, mo
 def test_the_terminal_shows_how_far_a_judge_that_is_asked_has_come(ground, command, monkeypatch):
     where, config, _ = ground
     server = Server()
-    monkeypatch.setattr(
-        pipeline.engines.vllm.generator, "sized_engine", lambda *given, **how: sized_engine([], *given, **how)
-    )
+    sample_here(monkeypatch, [])
     judge = f"judge=[{{name: 'llm:{server.url}', label: far, model: m}}]"
     # at a fixed length no response is too short for a pair
     settings = {"pair_margin": 0, "pair_samples": 2, "kl_samples": 0, "max_tokens": 3, "fixed_length": True}
@@ -121,9 +115,7 @@ def outcome(where, config, command, settings, monkeypatch):
     for name in ("eval.json", "new_pairs.jsonl", "held_out.jsonl", *(f"{table}.parquet" for table in TABLES)):
         (run / name).unlink(missing_ok=True)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            pipeline.engines.vllm.generator, "sized_engine", lambda *given, **how: sized_engine(told, *given, **how)
-        )
+        sample_here(patch, told)
         patch.setattr(
             stages.iterate, "step", lambda stage, config, name, overrides: told.append((stage, name, overrides))
         )
@@ -146,34 +138,3 @@ def outcome(where, config, command, settings, monkeypatch):
         step[2][:] = [one for one in step[2] if not one.startswith("generate.next_reference")]
     pairs = (run / "new_pairs.jsonl").read_text() if (run / "new_pairs.jsonl").is_file() else ""
     return tables, figures, pairs, told, said
-
-
-@contextmanager
-def sized_engine(told, directory, config, dtype, length, **options):
-    told.append((directory.name, dtype, options.get("max_num_seqs")))
-    yield SimpleNamespace(
-        generate=lambda inputs, params, **_: [sampled(directory, *one) for one in zip(inputs, params, strict=True)]
-    )
-
-
-def sampled(directory, prompt, params):
-    """A response drawn from the model's name, the prompt, and how it is asked."""
-    asked = (
-        directory.name,
-        prompt["prompt_token_ids"],
-        params.seed,
-        params.temperature,
-        params.top_p,
-        params.min_tokens,
-    )
-    draw = random.Random(repr(asked))
-    length = params.max_tokens if params.min_tokens else draw.randint(3, 20)
-    words = [draw.choice(["the cat", " sat", " on", " mat.", " dog", " ran"]) for _ in range(length)]
-    ids = tokenizer()("".join(words), add_special_tokens=False)["input_ids"][: params.max_tokens]
-    reason = "length" if len(ids) == params.max_tokens else "stop"
-    return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=reason)])
-
-
-@cache
-def tokenizer():
-    return make_tiny_tokenizer()

@@ -6,10 +6,12 @@ import re
 import polars as pl
 import pytest
 
+import stages.sweep
 from pipeline.artifacts.grid import grid
 from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES, read_table
 from pipeline.pairs.splits import prompt_id_of
-from tests.conftest import experiment, preference_rows, refscore, write_rows
+from tests.conftest import experiment, preference_rows, refscore, refscore_here, write_rows
+from tests.engines.sampling import sample_here
 
 pytestmark = pytest.mark.engine
 
@@ -129,7 +131,7 @@ def test_judgements_name_both_models_and_both_orders(rounds):
 def test_the_same_pairs_again_sample_nothing(looped, rounds):
     where, config, _ = looped
     before = (rounds[0] / "new_pairs.jsonl").read_text()
-    said = refscore(where, "pairs", "--config", config, "--run", "it-r1")
+    said = refscore_here(where, "pairs", "--config", config, "--run", "it-r1")
     assert "made before under the same settings" in said
     assert "sampling" not in said
     assert (rounds[0] / "new_pairs.jsonl").read_text() == before
@@ -137,19 +139,32 @@ def test_the_same_pairs_again_sample_nothing(looped, rounds):
 
 def test_other_tools_files_are_written(looped, rounds):
     where = looped[0]
-    said = refscore(where, "export", "--run", "it-r2", "--format", "alpaca_eval")
+    said = refscore_here(where, "export", "--run", "it-r2", "--format", "alpaca_eval")
     assert "annotations_rule_no_repetition_policy_reference.json" in said
-    said = refscore(where, "export", "--run", "it-r2", "--format", "arena_hard", "--to", "arena")
+    said = refscore_here(where, "export", "--run", "it-r2", "--format", "arena_hard", "--to", "arena")
     assert (where / "arena" / "question.jsonl").is_file()
-    assert "--format 'csv' is unknown" in refscore(where, "export", "--run", "it-r2", "--format", "csv", code=2)
+    assert "--format 'csv' is unknown" in refscore_here(where, "export", "--run", "it-r2", "--format", "csv", code=2)
 
 
-def test_a_sweep_scores_nothing_new_and_draws_its_frontier(looped):
+def test_a_sweep_scores_nothing_new_and_draws_its_frontier(looped, monkeypatch):
+    """Stages in processes of their own are those of `iterate`, as vLLM's samples are; here both are in this process."""
     where, config, _ = looped
-    said = refscore(
+    ran = []
+
+    def step(stage, config, run, overrides):
+        sets = [part for override in overrides for part in ("--set", override)]
+        ran.append((stage, run, refscore_here(where, stage, "--config", config, "--run", run, *sets)))
+
+    monkeypatch.setattr(stages.sweep, "step", step)
+    sample_here(monkeypatch, [])
+    compared = refscore_here(
         where, "sweep", "--config", config, "--run", "sw", "--set", "train.beta=0.1,0.5", "--set", "judge=rule:no_repetition",
         "--set", "generate.max_prompts=3",
     )  # fmt: skip
+    assert [(stage, run) for stage, run, _ in ran] == [
+        (stage, f"sw-beta{beta}") for beta in (0.1, 0.5) for stage in ("precompute", "train", "eval")
+    ]
+    said = "".join(text for *_, text in ran) + compared
     # the first round scored this data
     assert said.count(" 0 misses") >= 2
     assert said.count("nothing to score") == 2
@@ -170,5 +185,5 @@ def test_a_grid_is_every_combination_and_lists_are_no_axes():
 
 def test_a_sweep_of_nothing_is_refused(tmp_path, tiny_model):
     data = write_rows(tmp_path / "d.jsonl", preference_rows(4))
-    said = refscore(tmp_path, "sweep", "--config", experiment(tmp_path, tiny_model, data), "--run", "x", code=2)
+    said = refscore_here(tmp_path, "sweep", "--config", experiment(tmp_path, tiny_model, data), "--run", "x", code=2)
     assert "nothing to sweep" in said
