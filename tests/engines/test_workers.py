@@ -1,10 +1,8 @@
-"""Two engines in processes of their own: the same bits as one, also when one of them dies."""
+"""Several engines in processes of their own: how sequences are shared out, and how they start and end.
 
-import logging
-import subprocess
-import sys
+That they give the bits of one, also when one of them dies, is in test_vllm_scorer.py, which has those bits.
+"""
 
-import numpy as np
 import pytest
 
 from pipeline.config.experiment import ReferenceConfig
@@ -14,38 +12,9 @@ from pipeline.engines.vllm.engine import prepare_environment
 from pipeline.engines.workers import Workers, _Worker, parts_of
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.hardware import processors
-from tests.conftest import PROCESSORS, ROOT
 from tests.engines.sequences import LIMIT, edge_cases
-from tests.engines.test_vllm_scorer import scored  # noqa: F401  # the fixture
 
 REQUESTS = [request for group in edge_cases(32).values() for request in group]
-
-
-@pytest.mark.engine
-@pytest.mark.usefixtures("all_processors")
-@pytest.mark.skipif(len(PROCESSORS) < 2, reason="two workers need two processors")
-def test_two_workers_give_the_bits_of_one_and_one_that_dies_is_replaced(tiny_model, scored, caplog):  # noqa: F811
-    reference = ReferenceConfig(model=str(tiny_model), workers=2)
-    with start_scorer(reference, tiny_model, numerics_of(reference), LIMIT) as workers:
-        assert isinstance(workers, Workers)
-        assert np.array_equal(np.concatenate(workers.score(REQUESTS)), scored["shared"])
-        with caplog.at_level(logging.WARNING):
-            workers._workers[0]._process.kill()
-            assert np.array_equal(np.concatenate(workers.score(REQUESTS)), scored["shared"])
-        assert "worker 0 died (exit code -9): started again" in caplog.text
-        processes = [worker._process for worker in workers._workers]
-    assert not any(process.is_alive() for process in processes)
-
-
-@pytest.mark.engine
-@pytest.mark.usefixtures("all_processors")
-@pytest.mark.skipif(len(PROCESSORS) < 2, reason="two processes need two processors")
-def test_a_model_that_is_spread_over_two_processes_gives_the_same_scores(tiny_model, scored, tmp_path):  # noqa: F811
-    """Sums over the halves of a layer come in another order, so the last bits differ."""
-    command = [sys.executable, "-m", "tests.engines.vllm_spread", str(tiny_model), str(tmp_path / "logps.npy")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    found = np.load(tmp_path / "logps.npy")
-    assert np.abs(found - scored["shared"]).max() < 1e-4
 
 
 def test_a_model_is_not_spread_over_more_processors_than_there_are():

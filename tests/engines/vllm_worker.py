@@ -2,7 +2,9 @@
 
 import random
 import sys
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -55,6 +57,7 @@ def main(model: Path, target: Path) -> None:
     vllm_scoring.speed_up_float32_output_layer = lambda model: None
     with started(model, dtype="bfloat16") as scorer:
         keep("bfloat16, output layer as vLLM has it", scorer, straight, shared=True)
+    found["tensors left"] = np.array([one() is not None for one in started.tensors])
     np.savez(target, **found)
 
 
@@ -86,7 +89,9 @@ def v2_scores(model: Path, requests, shuffled) -> dict[str, np.ndarray]:
 
 
 class started:
-    """A scorer on the model; its engine is stopped on leaving."""
+    """A scorer on the model; its engine is stopped on leaving, and what it held is watched."""
+
+    tensors: ClassVar[list[weakref.ref]] = []
 
     def __init__(self, model, **options):
         reference = ReferenceConfig(model=str(model), **options)
@@ -96,7 +101,11 @@ class started:
         return self.scorer
 
     def __exit__(self, *_):
-        vllm_engine.stop_engine(self.scorer._llm)
+        llm = self.scorer._llm
+        (weights,) = llm.apply_model(lambda model: [weakref.ref(one) for one in model.parameters()])
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.tensors += [*weights, *map(weakref.ref, runner.kv_caches)]
+        vllm_engine.stop_engine(llm)
 
 
 def _count_tokens_read():
