@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -58,6 +59,23 @@ def browser() -> Iterator[Any]:
 def _in_its_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test works below a directory of its own: `data/` is relative to where one stands."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _modules_are_not_collected_among() -> None:
+    """What thousands of modules hold lives to the end: each of many collections would look through it for half a second."""
+    if len(sys.modules) > _left_out[0] + 200:
+        _left_out[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+_left_out = [0]
+
+
+def pytest_unconfigure() -> None:
+    """What Python ends with is collected again: libraries complain of what is not."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
