@@ -85,7 +85,7 @@ def test_a_shell_is_told_how_to_complete(tmp_path):
 
 
 def test_a_quiet_training_says_nothing_and_its_log_everything(tmp_path, config):
-    refscore(tmp_path, "precompute", "--config", config, "--run", "r")
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
     assert refscore(tmp_path, "train", "--config", config, "--run", "r", "-q") == ""
     log = (tmp_path / "data/runs/r/log.txt").read_text()
     times = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  ", log, re.MULTILINE)
