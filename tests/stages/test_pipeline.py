@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import tables
 from pipeline.report import addresses
-from tests.conftest import ROOT, must_leave_nothing_outside, refscore, refscore_here
+from tests.conftest import ROOT, must_leave_nothing_outside, refscore_here
 from tests.stages.test_json import asked
 
 pytestmark = pytest.mark.engine
@@ -249,7 +249,7 @@ def test_a_finished_training_is_not_repeated_and_another_one_is_not_mixed_in(pip
 
 def test_samples_made_before_are_used_again(pipeline_run, tmp_path):
     where = set_up(pipeline_run, tmp_path)
-    said = refscore(where, "eval", "--config", "experiment.yaml", "--run", "first")
+    said = refscore_here(where, "eval", "--config", "experiment.yaml", "--run", "first")
     assert said.count("made before under the same settings") == 2
 
 
