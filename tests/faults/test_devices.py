@@ -47,12 +47,12 @@ def place(tmp_path_factory, tiny_model):
     return where
 
 
-def started(where, run):
-    command = ["train", "--config", "experiment.yaml", "--run", run, "--devices", "2"]
+def started(where, run, *more, **variables):
+    command = ["train", "--config", "experiment.yaml", "--run", run, "--devices", "2", *more]
     with (where / f"{run}.txt").open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "stages.cli", *command],
-            cwd=where, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=where, env={**ENVIRONMENT, **variables}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
 
@@ -98,10 +98,48 @@ def test_what_ends_one_process_ends_all_with_one_message_and_nothing_is_lost(pla
         os.kill(launcher.pid if who == "launcher" else ranks[who], number)
     assert launcher.wait(timeout=30) == 1
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+    one_message_and_nothing_lost(place, run)
+
+
+def one_message_and_nothing_lost(place, run, *more):
+    """What is said of an ended training, and that the same command goes on to what an undisturbed one gives."""
     errors = [line for line in (place / f"{run}.txt").read_text().splitlines() if line.startswith("error:")]
     assert len(errors) == 1, errors
     assert "goes on" in errors[0] or "begins again" in errors[0]
     assert "Traceback" not in (place / f"{run}.txt").read_text()
-    assert started(place, run).wait() == 0
+    assert started(place, run, *more).wait() == 0
     calm, again = (place / f"data/runs/{name}/model/model.safetensors" for name in ("calm", run))
     assert calm.read_bytes() == again.read_bytes()
+
+
+# in every process before anything else: one of them ends itself at a moment of a protocol, the second time that it comes
+DIES = """
+import os, signal
+if os.environ.get("RANK") == os.environ.get("DIES"):
+    from pipeline.artifacts import durable
+    times = []
+    def reached(point):
+        if point == os.environ["AT"]:
+            times.append(point)
+            if len(times) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+    durable.reached = reached
+"""
+
+
+@pytest.mark.parametrize("behind", ["false", "true"], ids=["at once", "behind"])
+@pytest.mark.parametrize(
+    ("rank", "point"),
+    [(1, "checkpoint: parts written"), (0, "checkpoint: state written"), (0, "checkpoint: renamed")],
+)
+def test_a_process_that_ends_while_a_checkpoint_is_written_loses_that_alone(place, rank, point, behind):
+    (place / "dies").mkdir(exist_ok=True)
+    (place / "dies/sitecustomize.py").write_text(DIES)
+    run, more = f"{point[12:].replace(' ', '-')}-{behind}", ("--set", f"train.async_save={behind}")
+    path = os.pathsep.join([str(place / "dies"), str(ROOT)])
+    assert started(place, run, *more, DIES=str(rank), AT=point, PYTHONPATH=path).wait(timeout=240) == 1
+    steps = sorted(each.name for each in (place / f"data/runs/{run}/checkpoints").glob("step_*"))
+    assert ("step_000010" if point == "checkpoint: renamed" else "step_000005") in steps
+    one_message_and_nothing_lost(place, run, *more)
+    left = [each.name for each in (place / f"data/runs/{run}/checkpoints").iterdir()]
+    assert left == ["step_000030"]
