@@ -85,7 +85,7 @@ def precompute(
 def plan(
     config: ConfigOption = DEMO,
     set_: SetOption = None,
-    devices: Annotated[int, typer.Option(min=1, help="Devices that share the scoring.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share the scoring, and train together.")] = 1,
     gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU: predict for it.")] = None,
     scoring_speed: Annotated[
         float | None, typer.Option(min=1, help="Tokens per second of stage 1 on one device.")

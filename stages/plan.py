@@ -6,15 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.planning.cautions import cautions
 from pipeline.planning.forecast import Disk, Speeds, disk, length_that_fits, memory_here, speeds
-from pipeline.planning.outlook import Outlook, on_a_gpu, outlook, smaller
+from pipeline.planning.outlook import DEVICES, Outlook, devices_that_fit, on_a_gpu, outlook, smaller
 from pipeline.precompute.plan import Plan, make_plan
 from pipeline.progress import duration
 from stages import console
 
-_HEAD = ["GiB on one device", "weights", "gradients", "optimizer", "activations", "temporary", "libraries", "together"]
+_HEAD = ["GiB", "weights", "gradients", "optimizer", "activations", "gathered", "temporary", "libraries", "together"]
 
 
 def main(
@@ -22,8 +23,8 @@ def main(
 ) -> None:
     """Print what the experiment takes, and what to set if it is too much.
 
-    `gpu_memory` GiB asks for a GPU instead of this machine. `devices` share the scoring; `scoring_speed` and `speed` are tokens
-    per second and device of stages one and two, None: forecast for this machine.
+    `gpu_memory` GiB asks for a GPU instead of this machine. `devices` share the scoring, and train together; `scoring_speed` and
+    `speed` are tokens per second and device of stages one and two, None: forecast for this machine.
     """
     if gpu_memory is not None:
         config = on_a_gpu(config)
@@ -33,7 +34,7 @@ def main(
         console.say(line)
     console.say("simulating a step ...")
     kind = "cuda" if gpu_memory is not None else device_kind()
-    seen = outlook(config, plan, kind)
+    seen = outlook(config, plan, kind, devices)
     here = speeds(config, plan) if kind == device_kind() and None in (scoring_speed, speed) else None
     _show_training(seen, speed, here)
     if seen.scoring is not None:
@@ -53,15 +54,15 @@ def main(
         )
     on_disk = disk(config, plan, seen)
     _show_disk(on_disk)
-    memory = gpu_memory or memory_here()
-    if seen.training is not None:
-        _show_fit(config, plan, seen, memory)
+    # processes on processors share one memory
+    memory = gpu_memory or memory_here() / (devices if kind == "cpu" else 1)
+    fitting = _show_fit(config, plan, seen, memory) if seen.training is not None else {}
     rates = (scoring_speed or (here.scoring if here else None), speed or (here.training if here else None))
     console.answer(
         {
             **_of_data(plan),
             "warnings": said,
-            "training": {**_of_training(seen, memory), "tokens_per_second": rates[1]},
+            "training": {**_of_training(seen, memory), **fitting, "tokens_per_second": rates[1]},
             "scoring": {
                 "tokens": seen.scoring_tokens,
                 "devices": devices,
@@ -91,6 +92,7 @@ def _of_training(seen: Outlook, memory: float) -> dict[str, Any]:
     known = seen.training is not None
     return {
         "device": seen.kind,
+        "devices": seen.devices,
         "steps": seen.steps,
         "tokens": seen.training_tokens,
         "longest_pair": seen.longest,
@@ -107,13 +109,22 @@ def _show_training(seen: Outlook, speed: float | None, here: Speeds | None) -> N
     if held is None:
         console.say(f"training  {seen.unpredicted}")
     else:
-        sizes = [held.weights, held.gradients, held.optimizer, held.activations, held.temporary]
         beside = seen.training_gib - held.total / 2**30
-        row = [*(f"{size / 2**30:.2f}" for size in sizes), f"{beside:.2f}", f"{seen.training_gib:.2f}"]
-        console.table(f"Training on {seen.kind}, simulated", _HEAD, [["one step", *row]])
+        # as _HEAD names them
+        sizes = {name: f"{size / 2**30:.2f}" for name, size in vars(held).items()}
+        sizes |= {"libraries": f"{beside:.2f}", "together": f"{seen.training_gib:.2f}"}
+        where = f"each of {seen.devices} devices ({seen.kind})" if seen.devices > 1 else seen.kind
+        shown = [name for name in _HEAD[1:] if seen.devices > 1 or name != "gathered"]
+        console.table(
+            f"Training on {where}, simulated",
+            ["GiB on one device", *shown],
+            [["one step", *(sizes[name] for name in shown)]],
+        )
+    each = seen.training_tokens // seen.devices
+    among = f"{each:,} on each of {seen.devices}, " if seen.devices > 1 else ""
     console.say(
-        f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {seen.tokens_per_pass:,} in a forward pass "
-        f"(longest pair {seen.longest:,})" + _time(seen.training_tokens, speed, here.training if here else None)
+        f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {among}{seen.tokens_per_pass:,} in a forward pass "
+        f"(longest pair {seen.longest:,})" + _time(each, speed, here.training if here else None)
     )
 
 
@@ -134,22 +145,43 @@ def _show_disk(needed: Disk) -> None:
         console.say("warning   too little disk is free: work where there is more, or set policy.lora={r: 16}")
 
 
-def _show_fit(config: Config, plan: Plan, seen: Outlook, memory: float) -> None:
+def _show_fit(config: Config, plan: Plan, seen: Outlook, memory: float) -> dict[str, Any]:
+    """Say whether it fits, and else what would; returns, for JSON, on how many devices and with which length it would."""
     needed = seen.training_gib
     fits = needed <= memory
-    console.say(f"{'fits' if fits else 'too large':9} training takes {needed:.1f} of {memory:.4g} GiB")
+    on_each = f" on each of {seen.devices} devices" if seen.devices > 1 else ""
+    console.say(f"{'fits' if fits else 'too large':9} training takes {needed:.1f} of {memory:.4g} GiB{on_each}")
     if fits:
-        return
+        return {}
     for settings, needed in smaller(config, seen, memory):
         console.say(f"          {needed:.1f} GiB with {settings}")
     if needed > memory:
         console.say(
             "          less still: policy.lora={r: 16}, fewer train.tokens_per_batch, a shorter data.max_length"
         )
-    if length := length_that_fits(config, plan, seen, memory):
+    length = length_that_fits(config, plan, seen, memory)
+    if length:
         console.say(
             f"          or with data.max_length={length}: one long pair takes the memory, {seen.longest:,} tokens"
         )
+    return {"fits_on_devices": _show_devices(config, plan, seen, memory), "fits_with_max_length": length}
+
+
+def _show_devices(config: Config, plan: Plan, seen: Outlook, memory: float) -> int | None:
+    """Say on how many devices it fits as it is; returns how many."""
+    # processors of one machine share its memory: more of them do not hold more
+    if seen.kind == "cpu" or seen.devices >= DEVICES[-1]:
+        return None
+    try:
+        found = devices_that_fit(config, plan, seen, memory)
+    except ConfigError as refused:
+        console.say(f"          on more devices, as it is, not at all: {refused}")
+        return None
+    if found is None:
+        console.say(f"          on more devices, as it is, not at all: it is too large for each of {DEVICES[-1]}")
+        return None
+    console.say(f"          or as it is on {found[0]} devices (--devices {found[0]}): {found[1]:.1f} GiB on each")
+    return found[0]
 
 
 def _time(tokens: float, speed: float | None, here: float | None) -> str:

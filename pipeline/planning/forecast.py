@@ -17,8 +17,7 @@ from pipeline.hardware import device_kind, memory_gib
 from pipeline.models.configuration import read_config
 from pipeline.models.locate import locate
 from pipeline.models.weights import loaded_files
-from pipeline.planning.outlook import Outlook, of_process
-from pipeline.planning.training import simulate_step
+from pipeline.planning.outlook import Outlook, again, of_process
 from pipeline.precompute.plan import Plan
 from pipeline.training.examples import tokens_in_a_pass
 from pipeline.training.policies import precision_of
@@ -69,7 +68,7 @@ def parameters_in(directory: Path) -> int:
 def disk(config: Config, plan: Plan, seen: Outlook) -> Disk:
     """What the three stages write for `config`, without samples and reports, which are small beside it."""
     parameters = parameters_in(locate(config.policy))
-    state = seen.training.optimizer if seen.training else 8 * parameters
+    state = seen.devices * seen.training.optimizer if seen.training else 8 * parameters
     # an adapter's weights are half of what AdamW keeps of them
     learning = state // 2 if config.policy.lora else parameters * (4 if config.policy.dtype == "float32" else 2)
     # the new one is whole before an old one is removed
@@ -118,8 +117,7 @@ def length_that_fits(config: Config, plan: Plan, seen: Outlook, gib: float) -> i
         return None
     # memory grows evenly with the tokens of a pass: two passes tell how
     half = seen.tokens_per_pass // 2
-    held = simulate_step(config, locate(config.policy), half, int(half * seen.scored_share), seen.kind)
-    low = of_process(held.total, seen.kind)
+    low = of_process(again(config, seen, half).total, seen.kind)
     per_token = (seen.training_gib - low) / (seen.tokens_per_pass - half)
     tokens = half + int((gib - low) / per_token)
     prompts = plan.pairs.prompt_tokens.astype(np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from pipeline.planning.scoring import Scoring, scoring_memory
 from pipeline.planning.training import Held, simulate_step
 from pipeline.precompute.plan import Plan
 from pipeline.training.examples import tokens_in_a_pass
+from pipeline.training.parallel.sharded import must_be_shardable
+from pipeline.training.parallel.world import World
 from pipeline.training.schedule import pairs_per_step, total_steps
 
 # beside tensors, GiB: libraries, as measured on a CPU; CUDA's context and kernels, a guess until it is measured. And on top of
@@ -25,6 +27,8 @@ from pipeline.training.schedule import pairs_per_step, total_steps
 _TRAINER_GIB = {"cpu": 0.65, "cuda": 0.8}
 _ON_TOP = {"cpu": 0.08, "cuda": 0.0}
 _ENGINE_GIB = {"cpu": 1.0, "cuda": 0.8}
+# on how many a training is tried that is too large
+DEVICES = (2, 4, 8, 16, 32, 64)
 
 
 def of_process(tensors: int, kind: str) -> float:
@@ -34,16 +38,19 @@ def of_process(tensors: int, kind: str) -> float:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Predicted for a device of `kind`: memory of training and of scoring, tokens and steps.
+    """Predicted for each of `devices` of `kind` that train together: memory of training and of scoring, tokens and steps.
 
     `training` None: not predicted, for the reason `unpredicted`; `scoring` None: nothing is left to score, or can be.
+    `accumulated`: a step is more than one forward pass, so that gradients stand beside all but the first.
     """
 
     kind: str
+    devices: int
     training: Held | None
     unpredicted: str
     scoring: Scoring | None
     tokens_per_pass: int
+    accumulated: bool
     steps: int
     training_tokens: int
     scoring_tokens: int
@@ -71,17 +78,14 @@ def on_a_gpu(config: Config) -> Config:
     return config.model_copy(update={"train": train, "reference": reference})
 
 
-def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
-    """Predict what `config` takes on a device of `kind` (None: this machine's)."""
+def outlook(config: Config, plan: Plan, kind: str | None = None, devices: int = 1) -> Outlook:
+    """Predict what `config` takes on each of `devices` of `kind` (None: this machine's) that train together."""
     kind = kind or device_kind()
-    prompts = plan.pairs.prompt_tokens.astype(np.int64)
-    responses = plan.pairs.response_tokens.astype(np.int64).reshape(-1, 2)
-    # the last token of a response predicts nothing and is not read
-    trees = prompts + responses.sum(1) - 2
-    size, share = pairs_per_step(config.train), float(responses.sum() / trees.sum())
+    trees, responses = _tree_tokens(plan)
+    size, share = pairs_per_step(config.train), float(responses / trees.sum())
     train_pairs = plan.pairs.splits.get("train", 0)
     steps = total_steps(train_pairs, config.train)
-    tokens = int(max(trees.max(), min(tokens_in_a_pass(config.train, kind), trees.mean() * size)))
+    tokens, accumulated = _of_a_pass(config, plan, kind, devices)
     base = locate(config.policy)
     scoring = None
     if len(plan.missing) and not plan.imported:
@@ -91,15 +95,17 @@ def outlook(config: Config, plan: Plan, kind: str | None = None) -> Outlook:
         )
     training, unpredicted = None, ""
     try:
-        training = simulate_step(config, base, tokens, int(tokens * share), kind)
+        training = simulate_step(config, base, tokens, int(tokens * share), kind, devices, accumulated=accumulated)
     except ConfigError as reason:
         unpredicted = str(reason)
     return Outlook(
         kind=kind,
+        devices=devices,
         training=training,
         unpredicted=unpredicted,
         scoring=scoring,
         tokens_per_pass=tokens,
+        accumulated=accumulated,
         steps=steps,
         training_tokens=int(trees.mean() * size * steps),
         scoring_tokens=0 if plan.imported else plan.missing_tokens,
@@ -124,17 +130,82 @@ _SMALLER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
 
 
 def smaller(config: Config, seen: Outlook, gib: float) -> Iterator[tuple[str, float]]:
-    """Settings, each added to those before it, and the GiB that training then takes; ends when that is `gib` or less."""
-    base, content, settings = locate(config.policy), config.model_dump(), []
+    """Settings, each added to those before it, and the GiB that training then takes; ends when that is `gib` or less.
+
+    Leaves out what as many devices do not train.
+    """
+    content, settings = config.model_dump(), []
     for text, change in _SMALLER:
         if config.policy.lora is not None and "policy" in change:
             break
+        if seen.devices > 1 and _refused(content, change, seen.devices):
+            continue
         for section, fields in change.items():
             content[section] |= fields
         settings.append(text)
-        scored = int(seen.tokens_per_pass * seen.scored_share)
-        held = simulate_step(Config.model_validate(content), base, seen.tokens_per_pass, scored, seen.kind)
-        needed = of_process(held.total, seen.kind)
+        needed = of_process(again(Config.model_validate(content), seen, seen.tokens_per_pass).total, seen.kind)
         yield " ".join(settings), needed
         if needed <= gib:
             return
+
+
+def again(config: Config, seen: Outlook, tokens: int) -> Held:
+    """What a step of `config` holds whose pass reads `tokens` tokens, all else as in `seen`."""
+    return simulate_step(
+        config,
+        locate(config.policy),
+        tokens,
+        int(tokens * seen.scored_share),
+        seen.kind,
+        seen.devices,
+        accumulated=seen.accumulated,
+    )
+
+
+def devices_that_fit(config: Config, plan: Plan, seen: Outlook, gib: float) -> tuple[int, float] | None:
+    """The fewest of DEVICES, more than now, on each of which training takes `gib` or less, and what it takes there; None if it
+    takes more on all of them. Raises ConfigError for what many devices do not train.
+    """
+    more = [number for number in DEVICES if number > seen.devices]
+    found, low, high = None, 0, len(more)
+    # each takes less than the one before it, but for models so small that parts are mostly filling
+    while low < high:
+        middle = (low + high) // 2
+        needed = _on(config, plan, seen, more[middle])
+        if needed <= gib:
+            found, high = (more[middle], needed), middle
+        else:
+            low = middle + 1
+    return found
+
+
+def _on(config: Config, plan: Plan, seen: Outlook, devices: int) -> float:
+    tokens, accumulated = _of_a_pass(config, plan, seen.kind, devices)
+    there = replace(seen, devices=devices, accumulated=accumulated)
+    return of_process(again(config, there, tokens).total, seen.kind)
+
+
+def _refused(content: dict[str, Any], change: dict[str, dict[str, Any]], devices: int) -> bool:
+    changed = {section: {**content[section], **fields} for section, fields in change.items()}
+    try:
+        must_be_shardable(Config.model_validate({**content, **changed}), World(0, devices))
+    except ConfigError:
+        return True
+    return False
+
+
+def _tree_tokens(plan: Plan) -> tuple[np.ndarray, int]:
+    """Tokens that each pair is read as, and those of all responses."""
+    prompts = plan.pairs.prompt_tokens.astype(np.int64)
+    responses = plan.pairs.response_tokens.astype(np.int64).reshape(-1, 2)
+    # the last token of a response predicts nothing and is not read
+    return prompts + responses.sum(1) - 2, int(responses.sum())
+
+
+def _of_a_pass(config: Config, plan: Plan, kind: str, devices: int) -> tuple[int, bool]:
+    """Tokens of a forward pass on each of `devices`, and whether a step is more than one."""
+    trees, _ = _tree_tokens(plan)
+    # the pairs of a step are those of all devices
+    share = trees.mean() * pairs_per_step(config.train) / devices
+    most = max(trees.max(), tokens_in_a_pass(config.train, kind))
+    return int(max(trees.max(), min(most, share))), bool(share > most)

@@ -169,9 +169,12 @@ def _needed(found: Survey, shape: _Shape, kind: str) -> float:
         train["gradient_checkpointing"] = True
     policy = {"model": found.model, "lora": {"r": 16} if shape.lora else None}
     config = Config.model_validate({"data": {"path": "x"}, "policy": policy, "train": train})
-    tokens = int(max(trees.max(), min(shape.tokens_per_batch, trees.mean() * shape.batch)))
+    step = trees.mean() * shape.batch
+    most = max(trees.max(), shape.tokens_per_batch)
+    tokens = int(max(trees.max(), min(most, step)))
     scored = int(tokens * responses.sum() / trees.sum())
-    return of_process(simulate_step(config, found.base, tokens, scored, kind).total, kind)
+    held = simulate_step(config, found.base, tokens, scored, kind, accumulated=bool(step > most))
+    return of_process(held.total, kind)
 
 
 def _length(found: Survey) -> int:

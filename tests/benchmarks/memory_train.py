@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from pipeline.config.experiment import Config
+from pipeline.planning.numberless import loss_of, model_of, optimizer_of
 from pipeline.planning.outlook import of_process
-from pipeline.planning.training import Held, held_by, simulate_step, step_of, without_numbers_of
+from pipeline.planning.training import Held, held_by, simulate_step, with_states
 from tests.benchmarks.shapes import SHAPES
 
 GIB = 2**30
@@ -59,8 +60,9 @@ def simulate_trl(config: Config, base: Path, tokens: int, *, live: bool, lean: b
         }
     )
     with torch._subclasses.FakeTensorMode():
-        parts = without_numbers_of(theirs, base, "cuda")
-        reference = without_numbers_of(theirs, base, "cuda")[0].eval() if live and theirs.policy.lora is None else None
+        policy, layer = model_of(theirs, base, "cuda")
+        optimizer = with_states(optimizer_of(policy, theirs), policy)
+        reference = model_of(theirs, base, "cuda")[0].eval() if live and theirs.policy.lora is None else None
         if reference is not None:
             for parameter in reference.parameters():
                 parameter.requires_grad_(False)
@@ -77,20 +79,20 @@ def simulate_trl(config: Config, base: Path, tokens: int, *, live: bool, lean: b
             if lean:  # Liger's fused loss, as ours: logits in chunks, of response tokens alone
                 if reference is not None:
                     with torch.no_grad():
-                        step_of(theirs, reference, parts[1], tokens, tokens // 2, "cuda", backward=False)
-                step_of(theirs, parts[0], parts[1], tokens, tokens // 2, "cuda")
+                        loss_of(theirs, reference, layer, tokens, tokens // 2, "cuda")
+                torch.autograd.backward(loss_of(theirs, policy, layer, tokens, tokens // 2, "cuda"))
                 return
-            values = logps(parts[0])
+            values = logps(policy)
             if reference is not None:
                 with torch.no_grad():
                     logps(reference)
             torch.autograd.backward(values.sum())
 
-        with held_by(parts[0], parts[2]) as peak:
+        with held_by(policy, optimizer) as peak:
             forward_and_backward()
-            torch.nn.utils.clip_grad_norm_(parts[0].parameters(), 1.0)
-            parts[2].step()
-            parts[2].zero_grad()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     return peak[0]
 
 

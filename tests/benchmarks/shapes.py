@@ -15,6 +15,9 @@ LLAMA_1B = {
 LLAMA_8B = LLAMA_1B | {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False,
 }  # fmt: skip
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
 QWEN_8B = LLAMA_8B | {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288,
     "num_hidden_layers": 36,

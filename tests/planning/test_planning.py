@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.forward.trees import Tree
-from pipeline.planning import training
+from pipeline.planning import numberless
 from pipeline.planning.outlook import of_process, on_a_gpu
 from pipeline.planning.scoring import scoring_memory
 from pipeline.planning.training import held_by, simulate_step
@@ -153,7 +153,7 @@ def test_offloading_is_simulated_for_activations_and_never_for_weights():
     with FakeTensorMode():
         model = torch.nn.ModuleList(torch.nn.Linear(1024, 1024, bias=False) for _ in range(8))
         activation = torch.empty(1024, 1024, requires_grad=True)
-        with training._forgotten(model):
+        with numberless._forgotten(model):
             products = [(layer.weight, (layer.weight * activation).grad_fn) for layer in model]
         for weight, product in products:
             assert same(product._saved_self, weight)
@@ -168,7 +168,7 @@ def same(one, other):
 def test_the_output_layer_multiplies_as_the_device_that_is_asked_for(tiny_model, kind):
     config = config_of(tiny_model, *LEAN)
     with FakeTensorMode():
-        _, layer, _ = training.without_numbers_of(config, tiny_model, kind)
+        _, layer = numberless.model_of(config, tiny_model, kind)
     assert layer.kind == kind
 
 
