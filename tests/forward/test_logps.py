@@ -154,10 +154,13 @@ def test_another_way_of_reading_is_said_with_its_reason(routed, caplog, kind, sa
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_layers_and_output_layer_are_of_one_model_and_one_precision(routed, monkeypatch, precision):
-    monkeypatch.setattr(pipeline.forward.logps, "output_layer_of", lambda model: ("layer of", model))
+    monkeypatch.setattr(pipeline.forward.logps, "output_layer_of", lambda model, checked: ("layer of", model, checked))
     model = Model()
     found = forward_of(model, "separate", precision)
-    assert (found.layer, found.precision) == (("layer of", model), precision)
+    assert (found.layer, found.precision) == (("layer of", model, True), precision)
+    # a head that is not whole cannot be tried
+    assert forward_of(model, "separate", precision, whole=False).layer == ("layer of", model, False)
+    del routed.asked[1:]
     assert routed.asked == [(model, precision, torch.device("cpu"))]
     elsewhere = hidden_states_of(model, "separate", precision, torch.device("meta"))
     assert routed.asked[1:] == [(model, precision, torch.device("meta"))]

@@ -8,13 +8,12 @@ import json
 import polars as pl
 import pytest
 
-import pipeline.engines.vllm.generator
 from pipeline.artifacts.runs import Run
 from pipeline.evaluation.votes import Votes, ballots, vote_figures
 from pipeline.judges.annotations import read_votes
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+from tests.engines.sampling import sample_here
 from tests.evaluation.vote_runs import choice_by
-from tests.stages.test_every_eval_option import sized_engine
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +35,7 @@ def evaluate(trained, monkeypatch):
 
     def run(*settings, code=0):
         told = []
-        monkeypatch.setattr(
-            pipeline.engines.vllm.generator, "sized_engine", lambda *given, **how: sized_engine(told, *given, **how)
-        )
+        sample_here(monkeypatch, told)
         return refscore_here(where, "eval", "--config", config, "--run", "r", *settings, code=code), told
 
     return run

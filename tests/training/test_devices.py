@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.hardware import processors
 from pipeline.training.parallel.sharded import must_be_shardable
 from pipeline.training.parallel.world import World
-from tests.conftest import experiment, preference_rows, refscore, refscore_here, write_rows
+from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = bool(os.environ.get("REFSCORE_DEVICES"))
@@ -38,6 +38,8 @@ CASES = {
     "narrow": {"policy": {"dtype": "bfloat16"}, "train": {"precision": "bfloat16"}},
     "merged": {"policy": {"lora": {"r": 4, "alpha": 8}, "max_shard_size": "100KB"}},
     "blocks": {"train": {"optimizer": "adamw_8bit"}},
+    # embeddings are a group of their own
+    "untied": {"policy": {"model": "untied"}, "train": {"loss_type": ["simpo"]}},
     "behind": {"train": {"async_save": True, "save_steps": 2}},
     "recomputed": {"train": {"gradient_checkpointing": True}},
     # fewer prompts in a step than processes: some read nothing that counts
@@ -73,6 +75,7 @@ def place(tmp_path_factory, tiny_model):
     """Runs of every case in one, two and four processes, of pairs that were scored once."""
     where = tmp_path_factory.mktemp("devices")
     data = write_rows(where / "d.jsonl", preference_rows(40))
+    make_tiny_model(where / "untied", tie_word_embeddings=False)
     for name, sections in CASES.items():
         # small enough a rate that Adam does not blow digits up, and trees of very different length
         train = {
@@ -158,7 +161,7 @@ def test_a_training_goes_on_in_another_number_of_processes(place, before, after)
         assert max((weights[name] - again[name]).abs().max().item() for name in weights) <= 1e-6
 
 
-@pytest.mark.parametrize("case", [case for case in ("few", "merged", "narrow", "reward") if case in CASES])
+@pytest.mark.parametrize("case", [case for case in ("few", "merged", "narrow", "reward", "untied") if case in CASES])
 def test_what_many_processes_export_is_byte_for_byte_what_one_does(place, case):
     # from the checkpoint after the last step: the same weights
     exported = {}

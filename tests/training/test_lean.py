@@ -11,7 +11,7 @@ from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, sav
 from pipeline.training.examples import micro_batches
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import make_optimizer, numbers, round_by_chance, update
-from pipeline.training.save import _saved_dtype
+from pipeline.training.save import saved_dtype
 from pipeline.training.step import NotFinite, accumulate, evaluate, must_be_finite
 from pipeline.training.train import _must_be_single_passes
 from tests.training.policy import config_of, policy_of, steps
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_says_whether_the_weights_are_spoiled(tiny_mod
 def test_a_model_is_saved_in_the_dtype_that_is_asked_for(tmp_path, tiny_model, base, settings, saved):
     content = json.loads((tiny_model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"dtype": base}))
-    assert _saved_dtype(config_of(tiny_model, *settings), tmp_path) == getattr(torch, saved)
+    assert saved_dtype(config_of(tiny_model, *settings), tmp_path) == getattr(torch, saved)
 
 
 @pytest.mark.parametrize(

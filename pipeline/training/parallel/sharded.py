@@ -1,9 +1,9 @@
 """A policy whose weights, gradients and optimizer state lie in parts on all processes: torch's FSDP2 (`fully_shard`).
 
-Each layer is a group that is gathered when it is read and let go after; embeddings, last norm and head are the outer group, whose
-weights the output layer reads while the forward pass runs. The layers' weights travel in the dtype of `train.precision`, to which
-their products round them in any case, the others in the one they learn in; gradients are summed in float32. Their sums are not
-divided by the number of processes, as each pair's loss already is by the step's.
+Each layer is a group that is gathered when it is read and let go after, and so are embeddings whose weights the head has not; last
+norm and head are the outer group, whose weights the output layer reads while the forward pass runs. The layers' weights travel in
+the dtype of `train.precision`, to which their products round them in any case, the others in the one they learn in; gradients are
+summed in float32. Their sums are not divided by the number of processes, as each pair's loss already is by the step's.
 """
 
 from __future__ import annotations
@@ -51,14 +51,20 @@ def must_be_shardable(config: Config, world: World) -> None:
         )
 
 
-def cut(root: torch.nn.Module, layers: Iterable[torch.nn.Module], mesh: DeviceMesh, precision: torch.dtype) -> None:
-    """Cut the weights of `layers`, each a group, and all others of `root`, one more, into parts for the processes of `mesh`."""
+def cut(root: torch.nn.Module, model: PreTrainedModel, mesh: DeviceMesh, precision: torch.dtype) -> None:
+    """Cut the weights of `model`, which `root` runs, into parts for the processes of `mesh`.
+
+    Each layer is a group, embeddings are one unless the head has their weights, and all others are the outermost.
+    """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     narrow = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # each layer is brought to the device as it is cut up
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=narrow)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        fully_shard(embeddings, mesh=mesh)
     fully_shard(root, mesh=mesh)
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -94,7 +100,7 @@ class Shards:
         names = unread.forget(model) if unread else {}
         root = _Root(model, forward)
         self._root: Any = root
-        cut(root, decoder_layers(model), mesh, precision)
+        cut(root, model, mesh, precision)
         # values per response are views of one tensor, and nothing is done to them in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         if unread is not None:
