@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -111,16 +111,27 @@ def publish(
     temporary.rename(final)
     durable.reached("checkpoint: renamed")
     durable.flush(final.parent)
-    for old in sorted(final.parent.glob("step_*"))[:-keep]:
+    # those of later steps were damaged, as this training did not go on from them
+    steps = [directory for directory in _by_step(final.parent) if step_of(directory) <= step]
+    for old in {*_by_step(final.parent)} - {*steps[-keep:]}:
         shutil.rmtree(old, ignore_errors=True)
     for leftover in final.parent.glob(f"{durable.TEMPORARY}*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True)
     durable.reached("checkpoint: done")
 
 
+def step_of(directory: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(directory.name.removeprefix("step_"))
+
+
+def _by_step(root: Path) -> list[Path]:
+    return sorted((path for path in root.glob("step_*") if path.name[5:].isdigit()), key=step_of)
+
+
 def newest_checkpoint(root: Path) -> Checkpoint | None:
     """The whole checkpoint with the most steps; damaged ones are named in a warning and passed over."""
-    for directory in sorted(root.glob("step_*"), reverse=True):
+    for directory in reversed(_by_step(root)):
         try:
             state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
             if state.pop("digest") != _digest_of(state):
@@ -183,9 +194,17 @@ def must_be_of(checkpoint: Checkpoint, stored: Iterable[str], size: int) -> None
         )
 
 
-def read_parts(directory: Path, parts: Mapping[str, torch.Tensor], *, group: Any = None, alone: bool = False) -> None:
+def read_parts(
+    directory: Path,
+    parts: Mapping[str, torch.Tensor],
+    *,
+    group: Any = None,
+    alone: bool = False,
+    files: Sequence[Path] = (),
+) -> None:
     """Fill tensors, whole or DTensors, with what the safetensors files of `directory` hold under their names, be it in parts too,
-    by torch's distributed checkpoint. All processes of `group` must call it; `alone`: this one needs no other.
+    by torch's distributed checkpoint. All processes of `group` must call it; `alone`: this one needs no other. `files`: those that
+    are read, if not all.
 
     Raises DataError if a name is missing, a shape is another or a file is damaged.
     """
@@ -195,6 +214,8 @@ def read_parts(directory: Path, parts: Mapping[str, torch.Tensor], *, group: Any
             # one process is what was asked for
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             reader = dcp.HuggingFaceStorageReader(str(directory))
+            if files:
+                reader.fs.ls = lambda _: [str(file) for file in files]
             dcp.load(dict(parts), storage_reader=reader, process_group=group, no_dist=alone)
     except dcp.api.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,13 @@ class Loop:
                 rows = pairs_of_step(step, len(self.pairs), train)
                 rate = learning_rate(step, self.steps, train)
                 done = step + 1
-                values = self._step(done, rows, rate)
+                try:
+                    values = self._step(done, rows, rate)
+                except (NotFinite, Followed):
+                    # all processes are here: what was begun is written
+                    with suppress(Exception):
+                        saver.wait()
+                    raise
                 if done % _STEPS_TO_RETURN_MEMORY == 0:
                     return_freed_memory()
                 pending.append(values)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from pipeline.artifacts import durable
 from pipeline.config.training import TrainConfig
 from pipeline.hardware import device_kind, free_memory
 from pipeline.training.checkpoint import save_checkpoint, state_of
@@ -27,6 +29,10 @@ class Saver:
         self._world, self._aside = world, world.aside()
         self._writing: threading.Thread | None = None
         self._failed: BaseException | None = None
+        if world.first:
+            # of a process that was killed while it wrote: the next one needs the room
+            for leftover in root.glob(f"{durable.TEMPORARY}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
         self,

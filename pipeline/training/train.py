@@ -203,9 +203,15 @@ def _policy(
         return replace(policy, forward=shards.forward, unread=None), shards
 
     try:
-        return in_shards(load_policy(base, config, tokenizer, pairs.ends, "parts"))
+        policy, shards = in_shards(load_policy(base, config, tokenizer, pairs.ends, "parts"))
     except NotInParts as reason:
-        listener.say(f"loading   one process after the other, whole: {reason}")
+        if world.first:
+            listener.say(f"loading   one process after the other, whole: {reason}")
+    else:
+        # which needs all processes, as the head was not whole before
+        if config.train.objective == "preference":
+            shards.check_head(policy.model, precision)
+        return policy, shards
     # as if nothing had been tried
     torch.manual_seed(config.train.seed)
     return world.in_turn(lambda: in_shards(load_policy(base, config, tokenizer, pairs.ends, "host")))

@@ -227,3 +227,17 @@ def test_the_random_state_of_a_gpu_is_kept_if_there_is_one(tmp_path, monkeypatch
     save_checkpoint(tmp_path, 1, "t", model, optimizer, 1)
     load_checkpoint(newest_checkpoint(tmp_path), model, optimizer)
     assert [state.tolist() for state in put_back] == [[1, 2, 3]]
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_displace_the_new_one(tmp_path):
+    model, optimizer = model_and_optimizer()
+    save_checkpoint(tmp_path, 10, "t", model, optimizer, 1)
+    (tmp_path / "step_000020").mkdir()
+    (tmp_path / "step_000020" / "state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).step == 10
+    save_checkpoint(tmp_path, 15, "t", model, optimizer, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000015"]
+    # numbers, not names, say which is later
+    save_checkpoint(tmp_path, 999_999, "t", model, optimizer, 2)
+    save_checkpoint(tmp_path, 1_000_000, "t", model, optimizer, 2)
+    assert newest_checkpoint(tmp_path).step == 1_000_000

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.files import load_config
@@ -40,6 +40,10 @@ CASES = {
     "blocks": {"train": {"optimizer": "adamw_8bit"}},
     # embeddings are a group of their own
     "untied": {"policy": {"model": "untied"}, "train": {"loss_type": ["simpo"]}},
+    # not read in parts, as each name is another in its files
+    "renamed": {"policy": {"model": "renamed"}},
+    # 256 numbers in a row: its 8-bit state can be spread, and has as many scales as its code has entries
+    "wide": {"policy": {"model": "wide"}, "train": {"optimizer": "adamw_8bit", "loss_type": ["simpo"]}},
     "behind": {"train": {"async_save": True, "save_steps": 2}},
     "recomputed": {"train": {"gradient_checkpointing": True}},
     # fewer prompts in a step than processes: some read nothing that counts
@@ -76,6 +80,11 @@ def place(tmp_path_factory, tiny_model):
     where = tmp_path_factory.mktemp("devices")
     data = write_rows(where / "d.jsonl", preference_rows(40))
     make_tiny_model(where / "untied", tie_word_embeddings=False)
+    make_tiny_model(where / "wide", hidden_size=256, intermediate_size=256, head_dim=128, initializer_range=0.05)
+    shutil.copytree(tiny_model, where / "renamed")
+    weights = load_file(tiny_model / "model.safetensors")
+    bare = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(bare, where / "renamed/model.safetensors", {"format": "pt"})
     for name, sections in CASES.items():
         # small enough a rate that Adam does not blow digits up, and trees of very different length
         train = {
@@ -124,7 +133,7 @@ def begun_again(place, run, new, *lost):
 @pytest.mark.parametrize("case", CASES)
 def test_many_processes_train_what_one_does(place, case, size):
     (one, weights), (many, others) = read(place, f"{case}-1"), read(place, f"{case}-{size}")
-    rounded = case in ("bfloat16", "narrow", "blocks")
+    rounded = case in ("bfloat16", "narrow", "blocks", "wide")
     within = 2e-2 if rounded else 1e-6
     # Adam does not see by how much all gradients are scaled; their norm does
     norms = (many["grad_norm"] / one["grad_norm"] - 1).abs().max()
@@ -159,6 +168,22 @@ def test_a_training_goes_on_in_another_number_of_processes(place, before, after)
         assert all(torch.equal(weights[name], again[name]) for name in weights)
     else:
         assert max((weights[name] - again[name]).abs().max().item() for name in weights) <= 1e-6
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="each starts torchrun anew: make test-devices")
+@pytest.mark.parametrize(
+    ("case", "before", "after"), [("wide", 2, 2), ("wide", 1, 2), ("wide", 2, 1), ("blocks", 1, 2), ("blocks", 2, 4)]
+)
+def test_state_of_eight_bits_goes_on_where_its_blocks_can_be_shared(place, case, before, after):
+    run = f"{case}-of-{before}-in-{after}"
+    begun_again(place, f"{case}-{before}", run, "checkpoints/step_000006")
+    said = launched(place, after, f"{case}={run}", code=0 if case == "wide" else 1)
+    assert ("cannot share" in said) == (case == "blocks")
+    if case == "wide":
+        assert "resuming after step 3 " in said
+        (_, weights), (_, again) = read(place, f"{case}-{before}"), read(place, run)
+        most = max((weights[name] - again[name]).abs().max().item() for name in weights)
+        assert most == 0 if before == after else most <= 1e-3
 
 
 @pytest.mark.parametrize("case", [case for case in ("few", "merged", "narrow", "reward", "untied") if case in CASES])

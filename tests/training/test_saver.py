@@ -96,3 +96,9 @@ def test_when_a_copy_is_made(tmp_path, tiny_model, trained, monkeypatch, setting
     copies.clear()
     writes.save(2, trained[0], None, trained[1], {}, last=True)
     assert copies == []
+
+
+def test_what_a_killed_process_left_makes_room_first(tmp_path, tiny_model):
+    (tmp_path / f"{durable.TEMPORARY}1-x-step_000004").mkdir()
+    saver_of(tmp_path, tiny_model)
+    assert list(tmp_path.iterdir()) == []

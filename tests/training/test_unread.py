@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.training.checkpoint import read_parts
@@ -30,6 +31,8 @@ ARCHITECTURES = {
     "gemma2": {},
     # its embeddings have a factor that no file holds
     "gemma3_text": {},
+    # what a layer's output is multiplied by is a buffer that the files hold
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0},
     "phi3": {"pad_token_id": 0},
 }
 
@@ -37,7 +40,11 @@ ARCHITECTURES = {
 def saved(where, name, **settings):
     config = AutoConfig.for_model(name.partition(",")[0], **{**SMALL, **settings})
     torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(config).save_pretrained(where)
+    model = AutoModelForCausalLM.from_config(config)
+    for held, buffer in model.named_buffers():
+        if held in model.state_dict():
+            buffer.fill_(0.37)
+    model.save_pretrained(where)
     return where
 
 
@@ -47,13 +54,19 @@ def filled(model, unread):
     model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     weights = dict(model.named_parameters())
     model.tie_weights()
-    read_parts(unread.base, {there: weights[here].detach() for here, there in names.items()}, alone=True)
+    parts = {there: weights[here].detach() for here, there in names.items()}
+    read_parts(unread.base, parts, alone=True, files=unread.files)
     return model.eval()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_read_in_parts_a_model_is_what_it_is_read_whole(tmp_path, name):
     base = saved(tmp_path, name, **ARCHITECTURES[name])
+    # files that nobody loads, with the same names in them, and one that is none
+    other = {key: torch.zeros_like(value) for key, value in load_file(base / "model.safetensors").items()}
+    save_file(other, base / "model.fp16.safetensors")
+    save_file(other, base / "a_copy.safetensors")
+    (base / "consolidated.safetensors").write_bytes(b"half")
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **NOWHERE)
     unread = Unread(model, base)

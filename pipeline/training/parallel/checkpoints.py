@@ -6,6 +6,7 @@ written theirs. Either kind is read by any number of processes.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -37,33 +38,50 @@ def save_parts(
     `names`: of the tensors of all processes. All must call it. Raises RefscoreError if the disk is full, Followed if it is another
     process's.
     """
-    dcp: Any = import_module("torch.distributed.checkpoint")
     final = root / f"step_{step:06d}"
     temporary = root / str(world.once(lambda: _made(durable.temporary_beside(final))))
-    with durable.explaining_disk(final):
-        files = _files(tensors, names, world)
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files, save_distributed=True)
-        try:
-            dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
-        except dcp.api.CheckpointException as error:
-            if world.first:
-                raise next(iter(error.failures.values()))[0] from None
-            raise Followed(1) from None
-        durable.reached("checkpoint: parts written")
-        # as torch names them
-        mine = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
-        digests = {file.name: sha256(file) for file in mine}
-        for file in mine:
-            durable.flush(file)
-        known = {name: digest for of_rank in world.all_of(digests) for name, digest in of_rank.items()}
-
-        def finish() -> None:
-            if policy_logps:
-                save_file(dict(policy_logps), temporary / POLICY_LOGPS)
-            publish(temporary, final, step, training, keep, known)
-
-        world.once(finish)
+    try:
+        with durable.explaining_disk(final):
+            _write(temporary, final, step, training, tensors, names, keep, policy_logps, world)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _write(
+    temporary: Path,
+    final: Path,
+    step: int,
+    training: str,
+    tensors: Mapping[str, torch.Tensor],
+    names: Iterable[str],
+    keep: int,
+    policy_logps: Mapping[str, torch.Tensor],
+    world: World,
+) -> None:
+    dcp: Any = import_module("torch.distributed.checkpoint")
+    files = _files(tensors, names, world)
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files, save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
+    except dcp.api.CheckpointException as error:
+        if world.first:
+            raise next(iter(error.failures.values()))[0] from None
+        raise Followed(1) from None
+    durable.reached("checkpoint: parts written")
+    # as torch names them
+    mine = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
+    digests = {file.name: sha256(file) for file in mine}
+    for file in mine:
+        durable.flush(file)
+    known = {name: digest for of_rank in world.all_of(digests) for name, digest in of_rank.items()}
+
+    def finish() -> None:
+        if policy_logps:
+            save_file(dict(policy_logps), temporary / POLICY_LOGPS)
+        publish(temporary, final, step, training, keep, known)
+
+    world.once(finish)
 
 
 def staged(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -96,7 +96,7 @@ class Shards:
         precision: torch.dtype,
         unread: Unread | None = None,
     ) -> None:
-        self._world = world
+        self._world, self._mesh = world, mesh
         names = unread.forget(model) if unread else {}
         root = _Root(model, forward)
         self._root: Any = root
@@ -109,13 +109,20 @@ class Shards:
             root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)  # type: ignore[no-untyped-call]  # noqa: SLF001
         self.whole: dict[str, Any] = dict(model.named_parameters())
         if unread is not None:
-            read_parts(unread.base, {there: self.whole[here] for here, there in names.items()}, group=world.group)
-        if isinstance(forward, Forward):
-            self.call(lambda: _check_head(model, mesh.device_type, precision))
+            read_parts(
+                unread.base,
+                {there: self.whole[here] for here, there in names.items()},
+                group=world.group,
+                files=unread.files,
+            )
         self.forward = _ShardedForward(root, forward)
         self.learning = {
             name: torch.nn.Parameter(_local(weight)) for name, weight in self.whole.items() if weight.requires_grad
         }
+
+    def check_head(self, model: PreTrainedModel, precision: torch.dtype) -> None:
+        """Raise ConfigError if the head does something that is not reproduced; all processes must call it."""
+        self.call(lambda: _check_head(model, self._mesh.device_type, precision))
 
     @property
     def root(self) -> torch.nn.Module:

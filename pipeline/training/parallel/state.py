@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.errors import DataError
 from pipeline.training.checkpoint import INTEGER, OF_RANK, Checkpoint, as_kept, must_be_of, read_parts, stored_tensors
 from pipeline.training.parallel.world import World
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 # weights that one scale of bitsandbytes' 8-bit states is of
 _BLOCK = 256
+# weights in a tensor from which on it keeps 8 bits
+_IN_BLOCKS = 4096
 
 
 def state(shards: Shards, optimizer: torch.optim.Optimizer, world: World) -> dict[str, torch.Tensor]:
@@ -25,10 +30,10 @@ def state(shards: Shards, optimizer: torch.optim.Optimizer, world: World) -> dic
             key = f"{name}/{field}"
             if not isinstance(value, torch.Tensor):
                 tensors[key + INTEGER] = torch.tensor(value)
-            elif value.ndim == 0 or field.startswith("qmap"):
+            elif _is_common(field, value.shape):
                 # the same in all processes; tables are shared by all weights
                 tensors[key] = value.clone()
-            elif (spread := _spread(shards, name, part, value, optimizer)) is not None:
+            elif (spread := _spread(shards, name, part, field, value, optimizer)) is not None:
                 tensors[key] = spread
             else:
                 tensors[f"{key}{OF_RANK}{world.rank}"] = value
@@ -53,11 +58,16 @@ def load_parts(shards: Shards, checkpoint: Checkpoint, optimizer: torch.optim.Op
         if name in fields and rank in ("", str(world.rank)):
             fields[name][field] = key
             like, device = shards.whole[name], shards.learning[name].device
-            local = _rows_of(like, size)
-            if rank or local is None:
+            if rank or _is_common(field, size):
                 tensors[key] = torch.empty(size, dtype=dtype, device=device)
-            else:
-                tensors[key] = _dtensor(torch.empty(local, dtype=dtype, device=device), like, size)
+                continue
+            local = _local_shape(like, field, size)
+            if local is None:
+                raise DataError(
+                    f"{checkpoint.directory}: the state of the optimizer is in blocks that {world.size} devices cannot share: go "
+                    "on with as many as wrote it (--devices), or start again with --restart"
+                )
+            tensors[key] = _dtensor(torch.empty(local, dtype=dtype, device=device), like, size)
     ranks = sum(key.startswith("random/cpu") for key in stored)
     mine = (
         [key for kind in ("cpu", "cuda") if (key := _chance(kind, world.rank)) in stored] if ranks == world.size else []
@@ -83,33 +93,32 @@ def names_of_all(tensors: dict[str, torch.Tensor], world: World) -> list[str]:
 
 
 def _spread(
-    shards: Shards, name: str, part: torch.Tensor, value: torch.Tensor, optimizer: torch.optim.Optimizer
+    shards: Shards, name: str, part: torch.Tensor, field: str, value: torch.Tensor, optimizer: torch.optim.Optimizer
 ) -> torch.Tensor | None:
     """`value`, of this process's part of a weight, as a part of one of the whole; None if blocks of it would lie in two."""
     like: Any = shards.whole[name]
     # all processes must decide alike, so by the whole
-    even = like.shape[0] % like.device_mesh.size() == 0
-    if value.shape == part.shape and (even or isinstance(optimizer, torch.optim.AdamW)):
+    rows, ranks = like.shape[0], like.device_mesh.size()
+    by_weight = isinstance(optimizer, torch.optim.AdamW) or -(-rows // ranks) * math.prod(like.shape[1:]) < _IN_BLOCKS
+    if value.shape == part.shape and (rows % ranks == 0 or by_weight):
         return _dtensor(value, like, like.shape)
-    blocks = like.numel() // _BLOCK
-    if even and like[0].numel() % _BLOCK == 0 and value.shape == (part.numel() // _BLOCK,):
-        return _dtensor(value, like, torch.Size([blocks]))
-    return None
+    size = torch.Size([like.numel() // _BLOCK])
+    return _dtensor(value, like, size) if list(value.shape) == _local_shape(like, field, size) else None
 
 
-def _rows_of(like: Any, size: torch.Size) -> list[int] | None:
-    """The shape of this process's part of a tensor of `size` that belongs to the weight `like`; None if all have it whole."""
+def _is_common(field: str, size: Sequence[int]) -> bool:
+    """Whether a field is the same in all processes: a number, or the table of an 8-bit code."""
+    return len(size) == 0 or field.startswith("qmap")
+
+
+def _local_shape(like: Any, field: str, size: torch.Size) -> list[int] | None:
+    """The shape of this process's part of a field of `size` that belongs to the weight `like`; None if it has no part."""
     if size == like.shape:
         return list(like.to_local().shape)
-    rows, ranks = like.shape[0], like.device_mesh.size()
-    if (
-        like.numel() % _BLOCK == 0
-        and list(size) == [like.numel() // _BLOCK]
-        and rows % ranks == 0
-        and size[0] % ranks == 0
-    ):
-        return [size[0] // ranks]
-    return None
+    # a scale for each block, which must lie in one process
+    ranks, blocks = like.device_mesh.size(), like.numel() // _BLOCK
+    even = like.shape[0] % ranks == 0 and math.prod(like.shape[1:]) % _BLOCK == 0
+    return [blocks // ranks] if even and list(size) == [blocks] and field.startswith("absmax") else None
 
 
 def _dtensor(local: torch.Tensor, like: Any, size: torch.Size) -> torch.Tensor:

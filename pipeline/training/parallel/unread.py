@@ -6,6 +6,7 @@ of the whole, as PEFT sends adapters to the meta device, numbers and all, if the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.errors import ConfigError
+from pipeline.models.weights import loaded_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,12 +34,18 @@ class Unread:
     """
 
     def __init__(self, model: PreTrainedModel, base: Path) -> None:
-        _must_be_there(model, base)
-        self.base = base
+        self.base, self.files = base, loaded_files(base)
         self._names: dict[int, str] = {}
+        places = _places(model, self.files)
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_meta]
         with torch.no_grad():
             for module in model.modules():
                 _make_buffers(model, module)
+            for name, _ in buffers:
+                if name in places:
+                    # small, and the same in all processes
+                    with safe_open(places[name], "pt") as file:
+                        model.get_buffer(name).copy_(file.get_tensor(name))
         for name, weight in list(model.named_parameters()):
             if weight.is_meta:
                 number = torch.empty((), dtype=weight.dtype).expand(weight.shape)
@@ -60,17 +68,22 @@ def _swap(weight: torch.Tensor, other: torch.Tensor) -> None:
     torch.utils.swap_tensors(weight, other)  # type: ignore[no-untyped-call]
 
 
-def _must_be_there(model: PreTrainedModel, base: Path) -> None:
-    """Raise NotInParts unless the files of `base` hold every weight under the name and in the shape that it has in `model`."""
+def _places(model: PreTrainedModel, files: Sequence[Path]) -> dict[str, Path]:
+    """For every weight and buffer the file that holds it; raises NotInParts unless it does so under the name and in the shape that
+    it has in `model`.
+    """
     shapes: dict[str, list[int]] = {}
-    for path in base.glob("*.safetensors"):
+    places: dict[str, Path] = {}
+    for path in files:
         with safe_open(path, "pt") as file:
-            shapes |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                shapes[name], places[name] = list(file.get_slice(name).get_shape()), path
     kept = model.state_dict().keys()
     tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in kept)]
     other = [name for name, tensor in tensors if tensor.is_meta and shapes.get(name) != list(tensor.shape)]
     if other:
-        raise NotInParts(f"{base} holds {other[0]} in another form")
+        raise NotInParts(f"{files[0].parent} holds {other[0]} in another form")
+    return {name: places[name] for name, _ in tensors if name in places}
 
 
 def _make_buffers(model: PreTrainedModel, module: torch.nn.Module) -> None:

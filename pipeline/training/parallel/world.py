@@ -114,8 +114,8 @@ class World:
         if self.first:
             try:
                 told = {"found": find()}
-            except RefscoreError as error:
-                self._tell({"failed": error.exit_code})
+            except Exception as error:
+                self._tell({"failed": getattr(error, "exit_code", 1)})
                 raise
             self._tell(told)
         else:
