@@ -34,6 +34,14 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
+def temporary_directory(path: Path) -> Path:
+    """Make a directory beside `path`, to be renamed to it. RefscoreError if the disk is full or the place cannot be written."""
+    directory = temporary_beside(path)
+    with explaining_disk(path):
+        directory.mkdir(parents=True)
+    return directory
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on a clean exit it takes `path`'s place durably, else it is removed."""

@@ -117,13 +117,15 @@ def _save_whole(
     model: PreTrainedModel, base: Path, directory: Path, card: str, tokenizer: Any, config: Config, dtype: torch.dtype
 ) -> None:
     if are_converted(model):
-        rounded = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        rounded = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
         model.save_pretrained(directory, state_dict=rounded, max_shard_size=config.policy.max_shard_size)
     weights = weights_of(model)
     write_configuration(model, directory, dtype)
     if not are_converted(model):
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        write_weights(directory, shapes, weights.items(), dtype, config.policy.max_shard_size)
+        write_weights(directory, weights, weights.items(), dtype, config.policy.max_shard_size)
     write_beside(model, base, directory, card, tokenizer)
 
 

@@ -36,7 +36,7 @@ from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
 from pipeline.training.lean import StepInBackward
 from pipeline.training.loop import Loop
 from pipeline.training.optimizers import make_optimizer
-from pipeline.training.parallel.export import Exports, can_save_parts
+from pipeline.training.parallel.export import Exports, can_export_parts
 from pipeline.training.parallel.sharded import Shards, mesh_of, must_be_shardable
 from pipeline.training.parallel.state import load_parts
 from pipeline.training.parallel.unread import NotInParts
@@ -149,7 +149,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
     world.once(lambda: _say_health(loop))
     card = model_card(config, run.name, about["reference_id"], len(pairs), results)
-    if shards is not None and can_save_parts(policy):
+    if shards is not None and can_export_parts(policy):
         differences = Exports(policy, shards, base, config, run, world).save(card, tokenizer, pairs.trees)
     else:
         if shards is not None:

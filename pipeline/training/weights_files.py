@@ -32,18 +32,19 @@ def are_converted(model: PreTrainedModel) -> bool:
 
 def write_weights(
     directory: Path,
-    shapes: Mapping[str, torch.Size],
+    like: Mapping[str, torch.Tensor],
     weights: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     at_most: str,
     *,
     writes: bool = True,
 ) -> None:
-    """Write `weights`, which come in any order and have `shapes`, in `dtype` to files of `at_most` ("5GB") each.
+    """Write `weights`, which come in any order and are as `like`, in `dtype` to files of `at_most` ("5GB") each. Integers stay so.
 
     Without `writes` they are only asked for, as all processes that share them must.
     """
-    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    kept_in = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in like.items()}
+    described = {name: torch.empty(tensor.shape, dtype=kept_in[name], device="meta") for name, tensor in like.items()}
     split = split_torch_state_dict_into_shards(
         described, filename_pattern="model{suffix}.safetensors", max_shard_size=at_most
     )
@@ -52,7 +53,7 @@ def write_weights(
         if not writes:
             continue
         file = split.tensor_to_filename[name]
-        waiting[file][name] = weight.detach().to(device="cpu", dtype=dtype).contiguous()
+        waiting[file][name] = weight.detach().to(device="cpu", dtype=kept_in[name]).contiguous()
         if len(waiting[file]) == len(split.filename_to_tensors[file]):
             save_file(waiting.pop(file), directory / file, metadata={"format": "pt"})
     if writes and split.is_sharded:

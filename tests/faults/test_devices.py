@@ -112,15 +112,17 @@ def one_message_and_nothing_lost(place, run, *more):
     assert calm.read_bytes() == again.read_bytes()
 
 
-# in every process before anything else: one of them ends itself at a moment of a protocol, the second time that it comes
+# in every process before anything else: one of them ends itself, or has a full disk, the second time that a moment of a protocol comes
 DIES = """
-import os, signal
+import errno, os, signal
 if os.environ.get("RANK") == os.environ.get("DIES"):
     from pipeline.artifacts import durable
     times = []
     def reached(point):
         if point == os.environ["AT"]:
             times.append(point)
+            if len(times) == 2 and os.environ.get("FULL"):
+                raise OSError(errno.ENOSPC, "No space left on device")
             if len(times) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
     durable.reached = reached
@@ -143,3 +145,21 @@ def test_a_process_that_ends_while_a_checkpoint_is_written_loses_that_alone(plac
     one_message_and_nothing_lost(place, run, *more)
     left = [each.name for each in (place / f"data/runs/{run}/checkpoints").iterdir()]
     assert left == ["step_000030"]
+
+
+@pytest.mark.parametrize("behind", ["false", "true"], ids=["at once", "behind"])
+def test_a_full_disk_of_one_process_is_one_message_and_leaves_nothing_there(place, behind):
+    (place / "dies").mkdir(exist_ok=True)
+    (place / "dies/sitecustomize.py").write_text(DIES)
+    run, more = f"full-{behind}", ("--set", f"train.async_save={behind}")
+    path = os.pathsep.join([str(place / "dies"), str(ROOT)])
+    full = {"DIES": "1", "AT": "checkpoint: parts written", "FULL": "1", "PYTHONPATH": path}
+    assert started(place, run, *more, **full).wait(timeout=240) == 1
+    checkpoints = place / f"data/runs/{run}/checkpoints"
+    assert [each.name for each in checkpoints.iterdir()] == ["step_000005"]
+    said = (place / f"{run}.txt").read_text()
+    assert said.count("error:") == 1
+    assert "no space left to write" in said
+    assert started(place, run, *more).wait() == 0
+    calm, again = (place / f"data/runs/{name}/model/model.safetensors" for name in ("calm", run))
+    assert calm.read_bytes() == again.read_bytes()

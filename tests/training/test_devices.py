@@ -56,7 +56,7 @@ if not EVERYTHING:
 FIRST = next(iter(CASES))
 
 
-def launched(where, size, *cases, code=0):
+def launched(where, size, *cases, code=0, **variables):
     """Runs `tests.training.many` in `size` processes; its output."""
     environment = {
         **os.environ,
@@ -64,6 +64,7 @@ def launched(where, size, *cases, code=0):
         "OMP_NUM_THREADS": "1",
         # gloo asks the machine's name for an address, which not every machine can resolve
         "GLOO_SOCKET_IFNAME": "lo",
+        **variables,
     }
     command = [sys.executable, "-m", "tests.training.many", *cases]
     if size > 1:
@@ -205,6 +206,41 @@ def test_what_many_processes_export_is_byte_for_byte_what_one_does(place, case):
     if case != "reward":
         dtype = AutoModelForCausalLM.from_pretrained(directory / "model").dtype
         assert dtype == (torch.bfloat16 if case == "narrow" else torch.float32)
+
+
+# in the first process: what is written is not what was trained
+SPOILS = """
+import os
+if os.environ.get("RANK") == "0":
+    from pipeline.training import weights_files
+    save = weights_files.save_file
+    def spoiled(tensors, *others, **named):
+        name = os.environ["SPOILS"]
+        if name in tensors:
+            tensors = {**tensors, name: tensors[name] * 1.5} if os.environ["HOW"] == "changed" else {k: v for k, v in tensors.items() if k != name}
+        save(tensors, *others, **named)
+    weights_files.save_file = spoiled
+"""
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="each starts torchrun anew: make test-devices")
+@pytest.mark.parametrize(
+    ("name", "how", "says"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", "changed", "what was exported is not what was trained"),
+        ("model.embed_tokens.weight", "changed", "what was exported is not what was trained"),
+        ("model.layers.1.mlp.down_proj.weight", "left out", "cannot be read"),
+    ],
+)
+def test_an_export_of_many_that_is_not_what_was_trained_fails_and_replaces_nothing(place, name, how, says):
+    (place / "spoils").mkdir(exist_ok=True)
+    (place / "spoils/sitecustomize.py").write_text(SPOILS)
+    directory = begun_again(place, f"{FIRST}-2", f"spoiled-{name}-{how}")
+    path = os.pathsep.join([str(place / "spoils"), str(ROOT)])
+    said = launched(place, 2, f"{FIRST}={directory.name}", code=1, PYTHONPATH=path, SPOILS=name, HOW=how)
+    assert says in said
+    assert not (directory / "model").exists()
+    assert not list(directory.glob(".tmp*"))
 
 
 @pytest.mark.parametrize(

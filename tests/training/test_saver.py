@@ -1,6 +1,7 @@
 """Checkpoints that are written while the next steps are taken: of what there was, one at a time, and what fails is said."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint
 from pipeline.training.optimizers import make_optimizer
 from pipeline.training.parallel.world import ALONE
 from pipeline.training.saver import Saver
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.training.policy import config_of, policy_of
 
 
@@ -102,3 +104,16 @@ def test_what_a_killed_process_left_makes_room_first(tmp_path, tiny_model):
     (tmp_path / f"{durable.TEMPORARY}1-x-step_000004").mkdir()
     saver_of(tmp_path, tiny_model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_begun_is_finished_before_a_loss_that_is_not_finite_ends_the_training(
+    tmp_path, tiny_model, monkeypatch
+):
+    train = {"learning_rate": 1e30, "save_steps": 1, "async_save": True, "warmup_ratio": 0.0, "max_grad_norm": None}
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", preference_rows(12)), train=train)
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
+    monkeypatch.setattr(durable, "reached", lambda point: time.sleep(1) if point == "checkpoint: begun" else None)
+    assert "is nan" in refscore_here(tmp_path, "train", "--config", config, "--run", "r", code=4)
+    checkpoints = tmp_path / "data/runs/r/checkpoints"
+    assert newest_checkpoint(checkpoints) is not None
+    assert [path.name for path in checkpoints.iterdir()] == [newest_checkpoint(checkpoints).directory.name]

@@ -39,29 +39,28 @@ def save_parts(
     process's.
     """
     final = root / f"step_{step:06d}"
-    temporary = root / str(world.once(lambda: _made(durable.temporary_beside(final))))
+    temporary = Path(world.once(lambda: str(durable.temporary_directory(final))))
     try:
         with durable.explaining_disk(final):
-            _write(temporary, final, step, training, tensors, names, keep, policy_logps, world)
+            own = _write(temporary, tensors, names, world)
+            known = {name: digest for of_rank in world.all_of(own) for name, digest in of_rank.items()}
+
+            def finish() -> None:
+                if policy_logps:
+                    save_file(dict(policy_logps), temporary / POLICY_LOGPS)
+                publish(temporary, final, step, training, keep, known)
+
+            world.once(finish)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
-def _write(
-    temporary: Path,
-    final: Path,
-    step: int,
-    training: str,
-    tensors: Mapping[str, torch.Tensor],
-    names: Iterable[str],
-    keep: int,
-    policy_logps: Mapping[str, torch.Tensor],
-    world: World,
-) -> None:
+def _write(directory: Path, tensors: Mapping[str, torch.Tensor], names: Iterable[str], world: World) -> dict[str, str]:
+    """Write this process's parts durably; returns the digests of its files, by name."""
     dcp: Any = import_module("torch.distributed.checkpoint")
     files = _files(tensors, names, world)
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files, save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
     except dcp.api.CheckpointException as error:
@@ -70,18 +69,10 @@ def _write(
         raise Followed(1) from None
     durable.reached("checkpoint: parts written")
     # as torch names them
-    mine = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
-    digests = {file.name: sha256(file) for file in mine}
+    mine = sorted(directory.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
     for file in mine:
         durable.flush(file)
-    known = {name: digest for of_rank in world.all_of(digests) for name, digest in of_rank.items()}
-
-    def finish() -> None:
-        if policy_logps:
-            save_file(dict(policy_logps), temporary / POLICY_LOGPS)
-        publish(temporary, final, step, training, keep, known)
-
-    world.once(finish)
+    return {file.name: sha256(file) for file in mine}
 
 
 def staged(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,14 +88,8 @@ def staged(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(copied)  # type: ignore[arg-type]  # not a future without use_async_staging
 
 
-def _made(directory: Path) -> str:
-    with durable.explaining_disk(directory):
-        directory.mkdir(parents=True)
-    return directory.name
-
-
 def _files(tensors: Mapping[str, torch.Tensor], names: Iterable[str], world: World) -> dict[str, int]:
-    """For every name the number, from 1, of the file that it stands in, the same in all processes."""
+    """For every name the number, from 1, of the file that it stands in; what the first process says counts for all."""
     sizes = {name: tensor.numel() * tensor.element_size() // world.size for name, tensor in tensors.items()}
     files, filled = {}, 0
     for name in sorted(names):

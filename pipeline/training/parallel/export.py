@@ -6,10 +6,12 @@ outputs.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from pipeline.forward.trees import Tree
 from pipeline.training.checkpoint import read_parts
 from pipeline.training.checks.export import CHECKED, must_agree, outputs_of
 from pipeline.training.objectives.objective import objective_of
-from pipeline.training.parallel.sharded import Shards
+from pipeline.training.parallel.sharded import Shards, local_of
 from pipeline.training.parallel.world import World
 from pipeline.training.policies import Policy, precision_of
 from pipeline.training.save import put_in_place, saved_dtype, write_adapter, write_beside
@@ -35,12 +37,15 @@ _OF_ADAPTERS = "base_model.model."
 _NAME = re.compile(r"\.default(?=\.|$)")
 
 
-def can_save_parts(policy: Policy) -> bool:
-    """Whether `save_parts` can: not if transformers would convert weights, or a head is learned beside adapters."""
+def can_export_parts(policy: Policy) -> bool:
+    """Whether `Exports` can: not if transformers would convert weights, or a head is learned beside adapters."""
+    if are_converted(policy.model):
+        return False
+    if policy.adapted is None:
+        return True
     from peft.utils import ModulesToSaveWrapper
 
-    copied = any(isinstance(module, ModulesToSaveWrapper) for module in policy.model.modules())
-    return not are_converted(policy.model) and not copied
+    return not any(isinstance(module, ModulesToSaveWrapper) for module in policy.model.modules())
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,11 @@ class Exports:
 
         def check(name: str, place: Path) -> Callable[[Path], None]:
             def checked(directory: Path) -> None:
-                read_parts(directory, self._in_files(name), group=self.world.group)
+                parts = self._in_files(name)
+                for part in parts.values():
+                    # what is not read is seen then
+                    local_of(part).fill_(math.nan if part.is_floating_point() else 0)
+                read_parts(directory, parts, group=self.world.group)
                 again = self._outputs(trees)
                 found = self.world.once(lambda: must_agree(again, place, trained, len(trees), coarse=coarse))
                 differences[name] = found
@@ -74,15 +83,15 @@ class Exports:
 
         def write_model(directory: Path) -> None:
             weights = self._merged() if config.policy.lora else self.shards.whole_weights(self.shards.whole)
-            shapes = {there: weight.shape for there, weight in self._in_files("model").items()}
-            # buffers are in no part
-            buffers = {
-                name: buffer for name, buffer in weights_of(policy.model).items() if name not in self.shards.whole
-            }
-            shapes |= {name: buffer.shape for name, buffer in buffers.items()}
             self.world.once(lambda: write_configuration(policy.model, directory, kept_in))
-            first, at_most = self.world.first, config.policy.max_shard_size
-            write_weights(directory, shapes, _both(weights, buffers), kept_in, at_most, writes=first)
+            write_weights(
+                directory,
+                self._in_files("model"),
+                chain(weights, self._buffers().items()),
+                kept_in,
+                config.policy.max_shard_size,
+                writes=self.world.first,
+            )
             self.world.once(lambda: write_beside(policy.model, self.base, directory, card, tokenizer))
 
         if config.policy.lora is not None:
@@ -100,7 +109,7 @@ class Exports:
 
     def _put(self, place: Path, write: Callable[[Path], None], check: Callable[[Path], None]) -> None:
         """As `put_in_place`, by all processes."""
-        temporary = Path(self.world.once(lambda: str(_made(place))))
+        temporary = Path(self.world.once(lambda: str(durable.temporary_directory(place))))
         try:
             with durable.explaining_disk(place):
                 write(temporary)
@@ -111,18 +120,23 @@ class Exports:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _in_files(self, kind: str) -> dict[str, Any]:
-        """The weights of a `kind` of directory, by their names in its files; of a model, adapters are in the weights below them."""
+        """What a `kind` of directory holds, by the names in its files; of a model, adapters are in the weights below them."""
         if kind == "adapter":
             return {
                 _OF_ADAPTERS + _NAME.sub("", name): weight
                 for name, weight in self.shards.whole.items()
                 if ".lora_" in name
             }
-        return {
+        weights = {
             name.replace(".base_layer.", "."): weight
             for name, weight in self.shards.whole.items()
             if ".lora_" not in name
         }
+        return weights | self._buffers()
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that files hold; each process has them whole."""
+        return {name: buffer for name, buffer in weights_of(self.policy.model).items() if name not in self.shards.whole}
 
     def _write_adapter(self, directory: Path, card: str) -> None:
         names = [name for name in self.shards.whole if ".lora_" in name]
@@ -168,17 +182,3 @@ def _owner(module: torch.nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, field = name.rpartition(".")
     owner = module.get_submodule(path) if path else module
     return owner._parameters, field  # noqa: SLF001  # FSDP's own must be back in its place afterwards
-
-
-def _both(
-    weights: Iterator[tuple[str, torch.Tensor]], buffers: dict[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from weights
-    yield from buffers.items()
-
-
-def _made(place: Path) -> Path:
-    directory = durable.temporary_beside(place)
-    with durable.explaining_disk(place):
-        directory.mkdir(parents=True)
-    return directory

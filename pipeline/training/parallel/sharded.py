@@ -117,7 +117,7 @@ class Shards:
             )
         self.forward = _ShardedForward(root, forward)
         self.learning = {
-            name: torch.nn.Parameter(_local(weight)) for name, weight in self.whole.items() if weight.requires_grad
+            name: torch.nn.Parameter(local_of(weight)) for name, weight in self.whole.items() if weight.requires_grad
         }
 
     def check_head(self, model: PreTrainedModel, precision: torch.dtype) -> None:
@@ -139,7 +139,7 @@ class Shards:
         squares = []
         for name, part in self.learning.items():
             gradient = self.whole[name].grad
-            part.grad, self.whole[name].grad = None if gradient is None else _local(gradient), None
+            part.grad, self.whole[name].grad = None if gradient is None else local_of(gradient), None
             if part.grad is not None and part.grad.numel():
                 squares.append(part.grad.float().square().sum().double())
         zero = torch.zeros((), dtype=torch.float64, device=next(iter(self.learning.values())).device)
@@ -169,9 +169,12 @@ def _check_head(model: PreTrainedModel, kind: str, precision: torch.dtype) -> No
         output_layer_of(model)
 
 
-def _local(weight: Any) -> torch.Tensor:
-    local: torch.Tensor = weight.to_local().detach()
-    return local
+def local_of(tensor: Any) -> torch.Tensor:
+    """This process's part of a DTensor, or a tensor that is in no parts, without its gradient; not copied."""
+    from torch.distributed.tensor import DTensor
+
+    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
 
 
 class _Root(torch.nn.Module):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pipeline.errors import DataError
 from pipeline.training.checkpoint import INTEGER, OF_RANK, Checkpoint, as_kept, must_be_of, read_parts, stored_tensors
+from pipeline.training.parallel.sharded import Shards, local_of
 from pipeline.training.parallel.world import World
-
-if TYPE_CHECKING:
-    from pipeline.training.parallel.sharded import Shards
 
 # weights that one scale of bitsandbytes' 8-bit states is of
 _BLOCK = 256
@@ -76,7 +74,7 @@ def load_parts(shards: Shards, checkpoint: Checkpoint, optimizer: torch.optim.Op
     read_parts(checkpoint.directory, tensors, group=world.group)
     for name, part in shards.learning.items():
         optimizer.state[part] = {
-            field.removesuffix(INTEGER): as_kept(field, _local(tensors[key])) for field, key in fields[name].items()
+            field.removesuffix(INTEGER): as_kept(field, local_of(tensors[key])) for field, key in fields[name].items()
         }
     if not mine:
         # of another number of processes: chance begins anew, another in each
@@ -130,13 +128,6 @@ def _dtensor(local: torch.Tensor, like: Any, size: torch.Size) -> torch.Tensor:
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=size, stride=tuple(stride)
     )
-
-
-def _local(value: Any) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor
-
-    local: torch.Tensor = value.to_local() if isinstance(value, DTensor) else value
-    return local
 
 
 def _chance(kind: str, rank: int) -> str:
