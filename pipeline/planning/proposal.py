@@ -15,21 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT
-from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.judges.judging import Prompt, Response, Shown
 from pipeline.judges.rules import open_rule
 from pipeline.planning.cautions import ENOUGH_HELD_OUT
 from pipeline.planning.forecast import memory_here, parameters_in
-from pipeline.planning.outlook import of_process
+from pipeline.planning.shape import Shape, shaped
 from pipeline.planning.survey import Survey
-from pipeline.planning.training import simulate_step
-from pipeline.training.examples import tokens_in_a_pass
 
-# of the device's memory; the rest is for evaluation, the allocator and other processes
-_OF_MEMORY = 0.8
 # share of the prompts, and number of them, that are held out where there are enough
 _HELD_OUT, _MOST_HELD_OUT, _LARGEST_PERCENT = 0.1, 500, 34
 _SMALL_MODEL = 1e9
@@ -97,7 +91,7 @@ class Proposal:
 def propose(found: Survey) -> Proposal:
     """What to write for the data and the model that were found, on this machine."""
     kind = device_kind()
-    shape = _shaped(found, kind, memory_here())
+    shape = shaped(found, kind, memory_here())
     proposal = Proposal()
     _about_data(proposal, found, shape)
     _about_models(proposal, found, shape)
@@ -109,95 +103,10 @@ def propose(found: Survey) -> Proposal:
     return proposal
 
 
-# --- length, adapters and the tokens of a pass are chosen together, as the memory of a step depends on all of them
-
-
-@dataclass
-class _Shape:
-    """What the memory of a step depends on, which pairs are within the length, and what was predicted, in words."""
-
-    length: int
-    kept: np.ndarray
-    batch: int
-    tokens_per_batch: int
-    lora: bool
-    checkpointing: bool
-    memory: str = ""
-    fits: bool = True
-
-
-def _shaped(found: Survey, kind: str, memory: float) -> _Shape:
-    """The first shape, from the usual one to ever smaller ones, whose training fits; the smallest if none does."""
-    shapes = _shapes(found, kind)
-    for shape in shapes:
-        try:
-            needed = _needed(found, shape, kind)
-        except ConfigError as reason:
-            shapes[0].memory = str(reason)
-            return shapes[0]
-        shape.memory = f"training is predicted to take {needed:.1f} of {memory:.1f} GiB"
-        shape.fits = needed <= _OF_MEMORY * memory
-        if shape.fits:
-            return shape
-    return shapes[-1]
-
-
-def _shapes(found: Survey, kind: str) -> list[_Shape]:
-    usual = _length(found)
-    quantiles = (_rounded(float(np.quantile(found.lengths, share))) for share in (0.95, 0.9, 0.75, 0.5))
-    shorter = [length for length in dict.fromkeys(quantiles) if length < usual]
-    # a GPU recomputes activations by default
-    recomputing = (False, True) if kind == "cpu" else (False,)
-    ways = [(usual, lora, again) for lora in (False, True) for again in recomputing]
-    ways += [(length, True, recomputing[-1]) for length in shorter]
-    default = tokens_in_a_pass(Config.model_validate({"data": {"path": "x"}}).train, kind)
-    shapes = []
-    for length, lora, again in ways:
-        kept = found.lengths <= length
-        batch = _batch(int(kept.sum()))
-        # a pass holds one whole pair at least, so fewer tokens help only if that is short
-        smaller = [default // 4] if found.trees[kept].max() < default else []
-        shapes += [_Shape(length, kept, batch, tokens, lora, again) for tokens in (default, *smaller)]
-    return shapes
-
-
-def _needed(found: Survey, shape: _Shape, kind: str) -> float:
-    """GiB of a training step."""
-    trees, responses = found.trees[shape.kept], found.responses[shape.kept]
-    train: dict[str, Any] = {"tokens_per_batch": shape.tokens_per_batch}
-    if shape.checkpointing:
-        train["gradient_checkpointing"] = True
-    policy = {"model": found.model, "lora": {"r": 16} if shape.lora else None}
-    config = Config.model_validate({"data": {"path": "x"}, "policy": policy, "train": train})
-    step = trees.mean() * shape.batch
-    most = max(trees.max(), shape.tokens_per_batch)
-    tokens = int(max(trees.max(), min(most, step)))
-    scored = int(tokens * responses.sum() / trees.sum())
-    held = simulate_step(config, found.base, tokens, scored, kind, accumulated=bool(step > most))
-    return of_process(held.total, kind)
-
-
-def _length(found: Survey) -> int:
-    """The longest pair, or if it stands out what 99 % of the pairs do not exceed; never more than the model reads."""
-    longest, nearly_all = int(found.lengths.max()), float(np.quantile(found.lengths, 0.99, method="higher"))
-    usual = float(np.quantile(found.lengths, 0.9))
-    wanted = _rounded(nearly_all if longest > 2 * usual else longest)
-    return min(wanted, found.positions) if found.positions else wanted
-
-
-def _rounded(length: float) -> int:
-    return 64 * math.ceil(length / 64)
-
-
-def _batch(pairs: int) -> int:
-    # of few pairs large steps would be few
-    return 8 if pairs < 500 else 16 if pairs < 2000 else 32
-
-
 # --- section by section
 
 
-def _about_data(proposal: Proposal, found: Survey, shape: _Shape) -> None:
+def _about_data(proposal: Proposal, found: Survey, shape: Shape) -> None:
     path = found.data[0] if len(found.data) == 1 else found.data
     proposal.add("data.path", path, "; ".join(f"{name}: {form}" for name, form in found.formats.items()))
     if found.columns:
@@ -247,7 +156,7 @@ def _held_out(places: np.ndarray) -> tuple[float, int, int]:
     return share, held_out, len(prompts)
 
 
-def _about_models(proposal: Proposal, found: Survey, shape: _Shape) -> None:
+def _about_models(proposal: Proposal, found: Survey, shape: Shape) -> None:
     engine, here = ("vllm", "is") if find_spec("vllm") else ("transformers", "is not")
     proposal.add("reference.model", found.model, "the frozen model that the policy starts from and is compared with")
     proposal.add("reference.engine", engine, f"vLLM {here} installed here")
@@ -257,7 +166,7 @@ def _about_models(proposal: Proposal, found: Survey, shape: _Shape) -> None:
         proposal.add("policy.lora", {"r": 16}, f"adapters, as training all weights takes more memory; {shape.memory}")
 
 
-def _about_training(proposal: Proposal, found: Survey, shape: _Shape) -> None:
+def _about_training(proposal: Proposal, found: Survey, shape: Shape) -> None:
     parameters = parameters_in(found.base)
     share = next(choice.value for choice in proposal.choices if choice.field == "data.eval_fraction")
     pairs = int((found.places[shape.kept] >= share).sum())

@@ -8,8 +8,9 @@ import pytest
 from pipeline.config.documents import read_yaml
 from pipeline.config.files import load_config, load_overrides
 from pipeline.pairs.preferences import Preference
-from pipeline.planning import proposal
-from pipeline.planning.proposal import Choice, Proposal, _held_out, _judges, _length, propose
+from pipeline.planning import proposal, shape
+from pipeline.planning.proposal import Choice, Proposal, _held_out, _judges, propose
+from pipeline.planning.shape import _length
 from pipeline.planning.survey import Survey
 
 
@@ -75,10 +76,10 @@ def test_few_pairs_get_small_steps_and_more_epochs(tiny_model, pairs, batch, epo
     ],
 )
 def test_what_does_not_fit_gets_smaller_step_by_step(tiny_model, monkeypatch, memory, made):
-    def needed(found, shape, kind):
-        return 7.0 + shape.length / 448 + shape.tokens_per_batch / 1024 - 2 * shape.lora - shape.checkpointing - 0.5
+    def needed(found, tried, kind):
+        return 7.0 + tried.length / 448 + tried.tokens_per_batch / 1024 - 2 * tried.lora - tried.checkpointing - 0.5
 
-    monkeypatch.setattr(proposal, "_needed", needed)
+    monkeypatch.setattr(shape, "_needed", needed)
     monkeypatch.setattr(proposal, "memory_here", lambda: memory / 0.8)
     monkeypatch.setattr(proposal, "device_kind", lambda: "cpu")
     given = propose(found(tiny_model, [100] * 60 + [400] * 40))
