@@ -25,14 +25,15 @@ TRAIN = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulatio
          "gradient_checkpointing": True, "tokens_per_batch": 256, "report_to": []}  # fmt: skip
 
 
-def make_model(directory: Path) -> int:
+def make_model(directory: Path, vocabulary: int) -> int:
     """A Llama of a billion random weights in bfloat16, and a tokenizer of few words; returns how many weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(directory)
-    shape = {key: value for key, value in LLAMA_1B.items() if key not in ("architectures", "model_type")}
+    named = {key: value for key, value in LLAMA_1B.items() if key not in ("architectures", "model_type")}
+    shape = {**named, "vocab_size": vocabulary}
     model = LlamaForCausalLM(
         LlamaConfig(**{**shape, "dtype": "bfloat16", "eos_token_id": tokenizer.eos_token_id})
     ).bfloat16()
@@ -94,10 +95,13 @@ def main() -> None:
     """Print a table row per number of processes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--vocabulary", type=int, default=32768, help="each process holds its embeddings while it reads a pass"
+    )
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory)
-        weights = make_model(where / "model")
+        weights = make_model(where / "model", chosen.vocabulary)
         os.chdir(where)
         data = write_rows(where / "d.jsonl", preference_rows(16))
         sections = {"policy": {"dtype": "bfloat16", "save_dtype": "base", "max_shard_size": "500MB"}, "train": TRAIN}
