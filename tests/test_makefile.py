@@ -26,11 +26,14 @@ def make(tmp_path):
     command.chmod(0o755)
     (tmp_path / ".venv/.run").touch()
 
+    # if make runs the tests, the make in them is one of its own all the same: it announces no directories and takes on no options
+    outside = {name: text for name, text in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
     def run(*arguments, **environment):
         done = subprocess.run(
             ["make", *arguments],
             cwd=tmp_path,
-            env=os.environ | environment,
+            env=outside | environment,
             capture_output=True,
             text=True,
             check=False,
