@@ -20,7 +20,7 @@ from pipeline.training.checkpoint import POLICY_LOGPS, publish, sha256
 from pipeline.training.parallel.world import Followed, World
 
 # a file is made up in memory before it is written, so that a few small ones take less of it than a large one
-_FILE_BYTES = 2**30
+_FILE_BYTES = 2**28
 
 
 def save_parts(
