@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 import pipeline
-from pipeline.artifacts import tables
+from pipeline.artifacts import schemas
 from pipeline.config.losses import LOSS_FACTS
 from pipeline.config.reference import fields_of, sections
 from pipeline.config.rules import RULES
@@ -26,15 +26,17 @@ from pipeline.training.objectives.losses import LOSSES
 PAGES = Path(__file__).parent
 _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLES = {
-    "pairs": tables.PAIRS,
-    "dropped": tables.DROPPED,
-    "metrics": tables.METRICS,
-    "policy_logps": tables.POLICY_LOGPS,
-    "samples": tables.SAMPLES,
-    "kl": tables.KL,
-    "judgements": tables.JUDGEMENTS,
-    "scores": tables.SCORES,
-    "scored": tables.TOP_SCORED,
+    "pairs": schemas.PAIRS,
+    "dropped": schemas.DROPPED,
+    "metrics": schemas.METRICS,
+    "policy_logps": schemas.POLICY_LOGPS,
+    "samples": schemas.SAMPLES,
+    "kl": schemas.KL,
+    "judgements": schemas.JUDGEMENTS,
+    "scores": schemas.SCORES,
+    "scored": schemas.TOP_SCORED,
+    "responses": schemas.RESPONSES,
+    "rollouts": schemas.ROLLOUTS,
 }
 # what a column means, in one table if it is named with it; a column without a meaning is an error
 _MEANING = {
@@ -60,6 +62,23 @@ _MEANING = {
     "policy_logps.step": "updates that the policy had had when this was computed: 0 is before training",
     "chosen_logps": "log-probability of the chosen response under the policy, summed over tokens, in nats",
     "rejected_logps": "the same of the rejected response",
+    "margin": "how much better the data says `chosen` is than `rejected`; null if it does not say",
+    "group_id": "digest of the tokens of a group: a prompt's list, or a response and the mismatched one beside it",
+    "kind": "`response`, or `mismatched`: a response to another prompt, by which KTO's baseline is measured",
+    "label": "whether the response was called good; null in a ranked list",
+    "responses.score": "what the data says of the response: a rating, or the negative of its rank; null if unpaired",
+    "ref_response_token_logps": "log-probability of every token of `response_ids` under the reference, in nats",
+    "ref_response_logps": "sum of `ref_response_token_logps`, in float64",
+    "reward": "the judge's reward of the sample, as it gave it; null if it failed",
+    "metrics.reward": "mean reward of the step's samples, as the judge gave it",
+    "reward_std": "mean standard deviation of the rewards of a prompt's samples",
+    "ratio/mean": "mean over tokens of the policy's probability by that of the model that wrote the samples",
+    "ratio/max": "the largest such ratio of a token",
+    "clip_ratio/low_mean": "share of tokens whose ratio was clipped from below",
+    "clip_ratio/high_mean": "share of tokens whose ratio was clipped from above",
+    "clip_ratio/region_mean": "share of tokens whose ratio was clipped",
+    "metrics.kl": "KL to the reference: of policy_gradient the k3 estimate per token; of kto the baseline, per response",
+    "kl/behaviour": "k3 estimate of the KL to the model that wrote the samples, per token",
     "loss": "mean loss of the step's pairs",
     "rewards/chosen": "mean implicit reward of the chosen responses",
     "rewards/rejected": "the same of the rejected responses",
@@ -129,7 +148,8 @@ def _options(section: type[BaseModel]) -> str:
 def _columns(table: str, schema: pa.Schema) -> str:
     rows = []
     for field in schema:
-        meaning = _MEANING.get(f"{table}.{field.name}") or _MEANING[field.name.removeprefix("eval_")]
+        name = field.name.removeprefix("eval_")
+        meaning = _MEANING.get(f"{table}.{name}") or _MEANING[name]
         rows.append(
             [f"`{field.name}`", str(field.type), f"held-out: {meaning}" if field.name.startswith("eval_") else meaning]
         )

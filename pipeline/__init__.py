@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
-    from pipeline.artifacts import tables
+    from pipeline.artifacts import schemas as tables
     from pipeline.artifacts.runs import Run, open_run
     from pipeline.artifacts.tables import read_table
     from pipeline.config.experiment import Config
@@ -57,7 +57,7 @@ HOMES = {
     "preference_loss": "pipeline.training.objectives.losses",
     "read_table": "pipeline.artifacts.tables",
     "score": "pipeline.precompute.launch",
-    "tables": "pipeline.artifacts.tables",
+    "tables": "pipeline.artifacts.schemas",
     "train": "pipeline.training.train",
     "write_pairs": "pipeline.precompute.pairs_file",
     "write_reports": "pipeline.report.write",

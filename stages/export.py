@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.artifacts.runs import Run, read_saved_config
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_about, read_table
+from pipeline.artifacts.schemas import JUDGEMENTS, SAMPLES
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.files import load_overrides
 from pipeline.errors import ConfigError
 from pipeline.evaluation.samples import comparisons_of, held_out_prompts

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import SCORED, TOP_SCORED, parquet_writer
+from pipeline.artifacts.schemas import SCORED, TOP_SCORED
+from pipeline.artifacts.tables import parquet_writer
 from pipeline.config.experiment import Config
 from pipeline.errors import CheckError, ConfigError
 from pipeline.precompute.responses import RowScorer

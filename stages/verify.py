@@ -7,7 +7,8 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_saved_config
-from pipeline.artifacts.tables import IMPORTED_BY, read_about
+from pipeline.artifacts.schemas import IMPORTED_BY
+from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import load_overrides
 from pipeline.engines.protocol import numerics_of

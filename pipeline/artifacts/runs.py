@@ -69,6 +69,14 @@ class Run:
         return self.directory / "pairs.parquet"
 
     @property
+    def responses(self) -> Path:
+        return self.directory / "responses.parquet"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.directory / "rollouts.parquet"
+
+    @property
     def dropped(self) -> Path:
         return self.directory / "dropped.parquet"
 

@@ -1,4 +1,4 @@
-"""The tables that pass between stages: their columns, and how they are written and read.
+"""How the tables that pass between stages are written and read.
 
 Tables are written with pyarrow (zstd, floats byte-stream-split, page checksums) and durably; reading checks the schema
 and refuses a file that does not fit, it never infers.
@@ -16,142 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
+from pipeline.artifacts.schemas import FORMAT, FORMAT_KEY
 from pipeline.errors import DataError
 
-_ids = pa.list_(pa.int32())
-_logps = pa.list_(pa.float32())
-
-# of a table, raised if a reader of before would misread it; a column that is added needs no new format
-_FORMAT_KEY = b"refscore_format"
-FORMAT = 1
-PAIRS = pa.schema(
-    [
-        ("pair_id", pa.string()),
-        ("split", pa.string()),
-        ("source", pa.string()),
-        ("source_row", pa.int64()),
-        ("topic", pa.string()),
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("prompt_ids", _ids),
-        ("chosen_ids", _ids),
-        ("rejected_ids", _ids),
-        ("ref_chosen_token_logps", _logps),
-        ("ref_rejected_token_logps", _logps),
-        # sums, under TRL's names and with TRL's meaning; in format 1 these names held the lists
-        ("ref_chosen_logps", pa.float64()),
-        ("ref_rejected_logps", pa.float64()),
-    ],
-    metadata={_FORMAT_KEY: b"2"},
-)
-# what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
-IMPORTED_BY = "imported_by"
 # rows that are written, and read, together
 _AT_ONCE = 8192
-# marks a column that files of an earlier version lack; it reads as null
-_LATER = {b"later": b"true"}
-DROPPED = pa.schema(
-    [
-        ("source", pa.string()),
-        ("source_row", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        # of pairs that were tokenised before they were left out
-        pa.field("prompt_ids", _ids, metadata=_LATER),
-        pa.field("chosen_ids", _ids, metadata=_LATER),
-        pa.field("rejected_ids", _ids, metadata=_LATER),
-    ]
-)
-SCORES = pa.schema(
-    [
-        pa.field("key", pa.binary(32), nullable=False),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("response_tokens", pa.int32(), nullable=False),
-        pa.field("logps", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
-        pa.field("logp", pa.float64(), nullable=False),
-    ]
-)
-SCORED = pa.schema(
-    [
-        ("source_row", pa.int64()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("prompt_ids", _ids),
-        ("response_ids", _ids),
-        ("logps", _logps),
-        ("logp", pa.float64()),
-        ("problem", pa.string()),
-    ]
-)
-# beside a response's own scores, for each of its tokens the likeliest tokens there, the likeliest first
-TOP_SCORED = pa.schema([*SCORED, ("top_ids", pa.list_(_ids)), ("top_logps", pa.list_(_logps))])
-TRAIN_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-METRICS = pa.schema(
-    [("step", pa.int64())]
-    + [(name, pa.float64()) for name in TRAIN_METRICS]
-    + [
-        (name, pa.float64())
-        for name in ("grad_norm", "learning_rate", "step_seconds", "tokens_per_second", "peak_memory_gib")
-    ]
-    + [(f"eval_{name}", pa.float64()) for name in TRAIN_METRICS]
-)
-# sums over a response's tokens; `step`: how many updates the policy had had
-POLICY_LOGPS = pa.schema(
-    [
-        ("pair_id", pa.string()),
-        ("split", pa.string()),
-        ("step", pa.int64()),
-        ("chosen_logps", pa.float64()),
-        ("rejected_logps", pa.float64()),
-    ]
-)
-SAMPLES = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("model", pa.string()),
-        ("topic", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("response_ids", _ids),
-        ("finish_reason", pa.string()),
-        ("tokens", pa.int32()),
-    ]
-)
-JUDGEMENTS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("judge", pa.string()),
-        ("model", pa.string()),
-        ("baseline", pa.string()),
-        ("order", pa.string()),
-        ("winner", pa.string()),
-        ("score", pa.float64()),
-        # what a judge that writes wrote, or why it did not
-        pa.field("words", pa.string(), metadata=_LATER),
-    ]
-)
-# samples at temperature 1 with their logps under the model that wrote them and under the reference
-KL = pa.schema(
-    [
-        *SAMPLES,
-        ("logps", _logps),
-        ("ref_logps", _logps),
-        ("logp", pa.float64()),
-        ("ref_logp", pa.float64()),
-        pa.field("exact_kl", _logps, metadata=_LATER),
-    ]
-)
 
 
 def write_table(path: Path, table: pa.Table, about: dict[str, Any] | None = None) -> None:
@@ -168,7 +37,7 @@ def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = No
 
 def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:
     """Writes tables of `schema` one after the other in this project's encoding, without any protocol around it."""
-    metadata = {**(schema.metadata or {}), _FORMAT_KEY: str(format_of(schema) or FORMAT).encode()}
+    metadata = {**(schema.metadata or {}), FORMAT_KEY: str(format_of(schema) or FORMAT).encode()}
     if about is not None:
         metadata[b"refscore"] = json.dumps(about, sort_keys=True).encode()
     schema = schema.with_metadata(metadata)
@@ -186,7 +55,7 @@ def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None =
 def format_of(schema: pa.Schema) -> int | None:
     """The format that a table was written in, or is to be written in; None if what it says is no number."""
     try:
-        return int((schema.metadata or {}).get(_FORMAT_KEY, FORMAT))
+        return int((schema.metadata or {}).get(FORMAT_KEY, FORMAT))
     except ValueError:
         return None
 
@@ -224,19 +93,10 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     of another schema, or written by a newer version in a format of its own.
     """
     try:
-        schema_found = pq.read_schema(path)
-        _must_be_known(path, schema_found, schema)
-        later = [
-            field for field in schema if field.name not in schema_found.names and (field.metadata or {}).get(b"later")
-        ]
-        for field in later:
-            schema_found = schema_found.append(field)
-        _must_equal(path, schema_found, schema)
+        later = _lacking(path, pq.read_schema(path), schema)
         there = None if columns is None else [name for name in columns if name not in {field.name for field in later}]
         table = pq.read_table(path, columns=there, page_checksum_verification=True)
-        for field in later if columns is None else [field for field in later if field.name in columns]:
-            table = table.append_column(field, pa.nulls(len(table), field.type))
-        return table
+        return _with_nulls(table, later if columns is None else [field for field in later if field.name in columns])
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: run the stage that writes it first") from None
     except (pa.ArrowException, OSError) as error:
@@ -244,18 +104,18 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
 
 
 def read_groups(path: Path, schema: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of `path` part by part, in order, so that memory does not grow with rows; all must be in the file.
+    """Some columns of `path` part by part, in order, so that memory does not grow with rows.
 
     Raises DataError as `read_table` does.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _must_be_known(path, file.schema_arrow, schema)
-            _must_equal(path, file.schema_arrow, schema)
+            later = [field for field in _lacking(path, file.schema_arrow, schema) if field.name in columns]
+            there = [name for name in columns if name not in {field.name for field in later}]
             # asked for all row groups at once, pyarrow keeps the bytes of those it has read
             for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns, row_groups=[group]):
-                    yield pa.Table.from_batches([batch])
+                for batch in file.iter_batches(batch_size=_AT_ONCE, columns=there, row_groups=[group]):
+                    yield _with_nulls(pa.Table.from_batches([batch]), later)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: run the stage that writes it first") from None
     except (pa.ArrowException, OSError) as error:
@@ -298,6 +158,22 @@ def _must_be_known(path: Path, found: pa.Schema, declared: pa.Schema) -> None:
             f"{path} has format {made_in}, written by an older refscore; this one reads {known}: run 'refscore precompute' "
             "again with the same configuration and run, which scores nothing that is stored"
         )
+
+
+def _lacking(path: Path, found: pa.Schema, declared: pa.Schema) -> list[pa.Field]:
+    """Columns that were added later and that a file of the schema `found` lacks; DataError unless it has all others."""
+    _must_be_known(path, found, declared)
+    later = [field for field in declared if field.name not in found.names and (field.metadata or {}).get(b"later")]
+    for field in later:
+        found = found.append(field)
+    _must_equal(path, found, declared)
+    return later
+
+
+def _with_nulls(table: pa.Table, fields: Sequence[pa.Field]) -> pa.Table:
+    for field in fields:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def _must_equal(path: Path, schema: pa.Schema, declared: pa.Schema) -> None:

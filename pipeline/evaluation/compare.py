@@ -14,7 +14,8 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.artifacts.runs import Run, finished_stages, read_saved_config
-from pipeline.artifacts.tables import JUDGEMENTS, read_about, read_table
+from pipeline.artifacts.schemas import JUDGEMENTS
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
 from pipeline.evaluation.rates.paired import Paired, paired

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.artifacts.tables import JUDGEMENTS
+from pipeline.artifacts.schemas import JUDGEMENTS
 from pipeline.config.experiment import Config
 from pipeline.config.judges import HUMAN, IMPLICIT
 from pipeline.config.losses import reference_free

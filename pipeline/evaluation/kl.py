@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.artifacts.tables import KL
+from pipeline.artifacts.schemas import KL
 from pipeline.config.experiment import GenerateConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference

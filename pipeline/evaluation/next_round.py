@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.tables import SAMPLES, read_about, read_table, write_table
+from pipeline.artifacts.schemas import SAMPLES
+from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, GenerateConfig
 from pipeline.config.judges import IMPLICIT, JudgeConfig

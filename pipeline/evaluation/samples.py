@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import RUNS
-from pipeline.artifacts.tables import PAIRS, SAMPLES, read_about, read_table
+from pipeline.artifacts.schemas import PAIRS, SAMPLES
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
 from pipeline.engines.protocol import engine_version

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import KL, SAMPLES, list_column, write_table
+from pipeline.artifacts.schemas import KL, SAMPLES
+from pipeline.artifacts.tables import list_column, write_table
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.files import digest
 from pipeline.engines.reference import OpenedReference

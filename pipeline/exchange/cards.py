@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.markdown import name_for_others
-from pipeline.artifacts.tables import IMPORTED_BY
+from pipeline.artifacts.schemas import IMPORTED_BY
 from pipeline.errors import ConfigError, first_line
 from pipeline.exchange.scored_pairs import SPLITS, Exported
 

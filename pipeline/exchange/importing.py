@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import SCORES, list_column
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import list_column
 from pipeline.config.experiment import DataConfig
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import CheckError, DataError, RefscoreError

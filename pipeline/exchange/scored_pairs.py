@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import PAIRS, read_about, read_groups
+from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.durable import explaining_disk, scratch_place
-from pipeline.artifacts.tables import DROPPED, PAIRS
+from pipeline.artifacts.schemas import DROPPED, PAIRS
 from pipeline.config.experiment import DataConfig
 from pipeline.pairs.preferences import Dropped, must_balance
 from pipeline.pairs.splits import Pair, PairStream, must_train, prompt_text

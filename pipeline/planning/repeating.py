@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from pipeline.artifacts.digests import files_sha256
 from pipeline.artifacts.runs import Run, finished_stages, git_commit, read_json, versions
-from pipeline.artifacts.tables import METRICS, PAIRS, SAMPLES, read_about, read_table
+from pipeline.artifacts.schemas import METRICS, PAIRS, SAMPLES
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT
 from pipeline.errors import first_line

@@ -15,7 +15,8 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.artifacts.runs import Run, existing_runs, open_run
-from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
+from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.precompute.plan import Plan, make_plan

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import DROPPED, PAIRS, parquet_writer
+from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.tables import parquet_writer
 from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
 from pipeline.pairs.table import GROUP

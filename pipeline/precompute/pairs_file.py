@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.tables import DROPPED, IMPORTED_BY, PAIRS, in_format_of, read_about, read_table, write_table
+from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS
+from pipeline.artifacts.tables import in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.tables import SCORED
+from pipeline.artifacts.schemas import SCORED
 from pipeline.config.experiment import Config
 from pipeline.engines.protocol import Request, Scorer, must_compute
 from pipeline.engines.quarantine import score_each

@@ -15,7 +15,8 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.tables import SCORED, TOP_SCORED, list_column
+from pipeline.artifacts.schemas import SCORED, TOP_SCORED
+from pipeline.artifacts.tables import list_column
 from pipeline.config.experiment import Config
 from pipeline.engines.protocol import Request, TopTokens, must_compute
 from pipeline.engines.quarantine import score_each, why_quarantined

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.artifacts.tables import PAIRS, read_about, read_table
+from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.engines.protocol import Request, numerics_of
 from pipeline.errors import DataError

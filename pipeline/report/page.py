@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json
-from pipeline.artifacts.tables import DROPPED, METRICS, read_table
+from pipeline.artifacts.schemas import DROPPED, METRICS
+from pipeline.artifacts.tables import read_table
 from pipeline.config.experiment import Config
 from pipeline.evaluation.baselines import GainByLength
 from pipeline.evaluation.frontier import gain_of, label_of, points_of

@@ -16,7 +16,8 @@ from typing import TypeVar
 import pyarrow as pa
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import SCORES, about_in
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import about_in
 from pipeline.errors import DataError
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.artifacts.tables import SCORES
+from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import RefscoreError
 from pipeline.store.places import Patience, Place
 from pipeline.store.shard import (

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.tables import SCORES, about_in
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import about_in
 from pipeline.errors import RefscoreError, first_line
 
 SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")

@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import SCORES, list_column, write_parquet
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.lookup import Lookup

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import IMPORTED_BY, PAIRS, read_about, read_groups
+from pipeline.artifacts.schemas import IMPORTED_BY, PAIRS
+from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.config.losses import sums_do_not_do
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError, DataError

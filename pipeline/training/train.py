@@ -16,7 +16,8 @@ import torch
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json, record
-from pipeline.artifacts.tables import TRAIN_METRICS, read_about
+from pipeline.artifacts.schemas import TRAIN_METRICS
+from pipeline.artifacts.tables import read_about
 from pipeline.artifacts.writer import writing
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.artifacts.runs import Run
+from pipeline.artifacts.schemas import KL, PAIRS
 from pipeline.artifacts.states import runs_here
-from pipeline.artifacts.tables import KL, PAIRS
 from pipeline.evaluation.votes import vote_figures
 from pipeline.view.comparisons import PAGE, compared_models, comparisons, models_of
 from pipeline.view.pages import columns

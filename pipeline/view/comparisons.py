@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES
+from pipeline.artifacts.schemas import JUDGEMENTS, KL, SAMPLES
 from pipeline.errors import DataError
 from pipeline.evaluation.rates.winrates import SUREST, VERDICTS
 from pipeline.report.side_by_side import visible

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import DROPPED, PAIRS, POLICY_LOGPS
+from pipeline.artifacts.schemas import DROPPED, PAIRS, POLICY_LOGPS
 from pipeline.report.side_by_side import differing, visible
 from pipeline.view.comparisons import PAGE
 from pipeline.view.pages import Stamp, columns, rows, stamp

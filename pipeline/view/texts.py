@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES
+from pipeline.artifacts.schemas import JUDGEMENTS, KL, SAMPLES
 from pipeline.errors import DataError
 from pipeline.report.side_by_side import differing, visible
 from pipeline.view.comparisons import PAGE, Comparisons, comparisons

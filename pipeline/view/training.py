@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.artifacts.runs import Run, read_json, read_saved_config
-from pipeline.artifacts.tables import METRICS
+from pipeline.artifacts.schemas import METRICS
 from pipeline.config.files import load_overrides
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts import tables
-from pipeline.artifacts.tables import DROPPED, arrays_of, in_format_of, list_column, read_about, read_table, write_table
+from pipeline.artifacts import schemas, tables
+from pipeline.artifacts.schemas import DROPPED
+from pipeline.artifacts.tables import arrays_of, in_format_of, list_column, read_about, read_table, write_table
 from pipeline.errors import DataError
 
 LISTS = pa.list_(pa.float32())
@@ -55,21 +56,21 @@ def test_a_newer_format_is_refused_by_name(tmp_path, monkeypatch):
 def test_an_older_format_is_met_with_what_to_run(tmp_path):
     """Format 1 of pairs.parquet kept lists under the names that hold sums now."""
     path = tmp_path / "pairs.parquet"
-    lists, sums = (tables.PAIRS.field(f"ref_chosen{of}_logps").type for of in ("_token", ""))
+    lists, sums = (schemas.PAIRS.field(f"ref_chosen{of}_logps").type for of in ("_token", ""))
     old = pa.schema(
-        [field for field in tables.PAIRS if not field.name.startswith("ref_")]
+        [field for field in schemas.PAIRS if not field.name.startswith("ref_")]
         + [(f"ref_{side}_logps", lists) for side in ("chosen", "rejected")]
         + [(f"ref_{side}_logp", sums) for side in ("chosen", "rejected")]
     )
     write_table(path, old.empty_table(), {"inputs_digest": "d"})
-    assert not in_format_of(path, tables.PAIRS)
+    assert not in_format_of(path, schemas.PAIRS)
     with pytest.raises(DataError, match=r"format 1, written by an older refscore.*'refscore precompute' again"):
-        read_table(path, tables.PAIRS)
+        read_table(path, schemas.PAIRS)
     with pytest.raises(DataError, match="format 1"):
-        list(tables.read_groups(path, tables.PAIRS, ["pair_id"]))
-    write_table(path, tables.PAIRS.empty_table())
-    assert in_format_of(path, tables.PAIRS)
-    assert not in_format_of(tmp_path / "none.parquet", tables.PAIRS)
+        list(tables.read_groups(path, schemas.PAIRS, ["pair_id"]))
+    write_table(path, schemas.PAIRS.empty_table())
+    assert in_format_of(path, schemas.PAIRS)
+    assert not in_format_of(tmp_path / "none.parquet", schemas.PAIRS)
 
 
 @pytest.mark.parametrize("said", [b"two", b"", b"1.5", b"\xff"])

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.tables import PAIRS, list_column, parquet_writer
+from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.tables import list_column, parquet_writer
 from pipeline.training.examples import load_pairs
 
 _GROUP = 8192

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.tables import SCORES
+from pipeline.artifacts.schemas import SCORES
 from pipeline.models.identity import ModelIdentity
 from pipeline.store.compaction import compact
 from pipeline.store.identity import Numerics, ReferenceIdentity

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table
+from pipeline.artifacts.schemas import JUDGEMENTS, SAMPLES
+from pipeline.artifacts.tables import read_table
 from pipeline.progress import SILENT
 from pipeline.view.bundle import write_bundle
 from tests.view.browsing import Pages, chromium

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import PAIRS, SAMPLES, write_table
+from pipeline.artifacts.schemas import PAIRS, SAMPLES
+from pipeline.artifacts.tables import write_table
 from pipeline.errors import DataError
 from pipeline.evaluation.figures import judgements_table
 from pipeline.evaluation.rates.agreement import agreement, kappas, voice, votes_of

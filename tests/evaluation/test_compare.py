@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import PAIRS, SAMPLES, write_table
+from pipeline.artifacts.schemas import PAIRS, SAMPLES
+from pipeline.artifacts.tables import write_table
 from pipeline.errors import DataError
 from pipeline.evaluation.compare import differences, differing_settings, frontier_points, reached, unlike
 from pipeline.evaluation.figures import judgements_table

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.artifacts.tables import KL
+from pipeline.artifacts.schemas import KL
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.evaluation.kl import divergence, kl_table, on_policy, perplexity
 from pipeline.evaluation.results import CONTROL_VARIATE, END, EXACT, SAMPLED, Position

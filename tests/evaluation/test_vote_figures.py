@@ -7,7 +7,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table, write_table
+from pipeline.artifacts.schemas import JUDGEMENTS, SAMPLES
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.config.files import load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.figures import rated, win_figures, worst_first

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import SAMPLES, read_table, write_table
+from pipeline.artifacts.schemas import SAMPLES
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.evaluation.votes import Ballot, Votes, ballots, voters
 from pipeline.evaluation.votes.people import judged_by_people

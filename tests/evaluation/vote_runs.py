@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import PAIRS, SAMPLES, write_table
+from pipeline.artifacts.schemas import PAIRS, SAMPLES
+from pipeline.artifacts.tables import write_table
 from pipeline.evaluation.figures import judgements_table
 from pipeline.judges.judging import Comparison, Judge, Prompt, Response, judge_both_orders
 from pipeline.pairs.splits import prompt_id_of

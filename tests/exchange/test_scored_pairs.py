@@ -10,7 +10,8 @@ import torch
 
 from pipeline.artifacts.markdown import name_for_others
 from pipeline.artifacts.runs import Run, read_saved_config
-from pipeline.artifacts.tables import PAIRS, read_table, write_table
+from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.config.files import load_overrides
 from pipeline.errors import DataError, RefscoreError
 from pipeline.exchange import scored_pairs

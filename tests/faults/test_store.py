@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.artifacts.tables import SCORES
+from pipeline.artifacts.schemas import SCORES
 from pipeline.store.compaction import compact, look
 from pipeline.store.shard import shard_files
 from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle

@@ -3,7 +3,8 @@
 import json
 from contextlib import contextmanager
 
-from pipeline.artifacts.tables import JUDGEMENTS, read_table, write_table
+from pipeline.artifacts.schemas import JUDGEMENTS
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.config.judges import JudgeConfig
 from pipeline.evaluation.figures import judgements_table
 from pipeline.judges.judging import Comparison, Duel, Judge, Prompt, Response, judge_both_orders

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import DROPPED, PAIRS, read_about, read_table
+from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.pairs import table as pair_table

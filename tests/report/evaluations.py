@@ -6,7 +6,8 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from pipeline.artifacts.runs import record
-from pipeline.artifacts.tables import METRICS, write_table
+from pipeline.artifacts.schemas import METRICS
+from pipeline.artifacts.tables import write_table
 from pipeline.config.experiment import Config
 from pipeline.evaluation.baselines import GainByLength
 from pipeline.evaluation.results import Results, SideBySide, write_results

@@ -7,7 +7,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from pipeline.artifacts.runs import record
-from pipeline.artifacts.tables import SAMPLES, read_table
+from pipeline.artifacts.schemas import SAMPLES
+from pipeline.artifacts.tables import read_table
 from pipeline.config.experiment import Config
 from pipeline.evaluation.rates.winrates import by_topic
 from pipeline.evaluation.results import read_results

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.artifacts.markdown import plain
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import DROPPED, METRICS, write_table
+from pipeline.artifacts.schemas import DROPPED, METRICS
+from pipeline.artifacts.tables import write_table
 from pipeline.config.experiment import Config
 from pipeline.report.addresses import dropped, prompt, training
 from pipeline.report.page import write_report

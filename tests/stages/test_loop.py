@@ -8,7 +8,8 @@ import pytest
 
 import stages.sweep
 from pipeline.artifacts.grid import grid
-from pipeline.artifacts.tables import JUDGEMENTS, KL, SAMPLES, read_table
+from pipeline.artifacts.schemas import JUDGEMENTS, KL, SAMPLES
+from pipeline.artifacts.tables import read_table
 from pipeline.pairs.splits import prompt_id_of
 from tests.conftest import experiment, preference_rows, refscore, refscore_here, write_rows
 from tests.engines.sampling import sample_here

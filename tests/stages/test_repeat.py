@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import METRICS, write_table
+from pipeline.artifacts.schemas import METRICS
+from pipeline.artifacts.tables import write_table
 from pipeline.planning.repeating import same_outcome
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.stages.test_stale import as_format_one

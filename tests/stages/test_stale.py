@@ -6,7 +6,8 @@ import shutil
 import huggingface_hub.constants
 import pytest
 
-from pipeline.artifacts.tables import PAIRS, read_about, read_table, write_table
+from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.config.files import load_config
 from pipeline.errors import DataError
 from pipeline.precompute import pairs_file

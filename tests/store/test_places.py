@@ -23,7 +23,7 @@ def directory(store):
 
 
 def table_of(store, *rows):
-    from pipeline.artifacts.tables import SCORES
+    from pipeline.artifacts.schemas import SCORES
 
     return store.lookup(keys(*rows)).found().to_arrow().cast(SCORES)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts.tables import SCORES
+from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.store import remote_places
 from pipeline.store.store import Store

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import SCORES
+from pipeline.artifacts.schemas import SCORES
 from pipeline.store.shard import logps_problem, rows_problem
 
 

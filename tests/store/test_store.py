@@ -8,7 +8,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import SCORES, write_parquet
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError
 from pipeline.models.identity import ModelIdentity
 from pipeline.store.identity import Numerics, ReferenceIdentity, score_key

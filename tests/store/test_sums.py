@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.tables import SCORES, write_parquet
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError, DataError
 from pipeline.store.compaction import compact, look
 from pipeline.store.identity import ReferenceIdentity, imported_numerics

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts.tables import SCORES, write_parquet
+from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import pipeline.training.loop
 import pipeline.training.train
 from pipeline.artifacts.runs import open_run
-from pipeline.artifacts.tables import POLICY_LOGPS, read_table
+from pipeline.artifacts.schemas import POLICY_LOGPS
+from pipeline.artifacts.tables import read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.forward.routes import Route

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import pipeline.training.step
-from pipeline.artifacts.tables import PAIRS, write_table
+from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.tables import write_table
 from pipeline.config.training import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward.logps import forward_of

@@ -13,17 +13,8 @@ import pyarrow as pa
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import RUNS, Run
-from pipeline.artifacts.tables import (
-    DROPPED,
-    JUDGEMENTS,
-    KL,
-    METRICS,
-    PAIRS,
-    POLICY_LOGPS,
-    SAMPLES,
-    read_table,
-    write_table,
-)
+from pipeline.artifacts.schemas import DROPPED, JUDGEMENTS, KL, METRICS, PAIRS, POLICY_LOGPS, SAMPLES
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.config.experiment import Config
 from pipeline.config.files import dump_config
 from pipeline.evaluation.rates.winrates import win_rate

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifacts.runs import RUNS, Run
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table, write_table
+from pipeline.artifacts.schemas import JUDGEMENTS, SAMPLES
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.errors import DataError
 from pipeline.evaluation.rates.winrates import both_orders, win_rate
 from pipeline.judges.judging import Judgement

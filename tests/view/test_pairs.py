@@ -4,7 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts.tables import JUDGEMENTS, KL, PAIRS, SAMPLES, read_table, write_table
+from pipeline.artifacts.schemas import JUDGEMENTS, KL, PAIRS, SAMPLES
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.errors import DataError
 from pipeline.view import answers, pairs, pieces
 from pipeline.view.answers import answer

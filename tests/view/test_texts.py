@@ -5,7 +5,8 @@ import string
 
 import pytest
 
-from pipeline.artifacts.tables import SAMPLES, read_table
+from pipeline.artifacts.schemas import SAMPLES
+from pipeline.artifacts.tables import read_table
 from pipeline.errors import DataError
 from pipeline.view import pages
 from pipeline.view.comparisons import PAGE

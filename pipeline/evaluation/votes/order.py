@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import SAMPLES, read_groups
+from pipeline.artifacts.schemas import SAMPLES
+from pipeline.artifacts.tables import read_groups
 from pipeline.errors import ConfigError
 from pipeline.judges.judging import Compared
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_groups, read_table
+from pipeline.artifacts.schemas import JUDGEMENTS, SAMPLES
+from pipeline.artifacts.tables import read_groups, read_table
 from pipeline.config.judges import HUMAN
 from pipeline.evaluation.rates.agreement import Agreement, Voice, agreement, voice
 from pipeline.evaluation.rates.statistics import wilson

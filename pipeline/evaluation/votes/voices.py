@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import JUDGEMENTS, SAMPLES, read_table
+from pipeline.artifacts.schemas import JUDGEMENTS, SAMPLES
+from pipeline.artifacts.tables import read_table
 from pipeline.config.judges import HUMAN
 from pipeline.evaluation.rates.agreement import Voice, voice, votes_of
 from pipeline.evaluation.results import read_results

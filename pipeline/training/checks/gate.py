@@ -10,7 +10,7 @@ import torch
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.tables import IMPORTED_BY
+from pipeline.artifacts.schemas import IMPORTED_BY
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.errors import CheckError

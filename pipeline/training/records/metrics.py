@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.artifacts.tables import METRICS, read_table, write_table
+from pipeline.artifacts.schemas import METRICS
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.training.records.trackers import Tracker
 
 _FLUSH_SECONDS = 5.0

@@ -17,7 +17,8 @@ import pyarrow as pa
 import torch
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.tables import POLICY_LOGPS, parquet_writer
+from pipeline.artifacts.schemas import POLICY_LOGPS
+from pipeline.artifacts.tables import parquet_writer
 from pipeline.training.examples import Pairs
 
 log = logging.getLogger(__name__)
