@@ -167,6 +167,7 @@ def _table(pairs: list[Pair]) -> pa.Table:
         "prompt_ids": [pair.prompt_ids for pair in pairs],
         "chosen_ids": [pair.chosen_ids for pair in pairs],
         "rejected_ids": [pair.rejected_ids for pair in pairs],
+        "margin": [None] * len(pairs),
     }
     return pa.table(columns, schema=TEXT)
 
