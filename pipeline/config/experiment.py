@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.judges import IMPLICIT, JudgeConfig, pair_judge_problem
-from pipeline.config.training import PolicyConfig, Section, TrainConfig, as_list
+from pipeline.config.rollouts import RolloutConfig
+from pipeline.config.sections import Section, as_list
+from pipeline.config.training import PolicyConfig, TrainConfig
 
 OneOrMore = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 Judges = Annotated[list[JudgeConfig], BeforeValidator(as_list), Field(min_length=1)]
@@ -194,6 +196,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
+    rollout: RolloutConfig = RolloutConfig()
     judge: Judges = Field(
         default=[JudgeConfig(name=name) for name in ("implicit", "rule:complete_and_concise", "rule:no_repetition")],
         description="judges by name, or with settings of their own: pipeline/config/judges.py",
@@ -230,13 +233,14 @@ class Config(Section):
         problems += [
             f"judge {name!r} is listed twice: give one a label" for name in set(shown) if shown.count(name) > 1
         ]
-        judge_name = self.generate.pair_judge
-        if (
-            judge_name is not None
+        named = {"generate.pair_judge": self.generate.pair_judge, "rollout.judge": self.rollout.judge}
+        problems += [
+            f"{field}: {problem}"
+            for field, judge_name in named.items()
+            if judge_name is not None
             and (judge_name == IMPLICIT or judge_name not in shown)
             and (problem := pair_judge_problem(judge_name))
-        ):
-            problems.append(f"generate.pair_judge: {problem}")
+        ]
         problems += [
             f"generate.models: {name!r} cannot name a model: letters, digits, '.', '_' and '-', none of {', '.join(TAKEN)}"
             for name in self.generate.models

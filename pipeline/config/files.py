@@ -21,6 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.config.documents import read_yaml, unclear_numbers, write_yaml
 from pipeline.config.experiment import Config
+from pipeline.config.rollouts import PolicyGradientConfig
 from pipeline.config.training import LoraConfig
 from pipeline.errors import ConfigError, first_line
 
@@ -227,7 +228,8 @@ def _known_names() -> list[str]:
         names.append(section)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += [f"{section}.{name}" for name in field.annotation.model_fields]
-    return names + [f"policy.lora.{name}" for name in LoraConfig.model_fields]
+    within: dict[str, type[BaseModel]] = {"policy.lora": LoraConfig, "train.policy_gradient": PolicyGradientConfig}
+    return names + [f"{place}.{name}" for place, section in within.items() for name in section.model_fields]
 
 
 def _listed(problems: list[str]) -> str:

@@ -17,7 +17,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_serializer, model_v
 
 from pipeline.config.rubrics import read_rubric
 from pipeline.config.rules import rule_problem, seen_by_rule
-from pipeline.config.training import Section
+from pipeline.config.sections import Section
 from pipeline.errors import ConfigError
 
 IMPLICIT = "implicit"

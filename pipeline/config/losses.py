@@ -76,8 +76,8 @@ _PREFERENCE_ONLY = {
 
 
 def reference_free(train: Any) -> bool:
-    """Whether nothing that a `train` section asks for compares with the reference, so that nothing need be scored."""
-    return train.objective == "reward" or not any(LOSS_FACTS[name].compares for name in train.loss_type)
+    """Whether nothing that a `train` section asks of pairs compares with the reference, so that none need be scored."""
+    return train.objective != "preference" or not any(LOSS_FACTS[name].compares for name in train.loss_type)
 
 
 def sums_do_not_do(what: str) -> str:
@@ -100,10 +100,13 @@ def loss_problems(train: Any, changed: set[str]) -> list[str]:
     """
     names = set(train.loss_type)
     compares = any(LOSS_FACTS[name].compares for name in names)
-    if train.objective == "reward":
-        unread = ", ".join(sorted(changed & _PREFERENCE_ONLY))
-        return [f"objective reward trains a reward model and does not read {unread}"] if unread else []
     problems = []
+    if train.objective != "policy_gradient" and "policy_gradient" in changed:
+        problems.append("policy_gradient is read with objective=policy_gradient only")
+    if train.objective != "preference":
+        learns = {"reward": "trains a reward model", "policy_gradient": "learns from samples"}[train.objective]
+        unread = ", ".join(sorted(changed & _PREFERENCE_ONLY))
+        return problems + ([f"objective {train.objective} {learns} and does not read {unread}"] if unread else [])
     if len(names) < len(train.loss_type):
         problems.append(f"loss_type {train.loss_type} names a loss twice: give it a weight in loss_weights")
     if train.loss_weights is not None and len(train.loss_weights) != len(train.loss_type):

@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.config.experiment import Config
 from pipeline.config.judges import JudgeConfig
+from pipeline.config.rollouts import PolicyGradientConfig
 from pipeline.config.training import LoraConfig
 
 _LIMITS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -34,12 +35,14 @@ class FieldFacts:
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """Every section by its name, in order; `policy.lora` and `judge` after those that hold them."""
+    """Every section by its name, in order; `policy.lora`, `train.policy_gradient` and `judge` after those that hold them."""
     found: dict[str, type[BaseModel]] = {}
     for name, field in Config.model_fields.items():
         found[name] = JudgeConfig if name == "judge" else field.annotation  # type: ignore[assignment]  # all others are sections
         if name == "policy":
             found["policy.lora"] = LoraConfig
+        if name == "train":
+            found["train.policy_gradient"] = PolicyGradientConfig
     return found
 
 

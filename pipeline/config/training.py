@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.config.losses import LossType, loss_problems
-
-
-def as_list(value: object) -> object:
-    """One value where several may stand, as a list of one."""
-    return [value] if isinstance(value, str | dict) else value
-
+from pipeline.config.rollouts import PolicyGradientConfig
+from pipeline.config.sections import Section, as_list, changed
 
 LossTypes = Annotated[list[LossType], BeforeValidator(as_list), Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: strict, and never changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
-        # pydantic takes true for 1
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        values = value if isinstance(value, list) else [value]
-        if kinds & {int, float} and bool not in kinds and any(isinstance(one, bool) for one in values):
-            raise ValueError("true and false are no numbers")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of, down to the innermost."""
-    inner = get_args(annotation)
-    return set().union(*map(_kinds, inner)) if inner else {annotation} if isinstance(annotation, type) else set()
-
-
-def _changed(section: BaseModel) -> set[str]:
-    """Fields that differ from their defaults."""
-    fields = type(section).model_fields
-    return {name for name in fields if getattr(section, name) != fields[name].get_default(call_default_factory=True)}
 
 
 class LoraConfig(Section):
@@ -91,9 +59,13 @@ class PolicyConfig(Section):
 class TrainConfig(Section):
     """Optimisation; names are TRL's if TRL has one."""
 
-    objective: Literal["preference", "reward"] = Field(
+    objective: Literal["preference", "reward", "policy_gradient"] = Field(
         "preference",
-        description="preference: train the policy; reward: train a Bradley-Terry reward model on the pairs",
+        description="preference: train the policy on pairs; reward: train a Bradley-Terry reward model on them; "
+        "policy_gradient: train the policy on the samples and rewards of `refscore rollout`",
+    )
+    policy_gradient: PolicyGradientConfig = Field(
+        PolicyGradientConfig(), description="the loss of objective policy_gradient: {variant, advantage, epsilon, ...}"
     )
     beta: float = Field(0.1, gt=0, description="temperature of the implicit reward")
     loss_type: LossTypes = Field(
@@ -197,7 +169,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        problems = loss_problems(self, _changed(self))
+        problems = loss_problems(self, changed(self))
         if self.optimizer_in_backward and self.max_grad_norm is not None:
             problems.append("optimizer_in_backward cannot clip what it does not keep: set train.max_grad_norm=null")
         if problems:

@@ -37,7 +37,7 @@ from pipeline.judges import marks
 from pipeline.judges.judging import Comparison, Judge, Judgement, Shown, judge_both_orders, judge_implicitly
 from pipeline.models.load import load_causal_lm
 from pipeline.pairs.splits import prompt_id_of
-from pipeline.training.examples import load_pairs
+from pipeline.training.inputs.pairs import load_pairs
 from pipeline.training.policies import precision_of
 from pipeline.training.step import pair_rewards
 

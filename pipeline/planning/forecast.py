@@ -19,7 +19,7 @@ from pipeline.models.locate import locate
 from pipeline.models.weights import loaded_files
 from pipeline.planning.outlook import Outlook, again, of_process
 from pipeline.precompute.plan import Plan
-from pipeline.training.examples import tokens_in_a_pass
+from pipeline.training.inputs.batches import tokens_in_a_pass
 from pipeline.training.policies import precision_of
 
 # of what a plain product of matrices reaches, in whole stages; measured on a CPU with a model of 135 million parameters

@@ -16,7 +16,7 @@ from pipeline.models.locate import locate
 from pipeline.planning.scoring import Scoring, scoring_memory
 from pipeline.planning.training import Held, simulate_step
 from pipeline.precompute.plan import Plan
-from pipeline.training.examples import tokens_in_a_pass
+from pipeline.training.inputs.batches import tokens_in_a_pass
 from pipeline.training.parallel.sharded import must_be_shardable
 from pipeline.training.parallel.world import World
 from pipeline.training.schedule import pairs_per_step, total_steps

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.planning.outlook import of_process
 from pipeline.planning.survey import Survey
 from pipeline.planning.training import simulate_step
-from pipeline.training.examples import tokens_in_a_pass
+from pipeline.training.inputs.batches import tokens_in_a_pass
 
 # of the device's memory; the rest is for evaluation, the allocator and other processes
 _OF_MEMORY = 0.8

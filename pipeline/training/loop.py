@@ -14,7 +14,7 @@ from pipeline.config.experiment import Config
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.progress import Listener
 from pipeline.training.checks import health
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import numbers, update
 from pipeline.training.parallel.sharded import Shards

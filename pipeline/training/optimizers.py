@@ -11,6 +11,8 @@ import torch
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 
+# what a step must not have, as its message calls it
+MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient norm"}
 # weights that are rounded at once
 _AT_ONCE = 2**24
 
@@ -95,12 +97,12 @@ def update(
     """Clip to `max_norm` (None: not at all), step with learning rate `rate`, forget the gradients. `clipping` does that in
     place of `clip` if gradients lie on several devices.
 
-    Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If one
-    of them is not finite nothing is changed: the caller stops.
+    Returns `means` as numbers, and `grad_norm`, the norm before clipping: the one time that a step waits for the device. If the
+    loss or the norm is not finite nothing is changed: the caller stops.
     """
     norm = clipping(max_norm) if clipping else clip(model, max_norm)
     values = numbers({**(means or {}), "grad_norm": norm})
-    if all(map(math.isfinite, values.values())):
+    if all(math.isfinite(value) for name, value in values.items() if name in MUST_BE_FINITE):
         for group in optimizer.param_groups:
             group["lr"] = rate
         step_all(optimizer)

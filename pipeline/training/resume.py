@@ -75,4 +75,6 @@ def trained_fields(config: Config) -> dict[str, Any]:
 def _train_fields(config: Config) -> dict[str, Any]:
     # auto is another training on another machine
     precision = str(precision_of(config)).removeprefix("torch.")
-    return config.train.model_dump(mode="json", exclude=_UNTRAINED) | {"precision": precision}
+    # of trainings from before there were others, too
+    unread = set() if config.train.objective == "policy_gradient" else {"policy_gradient"}
+    return config.train.model_dump(mode="json", exclude=_UNTRAINED | unread) | {"precision": precision}

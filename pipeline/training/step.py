@@ -1,4 +1,4 @@
-"""One step of training, and an evaluation: losses, their gradients, their means under the names of TRAIN_METRICS."""
+"""One step of training, and an evaluation: losses, their gradients, and the means of what an objective measures."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from pipeline.config.training import TrainConfig
 from pipeline.errors import CheckError, first_line
 from pipeline.forward.logps import Forward
 from pipeline.hardware import device_kind
-from pipeline.training.examples import Pairs, micro_batches
-from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss
-from pipeline.training.objectives.objective import objective_of
+from pipeline.training.inputs.batches import Examples, micro_batches
+from pipeline.training.inputs.pairs import Pairs
+from pipeline.training.objectives.losses import PairLogps, preference_loss
+from pipeline.training.objectives.measured import Measured, mean_chosen_tokens, measured_pairs
+from pipeline.training.objectives.objective import PREFERENCE, REWARD, objective_of
 from pipeline.training.objectives.preference import joined, pair_logps
-from pipeline.training.optimizers import numbers
+from pipeline.training.optimizers import MUST_BE_FINITE, numbers
 from pipeline.training.parallel.plan import Pass, counted, passes, places_of
 from pipeline.training.parallel.world import ALONE, World
 
 # is told rows, and the policy's sums of their chosen and rejected responses, [2, rows]: on the device, which was not waited for
 Note = Callable[[Sequence[int], torch.Tensor], None]
 
-# what a step must not have, as its message calls it
-_MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient norm"}
-
 
 class NotFinite(CheckError):
-    """A loss or a gradient that is not finite, with the pairs of its step."""
+    """A loss or a gradient that is not finite, with the pairs, or other examples, of its step."""
 
     def __init__(self, what: str, value: float, pair_ids: list[str], *, taken: bool) -> None:
         outcome = (
@@ -58,73 +57,76 @@ def _no_gradient_lost() -> Iterator[None]:
             ) from None
 
 
-def train_step(forward: Any, pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
+def train_step(forward: Any, examples: Examples, rows: Sequence[int], train: TrainConfig) -> dict[str, float]:
     """`accumulate`, its means as numbers. Raises NotFinite, and CheckError as it does."""
-    values = numbers(accumulate(forward, pairs, rows, train))
-    must_be_finite(values, pairs, rows, train)
+    values = numbers(accumulate(forward, examples, rows, train))
+    must_be_finite(values, examples, rows, train)
     return values
 
 
 @_no_gradient_lost()
 def accumulate(
     forward: Any,
-    pairs: Pairs,
+    examples: Examples,
     rows: Sequence[int],
     train: TrainConfig,
     note: Note | None = None,
     world: World = ALONE,
 ) -> dict[str, torch.Tensor]:
-    """Accumulate the gradient of the mean loss over `rows`; returns means of TRAIN_METRICS, scalars on the device.
+    """Accumulate the gradient of the mean loss over `rows`; returns means of what the objective measures, scalars on the device.
 
-    The mean is over the pairs of the whole step, so splitting a step into more forward passes, or over the processes of `world`,
+    The mean is over the examples of the whole step, so splitting a step into more forward passes, or over the processes of `world`,
     changes nothing. Losses that sort pairs see the whole step too: then every forward pass but a single one runs twice. Nothing
     here waits for the device. `note` is told the log-probabilities of all pairs at once, if the objective has any.
     Raises CheckError if an operation of the model has no gradient.
     """
-    made = passes(forward, pairs, rows, train, world)
+    objective = objective_of(train)
+    whole = objective.whole(examples, rows, train)
+    examples, rows = objective.parts(examples, rows)
+    made = passes(forward, examples, rows, train, world)
     if across_pairs(train) and (len(made) > 1 or not world.alone):
-        return _step_in_two_passes(forward, pairs, rows, made, train, note, world)
-    mean_tokens = _mean_chosen_tokens(pairs, rows)
-    sums: list[dict[str, torch.Tensor]] = []
+        return _step_in_two_passes(forward, examples, rows, made, train, note, world)
+    measured: list[tuple[Measured, bool]] = []
     policy: list[torch.Tensor] = []
     for group, counts in made:
-        terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
-        sums.append(_sums(terms, logps, counts=counts))
-        policy += _policy_sums(logps) if counts else []
-        loss = terms.losses.sum() / len(rows)
+        found = objective.measured(forward, examples, group, train, whole)
+        measured.append((found.measured, counts))
+        policy += [found.sums_2B.detach()] if counts and found.sums_2B is not None else []
+        loss = found.losses.sum() / len(rows)
         torch.autograd.backward(loss if counts else loss * 0.0)
     _tell(note, rows, made, policy, world)
-    return _means(sums, len(rows), world)
+    return _means(measured, world)
 
 
-def must_be_finite(values: Mapping[str, float], pairs: Pairs, rows: Sequence[int], train: TrainConfig) -> None:
-    """Raise NotFinite, with the pairs of `rows`, if the loss or the gradient's norm of their step is not finite."""
+def must_be_finite(values: Mapping[str, float], examples: Examples, rows: Sequence[int], train: TrainConfig) -> None:
+    """Raise NotFinite, with the examples of `rows`, if the loss or the gradient's norm of their step is not finite."""
     for name, value in values.items():
-        if name in _MUST_BE_FINITE and not math.isfinite(value):
-            pair_ids = [pairs.pair_ids[row] for row in rows]
-            raise NotFinite(_MUST_BE_FINITE[name], value, pair_ids, taken=train.optimizer_in_backward)
+        if name in MUST_BE_FINITE and not math.isfinite(value):
+            ids = [examples.ids[row] for row in rows]
+            raise NotFinite(MUST_BE_FINITE[name], value, ids, taken=train.optimizer_in_backward)
 
 
 @torch.no_grad()
 def evaluate(
-    forward: Any, pairs: Pairs, train: TrainConfig, note: Note | None = None, world: World = ALONE
+    forward: Any, examples: Examples, train: TrainConfig, note: Note | None = None, world: World = ALONE
 ) -> dict[str, float]:
-    """Means of TRAIN_METRICS over all `pairs`; losses that sort pairs sort all of them. `note` and `world` as of `accumulate`."""
-    rows = range(len(pairs))
-    made = passes(forward, pairs, rows, train, world, train.per_device_eval_batch_size)
-    mean_tokens = _mean_chosen_tokens(pairs, rows)
+    """Means over all `examples`; losses that sort pairs sort all of them. `note` and `world` as of `accumulate`."""
+    objective = objective_of(train)
+    whole = objective.whole(examples, range(len(examples)), train)
+    examples, rows = objective.parts(examples, range(len(examples)))
+    made = passes(forward, examples, rows, train, world, train.per_device_eval_batch_size)
     if across_pairs(train):
-        whole = _whole_step(forward, pairs, rows, made, train, mean_tokens, world)
+        step = _whole_step(forward, examples, rows, made, train, whole, world)
         if note is not None:
-            note(*whole.noted)
-        return numbers(_means([_sums(preference_loss(whole.logps, train), whole.logps)], len(pairs), ALONE))
-    sums, policy = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+            note(*step.noted)
+        return numbers(_means([(measured_pairs(preference_loss(step.logps, train), step.logps), True)], ALONE))
+    measured, policy = list[tuple[Measured, bool]](), list[torch.Tensor]()
     for group, counts in made:
-        terms, logps = objective_of(train).terms(forward, pairs, group, train, mean_tokens)
-        sums.append(_sums(terms, logps, counts=counts))
-        policy += _policy_sums(logps) if counts else []
+        found = objective.measured(forward, examples, group, train, whole)
+        measured.append((found.measured, counts))
+        policy += [found.sums_2B.detach()] if counts and found.sums_2B is not None else []
     _tell(note, rows, made, policy, world)
-    return numbers(_means(sums, len(pairs), world))
+    return numbers(_means(measured, world))
 
 
 @torch.no_grad()
@@ -132,16 +134,13 @@ def pair_rewards(forward: Any, pairs: Pairs, train: TrainConfig) -> tuple[np.nda
     """Rewards of chosen and rejected, float64 [pairs], in the order of `pairs`."""
     rows = range(len(pairs))
     rewards = np.zeros((2, len(pairs)))
-    mean_tokens = _mean_chosen_tokens(pairs, rows)
+    mean_tokens = mean_chosen_tokens(pairs, rows)
+    objective = REWARD if train.objective == "reward" else PREFERENCE
     for group in micro_batches(forward, pairs, rows, train, train.per_device_eval_batch_size):
-        terms = objective_of(train).terms(forward, pairs, group, train, mean_tokens)[0]
+        terms = objective.terms(forward, pairs, group, train, mean_tokens)[0]
         rewards[0, group] = terms.chosen_rewards.cpu().numpy()
         rewards[1, group] = terms.rejected_rewards.cpu().numpy()
     return rewards[0], rewards[1]
-
-
-def _mean_chosen_tokens(pairs: Pairs, rows: Sequence[int]) -> float:
-    return float(np.mean([len(pairs.trees[row].branches[0]) for row in rows]))
 
 
 class _Whole(NamedTuple):
@@ -155,7 +154,7 @@ class _Whole(NamedTuple):
 @torch.no_grad()
 def _whole_step(
     forward: Forward,
-    pairs: Pairs,
+    pairs: Any,
     rows: Sequence[int],
     made: Sequence[Pass],
     train: TrainConfig,
@@ -182,7 +181,7 @@ def _whole_step(
 
 def _step_in_two_passes(
     forward: Forward,
-    pairs: Pairs,
+    pairs: Any,
     rows: Sequence[int],
     made: Sequence[Pass],
     train: TrainConfig,
@@ -190,25 +189,20 @@ def _step_in_two_passes(
     world: World,
 ) -> dict[str, torch.Tensor]:
     """First every pair's logps without gradient, then the loss's derivative by each of them, then the layers'."""
-    mean_tokens = _mean_chosen_tokens(pairs, [*counted(made)] if world.alone else rows)
+    mean_tokens = mean_chosen_tokens(pairs, [*counted(made)] if world.alone else rows)
     whole = _whole_step(forward, pairs, rows, made, train, mean_tokens, world)
     if note is not None:
         note(*whole.noted)
     leaves = [values.clone().requires_grad_() for values in (whole.logps.policy_2B, whole.logps.sums_2B)]
     seen = whole.logps._replace(policy_2B=leaves[0], sums_2B=leaves[1])
     terms = preference_loss(seen, train)
-    sums = _sums(terms, seen)
+    measured = measured_pairs(terms, seen)
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
     for (group, counts), places in zip(made, whole.places, strict=True):
         part = pair_logps(forward, pairs, group, train, mean_tokens)
         of_part = [gradient[:, places] * float(counts) for gradient in gradients]
         torch.autograd.backward([part.policy_2B, part.sums_2B], of_part)
-    return _means([sums], len(rows), ALONE)
-
-
-def _policy_sums(logps: PairLogps | None) -> list[torch.Tensor]:
-    """What `_tell` takes of some pairs, without their gradients; nothing of a reward model."""
-    return [] if logps is None else [logps.sums_2B.detach()]
+    return _means([(measured, True)], ALONE)
 
 
 def _tell(
@@ -237,22 +231,22 @@ def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device(device_kind())
 
 
-def _sums(terms: LossTerms, logps: PairLogps | None, *, counts: bool = True) -> dict[str, torch.Tensor]:
-    """Sums over the pairs, under the names of TRAIN_METRICS; a reward model has no logps. Zeros if they do not count."""
-    margins = terms.chosen_rewards - terms.rejected_rewards
-    values = {
-        "loss": terms.losses,
-        "rewards/chosen": terms.chosen_rewards,
-        "rewards/rejected": terms.rejected_rewards,
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
-    }
-    if logps is not None:
-        values |= {"logps/chosen": logps.sums_2B[0], "logps/rejected": logps.sums_2B[1]}
-    sums = {name: value.detach().sum().double() for name, value in values.items()}
-    return sums if counts else {name: torch.zeros_like(value) for name, value in sums.items()}
-
-
-def _means(metrics: list[dict[str, torch.Tensor]], pairs: int, world: World) -> dict[str, torch.Tensor]:
-    sums = torch.stack([torch.stack([part[name] for part in metrics]).sum() for name in metrics[0]])
-    return dict(zip(metrics[0], world.total(sums) / pairs, strict=True))
+def _means(parts: Sequence[tuple[Measured, bool]], world: World) -> dict[str, torch.Tensor]:
+    """What the passes that count measured, over all processes: sums by their counts, NaN if nothing was there; and maxima."""
+    first = parts[0][0]
+    sums, counts = (
+        torch.stack(
+            [
+                torch.stack([part.means[name][side] * float(counts) for part, counts in parts]).sum()
+                for name in first.means
+            ]
+        )
+        for side in (0, 1)
+    )
+    total = world.total(torch.stack([sums, counts]))
+    means = dict(zip(first.means, total[0] / total[1], strict=True))
+    if not first.highest:
+        return means
+    # what does not count has read another's examples, whose maxima are theirs
+    own = torch.stack([torch.stack([part.highest[name] for part, _ in parts]).max() for name in first.highest])
+    return means | dict(zip(first.highest, torch.stack(world.gathered(own)).amax(dim=0), strict=True))

@@ -33,7 +33,8 @@ from pipeline.progress import SILENT, Listener
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_policy_logps
 from pipeline.training.checks import health
 from pipeline.training.checks.gate import check_gate
-from pipeline.training.examples import Pairs, load_pairs, tokens_in_a_pass
+from pipeline.training.inputs.batches import tokens_in_a_pass
+from pipeline.training.inputs.pairs import Pairs, load_pairs
 from pipeline.training.lean import StepInBackward
 from pipeline.training.loop import Loop
 from pipeline.training.optimizers import make_optimizer

@@ -137,7 +137,7 @@ def validate(tokens: int, settings: dict[str, Any]) -> None:
     from pipeline.hardware import return_freed_memory
     from pipeline.models.load import load_tokenizer
     from pipeline.models.locate import locate
-    from pipeline.training.examples import Pairs
+    from pipeline.training.inputs.pairs import Pairs
     from pipeline.training.optimizers import make_optimizer, update
     from pipeline.training.parallel.sharded import Shards, mesh_of
     from pipeline.training.parallel.world import world

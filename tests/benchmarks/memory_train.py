@@ -120,7 +120,7 @@ def validate(tokens: int, settings: dict[str, Any]) -> tuple[float, float, float
     from pipeline.hardware import return_freed_memory
     from pipeline.models.load import load_tokenizer
     from pipeline.models.locate import locate
-    from pipeline.training.examples import Pairs
+    from pipeline.training.inputs.pairs import Pairs
     from pipeline.training.lean import StepInBackward
     from pipeline.training.optimizers import make_optimizer, update
     from pipeline.training.policies import load_policy

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.schemas import PAIRS
 from pipeline.artifacts.tables import list_column, parquet_writer
-from pipeline.training.examples import load_pairs
+from pipeline.training.inputs.pairs import load_pairs
 
 _GROUP = 8192
 _LENGTHS = {"prompt": 60, "chosen": 70, "rejected": 70}

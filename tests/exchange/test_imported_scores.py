@@ -13,7 +13,7 @@ from pipeline.artifacts.runs import open_run
 from pipeline.artifacts.schemas import PAIRS
 from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.errors import DataError
-from pipeline.training.examples import load_pairs
+from pipeline.training.inputs.pairs import load_pairs
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.exchange.conftest import exported
 

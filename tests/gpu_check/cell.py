@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.config.experiment import Config
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from tests.benchmarks.shapes import LLAMA_1B, LLAMA_8B, write_random_model
 from tests.benchmarks.trl_training import embedded
 

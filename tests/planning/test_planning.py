@@ -15,7 +15,7 @@ from pipeline.planning.outlook import of_process, on_a_gpu
 from pipeline.planning.scoring import scoring_memory
 from pipeline.planning.training import held_by, simulate_step
 from pipeline.progress import duration
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.optimizers import make_optimizer, update
 from pipeline.training.step import accumulate
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows

@@ -15,7 +15,7 @@ from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.protocol import Request, numerics_of
 from pipeline.engines.start import start_scorer
 from pipeline.forward.logps import forward_of
-from pipeline.training.examples import load_pairs
+from pipeline.training.inputs.pairs import load_pairs
 
 
 def main(run: Path, count: int) -> None:

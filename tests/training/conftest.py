@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.forward.trees import Tree
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from tests.training.test_step import rows_of
 
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.errors import ConfigError
 from pipeline.forward.compiled import compile_layers
 from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.training.examples import micro_batches
+from pipeline.training.inputs.batches import micro_batches
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import make_optimizer, numbers, round_by_chance, update
 from pipeline.training.save import saved_dtype

@@ -22,7 +22,7 @@ from pipeline.errors import CheckError
 from pipeline.forward.routes import Route
 from pipeline.forward.trees import Tree
 from pipeline.training.checkpoint import load_policy_logps, newest_checkpoint
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.records.policy_logps import PolicyLogps
 from pipeline.training.schedule import learning_rate, pairs_of_step
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows

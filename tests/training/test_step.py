@@ -18,7 +18,8 @@ from pipeline.forward.routes import Route
 from pipeline.forward.trees import Tree
 from pipeline.models.load import load_causal_lm
 from pipeline.training.checks.gate import measure_gate
-from pipeline.training.examples import Pairs, load_pairs, micro_batches
+from pipeline.training.inputs.batches import micro_batches
+from pipeline.training.inputs.pairs import Pairs, load_pairs
 from pipeline.training.optimizers import make_optimizer
 from pipeline.training.step import NotFinite, evaluate, pair_rewards, train_step
 
@@ -267,10 +268,11 @@ def test_rewards_of_pairs_are_in_their_order(pairs, reference):
 def test_a_step_and_an_evaluation_look_at_every_length_once(pairs, reference, monkeypatch):
     """Means over the whole were taken anew for every forward pass: quadratic in the pairs."""
     taken = []
-    mean = pipeline.training.step._mean_chosen_tokens
-    monkeypatch.setattr(
-        pipeline.training.step, "_mean_chosen_tokens", lambda pairs, rows: taken.append(len(rows)) or mean(pairs, rows)
-    )
+    mean = pipeline.training.step.mean_chosen_tokens
+    for module in (pipeline.training.step, pipeline.training.objectives.preference):
+        monkeypatch.setattr(
+            module, "mean_chosen_tokens", lambda pairs, rows: taken.append(len(rows)) or mean(pairs, rows)
+        )
     forward = forward_of(reference, "tree")
     train = TrainConfig(per_device_eval_batch_size=2, tokens_per_batch=30)
     evaluate(forward, pairs, train)

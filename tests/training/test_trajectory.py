@@ -8,7 +8,7 @@ import torch
 from pipeline.config.training import PolicyConfig, TrainConfig
 from pipeline.forward.logps import forward_of
 from pipeline.models.load import load_causal_lm, load_tokenizer
-from pipeline.training.examples import load_pairs
+from pipeline.training.inputs.pairs import load_pairs
 from pipeline.training.optimizers import make_optimizer, update
 from pipeline.training.step import train_step
 from tests.training.test_step import rows_of, score, write_pairs

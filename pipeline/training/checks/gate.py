@@ -17,7 +17,7 @@ from pipeline.errors import CheckError
 from pipeline.models.identity import identify_model, weights_digest
 from pipeline.precompute.agreement import TOLERANCES, agreement, agreement_of_sums
 from pipeline.progress import Listener
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.parallel.world import ALONE, World
 from pipeline.training.policies import Policy, precision_of
 

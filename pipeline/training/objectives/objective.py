@@ -1,4 +1,4 @@
-"""What a training learns from its pairs: which model, read how, by which loss. A new objective is a file and a row here."""
+"""What a training learns from: which model, read how, by which loss. A new objective is a file and a row here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from pipeline.config.experiment import Config
 from pipeline.config.training import TrainConfig
-from pipeline.training.examples import Pairs
-from pipeline.training.objectives.losses import LossTerms, PairLogps
+from pipeline.training.objectives.measured import Found
+from pipeline.training.objectives.policy_gradient import PolicyGradient
 from pipeline.training.objectives.preference import Preference
 from pipeline.training.objectives.reward_model import RewardModel
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """Everything in which objectives differ. The pass of `forward_of` is what `terms` takes as `forward`.
+    """Everything in which objectives differ. The pass of `forward_of` is what `measured` takes as `forward`.
 
     `adapter_task` is PEFT's name of the task, `pipeline_tag` the Hub's, `in_words` how the model card says it.
     """
@@ -60,17 +60,21 @@ class Objective(Protocol):
         """
         ...
 
-    def terms(
-        self, forward: Any, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
-    ) -> tuple[LossTerms, PairLogps | None]:
-        """Loss terms of the pairs of `group`, and their logps if there are any.
+    def parts(self, examples: Any, rows: Sequence[int]) -> tuple[Any, Sequence[int]]:
+        """The examples that forward passes take, and which of them the step of `rows` is; mostly the same."""
+        ...
 
-        `mean_tokens`: of the chosen side of the whole step.
-        """
+    def whole(self, examples: Any, rows: Sequence[int], train: TrainConfig) -> Any:
+        """What is known of the step of `rows` before any forward pass, for `measured`: normalisers, advantages."""
+        ...
+
+    def measured(self, forward: Any, examples: Any, group: Sequence[int], train: TrainConfig, whole: Any) -> Found:
+        """Losses and metrics of the examples of `group`, which are some of the step that `whole` is known of."""
         ...
 
 
-_OBJECTIVES: dict[str, Objective] = {"preference": Preference(), "reward": RewardModel()}
+PREFERENCE, REWARD = Preference(), RewardModel()
+_OBJECTIVES: dict[str, Objective] = {"preference": PREFERENCE, "reward": REWARD, "policy_gradient": PolicyGradient()}
 
 
 def objective_of(train: TrainConfig) -> Objective:

@@ -15,8 +15,9 @@ from pipeline.config.training import TrainConfig
 from pipeline.forward.logps import Forward, forward_of
 from pipeline.forward.transfer import to_device
 from pipeline.models.load import load_causal_lm
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
+from pipeline.training.objectives.measured import Found, mean_chosen_tokens, measured_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,10 +61,25 @@ class Preference:
         """See `Objective.forward_of`."""
         return forward_of(model, layout, precision, device, whole=whole)
 
+    def parts(self, examples: Pairs, rows: Sequence[int]) -> tuple[Pairs, Sequence[int]]:
+        """See `Objective.parts`."""
+        return examples, rows
+
+    def whole(self, examples: Pairs, rows: Sequence[int], train: TrainConfig) -> float:  # noqa: ARG002  # the protocol's
+        """See `Objective.whole`."""
+        return mean_chosen_tokens(examples, rows)
+
+    def measured(
+        self, forward: Forward, examples: Pairs, group: Sequence[int], train: TrainConfig, whole: float
+    ) -> Found:
+        """See `Objective.measured`."""
+        terms, logps = self.terms(forward, examples, group, train, whole)
+        return Found(terms.losses, measured_pairs(terms, logps), logps.sums_2B)
+
     def terms(
         self, forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
     ) -> tuple[LossTerms, PairLogps]:
-        """See `Objective.terms`."""
+        """Loss terms of the pairs of `group`, and their logps. `mean_tokens`: of the chosen side of the whole step."""
         logps = pair_logps(forward, pairs, group, train, mean_tokens)
         return preference_loss(logps, train), logps
 

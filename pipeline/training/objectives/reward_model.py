@@ -24,8 +24,9 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.forward.logps import Hidden, hidden_states_of
 from pipeline.forward.transfer import to_device
 from pipeline.forward.trees import Tree, merge
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.objectives.losses import LossTerms, bradley_terry_loss
+from pipeline.training.objectives.measured import Found, mean_chosen_tokens, measured_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +105,21 @@ class RewardModel:
         """See `Objective.forward_of`."""
         return rewards_of(model, layout, precision, device)
 
+    def parts(self, examples: Pairs, rows: Sequence[int]) -> tuple[Pairs, Sequence[int]]:
+        """See `Objective.parts`."""
+        return examples, rows
+
+    def whole(self, examples: Pairs, rows: Sequence[int], train: TrainConfig) -> float:  # noqa: ARG002  # the protocol's
+        """See `Objective.whole`."""
+        return mean_chosen_tokens(examples, rows)
+
+    def measured(
+        self, forward: Rewards, examples: Pairs, group: Sequence[int], train: TrainConfig, whole: float
+    ) -> Found:
+        """See `Objective.measured`."""
+        terms, logps = self.terms(forward, examples, group, train, whole)
+        return Found(terms.losses, measured_pairs(terms, logps))
+
     def terms(
         self,
         forward: Rewards,
@@ -112,7 +128,7 @@ class RewardModel:
         train: TrainConfig,  # noqa: ARG002  # the protocol's
         mean_tokens: float,  # noqa: ARG002
     ) -> tuple[LossTerms, None]:
-        """See `Objective.terms`."""
+        """Loss terms of the pairs of `group`, and no logps. `mean_tokens`: of the chosen side of the whole step."""
         scores = forward([pairs.trees[row] for row in group])
         chosen, rejected = (torch.stack([tree[side] for tree in scores]) for side in (0, 1))
         return bradley_terry_loss(chosen, rejected), None

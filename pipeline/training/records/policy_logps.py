@@ -19,7 +19,7 @@ import torch
 from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import POLICY_LOGPS
 from pipeline.artifacts.tables import parquet_writer
-from pipeline.training.examples import Pairs
+from pipeline.training.inputs.pairs import Pairs
 
 log = logging.getLogger(__name__)
 

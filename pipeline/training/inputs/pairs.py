@@ -1,12 +1,12 @@
-"""Pairs of a split as the forward pass reads them, and which of them one forward pass takes."""
+"""Pairs of a split as the forward pass reads them."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -16,23 +16,14 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import IMPORTED_BY, PAIRS
 from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.config.losses import sums_do_not_do
-from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.forward.trees import Tree
-from pipeline.hardware import device_kind, return_freed_memory
+from pipeline.hardware import return_freed_memory
 
 Item = TypeVar("Item")
 
 # Arrow keeps what it has freed: a million pairs would leave a GiB behind
 _GROUPS_TO_RETURN_MEMORY = 8
-
-
-class CountsTokens(Protocol):
-    """A pass over trees that knows how much it reads."""
-
-    def tokens(self, trees: Sequence[Tree]) -> int:
-        """Tokens that the model reads for `trees`, filling included."""
-        ...
 
 
 class Stored(Sequence[Item]):
@@ -77,6 +68,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.pair_ids)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The names of the pairs."""
+        return self.pair_ids
 
     @property
     def longest(self) -> int:
@@ -156,32 +152,6 @@ def _nothing(row: pa.ListScalar) -> np.ndarray:
 
 def _tree(prompt: pa.ListScalar, *responses: pa.ListScalar) -> Tree:
     return Tree(_array(prompt).tolist(), tuple(_array(response).tolist() for response in responses))
-
-
-def micro_batches(
-    forward: CountsTokens, pairs: Pairs, rows: Iterable[int], train: TrainConfig, size: int | None = None
-) -> Iterable[list[int]]:
-    """Rows of each forward pass: at most `train.tokens_per_batch` tokens of those that `forward` reads for them, and `size`
-    pairs if it is given; pairs of one prompt together, similar lengths together. A pair that is longer runs alone.
-    """
-    budget = tokens_in_a_pass(train, device_kind())
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        by_prompt.setdefault(tuple(pairs.trees[row].trunk), []).append(row)
-    longest_first = sorted(by_prompt.values(), key=lambda same: (-max(len(pairs.trees[row]) for row in same), same))
-    group: list[int] = []
-    for row in (row for same in longest_first for row in same):
-        if group and (len(group) == size or forward.tokens([pairs.trees[member] for member in (*group, row)]) > budget):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-def tokens_in_a_pass(train: TrainConfig, kind: str) -> int:
-    """`train.tokens_per_batch`, or what keeps a device of `kind` busy and fits its memory."""
-    return train.tokens_per_batch or {"cpu": 1024, "cuda": 8192}[kind]
 
 
 def _must_fit(path: Path, side: str, table: pa.Table, *, imported: bool) -> None:

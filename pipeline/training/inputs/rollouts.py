@@ -1,0 +1,256 @@
+"""Samples of training prompts with their rewards and scores: a prompt with its samples is one example of a training.
+
+What stays in memory is a few numbers per sample; token ids and scores are read from disk when they are asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.artifacts import durable
+from pipeline.artifacts.schemas import ROLLOUTS
+from pipeline.artifacts.tables import read_about, read_groups
+from pipeline.config.rollouts import PolicyGradientConfig
+from pipeline.errors import DataError
+from pipeline.forward.trees import Tree
+from pipeline.training.inputs.pairs import Stored
+
+_KEPT = ("prompt_ids", "response_ids", "logps", "ref_logps")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Prompts that samples can be compared of, each with those that have a reward; S samples in all.
+
+    Samples of prompt `row` are numbers `starts[row]` to `starts[row + 1]` of `rewards` (float64 [S]), `sums_2S` (summed logps under
+    the model that wrote them and under the reference, float64), `cut_off` (bool [S]) and of the rows of `samples`. `max_tokens`:
+    the longest that a sample could be. `left_out`: samples by why they teach nothing.
+    """
+
+    ids: Sequence[str]
+    starts: np.ndarray
+    rewards: np.ndarray
+    sums_2S: np.ndarray
+    cut_off: np.ndarray
+    samples: pa.Table
+    max_tokens: int
+    left_out: dict[str, int]
+    longest: int
+    ends: set[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trees(self) -> Sequence[Tree]:
+        """The token ids of each prompt with its samples."""
+        return _Trees(self)
+
+    @property
+    def one_by_one(self) -> Samples:
+        """The samples as examples of their own, so that a forward pass takes as many as fit; siblings still share their prompt."""
+        return Samples(self)
+
+    def of(self, row: int) -> range:
+        """Numbers of the samples of prompt `row`."""
+        return range(int(self.starts[row]), int(self.starts[row + 1]))
+
+
+class _Trees(Sequence[Tree]):
+    """Trees of prompts with all of their samples, made when they are asked for."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self._rollouts, self._one_by_one = rollouts, rollouts.one_by_one.trees
+
+    def __len__(self) -> int:
+        return len(self._rollouts)
+
+    def __getitem__(self, row: int) -> Tree:  # type: ignore[override]  # nobody slices
+        alone = [self._one_by_one[number] for number in self._rollouts.of(row)]
+        return Tree(alone[0].trunk, tuple(tree.branches[0] for tree in alone))
+
+
+class Samples:
+    """The samples of rollouts, by their numbers; see `pipeline.training.inputs.batches.Examples`."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self._rollouts = rollouts
+        columns = [rollouts.samples[name] for name in ("prompt_ids", "response_ids")]
+        self.trees: Sequence[Tree] = Stored(columns, _tree)
+        self.longest, self.ends = rollouts.longest, rollouts.ends
+
+    def __len__(self) -> int:
+        return len(self._rollouts.rewards)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Prompt and number of each sample."""
+        starts = self._rollouts.starts
+        rows = np.searchsorted(starts, np.arange(len(self)), side="right") - 1
+        return [f"{self._rollouts.ids[row]}/{number - starts[row]}" for number, row in enumerate(rows.tolist())]
+
+    def logps(self, number: int, column: str) -> np.ndarray:
+        """`logps` or `ref_logps` of a sample's tokens, float32."""
+        values: np.ndarray = self._rollouts.samples[column][number].values.to_numpy(zero_copy_only=False)
+        return values
+
+
+def _tree(prompt: pa.ListScalar, response: pa.ListScalar) -> Tree:
+    ids, branch = (row.values.to_numpy().tolist() for row in (prompt, response))
+    return Tree(ids, (branch,))
+
+
+def load_rollouts(path: Path, settings: PolicyGradientConfig) -> Rollouts:
+    """Read rollouts.parquet for a loss with `settings`; what is read stays on disk, memory-mapped.
+
+    Left out, and counted: samples without a reward, prompts with fewer than two samples that have one, and prompts whose samples
+    all have the same reward, unless advantages are measured over the step. Raises DataError if scores do not fit their tokens, if
+    the samples of a prompt do not stand together, or if nothing is left.
+    """
+    keep_equal = settings.facts.advantage == "batch"
+    columns = ["prompt_id", "finish_reason", "reward", "logp", "ref_logp", *_KEPT]
+    read = _Read()
+    left_out = {"without a reward": 0, "alone with a reward": 0, "of equal rewards": 0}
+    schema = pa.schema([ROLLOUTS.field(name) for name in _KEPT])
+    longest, ends, seen = 0, set[int](), set[str]()
+    with tempfile.NamedTemporaryFile(prefix="rollouts-", dir=durable.scratch_place()) as file:
+        with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, schema) as writer:
+            for table in _in_whole_groups(read_groups(path, ROLLOUTS, columns)):
+                kept = _kept(path, table, settings, seen, left_out, keep_equal=keep_equal)
+                if len(kept):
+                    longest, ends = max(longest, _longest(kept)), ends | _ends(kept)
+                    read.add(kept)
+                    writer.write_table(kept.select(_KEPT).cast(schema))
+        # mapped, the file needs no name
+        samples = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    if not read.ids:
+        why = "; ".join(f"{count} samples {reason}" for reason, count in left_out.items()) or "no rows"
+        raise DataError(
+            f"{path}: no prompt has samples that differ in reward ({why}), so nothing can be learnt: another judge "
+            "(rollout.judge), or more samples (rollout.samples)"
+        )
+    return Rollouts(
+        read.ids,
+        np.concatenate([[0], np.cumsum(read.sizes)]),
+        np.concatenate(read.rewards),
+        np.concatenate(read.sums, axis=1),
+        np.concatenate(read.cut_off),
+        samples,
+        int(read_about(path).get("max_tokens") or pc.max(pc.list_value_length(samples["response_ids"])).as_py()),
+        left_out,
+        longest,
+        ends,
+    )
+
+
+@dataclass
+class _Read:
+    ids: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    rewards: list[np.ndarray] = field(default_factory=list)
+    sums: list[np.ndarray] = field(default_factory=list)
+    cut_off: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, table: pa.Table) -> None:
+        """Take the numbers of some whole groups."""
+        ids = table["prompt_id"].to_pylist()
+        starts = _starts(ids)
+        self.ids += [ids[start] for start in starts[:-1]]
+        self.sizes += np.diff(starts).tolist()
+        self.rewards.append(table["reward"].to_numpy())
+        both = [table[name].to_numpy(zero_copy_only=False) for name in ("logp", "ref_logp")]
+        self.sums.append(np.stack(both).astype(np.float64))
+        self.cut_off.append(pc.equal(table["finish_reason"], "length").to_numpy(zero_copy_only=False).astype(bool))
+
+
+def _starts(ids: Sequence[str]) -> np.ndarray:
+    """Where runs of equal ids begin, and the end."""
+    changes = [number for number in range(len(ids)) if number == 0 or ids[number] != ids[number - 1]]
+    return np.array([*changes, len(ids)], dtype=np.int64)
+
+
+def _in_whole_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, cut between prompts alone."""
+    rest: pa.Table | None = None
+    for part in parts:
+        table = part if rest is None else pa.concat_tables([rest, part])
+        starts = _starts(table["prompt_id"].to_pylist())
+        # the last prompt may go on
+        last = int(starts[-2]) if len(starts) > 1 else 0
+        if last:
+            yield table.slice(0, last).combine_chunks()
+        rest = table.slice(last)
+    if rest is not None and len(rest):
+        yield rest.combine_chunks()
+
+
+def _kept(
+    path: Path,
+    table: pa.Table,
+    settings: PolicyGradientConfig,
+    seen: set[str],
+    left_out: dict[str, int],
+    *,
+    keep_equal: bool,
+) -> pa.Table:
+    """The samples of whole groups that teach something; the others are counted."""
+    ids, rewards = table["prompt_id"].to_pylist(), table["reward"].to_numpy(zero_copy_only=False).astype(np.float64)
+    _must_fit(path, table, reads_reference=settings.reads_reference)
+    stays = np.zeros(len(table), dtype=bool)
+    starts = _starts(ids)
+    for start, end in pairwise(starts.tolist()):
+        if ids[start] in seen:
+            raise DataError(
+                f"{path}: samples of prompt {ids[start]} do not stand together: run 'refscore rollout' again"
+            )
+        seen.add(ids[start])
+        rewarded = np.isfinite(rewards[start:end])
+        left_out["without a reward"] += int((~rewarded).sum())
+        number = int(rewarded.sum())
+        if number < 2:
+            left_out["alone with a reward"] += number
+        elif not keep_equal and np.ptp(rewards[start:end][rewarded]) == 0:
+            left_out["of equal rewards"] += number
+        else:
+            stays[start:end] = rewarded
+    return table.filter(pa.array(stays)).combine_chunks()
+
+
+def _longest(table: pa.Table) -> int:
+    prompts, responses = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "response_ids"))
+    return int((prompts + responses).max())
+
+
+def _ends(table: pa.Table) -> set[int]:
+    column = table["response_ids"].combine_chunks()
+    return set(np.unique(column.values.to_numpy()[column.offsets.to_numpy()[1:] - 1]).tolist())
+
+
+def _must_fit(path: Path, table: pa.Table, *, reads_reference: bool) -> None:
+    """Raise DataError unless every sample has as many finite scores as tokens, and sums that are theirs."""
+    lengths = pc.list_value_length(table["response_ids"]).to_numpy()
+    for column, total in (("logps", "logp"), ("ref_logps", "ref_logp"))[: 2 if reads_reference else 1]:
+        scores = table[column].combine_chunks()
+        given = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+        values, ends = scores.flatten().to_numpy(), np.cumsum(given)
+        broken = (given == 0) | (given != lengths)
+        if not (finite := np.isfinite(values)).all():
+            broken[np.searchsorted(ends, np.flatnonzero(~finite), side="right")] = True
+        if not broken.any():
+            sums = table[total].to_numpy(zero_copy_only=False)
+            found = np.add.reduceat(values, ends - given, dtype=np.float64)
+            broken = ~(np.abs(found - sums) <= 1e-6 * (1 + np.abs(sums)))
+        if broken.any():
+            prompt_id = table["prompt_id"][int(np.argmax(broken))]
+            raise DataError(
+                f"{path}: a sample of prompt {prompt_id} has no whole set of {column}: run 'refscore rollout' again"
+            )
