@@ -1,0 +1,132 @@
+"""Losses of single responses that are labelled good or bad: pure functions of sequence log-probabilities, one loss per response.
+
+Notation of the docstrings: rho = logp - ref_logp of a response, beta as configured, good and bad by the label.
+
+Both losses compare a response with something that all responses of a step make together, a `baseline` in nats of rho times
+beta: KTO with the divergence from the reference, BCO with the running mean of rewards. It is made first, by a function of
+its own, and held fixed: no gradient passes it. Reductions to a step are means over its responses, good and bad.
+
+Shapes: B responses. Inputs are float64 sums in nats; differences are taken there and continue in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import logsigmoid
+
+
+class ResponseTerms(NamedTuple):
+    """Loss and implicit reward beta * rho of each response, float32 [B], rewards detached; what they were compared with."""
+
+    losses: torch.Tensor
+    rewards: torch.Tensor
+    baseline: torch.Tensor
+
+
+class RunningMean(NamedTuple):
+    """The mean reward of all responses so far, and how many they were: float64 scalars. A training that goes on needs both."""
+
+    mean: torch.Tensor
+    responses: torch.Tensor
+
+
+# --- KTO
+
+
+def kl_baseline(policy_B: torch.Tensor, reference_B: torch.Tensor) -> torch.Tensor:
+    """z0 = max(0, mean rho) of mismatched responses, each the response to another prompt: nats, float64 scalar, detached.
+
+    A biased estimate of KL(policy || reference) that needs no samples, as in KTO, section 4.1. The mean is over all mismatched
+    responses of a step, and the bound 0 is that of the mean. Raises ValueError if there is none.
+    """
+    if not len(policy_B):
+        raise ValueError("a baseline needs at least one mismatched response")
+    return (policy_B - reference_B).double().mean().clamp(min=0).detach()
+
+
+def kto_loss(
+    policy_B: torch.Tensor,
+    reference_B: torch.Tensor,
+    good_B: torch.Tensor,
+    z0: torch.Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> ResponseTerms:
+    """The loss weight (1 - sigmoid(s beta (rho - z0))): s = 1 and desirable_weight if good, s = -1 and undesirable_weight if bad.
+
+    KTO, Ethayarajh et al. 2024 (2402.01306), equation 7; `z0` as of `kl_baseline`, in nats. It has no optimum that balances: of a
+    response that is called good with probability p, the expected loss only falls with its reward if p desirable_weight is
+    above (1 - p) undesirable_weight, only rises if below. So the policy ends at what most call good (theorem 4.3), and what
+    is far on either side moves no more (proposition 4.1).
+    """
+    rho = policy_B - reference_B
+    sign = torch.where(good_B, 1.0, -1.0)
+    weight = torch.where(good_B, desirable_weight, undesirable_weight)
+    losses = weight * torch.sigmoid(-sign * (beta * (rho - z0)).float())
+    return ResponseTerms(losses, (beta * rho.detach()).float(), (beta * z0).float())
+
+
+# --- BCO
+
+
+def no_mean(device: torch.device | None = None) -> RunningMean:
+    """The running mean of nothing: 0, as the first step's own mean replaces it."""
+    return RunningMean(*torch.zeros(2, dtype=torch.float64, device=device))
+
+
+def counted_in(running: RunningMean, rewards_B: torch.Tensor) -> RunningMean:
+    """The running mean after the rewards beta * rho of one more step; every response of all steps counts alike.
+
+    The mean that TRL's BCOTrainer keeps; its variance, which no loss reads, is not kept.
+    """
+    rewards = rewards_B.detach().double()
+    responses = running.responses + len(rewards)
+    return RunningMean((running.mean * running.responses + rewards.sum()) / responses.clamp(min=1), responses)
+
+
+def bco_loss(
+    policy_B: torch.Tensor, reference_B: torch.Tensor, good_B: torch.Tensor, delta: torch.Tensor, *, beta: float
+) -> ResponseTerms:
+    """-log sigmoid(s (beta rho - delta)), s = 1 if good, -1 if bad: a classifier whose logit is the reward less its mean.
+
+    BCO, Jung et al. 2024 (2404.04656), an upper bound of DPO's loss that the shift `delta` makes tighter. `delta` is the mean of
+    a `RunningMean` that has counted this step's rewards, in training; in an evaluation the one of training. Without the
+    paper's weights for prompts that only one of the two labels has.
+    """
+    rho = policy_B - reference_B
+    sign = torch.where(good_B, 1.0, -1.0)
+    losses = -logsigmoid(sign * (beta * rho - delta).float())
+    return ResponseTerms(losses, (beta * rho.detach()).float(), delta.float())
+
+
+# --- what a step shows of them
+
+
+def response_metrics(terms: ResponseTerms, policy_B: torch.Tensor, good_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means over a whole step under the names of TRAIN_METRICS, float64 scalars; chosen are the good ones, rejected the bad.
+
+    `rewards/accuracies` is the share of responses that lie on their label's side of the baseline. A mean over no response is
+    NaN: where a step has no bad ones, `rewards/rejected`, `logps/rejected` and `rewards/margins` are.
+    """
+    chosen, rejected = _of_both(terms.rewards, good_B)
+    logps_chosen, logps_rejected = _of_both(policy_B, good_B)
+    return {
+        "loss": terms.losses.detach().double().mean(),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": ((terms.rewards > terms.baseline) == good_B).double().mean(),
+        "logps/chosen": logps_chosen,
+        "logps/rejected": logps_rejected,
+    }
+
+
+def _of_both(values_B: torch.Tensor, good_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the good ones and of the bad ones; without waiting for the device, as sums over a mask."""
+    values = values_B.detach().double()
+    good = good_B.double()
+    return (values * good).sum() / good.sum(), (values * (1 - good)).sum() / (1 - good).sum()
