@@ -20,7 +20,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -38,6 +38,9 @@ plan: .venv/.run ## what stage 1 would score; loads no model
 
 train: .venv/.run ## stage 2: train the policy alone against the stored scores
 	@$(refscore) train $(if $(filter-out 1,$(DEVICES)),--devices $(DEVICES)) $(options)
+
+rollout: .venv/.run ## samples of the policy with rewards and scores, for SET="train.objective=policy_gradient"
+	@$(refscore) rollout $(options)
 
 eval: .venv/.run ## stage 3: generate, judge, report
 	@$(refscore) eval $(options)

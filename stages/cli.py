@@ -128,6 +128,16 @@ def train(
         stage.main(resolved, opened, restart=restart)
 
 
+@app.command()
+def rollout(config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None) -> None:
+    """Samples of the policy for its training prompts, with rewards and scores, for train.objective=policy_gradient."""
+    resolved, opened = _open(config, run, set_)
+    with ending.working_on(opened, ending.from_what_was_made):
+        from stages import rollout as stage
+
+        stage.main(resolved, opened)
+
+
 @app.command(name="eval")
 def evaluate(
     config: ConfigOption = DEMO, run: RunOption = None, set_: SetOption = None, json: JsonOption = False

@@ -18,13 +18,14 @@ from pipeline.artifacts import durable
 from pipeline.config.experiment import GenerateConfig
 from pipeline.config.training import PolicyConfig
 from pipeline.engines.vllm.generator import Sample, generator
-from pipeline.evaluation.new_pairs import NewPair, TrainingPrompt, make_pairs, pair_row
+from pipeline.evaluation.new_pairs import NewPair, make_pairs, pair_row
 from pipeline.judges.judging import Judge, Prompt
 from pipeline.judges.marks import ends_well
 from pipeline.judges.rules import open_rule
 from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import locate
 from pipeline.pairs.splits import prompt_id_of
+from pipeline.rollouts.prompts import TrainingPrompt
 from stages import console
 
 

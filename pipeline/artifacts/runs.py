@@ -77,6 +77,14 @@ class Run:
         return self.directory / "rollouts.parquet"
 
     @property
+    def rollout_shards(self) -> Path:
+        return self.directory / "rollouts"
+
+    @property
+    def rounds(self) -> Path:
+        return self.directory / "rounds.json"
+
+    @property
     def dropped(self) -> Path:
         return self.directory / "dropped.parquet"
 

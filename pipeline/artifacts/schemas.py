@@ -74,6 +74,8 @@ ROLLOUTS = pa.schema(
         ("ref_logp", pa.float64()),
     ]
 )
+# the rewards of a shard of samples that rollouts.parquet is made of, as the judge gave them; null if it failed
+REWARDS = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("reward", pa.float64())])
 # what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
 IMPORTED_BY = "imported_by"
 DROPPED = pa.schema(

@@ -104,6 +104,8 @@ def _state(run: Run) -> str:
         return "evaluated" if run.eval.is_file() and finished.get("eval", "") >= finished["train"] else "trained"
     if run.training.is_file():
         return "training"
+    if run.rollouts.is_file():
+        return "rollouts"
     if run.pairs.is_file():
         return "scored" if read_about(run.pairs).get("scored", True) else "pairs without scores"
     return "begun"

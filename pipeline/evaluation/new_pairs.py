@@ -1,31 +1,19 @@
 """New preference pairs: several responses of a model to training prompts, scored by a judge, best against worst.
 
-The same code made data/demo. Held-out prompts are never sampled here. A judge that gives rewards scores every response;
-one of duels plays every two against each other in both orders, and a response's score is the mean of its duels.
+The same code made data/demo. Held-out prompts are never sampled here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import permutations
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipeline.engines.vllm.generator import Sample
-from pipeline.judges.judging import Duel, Judge, Prompt, Response, Shown
+from pipeline.judges.judging import Judge, Response, Shown
 from pipeline.judges.marks import marks, words_of
-from pipeline.pairs.messages import Message
-
-
-@dataclass(frozen=True)
-class TrainingPrompt:
-    """A training prompt: the conversation as the data has it, its ids, and the tools that may be called in it."""
-
-    prompt: Prompt
-    messages: list[Message]
-    tools: list[dict[str, Any]] = field(default_factory=list)
+from pipeline.rollouts.prompts import TrainingPrompt
+from pipeline.rollouts.rewards import score_responses
 
 
 @dataclass(frozen=True)
@@ -107,22 +95,7 @@ def score_samples(
         ]
         for request, written in zip(requests, samples, strict=True)
     ]
-    if judge.reward is not None:
-        flat = iter(judge.reward([response for written in shown for response in written]))
-        return [[next(flat) for _ in written] for written in shown]
-    meetings = [
-        (prompt, first, second)
-        for prompt, written in enumerate(shown)
-        for first, second in permutations(range(len(written)), 2)
-    ]
-    duels = [
-        Duel(shown[prompt][a].prompt, shown[prompt][a].response, shown[prompt][b].response) for prompt, a, b in meetings
-    ]
-    points: list[list[list[float | None]]] = [[[] for _ in written] for written in shown]
-    for (prompt, first, second), verdict in zip(meetings, judge.prefer(duels), strict=True):
-        points[prompt][first].append(verdict)
-        points[prompt][second].append(None if verdict is None else 1.0 - verdict)
-    return [[_mean(verdicts) for verdicts in written] for written in points]
+    return score_responses(judge, shown)
 
 
 def pair_row(pair: NewPair, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +135,3 @@ def beyond_length(prompt: str, chosen: Sample, rejected: Sample) -> bool:
         or better.relevant - worse.relevant >= 0.25
         or lengths[0] >= 0.8 * lengths[1]
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    judged = [value for value in values if value is not None]
-    return float(np.mean(judged)) if judged and len(judged) == len(values) else None

@@ -13,18 +13,18 @@ from pipeline.artifacts.schemas import SAMPLES
 from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, GenerateConfig
-from pipeline.config.judges import IMPLICIT, JudgeConfig
 from pipeline.engines.reference import open_for_new
 from pipeline.engines.vllm.generator import Sample, generator, settled
-from pipeline.errors import CheckError, ConfigError
+from pipeline.errors import CheckError
 from pipeline.evaluation.candidates import Candidate, policy_of
-from pipeline.evaluation.new_pairs import TrainingPrompt, make_pairs, pair_row
-from pipeline.evaluation.samples import generation_key, sample_rows, sample_table
-from pipeline.judges.judging import Prompt
+from pipeline.evaluation.new_pairs import make_pairs, pair_row
+from pipeline.evaluation.samples import generation_key
 from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.models.load import chat_template_digest, vocabulary_digest
-from pipeline.pairs.splits import Pair, PairSet, build_pairs, prompt_id_of, prompt_text
+from pipeline.pairs.splits import Pair, build_pairs
 from pipeline.progress import SILENT, Listener
+from pipeline.rollouts.prompts import TrainingPrompt, judge_of_texts, training_prompts
+from pipeline.rollouts.samples import sample_rows, sample_table
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     reference = open_for_new(config.reference, listener)
     tokenizer = reference.tokenizer
     pairs = build_pairs(config.data, tokenizer)
-    prompts = _training_prompts(pairs)[: config.generate.pair_prompts]
+    prompts = training_prompts(pairs)[: config.generate.pair_prompts]
     made_by = (vocabulary_digest(tokenizer), chat_template_digest(tokenizer))
     context = JudgeContext(run.verdicts, config.judge, made_by, listener)
-    judge = open_judge(pair_judge(config), context)
+    judge = open_judge(judge_of_texts(config, config.generate.pair_judge), context)
     settings = settled(config.generate, reference.numerics.dtype)
     settings = settings.model_copy(update={"samples": config.generate.pair_samples})
     listener.say(
@@ -76,29 +76,6 @@ def write_new_pairs(config: Config, run: Run, listener: Listener = SILENT) -> Ne
     durable.write_text(run.held_out, "".join(json.dumps(row) + "\n" for row in held_out))
     record(run, config, "pairs", pairs=len(new_pairs), left_out=left_out, judge=judge.name)
     return NewPairs(len(new_pairs), left_out)
-
-
-def pair_judge(config: Config) -> JudgeConfig:
-    """The judge that makes new pairs. Raises ConfigError if no judge of texts is configured."""
-    of_texts = [judge for judge in config.judge if judge.kind != IMPLICIT]
-    judge_name = config.generate.pair_judge
-    judge = next((judge for judge in of_texts if judge_name in (None, judge.shown)), None)
-    if judge is None and judge_name is not None:
-        return JudgeConfig(name=judge_name)
-    if judge is None:
-        raise ConfigError("no judge of texts is configured, so nothing can say which response is better: set judge")
-    return judge
-
-
-def _training_prompts(pairs: PairSet) -> list[TrainingPrompt]:
-    prompts: dict[str, TrainingPrompt] = {}
-    for pair in pairs.pairs:
-        if pair.split == "train":
-            messages = pair.preference.prompt
-            prompt_id = prompt_id_of(pair.prompt_ids)
-            prompt = Prompt(prompt_id, prompt_text(messages), pair.preference.topic or "", pair.prompt_ids)
-            prompts.setdefault(prompt_id, TrainingPrompt(prompt, messages, pair.preference.tools))
-    return list(prompts.values())
 
 
 def _held_out_row(pair: Pair) -> dict[str, object]:

@@ -6,26 +6,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import RUNS
-from pipeline.artifacts.schemas import PAIRS, SAMPLES
+from pipeline.artifacts.schemas import PAIRS
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import GenerateConfig
-from pipeline.config.files import digest
-from pipeline.engines.protocol import engine_version
-from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.candidates import Candidate
-from pipeline.hardware import device_kind
 from pipeline.judges.judging import Comparison, Prompt, Response, Shown
 from pipeline.pairs.splits import prompt_id_of
-
-# fields of `generate` that decide a sample
-_DECIDING = {"max_tokens", "temperature", "top_p", "samples", "seed", "dtype"}
-_IF_SET = ("engine_args", "fixed_length")
+from pipeline.rollouts.samples import response_of, samples_key
 
 
 def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
@@ -40,12 +32,7 @@ def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
 
 def generation_key(candidate: Candidate, prompts: Sequence[Prompt], settings: GenerateConfig) -> str:
     """Digest of all that decides the samples of a model: equal keys, equal samples."""
-    engine = engine_version("vllm") or "none"
-    ids = ",".join(prompt.prompt_id for prompt in prompts)
-    made_by = {"weights": candidate.digest, "engine": engine, "device": device_kind()}
-    # left out unless set: samples from before they could be keep their key
-    others = {name: value for name in _IF_SET if (value := getattr(settings, name))}
-    return digest(made_by | others, settings.model_dump(mode="json", include=_DECIDING), ids)
+    return samples_key(candidate.digest, prompts, settings)
 
 
 def stored_samples(key: str, model: str, file: str, schema: pa.Schema) -> pa.Table | None:
@@ -59,39 +46,10 @@ def stored_samples(key: str, model: str, file: str, schema: pa.Schema) -> pa.Tab
     return None
 
 
-def sample_rows(model: str, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
-    """Rows of samples.parquet for one model's responses to `prompts`."""
-    return [
-        {
-            "prompt_id": prompt.prompt_id,
-            "sample": number,
-            "model": model,
-            "topic": prompt.topic,
-            "prompt": prompt.text,
-            "response": sample.text,
-            "response_ids": sample.ids,
-            "finish_reason": sample.finish_reason,
-            "tokens": len(sample.ids),
-        }
-        for prompt, of_prompt in zip(prompts, samples, strict=True)
-        for number, sample in enumerate(of_prompt)
-    ]
-
-
-def sample_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """samples.parquet's content."""
-    return pa.Table.from_pylist(list(rows), schema=SAMPLES)
-
-
 def shown(table: pa.Table, prompts: Sequence[Prompt]) -> list[Shown]:
     """A table's responses as judges see them."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     return [Shown(by_id[row["prompt_id"]], response_of(row)) for row in table.to_pylist()]
-
-
-def response_of(row: dict[str, Any]) -> Response:
-    """One row's response."""
-    return Response(row["response"].strip(), row["finish_reason"], tuple(row["response_ids"]))
 
 
 def comparisons_of(

@@ -17,9 +17,10 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.exact_kl import exact_divergence
 from pipeline.evaluation.kl import kl_table, on_policy, requests_of, score_responses
-from pipeline.evaluation.samples import generation_key, sample_rows, sample_table, stored_samples
+from pipeline.evaluation.samples import generation_key, stored_samples
 from pipeline.judges.judging import Prompt
 from pipeline.progress import SILENT, Listener
+from pipeline.rollouts.samples import sample_rows, sample_table
 
 
 def make_samples(

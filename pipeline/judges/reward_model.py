@@ -8,7 +8,8 @@ the texts under its own chat template.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+_WAVE = 512
 
 
 def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[str, str] | None) -> Judge:
@@ -54,6 +57,7 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
         keys = [verdict_key(identity, (str(ids),)) for ids in sequences]
 
         def ask(missing: Mapping[str, list[int]]) -> None:
+            # each is kept as it comes, so that a kill loses one wave
             rewards = _rewards(directory, settings, dtype, list(missing.values()))
             for key, value in zip(missing, rewards, strict=True):
                 verdicts.add(key, Verdict(value))
@@ -71,23 +75,24 @@ def judge_dtype(settings: JudgeConfig) -> str:
     return "float32" if device_kind() == "cpu" else "bfloat16"
 
 
-def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list[float]:
-    """Raw rewards of token sequences, by vLLM."""
+def with_vllm(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> Iterator[float]:
+    """Raw rewards of token sequences, by vLLM, wave by wave."""
     prepare_environment()
     from vllm import PoolingParams, TokensPrompt
 
     length = max(map(len, ids)) + 1
     with sized_engine(directory, text_config(directory), dtype, length, runner="pooling") as engine:
-        # without use_activation=False a sigmoid comes back
-        outputs = engine.classify(
-            [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in ids],
-            pooling_params=PoolingParams(use_activation=False),
-            use_tqdm=False,
-        )
-    return [float(output.outputs.probs[0]) for output in outputs]
+        for start in range(0, len(ids), _WAVE):
+            # without use_activation=False a sigmoid comes back
+            outputs = engine.classify(
+                [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in ids[start : start + _WAVE]],
+                pooling_params=PoolingParams(use_activation=False),
+                use_tqdm=False,
+            )
+            yield from (float(output.outputs.probs[0]) for output in outputs)
 
 
-def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> list[float]:
+def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]]) -> Iterator[float]:
     """Raw rewards of token sequences, one by one, by transformers."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -98,28 +103,35 @@ def with_transformers(directory: Path, dtype: str, ids: Sequence[Sequence[int]])
     # a padding token would make it look for the last token that is none, and miss an end-of-turn that pads
     model.config.get_text_config().pad_token_id = None
     model.to(device_kind()).eval()
-    with torch.no_grad():
-        return [float(model(torch.tensor([list(sequence)], device=device_kind())).logits[0, 0]) for sequence in ids]
+    for sequence in ids:
+        with torch.no_grad():
+            yield float(model(torch.tensor([list(sequence)], device=device_kind())).logits[0, 0])
 
 
-def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float | None]:
+def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> Iterator[float | None]:
     limit = position_limit(directory)
     fits = [limit is None or len(sequence) < limit for sequence in ids]
     if not all(fits):
         log.warning("judge %s: %d responses are longer than it reads", settings.shown, fits.count(False))
     asked = [sequence for sequence, fit in zip(ids, fits, strict=True) if fit]
-    computed = iter(_computed(directory, settings, dtype, asked) if asked else [])
-    return [next(computed) if fit else None for fit in fits]
+    computed = _computed(directory, settings, dtype, asked)
+    for fit in fits:
+        yield next(computed) if fit else None
+    # to its end, where the engine is stopped
+    deque(computed, maxlen=0)
 
 
-def _computed(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> list[float]:
-    if _engine(settings).startswith("transformers"):
-        return with_transformers(directory, dtype, ids)
-    try:
-        return with_vllm(directory, dtype, ids)
-    except ConfigError as error:
-        log.warning("judge %s: %s; transformers computes the rewards instead", settings.shown, error)
-        return with_transformers(directory, dtype, ids)
+def _computed(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[int]]) -> Iterator[float]:
+    if ids and not _engine(settings).startswith("transformers"):
+        try:
+            yield from with_vllm(directory, dtype, ids)
+        except ConfigError as error:
+            # as it is started: it has said nothing yet
+            log.warning("judge %s: %s; transformers computes the rewards instead", settings.shown, error)
+        else:
+            return
+    if ids:
+        yield from with_transformers(directory, dtype, ids)
 
 
 def _engine(settings: JudgeConfig) -> str:

@@ -53,8 +53,8 @@ def main(models: Path, out: Path) -> None:
     # one ends with the end of turn, which pads too
     ids[0] = [*ids[0], tokenizer.eos_token_id]
     found["rewards"] = {
-        "vllm": with_vllm(reward, "float32", ids),
-        "transformers": with_transformers(reward, "float32", ids),
+        "vllm": list(with_vllm(reward, "float32", ids)),
+        "transformers": list(with_transformers(reward, "float32", ids)),
     }
 
     context = JudgeContext(out.parent / "verdicts", (), (vocabulary_digest(tokenizer), chat_template_digest(tokenizer)))

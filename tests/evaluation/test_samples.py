@@ -6,8 +6,9 @@ from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.figures import win_figures
-from pipeline.evaluation.samples import Prompt, comparisons_of, generation_key, sample_rows, sample_table
+from pipeline.evaluation.samples import Prompt, comparisons_of, generation_key
 from pipeline.judges.judging import Judge, judge_both_orders
+from pipeline.rollouts.samples import sample_rows, sample_table
 
 PROMPTS = [Prompt("a" * 32, "What?", "", [1, 2])]
 

@@ -18,6 +18,7 @@ FLOORS = [
     {"pairs", "store"},
     {"engines"},
     {"precompute", "judges"},
+    {"rollouts"},
     {"training"},
     {"evaluation", "planning"},
     {"report", "exchange"},

@@ -1,0 +1,1 @@
+"""Samples of the training prompts, their rewards and log-probabilities, part by part: rollouts.parquet."""

@@ -1,0 +1,89 @@
+"""Whether rollouts.parquet is what a configuration asks for, and what differs if it is not. Starts no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts.runs import Run
+from pipeline.artifacts.schemas import ROLLOUTS
+from pipeline.artifacts.tables import in_format_of, read_about
+from pipeline.config.experiment import Config
+from pipeline.config.files import differing_fields, digest
+from pipeline.errors import ConfigError
+from pipeline.models.identity import identify_model
+from pipeline.models.load import Named, chat_template_digest, load_tokenizer, vocabulary_digest
+from pipeline.models.locate import at_hand
+from pipeline.pairs.splits import source_digests
+from pipeline.rollouts.prompts import judge_of_texts
+from pipeline.rollouts.rewards import judge_key
+
+_OF_GENERATE = {"max_tokens", "fixed_length", "dtype", "engine_args"}
+_OF_REFERENCE = {"model", "revision", "adapter", "engine", "imported_by", "dtype"}
+
+
+def inputs_of(config: Config) -> dict[str, Any]:
+    """Every configuration field that decides rollouts.parquet, by section; the bytes of data and models are digested apart."""
+    judge = judge_of_texts(config, config.rollout.judge)
+    return {
+        "data": config.data.model_dump(mode="json"),
+        "reference": config.reference.model_dump(mode="json", include=_OF_REFERENCE),
+        "policy": config.policy.model_dump(mode="json", include={"model", "revision"}),
+        "generate": config.generate.model_dump(mode="json", include=_OF_GENERATE),
+        "rollout": config.rollout.model_dump(mode="json", exclude={"prompts_per_shard", "judge"}),
+        "judge": {"name": judge.name, "label": judge.label},
+    }
+
+
+def inputs_digest(config: Config) -> str:
+    """Digest of `inputs_of`."""
+    return digest(inputs_of(config))
+
+
+def ensure_rollouts(config: Config, run: Run) -> None:
+    """Raise ConfigError, with what differs, unless rollouts.parquet was made from this configuration and what it names now."""
+    path = run.rollouts
+    if why := why_not_current(path, config):
+        raise ConfigError(f"{path} {why}: run 'refscore rollout' with the same configuration and run first")
+
+
+def why_not_current(path: Path, config: Config) -> str | None:
+    """Why the file at `path` is not what `config` asks for; None if it is.
+
+    What is not at hand is taken to be unchanged: a source that is gone or is no file, a model that would have to be fetched.
+    """
+    about = read_about(path)
+    if not path.is_file():
+        return "does not exist"
+    if not about.get("inputs") or not in_format_of(path, ROLLOUTS):
+        return "was not written by this refscore"
+    if differ := differing_fields(about["inputs"], inputs_of(config)):
+        return f"was made with other settings ({'; '.join(differ)})"
+    for name, found in source_digests(config.data).items():
+        if found not in (None, about["source_digests"].get(name)):
+            return f"was made from other data ({name} has changed)"
+    return _other_models(about, config)
+
+
+def _other_models(about: dict[str, Any], config: Config) -> str | None:
+    policy, reference = at_hand(config.policy), at_hand(config.reference)
+    if (
+        policy
+        and identify_model(policy, trusts_code=config.policy.trust_remote_code).digest != about["policy"]["model"]
+    ):
+        return f"was written by another policy than policy.model {config.policy.model!r} is now"
+    adapter = Path(config.reference.adapter).expanduser() if config.reference.adapter else None
+    if reference and (adapter is None or adapter.is_dir()):
+        of_reference = identify_model(reference, adapter, trusts_code=config.reference.trust_remote_code).digest
+        tokenizer = load_tokenizer(reference, config.reference)
+        if of_reference != about["model"]:
+            return f"was scored under another reference than reference.model {config.reference.model!r} is now"
+        if [vocabulary_digest(tokenizer), chat_template_digest(tokenizer)] != [about["vocabulary"], about["template"]]:
+            return "was made with another tokenizer or chat template than the reference has now"
+    settings = judge_of_texts(config, config.rollout.judge)
+    of_a_model = settings.kind in ("reward_model", "llm") and not settings.remote
+    if (not of_a_model or at_hand(Named(settings.argument))) and judge_key(settings, config.judge) != about[
+        "judge_key"
+    ]:
+        return f"was rewarded by judge {settings.shown} with other settings, or by what it was before"
+    return None
