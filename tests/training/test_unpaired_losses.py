@@ -189,9 +189,10 @@ def test_bco_and_its_gradient_are_the_papers(labels):
     good = torch.tensor(labels)
     rewards = 0.3 * (policy - reference)
     delta = rewards.detach().mean()
-    expected = torch.where(good, -logsigmoid(rewards - delta), -logsigmoid(delta - rewards))
+    expected = torch.where(good, -1.5 * logsigmoid(rewards - delta), -0.4 * logsigmoid(delta - rewards))
     wanted = torch.autograd.grad(expected.mean(), policy)[0]
-    terms = bco_loss(policy, reference, good, counted_in(no_mean(), rewards).mean, beta=0.3)
+    running = counted_in(no_mean(), rewards)
+    terms = bco_loss(policy, reference, good, running.mean, beta=0.3, desirable_weight=1.5, undesirable_weight=0.4)
     torch.testing.assert_close(terms.losses.double(), expected, atol=1e-6, rtol=0)
     terms.losses.mean().backward()
     torch.testing.assert_close(policy.grad, wanted, atol=1e-7, rtol=1e-5)

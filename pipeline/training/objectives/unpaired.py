@@ -89,17 +89,29 @@ def counted_in(running: RunningMean, rewards_B: torch.Tensor) -> RunningMean:
 
 
 def bco_loss(
-    policy_B: torch.Tensor, reference_B: torch.Tensor, good_B: torch.Tensor, delta: torch.Tensor, *, beta: float
+    policy_B: torch.Tensor,
+    reference_B: torch.Tensor,
+    good_B: torch.Tensor,
+    delta: torch.Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
 ) -> ResponseTerms:
-    """-log sigmoid(s (beta rho - delta)), s = 1 if good, -1 if bad: a classifier whose logit is the reward less its mean.
+    """The loss -weight log sigmoid(s (beta rho - delta)): s = 1 and desirable_weight if good, s = -1 and undesirable_weight if bad.
 
-    BCO, Jung et al. 2024 (2404.04656), an upper bound of DPO's loss that the shift `delta` makes tighter. `delta` is the mean of
-    a `RunningMean` that has counted this step's rewards, in training; in an evaluation the one of training. Without the
-    paper's weights for prompts that only one of the two labels has.
+    BCO, Jung et al. 2024 (2404.04656): a classifier whose logit is the reward less its mean, and an upper bound of DPO's loss.
+    `delta` is the mean of a `RunningMean`: in training one that has counted this step's rewards, in an evaluation training's.
+
+    With delta the mean reward of the data, the fixed point is DPO's optimum, pi_ref exp(r / beta) / Z with r the log-odds of
+    good, if these log-odds are 0 on average. If they are not, it is another one, or none: weights whose ratio, desirable over
+    undesirable, is exp(-mean log-odds), about the number of bad over that of good, give it back. Neither the paper nor TRL has
+    such weights; the paper's weights for prompts that only one label has are not here.
     """
     rho = policy_B - reference_B
     sign = torch.where(good_B, 1.0, -1.0)
-    losses = -logsigmoid(sign * (beta * rho - delta).float())
+    weight = torch.where(good_B, desirable_weight, undesirable_weight)
+    losses = -weight * logsigmoid(sign * (beta * rho - delta).float())
     return ResponseTerms(losses, (beta * rho.detach()).float(), delta.float())
 
 
