@@ -14,8 +14,8 @@ from pipeline.training.objectives.unpaired import (
     counted_in,
     kl_baseline,
     kto_loss,
+    measured_responses,
     no_mean,
-    response_metrics,
 )
 
 ROWS, WIDTH, VOCABULARY = 9, 7, 11
@@ -32,6 +32,12 @@ def draw(seed, rows=ROWS, shift=0.0):
     values = 3 * torch.randn(4, rows, generator=generator, dtype=torch.float64) - 40
     values[2] += shift
     return values
+
+
+def shown(terms, policy, good):
+    return {
+        name: float(total / count) for name, (total, count) in measured_responses(terms, policy, good).means.items()
+    }
 
 
 # --- TRL's own code
@@ -116,10 +122,10 @@ def test_kto_is_trls(sequences, labels, beta, weights):
     )
     assert z0.item() == pytest.approx(metrics["kl"], abs=1e-9)
     assert z0 > 0.1
-    shown = response_metrics(mine, policy[0], good)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+    found = shown(mine, policy[0], good)
+    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
         # what a step has none of TRL leaves out
-        assert float(shown[name]) == pytest.approx(metrics.get(name, math.nan), abs=1e-5, nan_ok=True)
+        assert found[name] == pytest.approx(metrics.get(name, math.nan), abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
@@ -220,13 +226,11 @@ def test_hand_values():
     torch.testing.assert_close(terms.losses, torch.tensor([2 * lost, 3 * lost]))
     torch.testing.assert_close(terms.rewards, torch.tensor([0.4, -0.2]))
     assert terms.baseline.item() == pytest.approx(0.1)
-    shown = response_metrics(terms, policy, good)
-    assert {name: float(value) for name, value in shown.items()} == pytest.approx(
+    assert shown(terms, policy, good) == pytest.approx(
         {
             "loss": 2.5 * lost,
             "rewards/chosen": 0.4,
             "rewards/rejected": -0.2,
-            "rewards/margins": 0.6,
             "rewards/accuracies": 1.0,
             "logps/chosen": -8.0,
             "logps/rejected": -11.0,
@@ -234,11 +238,11 @@ def test_hand_values():
         abs=1e-6,
     )
     # both on the wrong side
-    wrong = response_metrics(kto_loss(policy, reference, ~good, z0, beta=0.2), policy, ~good)
-    assert float(wrong["rewards/accuracies"]) == 0.0
+    wrong = shown(kto_loss(policy, reference, ~good, z0, beta=0.2), policy, ~good)
+    assert wrong["rewards/accuracies"] == 0.0
     # a good one that is above the reference and below the baseline
     between = kto_loss(policy[:1], reference[:1], good[:1], torch.tensor(3.0, dtype=torch.float64), beta=0.2)
-    assert float(response_metrics(between, policy[:1], good[:1])["rewards/accuracies"]) == 0.0
+    assert shown(between, policy[:1], good[:1])["rewards/accuracies"] == 0.0
     # delta = 0.1: rewards of 0.4 and -0.2 are 0.3 on their side
     terms = bco_loss(policy, reference, good, counted_in(no_mean(), torch.tensor([0.4, -0.2])).mean, beta=0.2)
     torch.testing.assert_close(terms.losses, torch.full((2,), math.log(1 + math.exp(-0.3))))

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
+from pipeline.training.objectives.measured import Measured, mean_over
+
 
 class ResponseTerms(NamedTuple):
     """Loss and implicit reward beta * rho of each response, float32 [B], rewards detached; what they were compared with."""
@@ -115,30 +117,23 @@ def bco_loss(
     return ResponseTerms(losses, (beta * rho.detach()).float(), delta.float())
 
 
-# --- what a step shows of them
+# --- what is written down
 
 
-def response_metrics(terms: ResponseTerms, policy_B: torch.Tensor, good_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Means over a whole step under the names of TRAIN_METRICS, float64 scalars; chosen are the good ones, rejected the bad.
+def measured_responses(terms: ResponseTerms, policy_B: torch.Tensor, good_B: torch.Tensor) -> Measured:
+    """TRAIN_METRICS of labelled responses: chosen are the good ones, rejected the bad ones.
 
-    `rewards/accuracies` is the share of responses that lie on their label's side of the baseline. A mean over no response is
-    NaN: where a step has no bad ones, `rewards/rejected`, `logps/rejected` and `rewards/margins` are.
+    `rewards/accuracies` is the share of responses that lie on their label's side of the baseline. A step without bad ones has
+    a count of 0 for theirs. `rewards/margins`, the difference of two such means, is no mean of parts and not among them.
     """
-    chosen, rejected = _of_both(terms.rewards, good_B)
-    logps_chosen, logps_rejected = _of_both(policy_B, good_B)
-    return {
-        "loss": terms.losses.detach().double().mean(),
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": ((terms.rewards > terms.baseline) == good_B).double().mean(),
-        "logps/chosen": logps_chosen,
-        "logps/rejected": logps_rejected,
-    }
-
-
-def _of_both(values_B: torch.Tensor, good_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of the good ones and of the bad ones; without waiting for the device, as sums over a mask."""
-    values = values_B.detach().double()
     good = good_B.double()
-    return (values * good).sum() / good.sum(), (values * (1 - good)).sum() / (1 - good).sum()
+    return Measured(
+        {
+            "loss": mean_over(terms.losses),
+            "rewards/chosen": mean_over(terms.rewards, good),
+            "rewards/rejected": mean_over(terms.rewards, 1 - good),
+            "rewards/accuracies": mean_over((terms.rewards > terms.baseline) == good_B),
+            "logps/chosen": mean_over(policy_B, good),
+            "logps/rejected": mean_over(policy_B, 1 - good),
+        }
+    )
