@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
+from pipeline.artifacts.schemas import RESPONSE_METRICS
 from pipeline.config.experiment import Config
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.progress import Listener
@@ -40,7 +44,7 @@ class Loop:
     policy: Policy
     optimizer: torch.optim.Optimizer
     in_backward: StepInBackward | None
-    pairs: Pairs
+    pairs: Any
     held_out: Pairs
     metrics: Metrics
     logps: PolicyLogps
@@ -49,9 +53,11 @@ class Loop:
     shards: Shards | None
     world: World
 
-    def run(self, first: int) -> None:
-        """Take the steps from `first` (0-based) on."""
+    def run(self, first: int) -> int:
+        """Take the steps from `first` (0-based) on; returns how many were taken in all, fewer if the objective ends it."""
         train = self.config.train
+        if first and self._why_ended({name: self.metrics.last(name) for name in RESPONSE_METRICS}):
+            return first
         saver = Saver(self.directories.checkpoints, self.training, train, self.world)
         if first == 0:
             self._evaluate(0)
@@ -76,8 +82,10 @@ class Loop:
                     return_freed_memory()
                 pending.append(values)
                 tokens += sum(len(self.pairs.trees[row]) for row in rows)
-                if done % train.logging_steps == 0 or done == self.steps:
-                    values = {name: sum(row[name] for row in pending) / len(pending) for name in pending[0]}
+                why = self._why_ended(values)
+                last = done == self.steps or why is not None
+                if last or done % train.logging_steps == 0:
+                    values = _averaged(pending)
                     seconds = time.monotonic() - since
                     values["learning_rate"] = rate
                     values["step_seconds"] = seconds / len(pending)
@@ -86,20 +94,33 @@ class Loop:
                     self.metrics.add(done, values)
                     pending, tokens, since = [], 0, time.monotonic()
                 ticker.advance(1, _line(values))
-                if done == self.steps or is_due(done, train.eval_steps):
+                if last or is_due(done, train.eval_steps):
                     self._evaluate(done)
                     self._say_findings(kinds_said)
                     since = time.monotonic()
                 idle = time.monotonic() - saved
-                if done == self.steps or self._is_due(done, idle, writing):
+                if last or self._is_due(done, idle, writing):
                     started = time.monotonic()
                     self.metrics.flush()
                     if self.world.first:
                         self.logps.write()
-                    logps, last = self.logps.state(), done == self.steps
-                    saver.save(done, self.policy, self.shards, self.optimizer, logps, last=last)
+                    saver.save(done, self.policy, self.shards, self.optimizer, self.logps.state(), last=last)
                     since = saved = time.monotonic()
                     writing = since - started
+                if why is not None:
+                    self.listener.say(f"ended     after step {done} of {self.steps}: {why}")
+                    return done
+        return self.steps
+
+    def _why_ended(self, values: Mapping[str, float | None]) -> str | None:
+        """Why the training is to end after a step with these means; None if it goes on."""
+        bound, moved = self.config.train.policy_gradient.max_kl, values.get("kl/behaviour")
+        if bound is None or moved is None or not moved > bound:
+            return None
+        return (
+            f"the policy is {moved:.4f} nats per token from the model that wrote the samples, train.policy_gradient.max_kl is "
+            f"{bound:g}, so that they say little of it: sample it anew ('refscore iterate' takes rounds), or raise the bound"
+        )
 
     def _is_due(self, done: int, idle: float, writing: float) -> bool:
         every = self.config.train.save_steps
@@ -110,7 +131,7 @@ class Loop:
         return due
 
     def _step(self, number: int, rows: list[int], rate: float) -> dict[str, float]:
-        """Take step `number` (1-based) on `rows` at the learning rate `rate`; means of TRAIN_METRICS and the gradient's norm."""
+        """Take step `number` (1-based) on `rows` at the learning rate `rate`; means and the gradient's norm."""
         train = self.config.train
         try:
             if self.in_backward is not None:
@@ -158,8 +179,23 @@ class Loop:
                 self.listener.say(f"health    {finding.sentence}")
 
 
-def _line(values: dict[str, float]) -> str:
-    text = f"loss {values['loss']:.4f}  margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.2f}"
+def _averaged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure's mean over the steps in which there was something to measure; the highest of what is highest."""
+    found: dict[str, float] = {}
+    for name in steps[0]:
+        values = [values[name] for values in steps if not math.isnan(values[name])]
+        if values:
+            found[name] = max(values) if name.endswith("/max") else sum(values) / len(values)
+    return found
+
+
+def _line(values: Mapping[str, float]) -> str:
+    if "rewards/margins" in values:
+        figures = f"margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.2f}"
+    else:
+        clipped = f"  clipped {values['clip_ratio/region_mean']:.3f}" if "clip_ratio/region_mean" in values else ""
+        figures = f"ratio up to {values['ratio/max']:.2f}  moved {values['kl/behaviour']:.4f}{clipped}"
+    text = f"loss {values['loss']:.4f}  {figures}"
     if "tokens_per_second" in values:
         text += f"  {values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.1f} GiB"
     return text

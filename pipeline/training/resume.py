@@ -23,9 +23,11 @@ _UNTRAINED = {
 def training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
     """Digest of all that decides the trained weights: settings, pairs and scores, and the policy at `base`.
 
-    `about`: what pairs.parquet says of itself.
+    `about`: what pairs.parquet, or rollouts.parquet, says of itself.
     """
-    inputs = {name: about[name] for name in ("reference_id", "inputs_digest", "source_digests")}
+    # samples have a key besides, as the same settings may be sampled again
+    names = ("reference_id", "inputs_digest", "source_digests", *(["key"] if "key" in about else []))
+    inputs = {name: about[name] for name in names}
     trained = {
         "policy": identify_model(base, trusts_code=config.policy.trust_remote_code).digest,
         **config.policy.model_dump(mode="json", include={"lora", "load_in_4bit"}),

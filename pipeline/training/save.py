@@ -16,6 +16,7 @@ from pipeline.artifacts.markdown import markdown_table, name_for_others
 from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
+from pipeline.config.sections import changed
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.models.configuration import read_config
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# by which the Hub's search finds it
+_TAGS = {"preference": "dpo", "reward": "reward-model", "policy_gradient": "policy-gradient"}
 # dtypes that a base may have been saved in; of any other (8 bits) model/ is float32
 _SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -196,11 +199,11 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag=objective.pipeline_tag,
-        tags=["refscore", "reward-model" if train.objective == "reward" else "dpo"],
+        tags=["refscore", _TAGS[train.objective]],
         base_model=base if "/" in base and not base.startswith("embedded:") else None,
     )
     against = "without a reference"
-    if not reference_free(train):
+    if not reference_free(train) or (train.objective == "policy_gradient" and train.policy_gradient.reads_reference):
         named = f"`{name_for_others(config.reference.model)}` (reference_id `{reference_id[:16]}`)"
         by = config.reference.imported_by
         whose = f"log-probabilities that {by} computed (imported, unverified)" if by else "stored log-probabilities"
@@ -210,7 +213,7 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
     parts = [
         f"---\n{front.to_yaml()}\n---\n# {run}",
         (
-            f"`{base}` trained {objective.in_words} on {pairs} pairs from {data}, {against}, "
+            f"`{base}` trained {objective.in_words} on {pairs} {objective.unit}s from {data}, {against}, "
             f"with refscore {__version__}."
         ),
         "## Settings",
@@ -223,18 +226,31 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
     return "\n\n".join(parts) + "\n"
 
 
+def _of_samples(config: Config) -> dict[str, object]:
+    """What a policy gradient was made with: settings that differ from their defaults, and how many samples of each prompt."""
+    settings = config.train.policy_gradient
+    return {"variant": settings.variant, "samples per prompt": config.rollout.samples} | {
+        name: getattr(settings, name) for name in sorted(changed(settings) - {"variant"})
+    }
+
+
 def _settings(config: Config) -> dict[str, object]:
     train, lora = config.train, config.policy.lora
     names, weights = train.loss_type, train.loss_weights or [1.0] * len(train.loss_type)
     losses = [name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)]
     preference = {"loss": " + ".join(losses), "beta": train.beta, "label smoothing": train.label_smoothing}
+    of_objective: dict[str, dict[str, object]] = {
+        "preference": preference,
+        "reward": {"loss": "Bradley-Terry"},
+        "policy_gradient": {f"policy gradient: {name}": value for name, value in _of_samples(config).items()},
+    }
     return {
-        **({"loss": "Bradley-Terry"} if train.objective == "reward" else preference),
+        **of_objective[train.objective],
         "weights trained": f"LoRA, rank {lora.r}, alpha {lora.alpha:g}, {lora.target_modules}" if lora else "all",
         "optimizer": train.optimizer,
         "learning rate": train.learning_rate,
         "schedule": f"{train.lr_scheduler_type}, warm-up {train.warmup_ratio:g} of the steps",
-        "pairs per step": pairs_per_step(train),
+        f"{objective_of(train).unit}s per step": pairs_per_step(train),
         "epochs": train.num_train_epochs if train.max_steps <= 0 else f"{train.max_steps} steps",
         "gradient norm clipped at": train.max_grad_norm,
         "precision": str(precision_of(config)).removeprefix("torch."),

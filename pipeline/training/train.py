@@ -1,6 +1,6 @@
 """Stage two, whole: check the inputs, pass the gate, loop over batch, loss, step and log, save the model.
 
-Training reads pairs.parquet and the policy; it never opens the reference model.
+Training reads pairs.parquet, or rollouts.parquet, and the policy; it never opens the reference model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_json, record
 from pipeline.artifacts.schemas import TRAIN_METRICS
-from pipeline.artifacts.tables import read_about
 from pipeline.artifacts.writer import writing
 from pipeline.config.experiment import Config
-from pipeline.config.losses import reference_free
 from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind, return_freed_memory
@@ -28,15 +26,16 @@ from pipeline.models.configuration import position_limit
 from pipeline.models.identity import identify_model
 from pipeline.models.load import load_tokenizer, vocabulary_digest
 from pipeline.models.locate import locate
-from pipeline.precompute.pairs_file import ensure_pairs
 from pipeline.progress import SILENT, Listener
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_policy_logps
 from pipeline.training.checks import health
 from pipeline.training.checks.gate import check_gate
-from pipeline.training.inputs.batches import tokens_in_a_pass
-from pipeline.training.inputs.pairs import Pairs, load_pairs
+from pipeline.training.checks.ratios import check_ratios
+from pipeline.training.inputs.batches import Examples, tokens_in_a_pass
+from pipeline.training.inputs.open import about_inputs, ensure_inputs, load_inputs
 from pipeline.training.lean import StepInBackward
 from pipeline.training.loop import Loop
+from pipeline.training.objectives.objective import objective_of
 from pipeline.training.optimizers import make_optimizer
 from pipeline.training.parallel.export import Exports, can_export_parts
 from pipeline.training.parallel.sharded import Shards, mesh_of, must_be_shardable
@@ -85,13 +84,12 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     if found is None:
         return None
     training, checkpoint = found["training"], _checkpoint_of(run, found)
-    about = read_about(run.pairs)
+    about = about_inputs(config, run)
     base = locate(config.policy)
     tokenizer = load_tokenizer(base, config.policy)
 
-    scored = not reference_free(config.train)
-    by_token = scored and config.train.ld_alpha is not None
-    pairs, held_out = (load_pairs(run.pairs, split, scored=scored, by_token=by_token) for split in ("train", "eval"))
+    inputs = load_inputs(config, run)
+    pairs, held_out = inputs.examples, inputs.held_out
     _must_fit_positions(base, config, pairs, held_out)
     steps = total_steps(len(pairs), config.train)
     torch.manual_seed(config.train.seed)
@@ -117,16 +115,16 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     shown = config.train.report_to if world.first else []
     trackers = open_trackers(shown, run, f"{training[:8]}-{begun}", trained_fields(config), first or None)
     metrics = Metrics(run.metrics if world.first else None, trackers, resumed_at=first or None)
-    listener.say(
-        f"pairs     {len(pairs)} train, {len(held_out)} eval; {steps} steps of {pairs_per_step(config.train)} pairs"
-    )
+    unit = objective_of(config.train).unit
+    listener.say(f"{inputs.words}; {steps} steps of {pairs_per_step(config.train)} {unit}s")
     if policy.adapted is not None:
         learning = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
         listener.say(f"adapters  {learning / 1e6:.2f} M of {policy.model.num_parameters() / 1e6:.1f} M weights learn")
     if first == 0:
         if world.first:
             durable.write_json(run.training, {"steps": steps, "config": trained_fields(config), "begun": begun})
-        check_gate(config, run, about, base, policy, pairs, listener, world)
+        check = check_ratios if config.train.objective == "policy_gradient" else check_gate
+        check(config, run, about, base, policy, pairs, listener, world)
 
     in_backward = StepInBackward(optimizer) if config.train.optimizer_in_backward else None
     loop = Loop(
@@ -145,7 +143,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
         shards,
         world,
     )
-    loop.run(first)
+    steps = loop.run(first)
     metrics.close()
     optimizer.state.clear()  # what is exported is read again
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
@@ -157,7 +155,7 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
         if shards is not None:
             policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends, "host"))
         differences = world.once(lambda: save_policy(policy, base, config, run, card, tokenizer, pairs.trees))
-    world.once(lambda: _finish(loop, policy, base, results, differences))
+    world.once(lambda: _finish(loop, steps, policy, base, results, differences))
     return Trained(steps, results)
 
 
@@ -165,8 +163,7 @@ def _begin(config: Config, run: Run, restart: bool, listener: Listener) -> dict[
     """Make the pairs fit, and decide where to begin: the training's digest, and the checkpoint's directory and step if there is
     one; None if nothing is to be done.
     """
-    ensure_pairs(config, run, listener)
-    about, base = read_about(run.pairs), locate(config.policy)
+    about, base = ensure_inputs(config, run, listener), locate(config.policy)
     if vocabulary_digest(load_tokenizer(base, config.policy)) != about["vocabulary"]:
         raise ConfigError(
             f"policy.model {config.policy.model!r} has another vocabulary than reference.model {config.reference.model!r}: "
@@ -190,7 +187,7 @@ def _checkpoint_of(run: Run, found: dict[str, Any]) -> Checkpoint | None:
 
 
 def _policy(
-    base: Path, config: Config, tokenizer: Any, pairs: Pairs, world: World, listener: Listener
+    base: Path, config: Config, tokenizer: Any, pairs: Examples, world: World, listener: Listener
 ) -> tuple[Policy, Shards | None]:
     """The policy, in shards if several processes train it: then each reads its own parts. If the weights are joined or renamed as
     they are read, on each machine one process after the other holds them whole.
@@ -211,7 +208,7 @@ def _policy(
             listener.say(f"loading   one process after the other, whole: {reason}")
     else:
         # which needs all processes, as the head was not whole before
-        if config.train.objective == "preference":
+        if config.train.objective != "reward":
             shards.check_head(policy.model, precision)
         return policy, shards
     # as if nothing had been tried
@@ -236,7 +233,12 @@ def _say_health(loop: Loop) -> None:
 
 
 def _finish(
-    loop: Loop, policy: Policy, base: Path, results: dict[str, float | None], differences: dict[str, float]
+    loop: Loop,
+    steps: int,
+    policy: Policy,
+    base: Path,
+    results: dict[str, float | None],
+    differences: dict[str, float],
 ) -> None:
     """Write down what the training came to."""
     config, run, metrics, say = loop.config, loop.directories, loop.metrics, loop.listener.say
@@ -244,8 +246,8 @@ def _finish(
     facts = {
         "training": loop.training,
         "policy": policy_digest,
-        "steps": loop.steps,
-        "pairs": len(loop.pairs),
+        "steps": steps,
+        f"{objective_of(config.train).unit}s": len(loop.pairs),
         "results": results,
     }
     record(run, config, "train", **facts, export_check=differences)
@@ -253,13 +255,15 @@ def _finish(
         before, after = metrics.first(f"eval_{name}"), metrics.last(f"eval_{name}")
         if before is not None and after is not None:
             say(f"held-out  {label} {before:.4f} -> {after:.4f}")
+    if (moved := metrics.last("kl/behaviour")) is not None:
+        say(f"moved     {moved:.4f} nats per token from the model that wrote the samples")
     if policy.adapted is not None:
         say(f"adapter   {run.adapter}")
     if run.model.is_dir():
         say(f"model     {run.model}")
 
 
-def _must_be_single_passes(policy: Policy, pairs: Pairs, train: TrainConfig, steps: int) -> None:
+def _must_be_single_passes(policy: Policy, pairs: Examples, train: TrainConfig, steps: int) -> None:
     """Raise ConfigError if a step needs more than one forward pass: the gradients of the first would have to be kept."""
     budget = tokens_in_a_pass(train, device_kind())
     needed = max(
@@ -274,11 +278,11 @@ def _must_be_single_passes(policy: Policy, pairs: Pairs, train: TrainConfig, ste
         )
 
 
-def _must_fit_positions(base: Path, config: Config, *splits: Pairs) -> None:
+def _must_fit_positions(base: Path, config: Config, *splits: Examples) -> None:
     limit = position_limit(base)
     longest = max(pairs.longest for pairs in splits)
     if limit is not None and longest > limit:
         raise ConfigError(
-            f"the longest pair has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
+            f"the longest sequence has {longest} tokens, policy.model {config.policy.model!r} reads {limit}: set "
             f"data.max_length={limit} or less, run precompute again (nothing is scored twice), or choose another policy"
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -73,7 +74,13 @@ class _Trees(Sequence[Tree]):
     def __len__(self) -> int:
         return len(self._rollouts)
 
-    def __getitem__(self, row: int) -> Tree:  # type: ignore[override]  # nobody slices
+    @overload
+    def __getitem__(self, row: int) -> Tree: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Tree]: ...
+    def __getitem__(self, row: int | slice) -> Tree | list[Tree]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
         alone = [self._one_by_one[number] for number in self._rollouts.of(row)]
         return Tree(alone[0].trunk, tuple(tree.branches[0] for tree in alone))
 

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """Everything in which objectives differ. The pass of `forward_of` is what `measured` takes as `forward`.
 
-    `adapter_task` is PEFT's name of the task, `pipeline_tag` the Hub's, `in_words` how the model card says it.
+    `unit`: what a step counts. `adapter_task` is PEFT's name of the task, `pipeline_tag` the Hub's, `in_words` how the model card
+    says it.
     """
 
+    unit: str
     adapter_task: str
     pipeline_tag: str
     in_words: str

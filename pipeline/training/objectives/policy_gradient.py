@@ -70,6 +70,7 @@ class Step:
 class PolicyGradient(Preference):
     """See `pipeline.training.objectives.objective.Objective`; loaded, read and exported as the policy of preferences is."""
 
+    unit = "prompt"
     in_words = "by policy gradient"
 
     def parts(self, examples: Rollouts, rows: Sequence[int]) -> tuple[Samples, list[int]]:  # type: ignore[override]

@@ -28,6 +28,7 @@ class Preference:
 
     adapter_task = "CAUSAL_LM"
     pipeline_tag = "text-generation"
+    unit = "pair"
     in_words = "with preference optimization"
 
     def load(

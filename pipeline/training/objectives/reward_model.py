@@ -65,6 +65,7 @@ class RewardModel:
 
     adapter_task = "SEQ_CLS"
     pipeline_tag = "text-classification"
+    unit = "pair"
     in_words = "as a reward model"
 
     def load(
