@@ -2,6 +2,7 @@
 CONFIG ?= pipeline/presets/demo.yaml
 SET ?=
 ROUNDS ?= 2
+OBJECTIVE ?=
 DEVICES ?= 1
 MINUTES ?= 20
 DATA ?= demo
@@ -10,7 +11,8 @@ refscore = .venv/bin/refscore
 # as they were given, spaces, quotes, brackets and dollars too: not expanded here, and read by the shell from the environment
 override CONFIG := $(value CONFIG)
 override SET := $(value SET)
-export CONFIG SET
+override OBJECTIVE := $(value OBJECTIVE)
+export CONFIG SET OBJECTIVE
 options = --config "$$CONFIG" $(if $(SET),--set "$$SET")
 ifneq ($(origin RUN),undefined)
 override RUN := $(value RUN)
@@ -48,8 +50,8 @@ eval: .venv/.run ## stage 3: generate, judge, report
 sweep: .venv/.run ## all stages for a grid: SET="train.beta=0.03,0.1,0.3"
 	@$(refscore) sweep $(options)
 
-iterate: .venv/.run ## ROUNDS=2 rounds of training, each on pairs that the last one's policy made
-	@$(refscore) iterate --rounds $(ROUNDS) $(options)
+iterate: .venv/.run ## ROUNDS=2 rounds of training, each on what the last one's policy wrote; OBJECTIVE=policy_gradient: samples
+	@$(refscore) iterate --rounds $(ROUNDS) $(if $(OBJECTIVE),--set "train.objective=$$OBJECTIVE") $(options)
 
 test: .venv/.test ## the tests, two at a time (real vLLM on CPU)
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -250,7 +250,7 @@ def iterate(
     set_: SetOption = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of training.")] = 2,
 ) -> None:
-    """Rounds of precompute, train and pairs, each from the policy of the last; then all rounds are judged."""
+    """Rounds of training, each from the last one's policy and on what it wrote: pairs or samples; then all are judged."""
     from pipeline.config.files import load_config
     from stages import iterate as stage
 

@@ -1,7 +1,8 @@
-"""`refscore iterate`: train, let the policy make new pairs, score them, train again; then compare all rounds.
+"""`refscore iterate`: train, let the policy write what it learns from next, train again; then compare all rounds.
 
-Round 1 trains on the configured data. Every later round starts from the policy of the one before, which answers the
-training prompts; the judge `generate.pair_judge` makes pairs of the answers. `generate.next_reference` says what a later
+With pairs: round 1 trains on the configured data. Every later round starts from the policy of the one before, which answers the
+training prompts; the judge `generate.pair_judge` makes pairs of the answers. With train.objective=policy_gradient every round
+begins with samples of its policy for the training prompts, rewarded and scored. `generate.next_reference` says what a later
 round's reference is. Runs are called NAME-r1, NAME-r2, ...; the last one's report compares the reference and all rounds.
 """
 
@@ -16,15 +17,19 @@ from pipeline.config.experiment import Config
 from pipeline.errors import ConfigError
 from pipeline.evaluation.candidates import policy_of
 from pipeline.progress import duration
+from pipeline.rollouts.rounds import name_of, write_rounds
 from pipeline.store.identity import IMPORTED
 from stages import console
 from stages.steps import step
 
 
 def main(config: Config, path: Path, name: str, overrides: list[str], rounds: int) -> None:
-    """Every round: precompute, train, pairs; then one evaluation of all. Raises ConfigError if scores are imported."""
+    """Every round: precompute, train, pairs, or rollout and train; then one evaluation of all. Raises ConfigError if new pairs
+    would need scores and those are imported.
+    """
     started = time.monotonic()
-    if config.reference.engine == IMPORTED and rounds > 1:
+    on_samples = config.train.objective == "policy_gradient"
+    if config.reference.engine == IMPORTED and rounds > 1 and not on_samples:
         raise ConfigError(
             f"later rounds make new pairs, and scores imported by {config.reference.imported_by!r} are of others: set "
             "reference.engine=vllm and no reference.imported_by, or --rounds 1"
@@ -34,16 +39,21 @@ def main(config: Config, path: Path, name: str, overrides: list[str], rounds: in
     for number, this in enumerate(runs):
         if number:
             settings = [*overrides, *_next(config, runs[number - 1])]
-        step("precompute", path, this.name, settings)
+        step("rollout" if on_samples else "precompute", path, this.name, settings)
         step("train", path, this.name, settings)
-        if number < rounds - 1:
+        if number < rounds - 1 and not on_samples:
             step("pairs", path, this.name, settings)
+    if on_samples:
+        # the report shows them
+        write_rounds(runs)
     # every round against the reference of the first, whatever the last one trained against
-    models = {f"round{number}": f"run:{earlier.name}" for number, earlier in enumerate(runs[:-1], start=1)}
+    models = {name_of(number, rounds): f"run:{earlier.name}" for number, earlier in enumerate(runs[:-1], start=1)}
     first = json.dumps(config.generate.baseline or _first_reference(config))
     step(
         "eval", path, runs[-1].name, [*settings, f"generate.models={json.dumps(models)}", f"generate.baseline={first}"]
     )
+    if on_samples:
+        write_rounds(runs)
     console.say(f"\nrounds    {', '.join(run.name for run in runs)} in {duration(time.monotonic() - started)}")
     console.say(f"report    {runs[-1].report}: policy is round {rounds}")
 
@@ -51,16 +61,16 @@ def main(config: Config, path: Path, name: str, overrides: list[str], rounds: in
 def _next(config: Config, last: Run) -> list[str]:
     """What differs in the next round."""
     policy = json.dumps(str(policy_of(config, last).merged()))
-    settings = [
-        f"data.path={json.dumps(str(last.new_pairs))}",
-        f"data.eval_path={json.dumps(str(last.held_out))}",
-        "data.columns={}",
-        "data.max_rows=null",
-        "data.split=train",
-        "data.revision=null",
-        f"policy.model={policy}",
-        "policy.revision=null",
-    ]
+    settings = [f"policy.model={policy}", "policy.revision=null"]
+    if config.train.objective != "policy_gradient":
+        settings += [
+            f"data.path={json.dumps(str(last.new_pairs))}",
+            f"data.eval_path={json.dumps(str(last.held_out))}",
+            "data.columns={}",
+            "data.max_rows=null",
+            "data.split=train",
+            "data.revision=null",
+        ]
     if config.generate.next_reference == "previous":
         settings += [f"reference.model={policy}", "reference.revision=null", "reference.adapter=null"]
     return settings

@@ -60,6 +60,13 @@ def test_devices_are_passed_to_the_training(make):
     assert make("train", "DEVICES=1") == ["train", *DEMO]
 
 
+def test_an_objective_is_passed_to_the_rounds(make):
+    assert make("rollout") == ["rollout", *DEMO]
+    assert make("iterate") == ["iterate", "--rounds", "2", *DEMO]
+    given = ["--set", "train.objective=policy_gradient"]
+    assert make("iterate", "ROUNDS=3", "OBJECTIVE=policy_gradient") == ["iterate", "--rounds", "3", *given, *DEMO]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

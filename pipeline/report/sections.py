@@ -8,6 +8,7 @@ from pipeline.evaluation.rates.winrates import WinRate
 from pipeline.evaluation.results import Baselines, Results
 from pipeline.report import addresses
 from pipeline.report.cost_sections import cost_sections
+from pipeline.report.round_sections import round_section
 from pipeline.report.table import BETWEEN, Cell, Section, between, with_interval
 
 _RATE = [
@@ -41,6 +42,7 @@ def sections(results: Results, run: str) -> list[Section]:
         *_ratings(results, run),
         _topics(results, run),
         *cost_sections(results),
+        round_section(results, run),
         _responses(results, run),
         _judge_costs(results, run),
     ]

@@ -1,0 +1,97 @@
+"""Rounds on samples: what follows what, what the next round starts from, and what is written of all of them."""
+
+import json
+
+import polars as pl
+import pytest
+
+import stages.iterate
+from pipeline.artifacts.runs import Run
+from pipeline.report.sections import sections
+from pipeline.rollouts.rounds import write_rounds
+from tests.conftest import refscore_here
+from tests.report.evaluations import figures, typed
+
+OBJECTIVE = ("--set", "train.objective=policy_gradient")
+
+
+def test_every_round_is_rollout_and_train_and_the_next_one_starts_from_its_policy(place, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages.iterate, "step", lambda stage, _, name, settings: told.append((stage, name, settings)))
+    for number in (1, 2):
+        (place.run(f"it-r{number}") / "model").mkdir(parents=True)
+        (place.run(f"it-r{number}") / "model/config.json").write_text("{}")
+    arguments = ["iterate", "--config", place.config, "--run", "it", "--rounds", 3, *OBJECTIVE]
+    refscore_here(place.where, *arguments)
+    assert [one[:2] for one in told] == [
+        *((stage, f"it-r{number}") for number in (1, 2, 3) for stage in ("rollout", "train")),
+        ("eval", "it-r3"),
+    ]
+    given = [[one for one in settings if one != OBJECTIVE[1]] for *_, settings in told]
+    assert given[0] == given[1] == []
+    assert given[2] == given[3] == ['policy.model="data/runs/it-r1/model"', "policy.revision=null"]
+    assert given[4] == ['policy.model="data/runs/it-r2/model"', "policy.revision=null"]
+    assert 'generate.models={"round1": "run:it-r1", "round2": "run:it-r2"}' in given[6]
+    told.clear()
+    refscore_here(place.where, *arguments, "--set", "generate.next_reference=previous")
+    assert 'reference.model="data/runs/it-r1/model"' in told[2][2]
+
+
+@pytest.fixture
+def two_rounds(place, monkeypatch):
+    """Both rounds with the double that samples, in this process; what the command said."""
+
+    def step(stage, path, name, settings):
+        sets = [part for setting in settings for part in ("--set", setting)]
+        refscore_here(place.where, stage, "--config", path, "--run", name, *sets)
+
+    monkeypatch.setattr(stages.iterate, "step", step)
+    return refscore_here(
+        place.where,
+        "iterate",
+        "--config",
+        place.config,
+        "--run",
+        "it",
+        "--rounds",
+        2,
+        *OBJECTIVE,
+        "--set",
+        "judge=rule:contains=dog",
+    )
+
+
+def test_the_last_run_says_of_every_round_what_it_took_and_reached(place, two_rounds):
+    assert "policy is round 2" in two_rounds
+    first, second = json.loads((place.run("it-r2") / "rounds.json").read_text())["rounds"]
+    assert (first["run"], second["run"]) == ("it-r1", "it-r2")
+    for one in (first, second):
+        assert min(one["seconds"][part] for part in ("generate", "score", "train")) > 0
+        assert min(one["tokens"][part] for part in ("generate", "score", "train")) > 0
+        rows = place.rows(one["run"])
+        assert one["samples"] == len(rows) == 36
+        assert one["mean_reward"] == pytest.approx(rows["reward"].mean())
+        assert one["kl_before"] == pytest.approx((rows["logp"] - rows["ref_logp"]).mean())
+    # the first round's samples are the reference's own
+    assert first["kl_before"] == 0
+    assert second["kl_before"] != 0
+    costs = json.loads((place.run("it-r2") / "eval.json").read_text())["cost"]
+    assert [first["kl"], second["kl"]] == [costs[name]["kl"]["mean"] for name in ("round1", "policy")]
+    page = (place.run("it-r2") / "report.html").read_text()
+    assert "mean reward of the samples" in page
+    metrics = pl.read_parquet(place.run("it-r2") / "metrics.parquet")
+    assert second["seconds"]["train"] == pytest.approx(metrics["step_seconds"].sum(), abs=0.02)
+
+
+def test_the_table_of_rounds_stands_in_the_report_of_a_run_that_has_them(place, monkeypatch):
+    monkeypatch.chdir(place.where)
+    place.rollout()
+    found = typed(figures(0.7, 0.6, 0.8))
+    assert "Rounds" not in [section.title for section in sections(found, "r")]
+    write_rounds([Run(place.run()), Run(place.run())])
+    (table,) = [section for section in sections(found, "r") if section.title == "Rounds"]
+    assert [str(row[0]) for row in table.rows] == ["1", "2"]
+    assert all(len(row) == len(table.head) for row in table.rows)
+    assert str(table.rows[0][3]) == f"{place.provenance()['mean_reward']:.4f}"
+    # neither was trained or evaluated
+    assert [str(table.rows[0][at]) for at in (5, 9)] == ["-", "0.0"]
