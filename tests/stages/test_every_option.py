@@ -83,8 +83,8 @@ def test_every_field_is_walked():
 
 
 def test_every_section_is_walked():
-    """By this file, and by test_every_input_option, test_every_eval_option and test_every_judge_option."""
-    assert Config.model_fields.keys() == {"data", "reference", "policy", "train", "generate", "judge"}
+    """By this file, and by test_every_input_option, _eval_option, _rollout_option and _judge_option."""
+    assert Config.model_fields.keys() == {"data", "reference", "policy", "train", "generate", "rollout", "judge"}
 
 
 @pytest.fixture(scope="module")
