@@ -22,7 +22,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-pairs bench-view bench-balance bench-statistics bench-trl bench-grpo frontier demo-data requirements docs clean architectures
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -105,6 +105,9 @@ bench-score: .venv/.test ## scoring against TRL's precompute and a plain loop, e
 
 bench-trl: .venv/.test ## TRL's DPOTrainer from stored scores against its own precomputation
 	@.venv/bin/python -m tests.benchmarks.exchange
+
+bench-grpo: .venv/.test ## TRL's GRPOTrainer and our policy gradient on the same stored samples
+	@.venv/bin/python -m tests.benchmarks.grpo
 
 bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 	@.venv/bin/python -m tests.benchmarks.memory

@@ -1,7 +1,8 @@
 """`make frontier`: what objectives get for the KL that they spend, on controlled sentiment (figure 2 of the DPO paper, 2305.18290).
 
 Every method, each beta, three seeds, on one set of scores: DPO, IPO, SFT on the chosen responses, and DPO on pairs whose
-labels are shuffled, which must get nothing. Beside them the best of n responses of the untrained reference by the true reward,
+labels are shuffled, which must get nothing; and policy gradient on eight samples of each training prompt, by the true reward. Beside
+them the best of n responses of the untrained reference by the true reward,
 whose KL is at most log n - (n - 1) / n (Beirami et al. 2024, 2401.01879). Runs that are complete are not trained again.
 Writes docs/frontier.svg and prints the tables of docs/benchmarks.md.
 """
@@ -43,12 +44,17 @@ Key = tuple[str, float, int]
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with the betas that trace its frontier, and the pairs it learns from."""
+    """An objective with the betas that trace its frontier, and what it learns from."""
 
     name: str
     loss_type: str
     betas: tuple[float, ...]
     pairs: str = "train"
+
+    @property
+    def samples(self) -> bool:
+        """Whether it learns from samples and their true rewards, `betas` being weights of its KL to the reference."""
+        return self.loss_type == "policy_gradient"
 
 
 METHODS = (
@@ -56,6 +62,7 @@ METHODS = (
     Method("IPO", "ipo_sum", (0.02, 0.2)),
     Method("SFT on chosen", "sft", (0.05,)),
     Method("DPO, labels shuffled", "sigmoid", (0.05,), "shuffled"),
+    Method("policy gradient", "policy_gradient", (0.0, 0.03, 0.1)),
 )
 
 
@@ -71,18 +78,30 @@ def main() -> None:
     """Score, train every run that is missing, evaluate, each in one process; then tables and picture."""
     parser = argparse.ArgumentParser(description="reward against KL of several objectives")
     parser.add_argument("--stage", choices=tuple(STAGES), help="one stage of all runs, in this process")
-    stage = parser.parse_args().stage
-    if stage:
-        STAGES[stage]()
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
+    parser.add_argument("--methods", nargs="+", default=[method.name for method in METHODS], metavar="NAME")
+    given = parser.parse_args()
+    choose(given.seeds, given.methods)
+    if given.stage:
+        STAGES[given.stage]()
         return
     begun = time.monotonic()
     write_data()
     # vLLM pins the threads of the process that it runs in, which training needs
     for name in STAGES:
-        if subprocess.run([sys.executable, "-m", "tests.benchmarks.frontier", "--stage", name], check=False).returncode:
+        command = [sys.executable, "-m", "tests.benchmarks.frontier", "--stage", name, *sys.argv[1:]]
+        if subprocess.run(command, check=False).returncode:
             sys.exit(f"stage {name} failed")
     best = best_of_n()
     report(best, (time.monotonic() - begun) / 60)
+
+
+def choose(seeds: list[int], methods: list[str]) -> None:
+    """Look at some seeds and methods alone."""
+    global SEEDS, METHODS  # what all functions here look at
+    SEEDS, METHODS = tuple(seeds), tuple(method for method in METHODS if method.name in methods)
+    if not METHODS:
+        sys.exit(f"no such method: {', '.join(methods)}")
 
 
 def report(best: dict[int, dict[str, float]], minutes: float) -> None:
@@ -137,26 +156,43 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def method_of(key: Key) -> Method:
+    """The method of a run."""
+    return next(method for method in METHODS if method.name == key[0])
+
+
 def config_of(key: Key) -> Config:
     """The demo's configuration with what differs in this run."""
-    name, beta, seed = key
-    method = next(method for method in METHODS if method.name == name)
+    _, beta, seed = key
+    method = method_of(key)
     pairs = f"{method.pairs}{seed if method.pairs == 'shuffled' else ''}"
     settings = {
         "data.path": DIRECTORY / f"{pairs}.jsonl", "data.eval_path": DIRECTORY / "eval.jsonl",
-        "train.loss_type": method.loss_type, "train.beta": beta, "train.seed": seed, "train.max_steps": STEPS,
+        "train.seed": seed, "train.max_steps": STEPS,
         "train.eval_steps": 0, "train.save_steps": 0, # what is judged is what KL is measured on: one sampling does for both
         "generate.samples": RESPONSES, "generate.kl_samples": RESPONSES, "generate.fixed_length": "false",
         "judge": f'["rule:sentiment={TRUE}", "rule:sentiment={INDEPENDENT}"]',
     }  # fmt: skip
+    if method.samples:
+        settings |= {
+            "train.objective": "policy_gradient", "train.policy_gradient.kl_coef": beta, "train.policy_gradient.max_kl": "null",
+            "rollout.judge": f"rule:sentiment={TRUE}",
+        }  # fmt: skip
+    else:
+        settings |= {"train.loss_type": method.loss_type, "train.beta": beta}
     return load_config("demo", [f"{field}={value}" for field, value in settings.items()])
 
 
 def score_all() -> None:
-    """Score every pair: swapped ones have the same sequences."""
+    """Score every pair: swapped ones have the same sequences; sample, reward and score the training prompts."""
     from pipeline import make_plan, score
+    from pipeline.rollouts.write import write_rollouts
 
     score(make_plan(config_of(next(runs())[0])))
+    # what one run samples the others use again
+    for key, run in runs():
+        if method_of(key).samples and not run.model.is_dir():
+            write_rollouts(config_of(key), open_run(run.name))
 
 
 def train_all() -> None:
@@ -167,8 +203,9 @@ def train_all() -> None:
         if run.model.is_dir():
             continue
         config = config_of(key)
-        plan = make_plan(config)
-        write_pairs(plan, config, open_run(run.name), quarantined=score(plan, run.directory))
+        if not method_of(key).samples:
+            plan = make_plan(config)
+            write_pairs(plan, config, open_run(run.name), quarantined=score(plan, run.directory))
         train(config, run)
         print(f"trained {run.name}", flush=True)
 
