@@ -6,7 +6,7 @@ What stays in memory is a few numbers per sample; token ids and scores are read 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.config.rollouts import PolicyGradientConfig
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
+from pipeline.training.inputs.grouped import ends_of, in_whole_groups, longest_of, must_fit, starts_of, tree_of
 from pipeline.training.inputs.pairs import Stored
 
 _KEPT = ("prompt_ids", "response_ids", "logps", "ref_logps")
@@ -91,7 +92,7 @@ class Samples:
     def __init__(self, rollouts: Rollouts) -> None:
         self._rollouts = rollouts
         columns = [rollouts.samples[name] for name in ("prompt_ids", "response_ids")]
-        self.trees: Sequence[Tree] = Stored(columns, _tree)
+        self.trees: Sequence[Tree] = Stored(columns, tree_of)
         self.longest, self.ends = rollouts.longest, rollouts.ends
 
     def __len__(self) -> int:
@@ -110,11 +111,6 @@ class Samples:
         return values
 
 
-def _tree(prompt: pa.ListScalar, response: pa.ListScalar) -> Tree:
-    ids, branch = (row.values.to_numpy().tolist() for row in (prompt, response))
-    return Tree(ids, (branch,))
-
-
 def load_rollouts(path: Path, settings: PolicyGradientConfig) -> Rollouts:
     """Read rollouts.parquet for a loss with `settings`; what is read stays on disk, memory-mapped.
 
@@ -130,10 +126,10 @@ def load_rollouts(path: Path, settings: PolicyGradientConfig) -> Rollouts:
     longest, ends, seen = 0, set[int](), set[str]()
     with tempfile.NamedTemporaryFile(prefix="rollouts-", dir=durable.scratch_place()) as file:
         with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, schema) as writer:
-            for table in _in_whole_groups(read_groups(path, ROLLOUTS, columns)):
+            for table in in_whole_groups(read_groups(path, ROLLOUTS, columns), "prompt_id"):
                 kept = _kept(path, table, settings, seen, left_out, keep_equal=keep_equal)
                 if len(kept):
-                    longest, ends = max(longest, _longest(kept)), ends | _ends(kept)
+                    longest, ends = max(longest, longest_of(kept)), ends | ends_of(kept)
                     read.add(kept)
                     writer.write_table(kept.select(_KEPT).cast(schema))
         # mapped, the file needs no name
@@ -170,34 +166,13 @@ class _Read:
     def add(self, table: pa.Table) -> None:
         """Take the numbers of some whole groups."""
         ids = table["prompt_id"].to_pylist()
-        starts = _starts(ids)
+        starts = starts_of(ids)
         self.ids += [ids[start] for start in starts[:-1]]
         self.sizes += np.diff(starts).tolist()
         self.rewards.append(table["reward"].to_numpy())
         both = [table[name].to_numpy(zero_copy_only=False) for name in ("logp", "ref_logp")]
         self.sums.append(np.stack(both).astype(np.float64))
         self.cut_off.append(pc.equal(table["finish_reason"], "length").to_numpy(zero_copy_only=False).astype(bool))
-
-
-def _starts(ids: Sequence[str]) -> np.ndarray:
-    """Where runs of equal ids begin, and the end."""
-    changes = [number for number in range(len(ids)) if number == 0 or ids[number] != ids[number - 1]]
-    return np.array([*changes, len(ids)], dtype=np.int64)
-
-
-def _in_whole_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows, cut between prompts alone."""
-    rest: pa.Table | None = None
-    for part in parts:
-        table = part if rest is None else pa.concat_tables([rest, part])
-        starts = _starts(table["prompt_id"].to_pylist())
-        # the last prompt may go on
-        last = int(starts[-2]) if len(starts) > 1 else 0
-        if last:
-            yield table.slice(0, last).combine_chunks()
-        rest = table.slice(last)
-    if rest is not None and len(rest):
-        yield rest.combine_chunks()
 
 
 def _kept(
@@ -211,9 +186,10 @@ def _kept(
 ) -> pa.Table:
     """The samples of whole groups that teach something; the others are counted."""
     ids, rewards = table["prompt_id"].to_pylist(), table["reward"].to_numpy(zero_copy_only=False).astype(np.float64)
-    _must_fit(path, table, reads_reference=settings.reads_reference)
+    for column, total in (("logps", "logp"), ("ref_logps", "ref_logp"))[: 2 if settings.reads_reference else 1]:
+        must_fit(path, table, "prompt_id", column, total, "run 'refscore rollout' again")
     stays = np.zeros(len(table), dtype=bool)
-    starts = _starts(ids)
+    starts = starts_of(ids)
     for start, end in pairwise(starts.tolist()):
         if ids[start] in seen:
             raise DataError(
@@ -230,34 +206,3 @@ def _kept(
         else:
             stays[start:end] = rewarded
     return table.filter(pa.array(stays)).combine_chunks()
-
-
-def _longest(table: pa.Table) -> int:
-    prompts, responses = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "response_ids"))
-    return int((prompts + responses).max())
-
-
-def _ends(table: pa.Table) -> set[int]:
-    column = table["response_ids"].combine_chunks()
-    return set(np.unique(column.values.to_numpy()[column.offsets.to_numpy()[1:] - 1]).tolist())
-
-
-def _must_fit(path: Path, table: pa.Table, *, reads_reference: bool) -> None:
-    """Raise DataError unless every sample has as many finite scores as tokens, and sums that are theirs."""
-    lengths = pc.list_value_length(table["response_ids"]).to_numpy()
-    for column, total in (("logps", "logp"), ("ref_logps", "ref_logp"))[: 2 if reads_reference else 1]:
-        scores = table[column].combine_chunks()
-        given = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
-        values, ends = scores.flatten().to_numpy(), np.cumsum(given)
-        broken = (given == 0) | (given != lengths)
-        if not (finite := np.isfinite(values)).all():
-            broken[np.searchsorted(ends, np.flatnonzero(~finite), side="right")] = True
-        if not broken.any():
-            sums = table[total].to_numpy(zero_copy_only=False)
-            found = np.add.reduceat(values, ends - given, dtype=np.float64)
-            broken = ~(np.abs(found - sums) <= 1e-6 * (1 + np.abs(sums)))
-        if broken.any():
-            prompt_id = table["prompt_id"][int(np.argmax(broken))]
-            raise DataError(
-                f"{path}: a sample of prompt {prompt_id} has no whole set of {column}: run 'refscore rollout' again"
-            )

@@ -1,0 +1,72 @@
+"""Tables of single responses of which some belong together, one row after the other: cut between groups, checked, as trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import DataError
+from pipeline.forward.trees import Tree
+
+
+def starts_of(ids: Sequence[str]) -> np.ndarray:
+    """Where runs of equal ids begin, and the end."""
+    changes = [number for number in range(len(ids)) if number == 0 or ids[number] != ids[number - 1]]
+    return np.array([*changes, len(ids)], dtype=np.int64)
+
+
+def in_whole_groups(parts: Iterable[pa.Table], column: str) -> Iterator[pa.Table]:
+    """The same rows, cut between groups alone, which are rows of one value of `column`."""
+    rest: pa.Table | None = None
+    for part in parts:
+        table = part if rest is None else pa.concat_tables([rest, part])
+        starts = starts_of(table[column].to_pylist())
+        # the last group may go on
+        last = int(starts[-2]) if len(starts) > 1 else 0
+        if last:
+            yield table.slice(0, last).combine_chunks()
+        rest = table.slice(last)
+    if rest is not None and len(rest):
+        yield rest.combine_chunks()
+
+
+def must_fit(path: Path, table: pa.Table, names: str, column: str, total: str, way_out: str) -> None:
+    """Raise DataError unless every response has as many finite scores in `column` as tokens, and a sum in `total` that is theirs.
+
+    `names`: the column that names a row; `way_out`: what to do.
+    """
+    scores = table[column].combine_chunks()
+    given = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+    values, ends = scores.flatten().to_numpy(), np.cumsum(given)
+    broken = (given == 0) | (given != pc.list_value_length(table["response_ids"]).to_numpy())
+    if not (finite := np.isfinite(values)).all():
+        broken[np.searchsorted(ends, np.flatnonzero(~finite), side="right")] = True
+    if not broken.any():
+        sums = table[total].to_numpy(zero_copy_only=False)
+        found = np.add.reduceat(values, ends - given, dtype=np.float64)
+        broken = ~(np.abs(found - sums) <= 1e-6 * (1 + np.abs(sums)))
+    if broken.any():
+        name = table[names][int(np.argmax(broken))]
+        raise DataError(f"{path}: a response of {names} {name} has no whole set of {column}: {way_out}")
+
+
+def longest_of(table: pa.Table) -> int:
+    """Tokens of the longest prompt with its response."""
+    prompts, responses = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "response_ids"))
+    return int((prompts + responses).max())
+
+
+def ends_of(table: pa.Table) -> set[int]:
+    """Tokens that responses end with."""
+    column = table["response_ids"].combine_chunks()
+    return set(np.unique(column.values.to_numpy()[column.offsets.to_numpy()[1:] - 1]).tolist())
+
+
+def tree_of(prompt: pa.ListScalar, response: pa.ListScalar) -> Tree:
+    """One response as a tree of its own."""
+    ids, branch = (row.values.to_numpy().tolist() for row in (prompt, response))
+    return Tree(ids, (branch,))
