@@ -24,6 +24,8 @@ PLACE = ROOT / "data" / "cache" / "mutants"
 # what covers a file without starting an engine or a process; everything below tests/
 COVERING = {
     "training/objectives/losses": ["training/test_losses.py", "config/test_losses.py", "theory/test_dpo.py"],
+    "training/objectives/unpaired": ["training/test_unpaired_losses.py", "theory/test_unpaired_and_ranked.py"],
+    "training/objectives/ranked": ["training/test_ranked_losses.py", "theory/test_unpaired_and_ranked.py"],
     "training/schedule": ["training/test_schedule.py"],
     "evaluation/rates/statistics": ["evaluation/test_statistics.py"],
     "evaluation/rates/paired": ["evaluation/test_paired.py"],

@@ -220,3 +220,5 @@ def test_a_reward_model_with_margins_is_trls():
     torch.testing.assert_close(
         margin_loss(chosen, rejected, torch.zeros(6, dtype=torch.float64)), bradley_terry_loss(chosen, rejected).losses
     )
+    # stored margins have more digits than scores of a model
+    assert margin_loss(chosen.float(), rejected.float(), margins).dtype == torch.float32

@@ -240,6 +240,11 @@ def test_hand_values():
     # both on the wrong side
     wrong = shown(kto_loss(policy, reference, ~good, z0, beta=0.2), policy, ~good)
     assert wrong["rewards/accuracies"] == 0.0
+    # weights of 1 if none are said: gains of -0.3 and -0.3
+    assert wrong["loss"] == pytest.approx(1 - lost)
+    # a reward that is the baseline says good of none
+    both, none = torch.tensor([True, True]), torch.zeros((), dtype=torch.float64)
+    assert shown(kto_loss(policy, policy, both, none, beta=0.2), policy, both)["rewards/accuracies"] == 0.0
     # a good one that is above the reference and below the baseline
     between = kto_loss(policy[:1], reference[:1], good[:1], torch.tensor(3.0, dtype=torch.float64), beta=0.2)
     assert shown(between, policy[:1], good[:1])["rewards/accuracies"] == 0.0
@@ -252,6 +257,7 @@ def test_a_running_mean_counts_every_response_alike():
     """Steps of different sizes, one empty: the mean of all at once; and going on from numbers is going on."""
     rewards = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     running = no_mean()
+    assert running.mean.dtype == running.responses.dtype == torch.float64
     for part in rewards.split([1, 0, 6, 3]):
         running = counted_in(running, part)
     assert float(running.mean) == pytest.approx(float(rewards.mean()), abs=1e-12)
