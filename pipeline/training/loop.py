@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.runs import Run
-from pipeline.artifacts.schemas import RESPONSE_METRICS
+from pipeline.artifacts.runs import Run, read_json
 from pipeline.config.experiment import Config
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.progress import Listener
@@ -56,7 +55,7 @@ class Loop:
     def run(self, first: int) -> int:
         """Take the steps from `first` (0-based) on; returns how many were taken in all, fewer if the objective ends it."""
         train = self.config.train
-        if first and self._why_ended({name: self.metrics.last(name) for name in RESPONSE_METRICS}):
+        if first and self.world.once(lambda: read_json(self.directories.training).get("ended")) == first:
             return first
         saver = Saver(self.directories.checkpoints, self.training, train, self.world)
         if first == 0:
@@ -104,6 +103,9 @@ class Loop:
                     self.metrics.flush()
                     if self.world.first:
                         self.logps.write()
+                    if self.world.first and why is not None:
+                        path = self.directories.training
+                        durable.write_json(path, {**read_json(path), "ended": done})
                     saver.save(done, self.policy, self.shards, self.optimizer, self.logps.state(), last=last)
                     since = saved = time.monotonic()
                     writing = since - started
@@ -112,10 +114,10 @@ class Loop:
                     return done
         return self.steps
 
-    def _why_ended(self, values: Mapping[str, float | None]) -> str | None:
+    def _why_ended(self, values: Mapping[str, float]) -> str | None:
         """Why the training is to end after a step with these means; None if it goes on."""
-        bound, moved = self.config.train.policy_gradient.max_kl, values.get("kl/behaviour")
-        if bound is None or moved is None or not moved > bound:
+        bound, moved = self.config.train.policy_gradient.max_kl, values.get("kl/behaviour", math.nan)
+        if bound is None or not moved > bound:
             return None
         return (
             f"the policy is {moved:.4f} nats per token from the model that wrote the samples, train.policy_gradient.max_kl is "
@@ -192,6 +194,11 @@ def _averaged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _line(values: Mapping[str, float]) -> str:
     if "rewards/margins" in values:
         figures = f"margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.2f}"
+    elif "value/mean" in values:
+        explained = values.get("value/explained_variance", math.nan)
+        figures = f"value {values['value/mean']:.3f}  explained {explained:.2f}"
+    elif "ratio/max" in values and math.isnan(values.get("kl/behaviour", math.nan)):
+        figures = "nothing to learn from: all samples were cut off"
     else:
         clipped = f"  clipped {values['clip_ratio/region_mean']:.3f}" if "clip_ratio/region_mean" in values else ""
         figures = f"ratio up to {values['ratio/max']:.2f}  moved {values['kl/behaviour']:.4f}{clipped}"

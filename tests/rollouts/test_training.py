@@ -16,6 +16,7 @@ from pipeline.config.rollouts import PolicyGradientConfig
 from pipeline.config.training import TrainConfig
 from pipeline.errors import DataError
 from pipeline.forward.logps import forward_of
+from pipeline.forward.trees import width_of
 from pipeline.training.inputs.batches import micro_batches
 from pipeline.training.inputs.rollouts import load_rollouts
 from pipeline.training.objectives.objective import objective_of
@@ -159,10 +160,35 @@ def test_the_training_ends_when_the_samples_have_become_those_of_another_model(s
     steps = json.loads((sampled.run() / "provenance.json").read_text())["stages"]["train"]["steps"]
     assert steps == found["step"][-1] < 6
     assert "nothing to train" in train(sampled, "train.policy_gradient.max_kl=0.0001", "train.learning_rate=0.01")
-    # killed before it could say that it had ended
+
+
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_a_training_that_had_ended_by_itself_takes_no_more_steps(sampled, logging_steps):
+    settings = "train.learning_rate=0.01", f"train.logging_steps={logging_steps}"
+    copied(sampled, "looked")
+    train(sampled, "train.learning_rate=0.01", "train.max_steps=2", run="looked")
+    # so that the mean of two steps, which is logged, is below
+    bound = f"train.policy_gradient.max_kl={metrics(sampled, 'looked')['kl/behaviour'][1] * 0.9}"
+    assert "ended     after step 2 of 6" in train(sampled, *settings, bound)
+    # killed before it could say so
     (sampled.run() / "provenance.json").unlink()
-    train(sampled, "train.policy_gradient.max_kl=0.0001", "train.learning_rate=0.01")
-    assert metrics(sampled)["step"][-1] == steps
+    assert "resuming after step 2" in train(sampled, *settings, bound)
+    assert metrics(sampled)["step"][-1] == 2
+
+
+def test_a_step_whose_samples_were_all_cut_off_is_said_and_changes_nothing(sampled, tiny_model):
+    def cut_off(table):
+        reasons = pa.array(["length"] * len(table), ROLLOUTS.field("finish_reason").type)
+        return table.set_column(table.schema.get_field_index("finish_reason"), ROLLOUTS.field("finish_reason"), reasons)
+
+    sampled.rewrite(cut_off)
+    said = train(sampled, "train.policy_gradient.mask_truncated_completions=true", "train.weight_decay=0.0")
+    assert "nothing to learn from: all samples were cut off" in said
+    found = metrics(sampled)
+    assert found["loss"].to_list() == [0.0] * 6
+    assert found["kl/behaviour"].null_count() == 6
+    before = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(sampled).items())
 
 
 def test_samples_of_another_model_close_no_gate_and_are_refused_if_they_are_far(sampled, tmp_path):
@@ -271,17 +297,29 @@ def test_prompts_are_whole_however_the_file_is_cut(sampled, monkeypatch):
     assert (found.longest, found.ends) == (expected.longest, expected.ends)
 
 
-def test_siblings_share_their_prompt(sampled, tiny_model):
-    rollouts = load_rollouts(sampled.run() / "rollouts.parquet", PolicyGradientConfig())
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    numbers = list(rollouts.of(0))
-    trees = [rollouts.one_by_one.trees[number] for number in numbers]
-    together, apart = (forward_of(model, layout).tokens(trees) for layout in ("tree", "separate"))
-    own = sum(len(tree.branches[0]) for tree in trees)
-    assert (
-        apart - together >= (len(numbers) - 1) * len(trees[0].trunk) - 128 > 0
-        or together <= len(trees[0].trunk) + own + 128
-    )
+def test_eight_samples_read_their_prompt_once(place, tiny_model):
+    place.rollout("rollout.samples=8")
+    path = place.run() / "rollouts.parquet"
+    write_table(path, length_rewards(read_table(path, ROLLOUTS)), read_about(path))
+    rollouts = load_rollouts(path, PolicyGradientConfig())
+    of_prompt, responses = rollouts.trees[0].trunk, set(map(tuple, rollouts.trees[0].branches))
+    assert len(rollouts.of(0)) == 8
+    # the last token of a response predicts nothing
+    inner = sum(len(response) - 1 for response in responses)
+    expected = {"tree": len(of_prompt) + inner, "separate": len(responses) * len(of_prompt) + inner}
+    assert expected["separate"] > 2 * expected["tree"]
+    for layout, tokens in expected.items():
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        forward = forward_of(model, layout)
+        config = TrainConfig(objective="policy_gradient", tokens_per_batch=8192)
+        examples, numbers = objective_of(config).parts(rollouts, [0])
+        assert forward.tokens([examples.trees[number] for number in numbers]) == tokens
+        read = []
+        model.get_input_embeddings().register_forward_hook(
+            lambda _, given, __, read=read: read.append(given[0].numel())
+        )
+        train_step(forward, rollouts, [0], config)
+        assert read == [width_of(tokens, torch.device("cpu"))]
 
 
 def test_a_variant_of_the_references_samples_wants_them(sampled, tmp_path):
