@@ -47,6 +47,11 @@ def _export_pairs(run: Run, format_name: str, directory: Path) -> None:
     if not saved:
         raise ConfigError(f"run {run.name!r} has no configuration: run 'refscore precompute' with it first")
     config = load_overrides(saved, [], str(run.config))
+    if run.scored != run.pairs:
+        raise ConfigError(
+            f"run {run.name!r} learns from responses, and {format_name} takes pairs. {run.responses} is a table of token ids "
+            "and scores that Polars reads; 'refscore show' prints it"
+        )
     must_take(directory, format_name)
     if format_name == FAIRSEQ2:
         tokenizer = load_tokenizer(locate(config.reference), config.reference)
@@ -69,7 +74,7 @@ def _export_samples(run: Run, format_name: str, directory: Path) -> None:
     must_take(directory, format_name, with_card=False)
     samples = read_table(run.samples, SAMPLES)
     models = list(dict.fromkeys(samples["model"].to_pylist()))
-    comparisons = comparisons_of(samples, held_out_prompts(run.pairs, None), models)
+    comparisons = comparisons_of(samples, held_out_prompts(run.scored, None), models)
     judgements = [Judgement(**row) for row in read_table(run.judgements, JUDGEMENTS).to_pylist()]
     for path in OF_SAMPLES[format_name](directory, comparisons, judgements):
         console.say(str(path))

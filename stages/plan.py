@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
+from pipeline.pairs.kinds import UNITS
 from pipeline.planning.cautions import cautions
 from pipeline.planning.forecast import Disk, Speeds, disk, length_that_fits, memory_here, speeds
 from pipeline.planning.outlook import DEVICES, Outlook, devices_that_fit, on_a_gpu, outlook, smaller
@@ -36,7 +37,7 @@ def main(
     kind = "cuda" if gpu_memory is not None else device_kind()
     seen = outlook(config, plan, kind, devices)
     here = speeds(config, plan) if kind == device_kind() and None in (scoring_speed, speed) else None
-    _show_training(seen, speed, here)
+    _show_training(seen, UNITS[plan.data][:-1], speed, here)
     if seen.scoring is not None:
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(seen.scoring).items())
         tokens = seen.scoring_tokens // devices
@@ -79,8 +80,9 @@ def _of_data(plan: Plan) -> dict[str, Any]:
     return {
         "reference_id": plan.identity.reference_id,
         "data": pairs.formats,
-        "rows": len(pairs) + pairs.dropped,
-        "pairs": pairs.splits,
+        "rows": pairs.read,
+        UNITS[plan.data].replace(" ", "_"): pairs.splits,
+        **({"labels": pairs.labels} if pairs.labels else {}),
         "dropped": {reason: drop.count for reason, drop in pairs.drops.items()},
         "sequences": plan.sequences,
         "hits": plan.sequences - len(plan.missing),
@@ -104,7 +106,7 @@ def _of_training(seen: Outlook, memory: float) -> dict[str, Any]:
     }
 
 
-def _show_training(seen: Outlook, speed: float | None, here: Speeds | None) -> None:
+def _show_training(seen: Outlook, unit: str, speed: float | None, here: Speeds | None) -> None:
     held = seen.training
     if held is None:
         console.say(f"training  {seen.unpredicted}")
@@ -124,7 +126,7 @@ def _show_training(seen: Outlook, speed: float | None, here: Speeds | None) -> N
     among = f"{each:,} on each of {seen.devices}, " if seen.devices > 1 else ""
     console.say(
         f"training  {seen.steps} steps, about {seen.training_tokens:,} tokens, {among}{seen.tokens_per_pass:,} in a forward pass "
-        f"(longest pair {seen.longest:,})" + _time(each, speed, here.training if here else None)
+        f"(longest {unit} {seen.longest:,})" + _time(each, speed, here.training if here else None)
     )
 
 
@@ -161,9 +163,8 @@ def _show_fit(config: Config, plan: Plan, seen: Outlook, memory: float) -> dict[
         )
     length = length_that_fits(config, plan, seen, memory)
     if length:
-        console.say(
-            f"          or with data.max_length={length}: one long pair takes the memory, {seen.longest:,} tokens"
-        )
+        one = f"one long {UNITS[plan.data][:-1]}"
+        console.say(f"          or with data.max_length={length}: {one} takes the memory, {seen.longest:,} tokens")
     return {"fits_on_devices": _show_devices(config, plan, seen, memory), "fits_with_max_length": length}
 
 

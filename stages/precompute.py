@@ -1,4 +1,6 @@
-"""Stage one: score chosen and rejected under the reference model, once, and write pairs.parquet."""
+"""Stage one: score chosen and rejected, or single responses, under the reference model, once, and write pairs.parquet or
+responses.parquet.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.engines.reference import open_reference
 from pipeline.errors import CheckError, ConfigError
+from pipeline.pairs.kinds import UNITS
 from pipeline.planning.cautions import warnings_of
 from pipeline.precompute.launch import score
-from pipeline.precompute.pairs_file import write_pairs, write_unscored
+from pipeline.precompute.pairs_file import table_of, write_pairs, write_unscored
 from pipeline.precompute.plan import make_plan, part_of
 from stages import console
 from stages.hashing import hash_weights
@@ -39,18 +42,20 @@ def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None)
         return
 
     quarantined = score(plan, run.directory, console.working)
+    table = table_of(run, config)
 
     if part:
         console.say(
-            f"part {shard} is in the store; when all parts are, the same command without --shard writes the pairs"
+            f"part {shard} is in the store; when all parts are, the same command without --shard writes {table.name}"
         )
     else:
         write_pairs(plan, config, run, quarantined=quarantined)
-        console.say(f"pairs     {run.pairs}")
+        console.say(f"{table.stem:9} {table}")
     if quarantined:
+        units, ids = UNITS[plan.data], ", with their token ids" if plan.pairs.of_pairs else ""
         raise CheckError(
-            f"{len(quarantined)} sequences have no finite score under this reference, and are not stored. Their pairs are left "
-            f"out: {run.dropped} lists them as not_finite, with their token ids. Everything else is scored and written, and "
+            f"{len(quarantined)} sequences have no finite score under this reference, and are not stored. Their {units} are left "
+            f"out: {run.dropped} lists them as not_finite{ids}. Everything else is scored and written, and "
             "'refscore train' runs on it; another reference.dtype may give them scores"
         )
 

@@ -6,13 +6,17 @@ import shutil
 
 from pipeline.config.experiment import Config, DataConfig
 from pipeline.config.files import load_overrides
+from pipeline.config.losses import data_of
 from pipeline.config.training import PolicyConfig
 from pipeline.errors import DataError
 from pipeline.models.load import load_tokenizer
 from pipeline.models.locate import locate
+from pipeline.pairs.groups import ResponseRow, ResponseStream
+from pipeline.pairs.kinds import UNITS
 from pipeline.pairs.preferences import Dropped, Preference, open_source
 from pipeline.pairs.rows import must_read_all
-from pipeline.pairs.splits import build_pairs, count_reasons, listed
+from pipeline.pairs.sources import listed
+from pipeline.pairs.splits import Pair, PairStream, count_reasons, must_train
 from stages import console
 
 _SHOWN = 20
@@ -34,48 +38,67 @@ def main(data: list[str], overrides: list[str], model: str | None) -> None:
 
 
 def _source(name: str, data: DataConfig) -> None:
-    source = open_source(name, data)
-    pairs = 0
+    # as what it is, whatever loss may learn from it
+    source = open_source(name, data, None)
+    usable = 0
     turns: dict[int, int] = {}
+    responses: dict[str, int] = {}
     reasons: dict[str, int] = {}
     first: list[Dropped] = []
-    for item in source.preferences():
-        if isinstance(item, Preference):
-            pairs += 1
-            turns[len(item.prompt)] = turns.get(len(item.prompt), 0) + 1
-        else:
-            reasons[item.reason] = reasons.get(item.reason, 0) + 1
+    for unit in source.units():
+        kept = [item for item in unit if isinstance(item, Preference)]
+        if kept:
+            usable += 1
+            turns[len(kept[0].prompt)] = turns.get(len(kept[0].prompt), 0) + 1
+        for item in kept:
+            said = "" if not item.single else "in a list" if item.label is None else "good" if item.label else "bad"
+            responses[said] = responses.get(said, 0) + 1
+        for row in (item for item in unit if isinstance(item, Dropped)):
+            reasons[row.reason] = reasons.get(row.reason, 0) + 1
             if len(first) < _SHOWN:
-                first.append(item)
+                first.append(row)
     console.say(f"{name}: {source.format}")
-    console.say(f"{source.read} rows, {pairs} usable, {sum(reasons.values())} dropped")
+    partly = usable + sum(reasons.values()) - source.read
+    beside = f", {partly} of these responses of rows that are used" if partly else ""
+    console.say(f"{source.read} rows, {usable} usable, {sum(reasons.values())} dropped{beside}")
+    if single := {said: count for said, count in sorted(responses.items(), reverse=True) if said}:
+        console.say("responses: " + ", ".join(f"{count} {said}" for said, count in single.items()))
     console.say(
         "messages in the prompt: " + (", ".join(f"{n} ({count} rows)" for n, count in sorted(turns.items())) or "none")
     )
     _unread(source.unread)
     _problems(first, reasons, [name])
-    if not pairs:
+    if not usable:
         raise DataError(f"{name}: no row is usable")
 
 
 def _tokenised(config: Config, model: str) -> None:
     spec = PolicyConfig(model=model)
-    pairs = build_pairs(_without_split(config.data), load_tokenizer(locate(spec), spec))
-    for name, format_name in pairs.formats.items():
+    data, tokenizer = _without_split(config.data), load_tokenizer(locate(spec), spec)
+    wanted = data_of(config.train)
+    stream = PairStream(data, tokenizer) if wanted == "pairs" else ResponseStream(data, tokenizer, wanted=wanted)
+    lengths: dict[str, list[int]] = {}
+    dropped: list[Dropped] = []
+    usable = 0
+    for item in stream:
+        if isinstance(item, Dropped):
+            dropped.append(item)
+            continue
+        usable += 1
+        ids = {"chosen": item.chosen_ids, "rejected": item.rejected_ids} if isinstance(item, Pair) else {}
+        ids = ids or {"response": item.response_ids} if isinstance(item, ResponseRow) else ids
+        for part, of_part in {"prompt": item.prompt_ids, **ids}.items():
+            lengths.setdefault(part, []).append(len(of_part))
+    must_train(usable, data, count_reasons(dropped))
+    for name, format_name in stream.formats.items():
         console.say(f"{name}: {format_name}")
-    console.say(
-        f"{len(pairs.pairs) + len(pairs.dropped)} rows, {len(pairs.pairs)} usable, {len(pairs.dropped)} dropped"
-    )
-    for token, count in pairs.control.items():
+    made = "usable" if stream.given == sum(stream.read.values()) else f"{UNITS[wanted]} usable"
+    console.say(f"{sum(stream.read.values())} rows, {usable} {made}, {len(dropped)} dropped")
+    for token, count in stream.control.items():
         console.say(f"{token} in the text of {count} rows, {_CONTROL[config.data.special_tokens]}")
-    lengths = {
-        "prompt": sorted(len(pair.prompt_ids) for pair in pairs.pairs),
-        "chosen": sorted(len(pair.chosen_ids) for pair in pairs.pairs),
-        "rejected": sorted(len(pair.rejected_ids) for pair in pairs.pairs),
-    }
-    rows = [[name, str(v[0]), str(v[len(v) // 2]), str(v[-1])] for name, v in lengths.items()]
+    rows = [[part, str(min(v)), str(sorted(v)[len(v) // 2]), str(max(v))] for part, v in lengths.items()]
     console.table("tokens", ["part", "least", "median", "most"], rows)
-    _problems(pairs.dropped[:_SHOWN], count_reasons(pairs.dropped), config.data.path)
+    _problems(dropped[:_SHOWN], count_reasons(dropped), config.data.path)
 
 
 def _without_split(data: DataConfig) -> DataConfig:

@@ -31,7 +31,7 @@ _SHOWN = {
 
 
 def main(run: Run, rows: int, engines: list[str]) -> None:
-    """Score `rows` pairs again; verify.json keeps the figures. Raises CheckError outside the tolerance.
+    """Score `rows` pairs, or responses, again; verify.json keeps the figures. Raises CheckError outside the tolerance.
 
     `engines` ("vllm", "transformers:bfloat16", ...) are measured on the same sample, beside what is stored.
     """
@@ -40,8 +40,9 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
         raise ConfigError(f"run {run.name!r} has no configuration: run 'refscore precompute' with it first")
     config = load_overrides(saved, [], str(run.config))
     others = {name: _configured(config, name) for name in engines}
-    sample = draw_sample(run.pairs, rows)
-    misfits = problems(config, run.pairs)
+    table = run.scored
+    sample = draw_sample(table, rows)
+    misfits = problems(config, table)
 
     # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
     scores = {name: _score(reference, sample) for name, reference in others.items()}
@@ -53,7 +54,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
         for name, (again, speed) in scores.items()
     }
 
-    figures, about = sample.against(truth, config.train.beta), read_about(run.pairs)
+    figures, about = sample.against(truth, config.train.beta), read_about(table)
     judged = judge(figures, str(about.get("dtype")), by_sum=bool(sample.sums))
     if misfits:
         judged |= {"passed": False, "verdict": "; ".join([*misfits, judged["verdict"]])}
@@ -63,7 +64,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
             **judged,
             **({IMPORTED_BY: about[IMPORTED_BY]} if IMPORTED_BY in about else {}),
             "compared": "sums" if sample.sums else "tokens",
-            "pairs": sample.pairs,
+            sample.unit: sample.rows,
             "beta": config.train.beta,
             **figures,
             "engines": measured,
@@ -72,7 +73,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
     _show(sample, figures, measured)
     if not judged["passed"]:
         raise CheckError(judged["verdict"])
-    whose = f" of {sample.pairs} pairs, imported from {about[IMPORTED_BY]}," if IMPORTED_BY in about else ""
+    whose = f" of {sample.rows} {sample.unit}, imported from {about[IMPORTED_BY]}," if IMPORTED_BY in about else ""
     console.say(f"passed{whose and f' for the scores{whose[:-1]}'}: {judged['verdict']}")
 
 
@@ -88,7 +89,7 @@ def _configured(config: Config, name: str) -> ReferenceConfig:
 
 def _score(reference: ReferenceConfig, sample: Sample) -> tuple[list[Any], float]:
     """Scores of the sample, and tokens per second once the engine is ready."""
-    console.say(f"scoring {sample.pairs} pairs with {reference.engine} {numerics_of(reference).dtype} ...")
+    console.say(f"scoring {sample.rows} {sample.unit} with {reference.engine} {numerics_of(reference).dtype} ...")
     longest = max(map(len, sample.requests))
     with start_scorer(reference, locate_reference(reference).merged, numerics_of(reference), longest) as scorer:
         started = time.monotonic()
@@ -97,8 +98,9 @@ def _score(reference: ReferenceConfig, sample: Sample) -> tuple[list[Any], float
 
 
 def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[str, float]]) -> None:
+    of = f"{sample.rows} {sample.unit}, {figures['tokens']} response tokens"
     console.table(
-        f"minus transformers float32, {sample.pairs} pairs, {figures['tokens']} response tokens; nats per token, margins in nats",
+        f"minus transformers float32, {of}; nats per token, margins in nats",
         ["scores", *_SHOWN.values(), "tokens/s"],
         [
             [

@@ -73,6 +73,11 @@ class Run:
         return self.directory / "responses.parquet"
 
     @property
+    def scored(self) -> Path:
+        """The table of what the run learns from, with the reference's scores: responses.parquet if it has one."""
+        return self.responses if self.responses.is_file() else self.pairs
+
+    @property
     def rollouts(self) -> Path:
         return self.directory / "rollouts.parquet"
 

@@ -95,7 +95,7 @@ def remove(path: Path) -> None:
 
 
 def _is_a_run(run: Run) -> bool:
-    return any(path.exists() for path in (run.config, run.pairs, run.log))
+    return any(path.exists() for path in (run.config, run.scored, run.log))
 
 
 def _state(run: Run) -> str:
@@ -106,8 +106,8 @@ def _state(run: Run) -> str:
         return "training"
     if run.rollouts.is_file():
         return "rollouts"
-    if run.pairs.is_file():
-        return "scored" if read_about(run.pairs).get("scored", True) else "pairs without scores"
+    if run.scored.is_file():
+        return "scored" if read_about(run.scored).get("scored", True) else "pairs without scores"
     return "begun"
 
 

@@ -59,8 +59,12 @@ class DataConfig(Section):
     )
     split: str = Field("train", description="which split to read of a folder or Hub data set")
     revision: str | None = Field(None, description="revision of a Hub data set")
-    columns: dict[Literal["prompt", "chosen", "rejected", "system"], str] = Field(
-        default_factory=dict, description="column map for data whose columns have other names"
+    columns: dict[
+        Literal["prompt", "chosen", "rejected", "system", "response", "label", "responses", "scores"], str
+    ] = Field(default_factory=dict, description="column map for data whose columns have other names")
+    lists: Literal["best_worst", "all_pairs"] = Field(
+        "best_worst",
+        description="pairs of a ranked list: the best with the worst response, or each with every one that is worse",
     )
     template: Literal["chat", "none"] = Field(
         "chat", description="chat: the model's chat template; none: plain text, ended by the end-of-sequence token"

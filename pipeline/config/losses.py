@@ -29,6 +29,8 @@ LossType = Literal[
     "cpo",
     "orpo",
 ]
+# what a loss learns from: pairs, single responses with a label, or lists of responses in order
+Data = Literal["pairs", "responses", "lists"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class LossFacts:
 
     `compares`: with the reference; if not, `reward` says of what of the policy's log-probabilities it makes one, their sum or
     their mean. `across_pairs`: a pair's loss depends on the others of its step. `smoothed`: reads label_smoothing.
-    `f_divergence`: has a meaning for divergences but the reverse KL. `setting`: a field that it alone reads.
+    `f_divergence`: has a meaning for divergences but the reverse KL. `setting`: a field that it alone reads. `data`: what it
+    learns from; `mismatched`: it also reads the response to another prompt; `margins`: it reads how much better chosen is.
     """
 
     compares: bool = True
@@ -46,6 +49,9 @@ class LossFacts:
     f_divergence: bool = False
     setting: str = ""
     reward: Literal["ratio", "sum", "mean"] = "ratio"
+    data: Data = "pairs"
+    mismatched: bool = False
+    margins: bool = False
 
 
 LOSS_FACTS: dict[str, LossFacts] = {
@@ -80,6 +86,21 @@ def reference_free(train: Any) -> bool:
     return train.objective != "preference" or not any(LOSS_FACTS[name].compares for name in train.loss_type)
 
 
+def data_of(train: Any) -> Data:
+    """What a `train` section learns from: pairs unless its losses say otherwise, which all say the same."""
+    return LOSS_FACTS[train.loss_type[0]].data if train.objective == "preference" else "pairs"
+
+
+def mismatched(train: Any) -> bool:
+    """Whether a `train` section needs, beside every response, the response to another prompt."""
+    return train.objective == "preference" and any(LOSS_FACTS[name].mismatched for name in train.loss_type)
+
+
+def margins(train: Any) -> list[str]:
+    """The losses of a `train` section that read how much better chosen is than rejected."""
+    return [name for name in train.loss_type if train.objective == "preference" and LOSS_FACTS[name].margins]
+
+
 def sums_do_not_do(what: str) -> str:
     """Why `train.ld_alpha` cannot be used with `what`, and what can."""
     return (
@@ -109,6 +130,12 @@ def loss_problems(train: Any, changed: set[str]) -> list[str]:
         return problems + ([f"objective {train.objective} {learns} and does not read {unread}"] if unread else [])
     if len(names) < len(train.loss_type):
         problems.append(f"loss_type {train.loss_type} names a loss twice: give it a weight in loss_weights")
+    if len({LOSS_FACTS[name].data for name in names}) > 1:
+        learn = {"pairs": "pairs", "responses": "single responses", "lists": "ranked lists"}
+        said = ", ".join(f"{name} from {learn[LOSS_FACTS[name].data]}" for name in train.loss_type)
+        problems.append(
+            f"losses that learn from different data cannot be mixed ({said}): train.loss_type needs one kind"
+        )
     if train.loss_weights is not None and len(train.loss_weights) != len(train.loss_type):
         problems.append(f"{len(train.loss_weights)} loss_weights for {len(train.loss_type)} losses")
     smoothed = {name for name, facts in LOSS_FACTS.items() if facts.smoothed}

@@ -145,8 +145,8 @@ def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
 
 
 def _references(runs: Sequence[Run]) -> dict[str, str | None]:
-    """Digest of the model that each run's pairs were scored with, whatever the arithmetic; None if it is not known."""
-    return {run.name: read_about(run.pairs).get("model") for run in runs}
+    """Digest of the model that each run's data was scored with, whatever the arithmetic; None if it is not known."""
+    return {run.name: read_about(run.scored).get("model") for run in runs}
 
 
 def _opponents(runs: Sequence[Run]) -> dict[str, str | None]:

@@ -55,13 +55,13 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     reference = open_for_new(config.reference, listener)
     models = candidates(config, run, reference)
     names = [model.name for model in models]
-    prompts = held_out_prompts(run.pairs, config.generate.max_prompts)
+    prompts = held_out_prompts(run.scored, config.generate.max_prompts)
     if not prompts:
         raise DataError(
-            f"{run.pairs} holds no eval pairs, so there is nothing to generate for: "
+            f"{run.scored} holds no eval {run.scored.stem}, so there is nothing to generate for: "
             "set data.eval_path or data.eval_fraction and run precompute again"
         )
-    about = read_about(run.pairs)
+    about = read_about(run.scored)
     maker = _maker_of_the_pairs(about)
     must_share_vocabulary(models, about.get("vocabulary"))
     # judges are opened before anything is generated: what is wrong with one is said at once
@@ -76,7 +76,11 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     held_out: HeldOut | None = None
     baselines: dict[str, Baselines] = {}
     for settings in config.judge:
-        if settings.kind == IMPLICIT:
+        if settings.kind == IMPLICIT and run.scored != run.pairs:
+            listener.say(
+                f"judge     {settings.shown} is left out: it compares held-out pairs, and {run.scored.name} holds none"
+            )
+        elif settings.kind == IMPLICIT:
             judgements, held_out, baselines[settings.shown] = judge_pairs(
                 settings.shown, run.pairs, models[0].merged(), config
             )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import RUNS
-from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.schemas import PAIRS, RESPONSES
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import GenerateConfig
 from pipeline.evaluation.candidates import Candidate
@@ -20,10 +20,11 @@ from pipeline.pairs.splits import prompt_id_of
 from pipeline.rollouts.samples import response_of, samples_key
 
 
-def held_out_prompts(pairs: Path, limit: int | None) -> list[Prompt]:
-    """Distinct prompts of the eval split, in the order of pairs.parquet."""
+def held_out_prompts(table: Path, limit: int | None) -> list[Prompt]:
+    """Distinct prompts of the eval split, in the order of pairs.parquet or responses.parquet."""
     prompts: dict[str, Prompt] = {}
-    for row in read_table(pairs, PAIRS, ["split", "prompt", "topic", "prompt_ids"]).to_pylist():
+    schema = RESPONSES if read_about(table).get("data", "pairs") != "pairs" else PAIRS
+    for row in read_table(table, schema, ["split", "prompt", "topic", "prompt_ids"]).to_pylist():
         if row["split"] == "eval":
             prompt_id = prompt_id_of(row["prompt_ids"])
             prompts.setdefault(prompt_id, Prompt(prompt_id, row["prompt"], row["topic"] or "", row["prompt_ids"]))

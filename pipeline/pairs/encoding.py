@@ -61,6 +61,11 @@ class Encoder:
         self._control = ControlTokens(tokenizer)
         self.control: dict[str, int] = {}
 
+    @property
+    def limit(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return self._limit
+
     def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         """Every row in order, with chosen and rejected; responses of equal ids are no pair."""
         for encoded in self._encode(items, ("chosen", "rejected")):

@@ -73,12 +73,6 @@ def detect_format(name: str, rows: list[Row], *, chat: bool = True) -> str:
     )
 
 
-def other_form(row: Row, format_name: str) -> str:
-    """The form that a row has that cannot be read as its file's; empty if it has no other."""
-    fitting = next((title for title, form in FORMATS.items() if form.fits(row)), format_name)
-    return "" if fitting == format_name else f"the row is {fitting}, the file {format_name}: one form for each file"
-
-
 def unread(row: Row, format_name: str) -> Iterable[str]:
     """Columns of a row, and fields of its messages, that nothing reads."""
     read = _BESIDE | _OWN_NOTES | FORMATS[format_name].reads

@@ -82,12 +82,18 @@ _NEAR: dict[str, tuple[Callable[[Row], bool], str]] = {
     "stepwise": (_is_stepwise, "is stepwise data (completions with labels), of which nothing is a pair"),
     "KTO": (
         _is_kto,
-        "is unpaired data as KTO learns from (one response a row, with a label): " + _PAIR + "a response that is wanted "
-        "and one that is not to the same prompt",
+        (
+            "is unpaired data as KTO learns from (one response a row, with a label), and cannot be read as such: it needs a prompt "
+            "(or messages that end with the response), a response, and a label of true or false, 1 or 0, 1 or -1, up or down; "
+            "other names are given with --set 'data.columns={prompt: question, response: text, label: vote}'"
+        ),
     ),
     "rated lists": (
         _is_rated_lists,
-        "holds several responses a row, as UltraFeedback and Argilla give them: " + _PAIR + "the best and another response",
+        "holds several responses a row, without a prompt, or scores or ranks of them, that are known: name them, for example with "
+        "--set 'data.columns={prompt: question, responses: texts, scores: stars}', or "
+        + _PAIR
+        + "the best and another response",
     ),
     "two and a winner": (
         _is_two_and_a_winner,

@@ -13,8 +13,10 @@ from itertools import islice
 from typing import Any
 
 from pipeline.config.experiment import DataConfig
+from pipeline.config.losses import Data
 from pipeline.errors import CheckError, ConfigError, DataError
-from pipeline.pairs.formats import FORMATS, detect_format, other_form, shown, unread
+from pipeline.pairs.formats import shown
+from pipeline.pairs.kinds import Form, Said, detect, must_serve, other_form, says, unread
 from pipeline.pairs.messages import Message, RowProblem, must_alternate, must_be_unicode, tools_of
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.reading.misnamed import printable
@@ -29,7 +31,10 @@ class Preference:
     ended by their writer.
 
     `chosen` and `rejected` are the responses' texts; `calls` holds the tool calls that follow a side's text, `tools` what may be
-    called. `judge`: which one made the pair, if its row says so (in `provenance`).
+    called. `judge`: which one made the pair, if its row says so (in `provenance`). `margin`: how much better chosen is, if the
+    row says so.
+
+    A response alone stands as chosen, and nothing as rejected: `label` says whether it was called good, `score` how good.
     """
 
     source: str
@@ -42,6 +47,14 @@ class Preference:
     tools: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     judge: str = ""
+    margin: float | None = None
+    label: bool | None = None
+    score: float | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether this is a response alone."""
+        return self.label is not None or self.score is not None
 
     def response(self, side: str) -> Message:
         """A side as the assistant's message."""
@@ -69,39 +82,51 @@ class _Reading:
     """How one part of a source is read."""
 
     part: Part
-    format: str
+    form: Form
 
 
 @dataclass
 class Source:
-    """One opened source: its name as configured, a digest of its bytes, and how each of its parts is read.
+    """One opened source: its name as configured, a digest of its bytes, how each of its parts is read, and what is wanted of it
+    (None: what it is).
 
-    After `preferences` has ended, `read` is the number of rows that were read and `unread` names the columns that nothing
-    reads.
+    After `preferences` or `units` has ended, `read` is the number of rows that were read and `unread` names the columns that
+    nothing reads.
     """
 
     name: str
     digest: str
     readings: list[_Reading] = field(repr=False)
     data: DataConfig = field(repr=False)
+    wanted: Data | None = "pairs"
     read: int = 0
     unread: list[str] = field(default_factory=list)
 
     @property
     def format(self) -> str:
         """The formats of its parts, each named once."""
-        return "; ".join(dict.fromkeys(reading.format for reading in self.readings))
+        return "; ".join(dict.fromkeys(reading.form.title for reading in self.readings))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a part of it holds ranked lists."""
+        return any(reading.form.kind == "ranked" for reading in self.readings)
 
     def preferences(self) -> Iterator[Preference | Dropped]:
-        """Every row in order, converted or dropped with its reason."""
+        """What every row becomes, in order, or why it becomes nothing."""
+        for unit in self.units():
+            yield from unit
+
+    def units(self) -> Iterator[list[Preference | Dropped]]:
+        """The same, all of one row together."""
         self.read, given = 0, 0
         nothing_reads: dict[str, None] = {}
         columns = _column_map(self.data)
         for reading in self.readings:
             for number, row in enumerate(self._rows(reading.part)):
-                nothing_reads |= dict.fromkeys(_unread(row, reading.format, columns))
+                nothing_reads |= dict.fromkeys(_unread(row, reading.form, columns))
                 given += 1
-                yield self._item(reading, number, row, columns)
+                yield self._unit(reading, number, row, columns)
         self.unread = list(nothing_reads)
         must_balance(self.name, self.read, given)
 
@@ -112,22 +137,58 @@ class Source:
             self.read += 1
             yield row
 
-    def _item(self, reading: _Reading, number: int, row: Row, columns: dict[str, str]) -> Preference | Dropped:
-        name = reading.part.name
+    def _unit(self, reading: _Reading, number: int, row: Row, columns: dict[str, str]) -> list[Preference | Dropped]:
         try:
-            return _preference(name, number, row, reading.format, columns, chat=self.data.template == "chat")
+            named = _renamed(row, columns) if columns else row
+            parts = says(named, reading.form, self.wanted, self.data.lists)
+            return [self._part(reading, number, part, row, named) for part in parts]
         except RecursionError:
-            return Dropped(name, number, "wrong_type", "nested too deeply")
+            return [Dropped(reading.part.name, number, "wrong_type", "nested too deeply")]
         except RowProblem as problem:
-            other = other_form(_renamed(row, columns, missing_ok=True), reading.format)
+            other = other_form(_renamed(row, columns, missing_ok=True), reading.form)
             detail = "; ".join(filter(None, [problem.detail, other]))
-            return Dropped(name, number, problem.reason, printable(detail))
+            return [Dropped(reading.part.name, number, problem.reason, printable(detail))]
+
+    def _part(
+        self, reading: _Reading, number: int, part: Said | RowProblem, row: Row, named: Row
+    ) -> Preference | Dropped:
+        try:
+            if isinstance(part, RowProblem):
+                raise part
+            return self._preference(reading.part.name, number, part, row, named)
+        except RowProblem as problem:
+            # of a pair, what else its row may be is said too
+            if reading.form.kind == "pairs" and not isinstance(part, RowProblem):
+                raise
+            return Dropped(reading.part.name, number, problem.reason, printable(problem.detail))
+
+    def _preference(self, name: str, number: int, said: Said, row: Row, named: Row) -> Preference:
+        sides = {"chosen": said.chosen, **({"rejected": said.rejected} if said.rejected is not None else {})}
+        topic = row.get("topic")
+        found = Preference(
+            name,
+            number,
+            said.prompt,
+            said.chosen["content"],
+            said.rejected["content"] if said.rejected is not None else "",
+            topic if isinstance(topic, str) else "",
+            said.cut_off,
+            tools_of(named),
+            {side: message["tool_calls"] for side, message in sides.items() if message.get("tool_calls")},
+            _judge_of(row),
+            said.margin,
+            said.label,
+            said.score,
+        )
+        _must_be_usable(found, chat=self.data.template == "chat")
+        return found
 
 
-def open_source(name: str, data: DataConfig) -> Source:
+def open_source(name: str, data: DataConfig, wanted: Data | None = "pairs") -> Source:
     """Open what a name leads to and detect the format of each of its parts from their first rows.
 
-    Raises DataError if it cannot be read, is empty or its columns fit no format.
+    `wanted`: what its rows are to become; None: what they are. Raises DataError if it cannot be read, is empty, its columns fit
+    no format, or its rows cannot become that.
     """
     parts, digest = open_parts(name, data)
     columns = _column_map(data)
@@ -138,10 +199,13 @@ def open_source(name: str, data: DataConfig) -> Source:
             _check_columns(part.name, first, columns)
             first = [_renamed(row, columns, missing_ok=True) for row in first]
         if first:
-            readings.append(_Reading(part, detect_format(part.name, first, chat=data.template == "chat")))
+            form = detect(part.name, first, chat=data.template == "chat")
+            if wanted is not None:
+                must_serve(part.name, form, wanted, data.lists)
+            readings.append(_Reading(part, form))
     if not readings:
         raise DataError(f"{name} holds no rows")
-    return Source(name, digest, readings, data)
+    return Source(name, digest, readings, data, wanted)
 
 
 def must_balance(name: str, read: int, given: int) -> None:
@@ -152,32 +216,6 @@ def must_balance(name: str, read: int, given: int) -> None:
         )
 
 
-def _preference(
-    name: str, number: int, row: Row, format_name: str, columns: dict[str, str], *, chat: bool
-) -> Preference:
-    named = _renamed(row, columns) if columns else row
-    prompt, *responses = FORMATS[format_name].convert(named)
-    sides = dict(zip(("chosen", "rejected"), responses, strict=True))
-    calls = {side: message["tool_calls"] for side, message in sides.items() if message.get("tool_calls")}
-    texts = {side: message["content"] for side, message in sides.items()}
-    topic = row.get("topic")
-    topic = topic if isinstance(topic, str) else ""
-    found = Preference(
-        name,
-        number,
-        prompt,
-        texts["chosen"],
-        texts["rejected"],
-        topic,
-        _cut_off(row),
-        tools_of(named),
-        calls,
-        _judge_of(row),
-    )
-    _must_be_usable(found, chat=chat)
-    return found
-
-
 def _judge_of(row: Row) -> str:
     """The judge that a row names as its maker, as `refscore pairs` writes it."""
     provenance = row.get("provenance")
@@ -186,37 +224,29 @@ def _judge_of(row: Row) -> str:
 
 
 def _must_be_usable(item: Preference, *, chat: bool) -> None:
-    others = {"chosen": item.chosen, "rejected": item.rejected, "topic": item.topic}
+    sides = ("chosen",) if item.single else ("chosen", "rejected")
+    others: dict[str, object] = {side: getattr(item, side) for side in sides} | {"topic": item.topic}
     must_be_unicode(item.prompt, {**others, "tool calls": list(item.calls.values()), "tools": item.tools})
     if not any(message["content"].strip() for message in item.prompt if message["role"] != "system"):
         raise RowProblem("empty_prompt")
-    for name in ("chosen", "rejected"):
+    for name in sides:
         if not item.shown(name).strip():
-            raise RowProblem("empty_response", name)
-    if item.shown("chosen") == item.shown("rejected"):
+            raise RowProblem("empty_response", "response" if item.single else name)
+    if not item.single and item.shown("chosen") == item.shown("rejected"):
         raise RowProblem("identical_responses")
     if chat:
         must_alternate(item.prompt)
-
-
-def _cut_off(row: Row) -> frozenset[str]:
-    """Sides whose column `<side>_cut_off` is true."""
-    given = {side: row.get(f"{side}_cut_off") for side in ("chosen", "rejected")}
-    for side, value in given.items():
-        if value is not None and not isinstance(value, bool):
-            raise RowProblem("wrong_type", f"{side}_cut_off is {type(value).__name__}, expected true or false")
-    return frozenset(side for side, value in given.items() if value)
 
 
 def _column_map(data: DataConfig) -> dict[str, str]:
     return {str(wanted): given for wanted, given in data.columns.items()}
 
 
-def _unread(row: Row, format_name: str, columns: dict[str, str]) -> Iterator[str]:
+def _unread(row: Row, form: Form, columns: dict[str, str]) -> Iterator[str]:
     # a column that another one stands for is not read either
     replaced = [wanted for wanted, given in columns.items() if wanted in row and given != wanted]
     yield from map(shown, replaced)
-    yield from unread(_renamed(row, columns, missing_ok=True) if columns else row, format_name)
+    yield from unread(_renamed(row, columns, missing_ok=True) if columns else row, form)
 
 
 def _renamed(row: Row, columns: dict[str, str], *, missing_ok: bool = False) -> Row:

@@ -6,7 +6,6 @@ The split is by prompt: a prompt is never on both sides, and adding rows moves n
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,13 +16,12 @@ from pipeline.config.experiment import DataConfig
 from pipeline.errors import DataError
 from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.messages import Message
-from pipeline.pairs.preferences import Dropped, Preference, must_balance, open_source
-from pipeline.pairs.rows import must_read_all, source_digest
+from pipeline.pairs.preferences import Dropped, Preference
+from pipeline.pairs.rows import source_digest
+from pipeline.pairs.sources import Sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,19 +51,19 @@ class PairStream:
     """Every row of every source of `data`, tokenised, as it is read: a pair, or why it is none.
 
     `formats` and `digests` of a source are known once its rows come, `read` and `unread` (columns that nothing reads) once they
-    have ended; `control` counts rows whose text names a control token, by its name.
+    have ended; `control` counts rows whose text names a control token, by its name, `given` what was made of the rows: a ranked
+    list may give several pairs.
 
     Raises ConfigError if the tokenizer cannot do what is asked, DataError if a source cannot be read, CheckError if rows were
     lost on the way.
     """
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
-        must_read_all(data)
+        self._sources = Sources(data, "pairs")
         self._data, self._encoder = data, Encoder(data, tokenizer, positions)
-        self.formats: dict[str, str] = {}
-        self.digests: dict[str, str] = {}
-        self.read: dict[str, int] = {}
-        self.unread: dict[str, list[str]] = {}
+        self.formats, self.digests = self._sources.formats, self._sources.digests
+        self.read, self.unread = self._sources.read, self._sources.unread
+        self.given = 0
 
     @property
     def control(self) -> dict[str, int]:
@@ -73,43 +71,32 @@ class PairStream:
         return self._encoder.control
 
     def __iter__(self) -> Iterator[Pair | Dropped]:
-        given = 0
+        self.given = 0
         for item in self._items():
-            given += 1
+            self.given += 1
             yield item
-        must_balance(", ".join(self.read), sum(self.read.values()), given)
-        for name, columns in self.unread.items():
-            if columns:
-                log.warning("%s: nothing reads %s", name, listed(columns))
 
     def _items(self) -> Iterator[Pair | Dropped]:
         data = self._data
         seen: set[bytes] = set()
         held_out: set[bytes] = set()
-        # held-out data first, so that its prompts are known when the training data is read
-        sources = ([(data.eval_path, "eval")] if data.eval_path else []) + [(path, "train") for path in data.path]
-        for name, role in sources:
-            source = open_source(name, data)
-            self.formats[name], self.digests[name] = source.format, source.digest
-            for item in self._encoder.both(source.preferences()):
-                if isinstance(item, Dropped):
-                    yield item
-                    continue
-                prompt, part, row = _digest(item.prompt_ids), item.preference.source, item.preference.row
-                if role == "train" and prompt in held_out:
-                    yield Dropped(part, row, "prompt_is_held_out", f"also in {data.eval_path}")
-                    continue
-                pair_id = _pair_id(item, split_rule(data))
-                if bytes.fromhex(pair_id) in seen:
-                    yield Dropped(part, row, "duplicate", f"pair {pair_id[:12]} was read before")
-                    continue
-                seen.add(bytes.fromhex(pair_id))
-                if role == "eval":
-                    held_out.add(prompt)
-                split = role if data.eval_path else _split_of(prompt, data.eval_fraction)
-                yield Pair(pair_id, split, item.preference, item.prompt_ids, *item.responses)
-            self.read[name] = self.read.get(name, 0) + source.read
-            self.unread[name] = source.unread
+        for role, item in ((role, item) for role, unit in self._sources.units(self._encoder.both) for item in unit):
+            if isinstance(item, Dropped):
+                yield item
+                continue
+            prompt, part, row = digest_of(item.prompt_ids), item.preference.source, item.preference.row
+            if role == "train" and prompt in held_out:
+                yield Dropped(part, row, "prompt_is_held_out", f"also in {data.eval_path}")
+                continue
+            pair_id = _pair_id(item, split_rule(data))
+            if bytes.fromhex(pair_id) in seen:
+                yield Dropped(part, row, "duplicate", f"pair {pair_id[:12]} was read before")
+                continue
+            seen.add(bytes.fromhex(pair_id))
+            if role == "eval":
+                held_out.add(prompt)
+            split = role if data.eval_path else split_of(prompt, data.eval_fraction)
+            yield Pair(pair_id, split, item.preference, item.prompt_ids, *item.responses)
 
 
 def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
@@ -151,12 +138,6 @@ def source_digests(data: DataConfig) -> dict[str, str | None]:
     }
 
 
-def listed(columns: list[str]) -> str:
-    """Columns for people: the first ten, and how many more."""
-    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
-    return f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns[:10])}{more}"
-
-
 def split_rule(data: DataConfig) -> str:
     """The rule that decides a pair's split, as it enters `pair_id`."""
     return "eval_path" if data.eval_path else f"prompt-hash<{data.eval_fraction}"
@@ -164,7 +145,7 @@ def split_rule(data: DataConfig) -> str:
 
 def prompt_id_of(prompt_ids: Sequence[int]) -> str:
     """Identity of a prompt across tables: 16 hex digits of a digest of its token ids."""
-    return _digest(prompt_ids).hex()[:16]
+    return digest_of(prompt_ids).hex()[:16]
 
 
 def prompt_text(prompt: list[Message]) -> str:
@@ -175,17 +156,24 @@ def prompt_text(prompt: list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _digest(ids: Sequence[int]) -> bytes:
-    return hashlib.sha256(b"refscore-prompt" + np.asarray(ids, dtype="<i4").tobytes()).digest()
+def digest_of(prompt_ids: Sequence[int]) -> bytes:
+    """What a prompt is known by, and its split decided by: a digest of its token ids."""
+    return hashlib.sha256(b"refscore-prompt" + np.asarray(prompt_ids, dtype="<i4").tobytes()).digest()
 
 
 def _pair_id(item: Encoded, rule: str) -> str:
-    state = hashlib.sha256(b"refscore-pair\x01")
-    for ids in (item.prompt_ids, *item.responses):
+    return digest_with(b"refscore-pair\x01", [item.prompt_ids, *item.responses], rule)
+
+
+def digest_with(what: bytes, lists: Iterable[Sequence[int]], rule: str) -> str:
+    """Identity of a row: 32 hex digits of a digest of its lists of token ids and the rule that decides its split."""
+    state = hashlib.sha256(what)
+    for ids in lists:
         state.update(len(ids).to_bytes(8, "little") + np.asarray(ids, dtype="<i4").tobytes())
     state.update(rule.encode())
     return state.hexdigest()[:32]
 
 
-def _split_of(prompt: bytes, fraction: float) -> str:
+def split_of(prompt: bytes, fraction: float) -> str:
+    """The split of a prompt that is known by `prompt`."""
     return "eval" if int.from_bytes(prompt[:8], "big") < fraction * 2**64 else "train"

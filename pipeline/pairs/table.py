@@ -1,7 +1,8 @@
-"""Pairs on disk: an experiment's tokenised pairs as a Parquet file of row groups, so that memory does not grow with rows.
+"""Pairs on disk: an experiment's tokenised pairs as a Parquet file of row groups, so that memory does not grow with rows; or its
+responses, where a loss learns from these.
 
-Owns the working file between reading the data and writing pairs.parquet: the same columns, without scores. What stays in
-memory is a few numbers per pair. The file is deleted when its `PairTable` is garbage-collected.
+Owns the working file between reading the data and writing pairs.parquet or responses.parquet: the same columns, without scores.
+What stays in memory is a few numbers per row. The file is deleted when its `PairTable` is garbage-collected.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.durable import explaining_disk, scratch_place
-from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.schemas import DROPPED, PAIRS, RESPONSES
 from pipeline.config.experiment import DataConfig
+from pipeline.pairs.groups import MISMATCHED, ResponseRow, ResponseStream
 from pipeline.pairs.preferences import Dropped, must_balance
 from pipeline.pairs.splits import Pair, PairStream, must_train, prompt_text
 
 GROUP = 2048
-TEXT = pa.schema([column for column in PAIRS if not column.name.startswith("ref_")])
+_PAIR, _RESPONSE = ("chosen", "rejected"), ("response",)
 
 
 @dataclass
@@ -37,37 +39,85 @@ class DropCount:
 
 @dataclass
 class PairTable:
-    """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected.
+    """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected. Or responses,
+    of which a row has one: `sides` are its names, and a position is row x sides + side.
 
-    `prompt_tokens` [rows] and `response_tokens` [2 x rows] are lengths; `cut_off` counts responses without an end token as they
-    were not ended, `judges` training pairs by the judge that made them ("": their rows do not say), `control` rows that name a
-    control token; `unread` are columns that nothing reads, of each source.
+    `prompt_tokens` [rows] and `response_tokens` [sides x rows] are lengths; `read` rows of the sources; `splits` counts pairs, or
+    groups of responses; `cut_off` responses without an end token as they were not ended, `judges` training pairs by the judge that
+    made them ("": their rows do not say), `control` rows that name a control token, `margins` pairs that say how much better
+    chosen is; `labels`, of each split, responses that were called good, and bad; `unread` are columns that nothing reads, of each
+    source. `group_of` [rows] numbers the groups of responses; of pairs it is empty.
     """
 
     formats: dict[str, str]
     digests: dict[str, str]
     directory: tempfile.TemporaryDirectory[str] = field(repr=False)
+    sides: tuple[str, ...] = _PAIR
+    read: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     cut_off: int = 0
     judges: dict[str, int] = field(default_factory=dict)
+    margins: int = 0
+    labels: dict[str, list[int]] = field(default_factory=dict)
     unread: dict[str, list[str]] = field(default_factory=dict)
     control: dict[str, int] = field(default_factory=dict)
     drops: dict[str, DropCount] = field(default_factory=dict)
     prompt_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
     response_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
+    group_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether a row is a pair."""
+        return self.sides == _PAIR
+
+    @property
+    def ids(self) -> list[str]:
+        """The columns of token ids: of the prompt, and of each side."""
+        return ["prompt_ids", *(f"{side}_ids" for side in self.sides)]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The table that is made of it."""
+        return PAIRS if self.of_pairs else RESPONSES
+
+    @property
     def dropped(self) -> int:
-        """Rows that became no pair."""
+        """What became no pair, and no response."""
         return sum(drop.count for drop in self.drops.values())
 
     def lengths(self, positions: np.ndarray) -> np.ndarray:
         """Tokens of the sequences at `positions`, prompt included."""
-        lengths_of_positions: np.ndarray = self.prompt_tokens[positions // 2] + self.response_tokens[positions]
+        lengths_of_positions: np.ndarray = (
+            self.prompt_tokens[positions // len(self.sides)] + self.response_tokens[positions]
+        )
         return lengths_of_positions
+
+    @property
+    def sequences_longest(self) -> np.ndarray:
+        """Tokens of the longest sequence of each pair or group, prompt included."""
+        longest: np.ndarray = self.prompt_tokens[self._begins].astype(np.int64) + np.maximum.reduceat(
+            self.response_tokens, self._begins * len(self.sides)
+        )
+        return longest
+
+    @property
+    def tree_tokens(self) -> np.ndarray:
+        """Tokens that each pair or group is read as: the prompt once, and all responses but their last, which predict nothing."""
+        begins = self._begins * len(self.sides)
+        sums = np.add.reduceat(self.response_tokens.astype(np.int64) - 1, begins)
+        trees: np.ndarray = self.prompt_tokens[self._begins].astype(np.int64) + sums
+        return trees
+
+    @property
+    def _begins(self) -> np.ndarray:
+        """The first row of each pair or group."""
+        rows = np.arange(len(self))
+        begins: np.ndarray = rows if self.of_pairs else np.unique(self.group_of, return_index=True)[1]
+        return begins
 
     def groups(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
         """Row groups in order, each with the number of its first row."""
@@ -79,13 +129,13 @@ class PairTable:
                 first += len(table)
 
     def row(self, number: int) -> dict[str, Any]:
-        """One pair under its names in pairs.parquet."""
+        """One row under its names in pairs.parquet or responses.parquet."""
         table: pa.Table = _group(self._pairs, number // GROUP)
         pair: dict[str, Any] = table.slice(number % GROUP, 1).to_pylist()[0]
         return pair
 
     def source_rows(self) -> np.ndarray:
-        """Number of each pair's row in its source."""
+        """Number in its source of what each row was made of."""
         return np.concatenate([table["source_row"].to_numpy() for _, table in self.groups(["source_row"])])
 
     def dropped_table(self) -> pa.Table:
@@ -97,49 +147,72 @@ class PairTable:
         return Path(self.directory.name) / "pairs.parquet"
 
 
-def write_pairs(data: DataConfig, stream: PairStream, on_group: Callable[[pa.Table], None]) -> PairTable:
+def write_pairs(
+    data: DataConfig, stream: PairStream | ResponseStream, on_group: Callable[[pa.Table], None]
+) -> PairTable:
     """Read the stream to its end into a new table; `on_group` sees every row group as it is written.
 
     Raises DataError if nothing is left to train on, and what the stream raises.
     """
     directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=scratch_place())
-    pair_table = PairTable(stream.formats, stream.digests, directory)
-    prompts, responses = [pair_table.prompt_tokens], [pair_table.response_tokens]
+    sides = _PAIR if isinstance(stream, PairStream) else _RESPONSE
+    found = PairTable(stream.formats, stream.digests, directory, sides)
+    schema = pa.schema([column for column in found.schema if not column.name.startswith("ref_")])
+    prompts, responses, begun = [found.prompt_tokens], [found.response_tokens], [np.zeros(0, bool)]
+    last = ""
     with (
         explaining_disk(Path(directory.name)),
-        pq.ParquetWriter(Path(directory.name) / "pairs.parquet", TEXT, compression="zstd") as pairs,
+        pq.ParquetWriter(Path(directory.name) / "pairs.parquet", schema, compression="zstd") as rows,
         pq.ParquetWriter(Path(directory.name) / "dropped.parquet", DROPPED, compression="zstd") as dropped,
     ):
         for kept, left_out in _chunks(stream):
             dropped.write_table(_dropped(left_out))
             for row in left_out:
-                pair_table.drops.setdefault(row.reason, DropCount(0, row)).count += 1
+                found.drops.setdefault(row.reason, DropCount(0, row)).count += 1
             if not kept:
                 continue
-            table = _table(kept)
-            pairs.write_table(table, row_group_size=GROUP)
+            table = _table(kept, schema)
+            rows.write_table(table, row_group_size=GROUP)
             on_group(table)
-            for pair in kept:
-                pair_table.splits[pair.split] = pair_table.splits.get(pair.split, 0) + 1
-                pair_table.cut_off += len(pair.preference.cut_off)
-                if pair.split == "train":
-                    judge = pair.preference.judge
-                    pair_table.judges[judge] = pair_table.judges.get(judge, 0) + 1
+            names = [_name_of(item) for item in kept]
+            begins = [name != before for name, before in zip(names, [last, *names], strict=False)]
+            for item, begin in zip(kept, begins, strict=True):
+                _count(found, item, begins=begin)
+            last = names[-1]
+            begun.append(np.array(begins))
             prompts.append(_lengths(table, "prompt_ids"))
-            response_lengths = [_lengths(table, name) for name in ("chosen_ids", "rejected_ids")]
-            responses.append(np.stack(response_lengths, axis=1).ravel())
-    pair_table.prompt_tokens, pair_table.response_tokens = np.concatenate(prompts), np.concatenate(responses)
-    must_balance(", ".join(stream.read), sum(stream.read.values()), len(pair_table) + pair_table.dropped)
-    pair_table.unread, pair_table.control = dict(stream.unread), dict(stream.control)
-    pair_table.drops = dict(sorted(pair_table.drops.items(), key=lambda item: -item[1].count))
-    must_train(
-        pair_table.splits.get("train", 0), data, {reason: drop.count for reason, drop in pair_table.drops.items()}
-    )
-    return pair_table
+            responses.append(np.stack([_lengths(table, name) for name in found.ids[1:]], axis=1).ravel())
+    found.prompt_tokens, found.response_tokens = np.concatenate(prompts), np.concatenate(responses)
+    if not found.of_pairs:
+        found.group_of = np.cumsum(np.concatenate(begun), dtype=np.int32) - 1
+    found.read = sum(stream.read.values())
+    must_balance(", ".join(stream.read), stream.given, len(found) + found.dropped)
+    found.unread, found.control = dict(stream.unread), dict(stream.control)
+    found.drops = dict(sorted(found.drops.items(), key=lambda item: -item[1].count))
+    must_train(found.splits.get("train", 0), data, {reason: drop.count for reason, drop in found.drops.items()})
+    return found
 
 
-def _chunks(stream: PairStream) -> Iterator[tuple[list[Pair], list[Dropped]]]:
-    kept: list[Pair] = []
+def _name_of(item: Pair | ResponseRow) -> str:
+    return item.pair_id if isinstance(item, Pair) else item.group_id
+
+
+def _count(found: PairTable, item: Pair | ResponseRow, *, begins: bool) -> None:
+    """Note what the figures of a table say of a row; `begins`: a pair or a group."""
+    preference = item.preference
+    if begins:
+        found.splits[item.split] = found.splits.get(item.split, 0) + 1
+    if begins and item.split == "train":
+        found.judges[preference.judge] = found.judges.get(preference.judge, 0) + 1
+    if isinstance(item, Pair) or item.kind != MISMATCHED:
+        found.cut_off += len(preference.cut_off)
+    found.margins += preference.margin is not None
+    if preference.label is not None:
+        found.labels.setdefault(item.split, [0, 0])[0 if preference.label else 1] += 1
+
+
+def _chunks(stream: PairStream | ResponseStream) -> Iterator[tuple[list[Pair | ResponseRow], list[Dropped]]]:
+    kept: list[Pair | ResponseRow] = []
     left_out: list[Dropped] = []
     for item in stream:
         if isinstance(item, Dropped):
@@ -154,22 +227,35 @@ def _chunks(stream: PairStream) -> Iterator[tuple[list[Pair], list[Dropped]]]:
     yield kept, left_out
 
 
-def _table(pairs: list[Pair]) -> pa.Table:
+def _table(items: list[Pair | ResponseRow], schema: pa.Schema) -> pa.Table:
+    preferences = [item.preference for item in items]
     columns: dict[str, list[Any]] = {
-        "pair_id": [pair.pair_id for pair in pairs],
-        "split": [pair.split for pair in pairs],
-        "source": [pair.preference.source for pair in pairs],
-        "source_row": [pair.preference.row for pair in pairs],
-        "topic": [pair.preference.topic for pair in pairs],
-        "prompt": [prompt_text(pair.preference.prompt) for pair in pairs],
-        "chosen": [pair.preference.shown("chosen") for pair in pairs],
-        "rejected": [pair.preference.shown("rejected") for pair in pairs],
-        "prompt_ids": [pair.prompt_ids for pair in pairs],
-        "chosen_ids": [pair.chosen_ids for pair in pairs],
-        "rejected_ids": [pair.rejected_ids for pair in pairs],
-        "margin": [None] * len(pairs),
+        "split": [item.split for item in items],
+        "source": [preference.source for preference in preferences],
+        "source_row": [preference.row for preference in preferences],
+        "topic": [preference.topic for preference in preferences],
+        "prompt": [prompt_text(preference.prompt) for preference in preferences],
+        "prompt_ids": [item.prompt_ids for item in items],
     }
-    return pa.table(columns, schema=TEXT)
+    if pairs := [item for item in items if isinstance(item, Pair)]:
+        columns |= {
+            "pair_id": [pair.pair_id for pair in pairs],
+            "chosen": [pair.preference.shown("chosen") for pair in pairs],
+            "rejected": [pair.preference.shown("rejected") for pair in pairs],
+            "chosen_ids": [pair.chosen_ids for pair in pairs],
+            "rejected_ids": [pair.rejected_ids for pair in pairs],
+            "margin": [pair.preference.margin for pair in pairs],
+        }
+    if responses := [item for item in items if isinstance(item, ResponseRow)]:
+        columns |= {
+            "group_id": [row.group_id for row in responses],
+            "response": [row.preference.shown("chosen") for row in responses],
+            "kind": [row.kind for row in responses],
+            "label": [row.preference.label for row in responses],
+            "score": [row.preference.score for row in responses],
+            "response_ids": [row.response_ids for row in responses],
+        }
+    return pa.table(columns, schema=schema)
 
 
 def _dropped(rows: list[Dropped]) -> pa.Table:

@@ -12,11 +12,14 @@ import numpy as np
 
 from pipeline.config.experiment import Config
 from pipeline.models.configuration import position_limit
+from pipeline.pairs.kinds import UNITS
 from pipeline.precompute.plan import Plan
 
 # fewer held-out pairs than this give intervals that say little
 ENOUGH_HELD_OUT = 20
 _MANY_DROPPED, _ONE_SIDED, _KEPT = 0.1, 0.8, 0.95
+# weighted good to bad responses
+_BALANCED = (1.0, 4 / 3)
 _SOME_PAIRS = 10  # of fewer, most may have the longer response first by chance
 
 
@@ -28,6 +31,7 @@ def cautions(config: Config, plan: Plan) -> list[str]:
         *_held_out(config, plan),
         *_contradictions(plan),
         *_one_sided(plan),
+        *_imbalance(config, plan),
         *_control_tokens(config, plan),
     ]
 
@@ -44,15 +48,14 @@ def length_that_keeps(lengths: np.ndarray, share: float) -> int:
 
 def _left_out(config: Config, plan: Plan) -> list[str]:
     pairs = plan.pairs
-    read = len(pairs) + pairs.dropped
+    read = pairs.read
     if pairs.dropped <= _MANY_DROPPED * read:
         return []
     reason = next(iter(pairs.drops))
     said = f"{pairs.dropped} of {read} rows ({pairs.dropped / read:.0%}) are left out, most as {reason}"
     if reason not in ("too_long", "prompt_too_long"):
         return [f"{said}: 'refscore validate' shows them, dropped.parquet lists them all"]
-    longest = pairs.prompt_tokens + pairs.response_tokens.reshape(-1, 2).max(1)
-    wanted = length_that_keeps(np.concatenate([longest, _too_long(plan)]), _KEPT)
+    wanted = length_that_keeps(np.concatenate([pairs.sequences_longest, _too_long(plan)]), _KEPT)
     positions = position_limit(plan.reference.paths.base)
     if positions is not None and wanted > positions:
         cut = "" if config.data.too_long == "truncate_response" else ", or data.too_long=truncate_response"
@@ -70,9 +73,10 @@ def _too_long(plan: Plan) -> np.ndarray:
 
 def _held_out(config: Config, plan: Plan) -> list[str]:
     held_out, train = (plan.pairs.splits.get(split, 0) for split in ("eval", "train"))
+    units = UNITS[plan.data]
     if held_out >= ENOUGH_HELD_OUT:
         return []
-    few = f"only {held_out} pairs are" if held_out else "no pair is"
+    few = f"only {held_out} {units} are" if held_out else f"no {units[:-1]} is"
     consequence = (
         "intervals will be wide"
         if held_out
@@ -82,7 +86,9 @@ def _held_out(config: Config, plan: Plan) -> list[str]:
         return [f"{few} held out, so {consequence}: give data.eval_path more"]
     share = math.ceil(100 * 1.25 * ENOUGH_HELD_OUT / (held_out + train)) / 100
     if share > 0.5:
-        return [f"{few} held out, so {consequence}; {held_out + train} pairs are too few to hold {ENOUGH_HELD_OUT} out"]
+        return [
+            f"{few} held out, so {consequence}; {held_out + train} {units} are too few to hold {ENOUGH_HELD_OUT} out"
+        ]
     share = max(0.1, share)
     about = f"data.eval_fraction={share:g} would hold about {round(share * (held_out + train))} out"
     return [f"{few} held out, so {consequence}: {about}, or give data.eval_path"]
@@ -92,13 +98,15 @@ def _contradictions(plan: Plan) -> list[str]:
     """Pairs of the same two responses, each of which is once the chosen one; and rows that say the same twice."""
     said = []
     pairs = plan.pairs
-    read = len(pairs) + pairs.dropped
+    read = pairs.read
     twice = pairs.drops["duplicate"].count if "duplicate" in pairs.drops else 0
     if twice:
         said.append(f"{twice} of {read} rows ({twice / read:.0%}) say what another row says, and are read once")
     # sums of 64 bits of both keys, weighed so that they differ with the order
     buffer = plan.keys.buffers()[1]
     words = np.frombuffer(buffer, "<u8").reshape(-1, 4)[plan.keys.offset :][: len(plan.keys), 0]
+    if plan.data != "pairs":
+        return [*said, *_both_labels(plan, words)]
     chosen, rejected = words[::2], words[1::2]
     opposite = np.isin(chosen * np.uint64(3) + rejected, rejected * np.uint64(3) + chosen)
     if opposite.any():
@@ -110,7 +118,44 @@ def _contradictions(plan: Plan) -> list[str]:
     return said
 
 
+def _both_labels(plan: Plan, words: np.ndarray) -> list[str]:
+    """Responses that one row calls good and another bad; `words` stand for the sequences."""
+    if plan.data != "responses":
+        return []
+    labels = [label for _, table in plan.pairs.groups(["label"]) for label in table["label"].to_pylist()]
+    good, bad = (words[[label is wanted for label in labels]] for wanted in (True, False))
+    if not (both := len(np.intersect1d(good, bad))):
+        return []
+    return [
+        f"{both} responses to the same prompt are called good in one row and bad in another: their sum teaches nothing"
+    ]
+
+
+def _imbalance(config: Config, plan: Plan) -> list[str]:
+    """What is said of good against bad responses, each by its weight."""
+    if plan.data != "responses":
+        return []
+    good, bad = plan.pairs.labels.get("train", [0, 0])
+    if not good or not bad:
+        return [
+            f"all {good + bad} responses to train on are {'good' if good else 'bad'}: the loss learns from the difference"
+        ]
+    weights = (getattr(config.train, name, 1.0) for name in ("desirable_weight", "undesirable_weight"))
+    desirable, undesirable = weights
+    ratio = desirable * good / (undesirable * bad) if undesirable else math.inf
+    low, high = _BALANCED
+    if low <= ratio <= high:
+        return []
+    weight = undesirable * (low if ratio < low else high) * bad / good
+    said = f"{good} responses are good and {bad} bad, which count {ratio:.2f} to 1"
+    return [
+        f"{said}; KTO's authors (2402.01306) advise {low:g} to {high:.2f}: train.desirable_weight={weight:.2f} would do"
+    ]
+
+
 def _one_sided(plan: Plan) -> list[str]:
+    if plan.data != "pairs":
+        return []
     lengths = plan.pairs.response_tokens.reshape(-1, 2)
     if len(lengths) < _SOME_PAIRS:
         return []

@@ -120,10 +120,8 @@ def length_that_fits(config: Config, plan: Plan, seen: Outlook, gib: float) -> i
     low = of_process(again(config, seen, half).total, seen.kind)
     per_token = (seen.training_gib - low) / (seen.tokens_per_pass - half)
     tokens = half + int((gib - low) / per_token)
-    prompts = plan.pairs.prompt_tokens.astype(np.int64)
-    responses = plan.pairs.response_tokens.astype(np.int64).reshape(-1, 2)
-    too_large = prompts + responses.sum(1) - 2 > tokens
-    length = int((prompts + responses.max(1))[too_large].min()) - 1 if too_large.any() else None
+    longest = plan.pairs.sequences_longest[plan.pairs.tree_tokens > tokens]
+    length = int(longest.min()) - 1 if len(longest) else None
     return length if length and tokens > 0 else None
 
 

@@ -195,11 +195,8 @@ def _refused(content: dict[str, Any], change: dict[str, dict[str, Any]], devices
 
 
 def _tree_tokens(plan: Plan) -> tuple[np.ndarray, int]:
-    """Tokens that each pair is read as, and those of all responses."""
-    prompts = plan.pairs.prompt_tokens.astype(np.int64)
-    responses = plan.pairs.response_tokens.astype(np.int64).reshape(-1, 2)
-    # the last token of a response predicts nothing and is not read
-    return prompts + responses.sum(1) - 2, int(responses.sum())
+    """Tokens that each pair or group is read as, and those of all responses."""
+    return plan.pairs.tree_tokens, int(plan.pairs.response_tokens.sum(dtype=np.int64))
 
 
 def _of_a_pass(config: Config, plan: Plan, kind: str, devices: int) -> tuple[int, bool]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.artifacts.digests import files_sha256
 from pipeline.artifacts.runs import Run, finished_stages, git_commit, read_json, versions
-from pipeline.artifacts.schemas import METRICS, PAIRS, SAMPLES
+from pipeline.artifacts.schemas import METRICS, PAIRS, RESPONSES, SAMPLES
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT
@@ -27,7 +27,11 @@ from pipeline.pairs.splits import source_digests
 # of the machine and of the moment, not of the training
 _OF_THE_MOMENT = ("step_seconds", "tokens_per_second", "peak_memory_gib")
 # columns that are compared
-_PAIR = ["pair_id", "ref_chosen_logps", "ref_rejected_logps"]
+# the table's name of a row, and the scores in it
+_SCORED = {
+    "pairs.parquet": (PAIRS, ["pair_id", "ref_chosen_logps", "ref_rejected_logps"]),
+    "responses.parquet": (RESPONSES, ["group_id", "ref_response_logps"]),
+}
 _SAMPLE = ["prompt_id", "sample", "model", "response_ids"]
 # judges that are nothing but this code
 _OF_THE_CODE = (IMPLICIT, "rule")
@@ -48,7 +52,7 @@ def changed_since(run: Run, config: Config) -> Changed:
     Raises DataError if a table of the run cannot be read, so that nothing could be compared with it.
     """
     _tables_must_be_whole(run)
-    provenance, about, changed = read_json(run.provenance), read_about(run.pairs), Changed()
+    provenance, about, changed = read_json(run.provenance), read_about(run.scored), Changed()
     then = about.get("source_digests", {})
     for name, now in source_digests(config.data).items():
         if now is None:
@@ -78,7 +82,7 @@ def changed_since(run: Run, config: Config) -> Changed:
 def same_outcome(first: Run, second: Run) -> list[str]:
     """Sentences: whether two runs have the same scores, steps, weights and responses, and by how much they are apart."""
     sentences = []
-    if first.pairs.is_file() and second.pairs.is_file():
+    if first.scored.is_file() and second.scored.is_file() and first.scored.name == second.scored.name:
         sentences.append(_scores(first, second))
     if first.metrics.is_file() and second.metrics.is_file():
         sentences.append(_steps(first, second))
@@ -94,11 +98,11 @@ def same_outcome(first: Run, second: Run) -> list[str]:
 
 def _tables_must_be_whole(run: Run) -> None:
     for path, schema, columns in (
-        (run.pairs, PAIRS, _PAIR),
+        (run.scored, *_SCORED[run.scored.name]),
         (run.metrics, METRICS, METRICS.names),
         (run.samples, SAMPLES, _SAMPLE),
     ):
-        if schema is PAIRS or path.exists():
+        if path == run.scored or path.exists():
             read_table(path, schema, columns)
 
 
@@ -142,12 +146,15 @@ def _not_looked_at(config: Config) -> list[str]:
 
 
 def _scores(first: Run, second: Run) -> str:
-    both = [_read(run.pairs, PAIRS, _PAIR) for run in (first, second)]
-    joined = both[0].join(both[1], on="pair_id", how="inner")
-    said = f"scores    {joined.height} of {max(one.height for one in both)} pairs in both"
+    schema, (name, *scores) = _SCORED[first.scored.name]
+    # responses of a group stand in one order
+    place = pl.int_range(pl.len()).over(name).alias("place")
+    both = [_read(run.scored, schema, [name, *scores]).with_columns(place) for run in (first, second)]
+    joined = both[0].join(both[1], on=[name, "place"], how="inner")
+    said = f"scores    {joined.height} of {max(one.height for one in both)} {first.scored.stem} in both"
     if not joined.height:
         return f"{said}: nothing to compare"
-    apart = [_Apart.of(joined, name) for name in _PAIR[1:]]
+    apart = [_Apart.of(joined, column) for column in scores]
     if not any(one.compared for one in apart):
         return f"{said}, without scores"
     said += f", at most {max(one.most for one in apart):.3g} nats apart{_uncompared(apart)}"

@@ -11,16 +11,18 @@ import numpy as np
 TOLERANCES = {"float32": (0.001, 0.002), "bfloat16": (0.02, 0.1)}
 
 
-def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: float) -> dict[str, float]:
-    """How far `scores` are from `truth`; both hold chosen and rejected of each pair in turn.
+def agreement(
+    scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: float, *, of_pairs: bool = True
+) -> dict[str, float]:
+    """How far `scores` are from `truth`; both hold chosen and rejected of each pair in turn, or responses that stand alone.
 
     `correlation_with_length` is between a response's summed difference, with its sign, and its tokens; margin noise is the
-    root mean square over pairs of the difference of the two sums.
+    root mean square over pairs of the difference of the two sums; of responses that stand alone, of their sums.
     """
     differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(scores, truth, strict=True)]
     every = np.concatenate(differences)
     sums = np.array([difference.sum() for difference in differences])
-    noise = float(np.sqrt(np.mean((sums[0::2] - sums[1::2]) ** 2)))
+    noise = _noise(sums, of_pairs=of_pairs)
     return {
         "tokens": len(every),
         "mean_signed_difference": float(every.mean()),
@@ -34,14 +36,14 @@ def agreement(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], beta: f
 
 
 def agreement_of_sums(
-    sums: Sequence[float], truth: Sequence[float], tokens: Sequence[int], beta: float
+    sums: Sequence[float], truth: Sequence[float], tokens: Sequence[int], beta: float, *, of_pairs: bool = True
 ) -> dict[str, float]:
     """Like `agreement`, if only a sum per response is known: differences per token are each response's mean.
 
     Its largest is that of a response's difference over the root of its tokens, which is what noise of single values adds up to.
     """
     differences, lengths = np.subtract(sums, truth), np.array(tokens)
-    noise = float(np.sqrt(np.mean((differences[0::2] - differences[1::2]) ** 2)))
+    noise = _noise(differences, of_pairs=of_pairs)
     return {
         "tokens": int(lengths.sum()),
         "mean_signed_difference": float(differences.sum() / lengths.sum()),
@@ -52,6 +54,11 @@ def agreement_of_sums(
         "margin_noise_nats": noise,
         "margin_noise_reward": beta * noise,
     }
+
+
+def _noise(sums: np.ndarray, *, of_pairs: bool) -> float:
+    compared = sums[0::2] - sums[1::2] if of_pairs else sums
+    return float(np.sqrt(np.mean(compared**2)))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Why a sequence is not in the store: which field of the reference, or which part of the row, differs from before.
 
-The store knows keys only, by design. What a key stood for is known from the runs that used it: their pairs.parquet
-holds the tokens and texts, dropped.parquet what was left out.
+The store knows keys only, by design. What a key stood for is known from the runs that used it: their pairs.parquet or
+responses.parquet holds the tokens and texts, dropped.parquet what was left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.artifacts.runs import Run, existing_runs, open_run
-from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.schemas import DROPPED, PAIRS, RESPONSES
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
@@ -31,7 +31,7 @@ _WORDS = {"weights": "weights of", "architecture": "config.json:", "numerics": "
 
 @dataclass
 class Memory:
-    """What earlier runs knew: pairs and drops by source and row, and pairs by prompt text."""
+    """What earlier runs knew: pairs, responses and drops by source and row, and pairs and responses by prompt text."""
 
     by_row: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
     by_prompt: dict[str, Row] = field(default_factory=dict)
@@ -46,9 +46,11 @@ def explain(config: Config, row: int | None) -> list[str]:
     places = [Path(place) for place in config.reference.store if not is_url(place)]
     reference = plan.identity.reference_id
     source_rows = plan.pairs.source_rows()
-    positions = [position for position in range(len(plan.keys)) if row is None or source_rows[position // 2] == row]
+    sides = len(plan.sides)
+    positions = [at for at in range(len(plan.keys)) if row is None or source_rows[at // sides] == row]
     if not positions:
-        raise DataError(f"no pair comes from row {row}: 'refscore validate' says what was dropped and why")
+        made = "pair" if plan.pairs.of_pairs else "response"
+        raise DataError(f"no {made} comes from row {row}: 'refscore validate' says what was dropped and why")
     absent = set(plan.keys.take(pa.array(plan.missing)).to_pylist())
     misses = [position for position in positions if plan.keys[position].as_py() in absent]
     said = [f"reference {reference[:12]}: {len(positions) - len(misses)} hits, {len(misses)} misses"]
@@ -104,15 +106,18 @@ def differences(stored: Row, requested: Row) -> list[str]:
 def remember(runs: Sequence[Run]) -> Memory:
     """Read what earlier runs held; unreadable artifacts are passed over."""
     memory = Memory()
-    columns = ["source", "source_row", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"]
     for run in runs:
-        about = read_about(run.pairs)
+        table, schema, sides = run.pairs, PAIRS, ["chosen", "rejected"]
+        if run.responses.is_file():
+            table, schema, sides = run.responses, RESPONSES, ["response"]
+        about = read_about(table)
+        columns = ["source", "source_row", "prompt", *sides, "prompt_ids", *(f"{side}_ids" for side in sides)]
         try:
-            pairs, dropped = read_table(run.pairs, PAIRS, columns), read_table(run.dropped, DROPPED)
+            rows, dropped = read_table(table, schema, columns), read_table(run.dropped, DROPPED)
         except DataError:
             continue
-        for row in pairs.to_pylist():
-            row |= {"run": run.name, "about": about}
+        for row in rows.to_pylist():
+            row |= {"run": run.name, "about": about, "sides": sides}
             memory.by_row.setdefault((row["source"], row["source_row"]), []).append(row)
             memory.by_prompt.setdefault(row["prompt"], row)
         for row in dropped.to_pylist():
@@ -122,8 +127,7 @@ def remember(runs: Sequence[Run]) -> Memory:
 
 def explain_miss(plan: Plan, position: int, memory: Memory) -> str:
     """Why the sequence at `position` of the plan's keys is not in the store, in words."""
-    now = plan.row(position // 2)
-    side = "rejected" if position % 2 else "chosen"
+    now, side = _at(plan, position)
     place = (now["source"], now["source_row"])
     candidates = memory.by_row.get(place, [])
     if not candidates and place in memory.dropped:
@@ -134,15 +138,30 @@ def explain_miss(plan: Plan, position: int, memory: Memory) -> str:
     if not candidates:
         return "no run holds a row with this prompt: it is new"
     # the candidate that differs in least
-    return min((_differences(plan, now, side, before) for before in candidates), key=len)[0]
+    return min(
+        (_differences(plan, now, side, before, other) for before in candidates for other in _sides_like(before, side)),
+        key=len,
+    )[0]
 
 
-def _differences(plan: Plan, now: Row, side: str, before: Row) -> list[str]:
+def _at(plan: Plan, position: int) -> tuple[Row, str]:
+    """The row at a position of the plan's keys, and the name of its side."""
+    number, side = divmod(position, len(plan.sides))
+    return plan.row(number), plan.sides[side]
+
+
+def _sides_like(before: Row, side: str) -> list[str]:
+    """The sides of an earlier row to compare with: the same, or all of another kind of data."""
+    return [side] if side in before["sides"] else before["sides"]
+
+
+def _differences(plan: Plan, now: Row, side: str, before: Row, other: str) -> list[str]:
+    """What differs between a response and the one that stands in an earlier row as `other`."""
     words = []
     if before["prompt_ids"] != now["prompt_ids"]:
         words.append(_prompt_difference(plan, now, before))
-    if before[f"{side}_ids"] != now[f"{side}_ids"]:
-        words.append(_response_difference(now, side, before))
+    if before[f"{other}_ids"] != now[f"{side}_ids"]:
+        words.append(_response_difference(now, side, before, other))
     if not words:
         if before["about"].get("reference_id") != plan.identity.reference_id:
             return [f"run {before['run']} scored these very tokens, for another reference"]
@@ -162,14 +181,15 @@ def _prompt_difference(plan: Plan, now: Row, before: Row) -> str:
     return f"the prompt's tokens differ from run {before['run']}'s (data.template?)"
 
 
-def _response_difference(now: Row, side: str, before: Row) -> str:
-    if before[side] != now[side]:
-        return f"the {side} response was edited since run {before['run']}"
-    was, is_now = before[f"{side}_ids"], now[f"{side}_ids"]
+def _response_difference(now: Row, side: str, before: Row, other: str) -> str:
+    which = "response" if side == "response" else f"{side} response"
+    if before[other] != now[side]:
+        return f"the {which} was edited since run {before['run']}"
+    was, is_now = before[f"{other}_ids"], now[f"{side}_ids"]
     shorter, longer = sorted((was, is_now), key=len)
     if longer[: len(shorter)] == shorter:
-        return f"the {side} response is cut at {len(is_now)} tokens, in run {before['run']} at {len(was)} (data.max_length)"
-    return f"the {side} response's tokens differ from run {before['run']}'s though its text is the same (tokenizer, template)"
+        return f"the {which} is cut at {len(is_now)} tokens, in run {before['run']} at {len(was)} (data.max_length)"
+    return f"the {which}'s tokens differ from run {before['run']}'s though its text is the same (tokenizer, template)"
 
 
 def _without_system(prompt: str) -> str:
@@ -188,7 +208,6 @@ def causes(plan: Plan, positions: Sequence[int], memory: Memory) -> pl.DataFrame
     """One row for each of `positions`: source, source_row, side and cause."""
     rows = []
     for position in positions:
-        now = plan.row(position // 2)
-        side = "rejected" if position % 2 else "chosen"
+        now, side = _at(plan, position)
         rows.append((now["source"], now["source_row"], side, explain_miss(plan, position, memory)))
     return pl.DataFrame(rows, schema=["source", "source_row", "side", "cause"], orient="row")

@@ -1,4 +1,4 @@
-"""Pairs and their scores, brought together row group by row group: what pairs.parquet holds."""
+"""Pairs, or responses, and their scores, brought together row group by row group: what pairs.parquet or responses.parquet holds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.schemas import DROPPED
 from pipeline.artifacts.tables import parquet_writer
+from pipeline.engines.quarantine import pairs_left_out
 from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
+from pipeline.pairs.groups import MISMATCHED
 from pipeline.pairs.table import GROUP
 from pipeline.precompute.plan import Plan
 
@@ -26,61 +29,86 @@ _PER_SEQUENCE = 64
 def write_joined(
     path: Path, plan: Plan, about: dict[str, Any], *, scored: bool = True, left_out: Collection[int] = ()
 ) -> None:
-    """Write pairs.parquet durably, with what it says of itself; see `joined`."""
-    with durable.replacing(path) as temporary, parquet_writer(temporary, PAIRS, about) as writer:
+    """Write pairs.parquet, or responses.parquet, durably, with what it says of itself; see `joined`."""
+    with durable.replacing(path) as temporary, parquet_writer(temporary, plan.pairs.schema, about) as writer:
         for table in joined(plan, scored=scored, left_out=left_out):
             writer.write_table(table)
 
 
+def rows_left_out(plan: Plan, quarantined: Mapping[bytes, str]) -> dict[int, str]:
+    """Rows that cannot be used because a sequence's scores are not finite, and which: pairs with such a side; single responses
+    with all that stands beside them; of a list what has no score, or all of it if fewer than two are left.
+    """
+    if plan.pairs.of_pairs or not quarantined:
+        return pairs_left_out(plan.keys, quarantined)
+    hits = pc.is_in(plan.keys, value_set=pa.array(list(quarantined), pa.binary(32))).to_numpy(zero_copy_only=False)
+    group_of, left_out = plan.pairs.group_of, dict[int, str]()
+    bad = np.flatnonzero(hits)
+    for group in np.unique(group_of[bad]).tolist():
+        rows = range(*np.searchsorted(group_of, [group, group + 1]).tolist())
+        why = {row: quarantined[plan.keys[row].as_py()] for row in rows if hits[row]}
+        first = next(iter(why))
+        of_others = f"{'response' if first == rows[0] else 'the response beside it'}: {why[first]}"
+        if plan.data == "lists" and len(rows) - len(why) > 1:
+            left_out |= {row: f"response {row - rows[0] + 1}, from the best: {what}" for row, what in why.items()}
+        else:
+            left_out |= {row: f"response: {why[row]}" if row in why else of_others for row in rows}
+    return left_out
+
+
 def dropped_with(plan: Plan, left_out: Mapping[int, str]) -> pa.Table:
-    """dropped.parquet's content: what planning dropped, and the pairs that scoring left out, with their ids."""
+    """dropped.parquet's content: what planning dropped, and the rows that scoring left out, with their ids."""
     rows = []
     for number, detail in sorted(left_out.items()):
-        pair = plan.row(number)
-        rows.append({**{name: pair.get(name) for name in DROPPED.names}, "reason": "not_finite", "detail": detail})
+        found = plan.row(number)
+        # what stood beside a response is of no row of its own
+        if found.get("kind") != MISMATCHED:
+            rows.append({**{name: found.get(name) for name in DROPPED.names}, "reason": "not_finite", "detail": detail})
     return pa.concat_tables([plan.pairs.dropped_table(), pa.Table.from_pylist(rows, schema=DROPPED)])
 
 
 def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -> Iterator[pa.Table]:
-    """Every pair but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
+    """Every row but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
 
     Values per token are null if only their sum was imported. Raises CheckError if a score is not there or has not the tokens'
     number of values.
     """
     scores = _Scores(plan, left_out) if scored else None
     absent = np.fromiter(left_out, dtype=np.int64, count=len(left_out))
-    for first, pairs in plan.pairs.groups():
-        columns = dict(zip(pairs.schema.names, pairs.columns, strict=True))
+    schema = plan.pairs.schema
+    for first, rows in plan.pairs.groups():
+        columns = dict(zip(rows.schema.names, rows.columns, strict=True))
         if scores:
-            columns |= scores.columns(first, first + len(pairs))
+            columns |= scores.columns(first, first + len(rows))
         else:
             columns |= {
-                name: pa.nulls(len(pairs), PAIRS.field(name).type) for name in PAIRS.names if name not in columns
+                name: pa.nulls(len(rows), schema.field(name).type) for name in schema.names if name not in columns
             }
-        table = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
+        table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
         here = absent[(absent >= first) & (absent < first + len(table))] - first
         yield table.take(pa.array(np.setdiff1d(np.arange(len(table)), here))) if len(here) else table
 
 
 class _Scores:
-    """The scores of a plan's pairs, read from the store for as many row groups at a time as `_AT_ONCE` allows."""
+    """The scores of a plan's rows, read from the store for as many row groups at a time as `_AT_ONCE` allows."""
 
     def __init__(self, plan: Plan, left_out: Collection[int]) -> None:
-        self._plan, self._left_out = plan, left_out
+        self._plan, self._left_out, self._sides = plan, left_out, len(plan.sides)
         self._lookup = plan.store.lookup(plan.keys)
         self._first = self._end = 0
         self._logps: pa.Array = None
 
     def columns(self, first: int, end: int) -> dict[str, pa.Array]:
-        """PAIRS' score columns of pairs `first` to `end`, a row group."""
+        """The score columns of rows `first` to `end`, a row group."""
+        sides = self._sides
         if end > self._end:
             self._first, self._end = first, self._reach(first)
-            self._load(np.arange(2 * first, 2 * self._end))
+            self._load(np.arange(sides * first, sides * self._end))
             # shard by shard read, and the writer of pairs.parquet stands beside it
             return_freed_memory()
         columns: dict[str, pa.Array] = {}
-        for side, name in enumerate(("chosen", "rejected")):
-            places = np.arange(2 * (first - self._first) + side, 2 * (end - self._first), 2)
+        for side, name in enumerate(self._plan.sides):
+            places = np.arange(sides * (first - self._first) + side, sides * (end - self._first), sides)
             columns |= {
                 f"ref_{name}_token_logps": self._logps.take(pa.array(places)),
                 f"ref_{name}_logps": pa.array(self._sums[places]),
@@ -88,10 +116,10 @@ class _Scores:
         return columns
 
     def _reach(self, first: int) -> int:
-        pairs = self._plan.pairs
-        tokens = pairs.response_tokens[2 * first :].reshape(-1, 2).sum(axis=1, dtype=np.int64)
-        fit = int(np.searchsorted(np.cumsum(4 * tokens + 2 * _PER_SEQUENCE), _AT_ONCE, side="right"))
-        return len(pairs) if fit == len(tokens) else min(first + max(fit // GROUP, 1) * GROUP, len(pairs))
+        rows, sides = self._plan.pairs, self._sides
+        tokens = rows.response_tokens[sides * first :].reshape(-1, sides).sum(axis=1, dtype=np.int64)
+        fit = int(np.searchsorted(np.cumsum(4 * tokens + sides * _PER_SEQUENCE), _AT_ONCE, side="right"))
+        return len(rows) if fit == len(tokens) else min(first + max(fit // GROUP, 1) * GROUP, len(rows))
 
     def _load(self, positions: np.ndarray) -> None:
         lengths = self._plan.pairs.response_tokens[positions]
@@ -110,8 +138,8 @@ class _Scores:
             values[np.repeat(offsets[places] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
             self._sums[places] = table["logp"]
         absent = positions[np.isnan(self._sums)]
-        self._must_be_there(absent[~np.isin(absent // 2, list(self._left_out))])
-        kind = PAIRS.field("ref_chosen_token_logps").type
+        self._must_be_there(absent[~np.isin(absent // self._sides, list(self._left_out))])
+        kind = self._plan.pairs.schema.field(f"ref_{self._plan.sides[0]}_token_logps").type
         self._logps = pa.ListArray.from_arrays(
             pa.array(offsets), pa.array(values), type=kind, mask=pa.array(by_sum) if by_sum.any() else None
         )
@@ -119,14 +147,15 @@ class _Scores:
     def _must_cover(self, positions: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> None:
         if not np.array_equal(lengths, scored):
             place = int(np.argmax(lengths != scored))
-            side = ("chosen", "rejected")[positions[place] % 2]
-            pair_id = self._plan.row(positions[place] // 2)["pair_id"]
-            raise CheckError(f"{side} of pair {pair_id} has {lengths[place]} tokens but {scored[place]} scores")
+            number, side = divmod(int(positions[place]), self._sides)
+            name = f"{self._plan.sides[side]} of {self._plan.name(number)}"
+            raise CheckError(f"{name} has {lengths[place]} tokens but {scored[place]} scores")
 
     def _must_be_there(self, absent: np.ndarray) -> None:
         if len(absent):
-            ids = ", ".join(self._plan.row(position // 2)["pair_id"] for position in absent[:10])
+            names = [self._plan.name(int(position) // self._sides).split() for position in absent[:10]]
+            where = f"{names[0][0]}s {', '.join(name for _, name in names)}"
             raise CheckError(
-                f"{len(absent)} scores are missing from the store after scoring, first of the pairs {ids}: a shard was set aside "
+                f"{len(absent)} scores are missing from the store after scoring, first of the {where}: a shard was set aside "
                 "or removed meanwhile. Run 'refscore precompute' again, which scores what is missing"
             )

@@ -36,6 +36,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
     started = time.monotonic()
     done = tokens = 0
     reference = plan.reference.config
+    sides, rows = len(plan.sides), "pairs" if plan.pairs.of_pairs else "responses"
     try:
         with listener.progress("scoring", len(plan.missing)) as ticker:
 
@@ -43,7 +44,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
                 nonlocal done, tokens
                 done, tokens = done + sequences, tokens + shard_tokens
                 seconds = time.monotonic() - ticker.started
-                text = f"{done / 2 / seconds:.2f} pairs/s  {tokens / seconds:.0f} tokens/s"
+                text = f"{done / sides / seconds:.2f} {rows}/s  {tokens / seconds:.0f} tokens/s"
                 if reference.price_per_hour:
                     text += f"  {spent(reference, time.monotonic() - started, seconds, done / len(plan.missing))} spent"
                 ticker.advance(sequences, text)

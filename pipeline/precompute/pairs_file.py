@@ -1,4 +1,6 @@
-"""pairs.parquet: written from a plan and the store, what it says of what it was made from, and whether that is still so."""
+"""pairs.parquet, or responses.parquet for a loss that learns from these: written from a plan and the store, what it says of what
+it was made from, and whether that is still so.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +13,31 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS
+from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS, RESPONSES
 from pipeline.artifacts.tables import in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.config.files import digest
-from pipeline.config.losses import reference_free
-from pipeline.engines.quarantine import pairs_left_out
+from pipeline.config.losses import data_of, margins, mismatched, reference_free
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.control_tokens import control_tokens
 from pipeline.models.identity import identify_model
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.models.locate import at_hand
 from pipeline.pairs.splits import source_digests
-from pipeline.precompute.join import dropped_with, write_joined
+from pipeline.precompute.join import dropped_with, rows_left_out, write_joined
 from pipeline.precompute.plan import Plan, make_plan
 from pipeline.progress import SILENT, Listener
 
 # data.max_length where a configuration gave none, up to version 0.1
 _ONCE_DEFAULT_LENGTH = 1024
+# what a table is made for that does not say so
+_AS_PAIRS = {"data": "pairs", "mismatched": False}
+
+
+def table_of(run: Run, config: Config) -> Path:
+    """The table that the run's training reads: pairs.parquet, or responses.parquet."""
+    return run.pairs if data_of(config.train) == "pairs" else run.responses
 
 
 def inputs_digest(config: Config) -> str:
@@ -38,6 +46,8 @@ def inputs_digest(config: Config) -> str:
 
 
 def _digest_with(data: dict[str, Any], reference: ReferenceConfig) -> str:
+    # a field that was added later counts where it says something
+    data = {name: value for name, value in data.items() if name != "lists" or value != "best_worst"}
     fields = {"model", "revision", "adapter", "engine", "dtype", *(["imported_by"] if reference.imported_by else [])}
     return digest(data, reference.model_dump(mode="json", include=fields))
 
@@ -101,9 +111,16 @@ def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
     would have to be fetched.
     """
     about = read_about(path)
-    if not about or not in_format_of(path, PAIRS) or not _asked_for(about, config, path):
+    schema = PAIRS if data_of(config.train) == "pairs" else RESPONSES
+    if not about or not in_format_of(path, schema) or not _asked_for(about, config, path):
         return False
     if scored and not about.get("scored", True):
+        return False
+    made_for = {"data": data_of(config.train), "mismatched": mismatched(config.train)}
+    if any(about.get(name, otherwise) != made_for[name] for name, otherwise in _AS_PAIRS.items()):
+        return False
+    # a version that did not read margins wrote none
+    if margins(config.train) and not about.get("margins"):
         return False
     return all(
         digest in (None, about["source_digests"].get(name)) for name, digest in source_digests(config.data).items()
@@ -126,7 +143,8 @@ def _reference_is_that_of(about: dict[str, Any], reference: ReferenceConfig) -> 
 
 
 def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str, object]:
-    """What pairs.parquet says of itself: enough to tell later whether it still fits its inputs."""
+    """What pairs.parquet, or responses.parquet, says of itself: enough to tell later whether it still fits its inputs."""
+    made_for = {"data": plan.data, "mismatched": bool(plan.mismatched)}
     return {
         "reference_id": plan.identity.reference_id,
         "model": plan.identity.model.digest,
@@ -138,6 +156,8 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
         "vocabulary": plan.vocabulary,
         "template": plan.template,
         "scored": scored,
+        **({} if made_for == _AS_PAIRS else made_for),
+        **({"margins": plan.pairs.margins} if plan.pairs.margins else {}),
         **({IMPORTED_BY: plan.identity.numerics.imported_by} if plan.imported and scored else {}),
     }
 
@@ -157,16 +177,19 @@ def _digest_in_use(about: dict[str, object], config: Config, path: Path) -> obje
 def write_pairs(
     plan: Plan, config: Config, run: Run, *, scored: bool = True, quarantined: Mapping[bytes, str] | None = None
 ) -> None:
-    """Join scores from the store and write pairs.parquet, dropped.parquet, config.yaml and provenance.json.
+    """Join scores from the store and write pairs.parquet or responses.parquet, dropped.parquet, config.yaml and provenance.json.
 
-    `quarantined`: what `score` returned; its pairs are dropped as not_finite. Raises CheckError if a score is not in the
+    A run has one of the two tables: the other, of an earlier configuration, is removed. `quarantined`: what `score` returned; its
+    pairs are dropped as not_finite. Raises CheckError if a score is not in the
     store.
     """
     about = about_pairs(plan, config, scored=scored)
-    about["inputs_digest"] = _digest_in_use(about, config, run.pairs)
-    left_out = pairs_left_out(plan.keys, quarantined or {})
+    table, other = (run.pairs, run.responses) if plan.pairs.of_pairs else (run.responses, run.pairs)
+    about["inputs_digest"] = _digest_in_use(about, config, table)
+    left_out = rows_left_out(plan, quarantined or {})
     write_table(run.dropped, dropped_with(plan, left_out))
-    write_joined(run.pairs, plan, about, scored=scored, left_out=left_out)
+    write_joined(table, plan, about, scored=scored, left_out=left_out)
+    other.unlink(missing_ok=True)
     if scored:
         plan.store.register(run.directory)
     record(
@@ -201,19 +224,21 @@ def write_unscored(
         listener.say(line)
     if not plan_only:
         write_pairs(plan, without_reference(config), run, scored=False)
-        listener.say(f"pairs     {run.pairs}")
+        table = table_of(run, config)
+        listener.say(f"{table.stem:9} {table}")
 
 
 def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:
-    """Make pairs.parquet fit the configuration, from the store alone. Raises ConfigError if scores are missing there,
-    DataError if they were to be imported.
+    """Make pairs.parquet, or responses.parquet, fit the configuration, from the store alone. Raises ConfigError if scores are
+    missing there, DataError if they were to be imported.
     """
     if reference_free(config.train):
-        current = is_current(run.pairs, config) or is_current(run.pairs, without_reference(config), scored=False)
+        table = table_of(run, config)
+        current = is_current(table, config) or is_current(table, without_reference(config), scored=False)
         if not current:
             write_unscored(config, run, listener)
         return
-    if is_current(run.pairs, config):
+    if is_current(table_of(run, config), config):
         return
     plan = make_plan(config)
     if len(plan.missing) and plan.imported:

@@ -1,7 +1,8 @@
 """What an experiment needs of its reference, and what the store lacks of it.
 
 Pairs stream from their sources to a working file and from there to the engine (`pipeline.precompute.score`) and to
-pairs.parquet (`pipeline.precompute.join`): memory holds a few numbers per pair, never the pairs.
+pairs.parquet (`pipeline.precompute.join`): memory holds a few numbers per pair, never the pairs. So do responses, for a loss that
+learns from these, to responses.parquet.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import pyarrow as pa
 
 from pipeline.artifacts.tables import arrays_of
 from pipeline.config.experiment import Config
-from pipeline.config.losses import sums_do_not_do
+from pipeline.config.losses import Data, data_of, margins, mismatched, sums_do_not_do
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference, open_reference
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, vocabulary_digest
+from pipeline.pairs.groups import ResponseStream
+from pipeline.pairs.kinds import UNITS
 from pipeline.pairs.splits import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
 from pipeline.store.identity import IMPORTED, ReferenceIdentity, score_key
@@ -32,11 +35,13 @@ from pipeline.store.store import Store
 class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
-    `keys` has two entries per pair, chosen then rejected, of which `sequences` differ; `missing` are positions in it,
-    ascending, one for each absent key. `held_as_sums`: sequences of which a sum was imported, and no values per token.
+    `keys` has an entry for each side of each row of `pairs`, chosen then rejected of a pair, of which `sequences` differ;
+    `missing` are positions in it, ascending, one for each absent key. `held_as_sums`: sequences of which a sum was imported, and
+    no values per token.
     """
 
     reference: OpenedReference
+    data: Data
     pairs: PairTable
     store: Store
     keys: pa.FixedSizeBinaryArray
@@ -66,6 +71,11 @@ class Plan:
         """Tokens of the longest sequence that is missing."""
         return int(self.pairs.lengths(self.missing).max(initial=0))
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The responses of a row, by name: chosen and rejected of a pair."""
+        return self.pairs.sides
+
     def lines(self, *, scored: bool = True) -> list[str]:
         """Rows, drops, hits, misses and tokens, for people; not `scored`: rows and drops."""
         lines = []
@@ -73,9 +83,12 @@ class Plan:
         for name, format_name in pairs.formats.items():
             lines.append(f"data      {name}: {format_name}")
         splits = ", ".join(f"{pairs.splits.get(split, 0)} {split}" for split in ("train", "eval"))
-        lines.append(f"rows      {len(pairs) + pairs.dropped} read, {len(pairs)} pairs: {splits}")
+        made = sum(pairs.splits.values())
+        lines.append(f"rows      {pairs.read} read, {made} {UNITS[self.data]}: {splits}")
+        lines += self._of_responses()
         if pairs.cut_off:
-            lines.append(f"cut off   {pairs.cut_off} of {2 * len(pairs)} responses, which are given no end token")
+            responses = len(self.keys) - self.mismatched
+            lines.append(f"cut off   {pairs.cut_off} of {responses} responses, which are given no end token")
         for reason, drop in pairs.drops.items():
             detail = f": {drop.first.detail}" if drop.first.detail else ""
             lines.append(f"dropped   {drop.count} x {reason} (first: {drop.first.source} row {drop.first.row}{detail})")
@@ -93,9 +106,26 @@ class Plan:
             )
         return lines
 
+    @property
+    def mismatched(self) -> int:
+        """Rows that hold the response to another prompt."""
+        return len(self.pairs) - sum(self.pairs.splits.values()) if self.data == "responses" else 0
+
+    def _of_responses(self) -> list[str]:
+        """What there is of single responses and of lists, for people."""
+        if self.data == "lists":
+            return [
+                f"lists     {len(self.pairs)} responses, {len(self.pairs) / sum(self.pairs.splits.values()):.1f} in a list"
+            ]
+        if self.data == "pairs":
+            return []
+        good, bad = self.pairs.labels.get("train", [0, 0])
+        beside = f"; beside {self.mismatched} of them the response to another prompt" if self.mismatched else ""
+        return [f"labels    {good} good, {bad} bad to train on{beside}"]
+
     def not_imported(self) -> str:
         """What to do about sequences without a score, if scores are imported, in a sentence."""
-        by, first = self.identity.numerics.imported_by, self.row(int(self.missing[0]) // 2)
+        by, first = self.identity.numerics.imported_by, self.row(int(self.missing[0]) // len(self.sides))
         return (
             f"{len(self.missing)} of {self.sequences} sequences have no score imported by {by!r} (first: {first['source']} row "
             f"{first['source_row']}): import them with 'refscore import', the same configuration and --by, or leave their rows "
@@ -104,34 +134,44 @@ class Plan:
         )
 
     def row(self, number: int) -> dict[str, Any]:
-        """A pair under its names in pairs.parquet."""
+        """A row under its names in pairs.parquet or responses.parquet."""
         return self.pairs.row(number)
+
+    def name(self, number: int) -> str:
+        """What a row is called where it is at fault."""
+        row = self.row(number)
+        return f"pair {row['pair_id']}" if self.pairs.of_pairs else f"group {row['group_id']}"
 
     def request(self, position: int) -> Request:
         """The sequence whose key stands at `position` of `keys`."""
-        pair = self.row(position // 2)
-        return Request(pair["prompt_ids"], pair["rejected_ids" if position % 2 else "chosen_ids"])
+        number, side = divmod(position, len(self.sides))
+        row = self.row(number)
+        return Request(row["prompt_ids"], row[f"{self.sides[side]}_ids"])
 
 
 def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     """Read the data, tokenise, and ask the store; loads no model.
 
-    `reference`: `config.reference`, if it was opened before. Raises DataError if the data cannot be read or gives no pair,
-    ConfigError if the reference or its tokenizer cannot be used, or if the loss weighs tokens of which only sums were imported.
+    `reference`: `config.reference`, if it was opened before. Raises DataError if the data cannot be read, gives nothing to train
+    on, or does not say what the loss reads of it; ConfigError if the reference or its tokenizer cannot be used, or if the loss
+    weighs tokens of which only sums were imported.
     """
     reference = reference or open_reference(config.reference)
     parts: list[pa.FixedSizeBinaryArray] = []
+    data = data_of(config.train)
     pairs = write_pairs(
         config.data,
-        PairStream(config.data, reference.tokenizer, position_limit(reference.paths.base)),
+        _stream(config, reference),
         lambda table: parts.append(keys_of(reference.identity.reference_id, table)),
     )
+    _must_say_margins(config, pairs)
     store = Store(config.reference.store, reference.identity)
     keys = pa.concat_arrays(parts)
     parts.clear()
     lookup = store.lookup(keys)
     plan = Plan(
         reference=reference,
+        data=data,
         pairs=pairs,
         store=store,
         keys=keys,
@@ -149,9 +189,26 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     return plan
 
 
-def keys_of(reference_id: str, pairs: pa.Table) -> pa.FixedSizeBinaryArray:
-    """Keys of the pairs' sequences, chosen then rejected of each pair."""
-    columns = [arrays_of(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+def _stream(config: Config, reference: OpenedReference) -> PairStream | ResponseStream:
+    """What the loss learns from, as it is read."""
+    data, positions = data_of(config.train), position_limit(reference.paths.base)
+    if data == "pairs":
+        return PairStream(config.data, reference.tokenizer, positions)
+    return ResponseStream(config.data, reference.tokenizer, positions, wanted=data, mismatched=mismatched(config.train))
+
+
+def _must_say_margins(config: Config, pairs: PairTable) -> None:
+    if (names := margins(config.train)) and pairs.margins < len(pairs):
+        raise DataError(
+            f"{len(pairs) - pairs.margins} of {len(pairs)} pairs do not say how much better chosen is, from which "
+            f"{', '.join(names)} learns: give every row a margin, or a chosen_score and a rejected_score, or take ranked data"
+        )
+
+
+def keys_of(reference_id: str, table: pa.Table) -> pa.FixedSizeBinaryArray:
+    """Keys of the sequences of a table's rows, chosen then rejected of each pair."""
+    names = [name for name in ("chosen_ids", "rejected_ids", "response_ids") if name in table.column_names]
+    columns = [arrays_of(table, name) for name in ("prompt_ids", *names)]
     keys = [
         score_key(reference_id, prompt, response)
         for prompt, *responses in zip(*columns, strict=True)
@@ -163,12 +220,13 @@ def keys_of(reference_id: str, pairs: pa.Table) -> pa.FixedSizeBinaryArray:
 def part_of(plan: Plan, number: int, parts: int) -> Plan:
     """The plan with what is missing in one of `parts` parts: decided by the prompt's ids, so siblings are in one part."""
     kept: list[int] = []
+    sides = len(plan.sides)
     for first, table in plan.pairs.groups(["prompt_ids"]):
-        low, high = np.searchsorted(plan.missing, [2 * first, 2 * (first + len(table))])
+        low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
         prompts = arrays_of(table, "prompt_ids") if low < high else []
         kept += [
             position
             for position in plan.missing[low:high].tolist()
-            if zlib.crc32(prompts[position // 2 - first].tobytes()) % parts == number
+            if zlib.crc32(prompts[position // sides - first].tobytes()) % parts == number
         ]
     return replace(plan, missing=np.asarray(kept, dtype=np.int64))

@@ -109,14 +109,15 @@ def default_tokens_per_shard(plan: Plan) -> int:
 def _windows(plan: Plan) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
     """Missing positions with prompt and response ids, in the order of the data."""
     window: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for first, table in plan.pairs.groups(["prompt_ids", "chosen_ids", "rejected_ids"]):
-        low, high = np.searchsorted(plan.missing, [2 * first, 2 * (first + len(table))])
+    sides = len(plan.sides)
+    for first, table in plan.pairs.groups(plan.pairs.ids):
+        low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
         if low == high:
             continue
-        prompts, *responses = (arrays_of(table, name) for name in table.column_names)
+        prompts, *responses = (arrays_of(table, name) for name in plan.pairs.ids)
         for position in plan.missing[low:high].tolist():
-            row = position // 2 - first
-            window[position] = prompts[row], responses[position % 2][row]
+            row, side = divmod(position, sides)
+            window[position] = prompts[row - first], responses[side][row - first]
         if len(window) >= _WINDOW:
             yield window
             window = {}

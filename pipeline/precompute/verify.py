@@ -1,4 +1,4 @@
-"""Are stored scores true? A sample of a run's pairs, compared with what transformers gives in float32.
+"""Are stored scores true? A sample of a run's pairs or responses, compared with what transformers gives in float32.
 
 Differences are score minus float32, in nats per token. A mean that is not 0 grows with a response's length and so favours
 short or long ones; what scatters around 0 is noise of the margin. Both are given in the units of the reward as well.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.artifacts.schemas import PAIRS
+from pipeline.artifacts.schemas import PAIRS, RESPONSES
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.engines.protocol import Request, numerics_of
@@ -33,44 +33,55 @@ _LOW_PRECISION = 0.15
 
 @dataclass(frozen=True)
 class Sample:
-    """Sequences of some pairs, chosen and rejected in turn, and the scores that the run has for them: values per token, or sums
-    alone if scores were imported of which some are no more.
+    """Sequences of some pairs, chosen and rejected in turn, or of some responses (`sides` 1), and the scores that the run has for
+    them: values per token, or sums alone if scores were imported of which some are no more.
     """
 
     requests: list[Request]
     stored: list[np.ndarray]
     sums: list[float]
+    sides: int = 2
 
     @property
-    def pairs(self) -> int:
-        return len(self.requests) // 2
+    def rows(self) -> int:
+        """Pairs, or responses."""
+        return len(self.requests) // self.sides
+
+    @property
+    def unit(self) -> str:
+        """What a row is called."""
+        return "pairs" if self.sides == 2 else "responses"
 
     def against(self, truth: list[np.ndarray], beta: float) -> dict[str, float]:
         """How far the stored scores are from `truth`, values per token; see `pipeline.precompute.agreement`."""
         if not self.sums:
-            return agreement(self.stored, truth, beta)
+            return agreement(self.stored, truth, beta, of_pairs=self.sides == 2)
         true_sums = [float(values.sum(dtype=np.float64)) for values in truth]
-        return agreement_of_sums(self.sums, true_sums, [len(values) for values in truth], beta)
+        return agreement_of_sums(
+            self.sums, true_sums, [len(values) for values in truth], beta, of_pairs=self.sides == 2
+        )
 
 
 def draw_sample(path: Path, rows: int) -> Sample:
-    """`rows` pairs of pairs.parquet, drawn always alike. Raises DataError if it holds no scores."""
+    """`rows` rows of pairs.parquet or responses.parquet, drawn always alike. Raises DataError if it holds no scores."""
     if not read_about(path).get("scored", True):
         raise DataError(f"{path} holds no reference scores: the run's loss compares nothing with the reference")
-    sides = ("chosen", "rejected")
+    of_pairs = read_about(path).get("data", "pairs") == "pairs"
+    sides = ("chosen", "rejected") if of_pairs else ("response",)
     columns = [
         "prompt_ids",
         *(name for side in sides for name in (f"{side}_ids", f"ref_{side}_token_logps", f"ref_{side}_logps")),
     ]
-    table = read_table(path, PAIRS, columns)
+    table = read_table(path, PAIRS if of_pairs else RESPONSES, columns)
     chosen = sorted(np.random.default_rng(0).choice(len(table), min(rows, len(table)), replace=False).tolist())
-    pairs = table.take(chosen).to_pylist()
-    stored = [pair[f"ref_{side}_token_logps"] for pair in pairs for side in sides]
+    found = table.take(chosen).to_pylist()
+    stored = [row[f"ref_{side}_token_logps"] for row in found for side in sides]
     by_sum = any(values is None for values in stored)
     return Sample(
-        [Request(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs for side in sides],
+        [Request(row["prompt_ids"], row[f"{side}_ids"]) for row in found for side in sides],
         [] if by_sum else [np.asarray(values, np.float32) for values in stored],
-        [pair[f"ref_{side}_logps"] for pair in pairs for side in sides] if by_sum else [],
+        [row[f"ref_{side}_logps"] for row in found for side in sides] if by_sum else [],
+        len(sides),
     )
 
 

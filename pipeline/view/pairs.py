@@ -9,6 +9,7 @@ import polars as pl
 
 from pipeline.artifacts.runs import Run
 from pipeline.artifacts.schemas import DROPPED, PAIRS, POLICY_LOGPS
+from pipeline.errors import DataError
 from pipeline.report.side_by_side import differing, visible
 from pipeline.view.comparisons import PAGE
 from pipeline.view.pages import Stamp, columns, rows, stamp
@@ -28,6 +29,7 @@ def pairs_index(run: Run) -> dict[str, Any]:
     """One row per pair, the first `MOST` of all `total`: split, topic, lengths in tokens, and in nats per response the sums of
     the reference and, if a training kept them, of the policy when it last saw the pair, after `step` updates.
     """
+    _must_have_pairs(run)
     table = _index(run, (stamp(run.pairs), stamp(run.policy_logps)))
     kept = table.head(MOST)
     topics = kept["topic"].fill_null("").unique(maintain_order=True).to_list()
@@ -49,6 +51,7 @@ def pairs_index(run: Run) -> dict[str, Any]:
 
 def pairs_page(run: Run, page: int) -> dict[str, Any]:
     """Rows `PAGE * page` and on of pairs.parquet, with texts and the reference's log-probability of every response token."""
+    _must_have_pairs(run)
     total = min(len(_index(run, (stamp(run.pairs), stamp(run.policy_logps)))), MOST)
     first = first_of(page, total)
     places = list(range(first, min(first + PAGE, total)))
@@ -69,6 +72,13 @@ def dropped(run: Run) -> dict[str, Any]:
             for source, row, reason, detail in kept.select("source", "source_row", "reason", "detail").rows()
         ],
     }
+
+
+def _must_have_pairs(run: Run) -> None:
+    if run.scored != run.pairs:
+        raise DataError(
+            f"run {run.name!r} learns from responses, not from pairs: {run.responses} holds them, and 'refscore show' prints it"
+        )
 
 
 @lru_cache(maxsize=4)

@@ -24,7 +24,7 @@ def runs_list() -> dict[str, Any]:
     found = []
     for run in runs_here():
         state = state_of(run)
-        reference = str(read_about(run.pairs).get("model", ""))[:12]
+        reference = str(read_about(run.scored).get("model", ""))[:12]
         found.append({**asdict(state), "writer": state.writer is not None, "reference": reference})
     return {"runs": found}
 

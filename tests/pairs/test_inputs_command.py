@@ -31,7 +31,15 @@ SAID = {
     "a number of many digits": ({"d.jsonl": lines(GOOD, '{"a": %s}' % ("1" * 5000))}, ["d.jsonl"], 3, ["4300 digits"]),
     "UTF-16": ({"d.jsonl": lines(GOOD, encoding="utf-16")}, ["d.jsonl"], 3, ["iconv -f UTF-16 -t UTF-8"]),
     "gzip that is cut off": ({"d.jsonl.gz": gz(lines(GOOD))[:-9]}, ["d.jsonl.gz"], 3, ["cut off"]),
-    "KTO": ({"d.jsonl": lines({"prompt": "a", "completion": "b", "label": True})}, ["d.jsonl"], 3, ["unpaired data as KTO"]),
+    "unpaired": (
+        {"d.jsonl": lines({"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "b", "label": 7})}, ["d.jsonl"], 0,
+        ["unpaired, TRL explicit, strings", "2 rows, 1 usable, 1 dropped", "responses: 1 good", "row 1: unknown_label (label is 7"],
+    ),
+    "ranked": (
+        {"d.jsonl": lines({"prompt": "a", "responses": ["b", "c", ""], "scores": [1, 2, 3]}, {"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]})},
+        ["d.jsonl"], 0,
+        ["ranked, TRL explicit, strings", "2 rows, 1 usable, 2 dropped, 1 of these responses of rows that are used", "responses: 2 in a list", "equal_scores"],
+    ),
     "half a character in all names": ({"d.jsonl": lines({"\ud83d": 1})}, ["d.jsonl"], 3, [r"\ud83d"]),
     "a missing file": ({}, ["gone.jsonl"], 3, ["no such file"]),
     "a missing folder": ({}, ["gone/"], 3, ["no such file"]),

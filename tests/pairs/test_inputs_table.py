@@ -433,16 +433,14 @@ ROWS = {
 
 NEAR = {
     "OpenAI": ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [OTHER]}, "make prompt of input.messages"),
-    "KTO": ({"prompt": "a", "completion": "b", "label": True}, "unpaired data as KTO"),
-    "KTO with a text as label": ({"prompt": "a", "completion": "b", "label": "True"}, "unpaired data as KTO"),
-    "KTO of messages": ({"messages": [USER, ANSWER], "label": False}, "unpaired data as KTO"),
+    "KTO without a prompt": ({"text": "b", "label": True}, "unpaired data as KTO"),
     "KTO of LLaMA-Factory": ({"conversations": [USER], "kto_tag": True}, "unpaired data as KTO"),
     "prompt and completion": ({"prompt": "a", "completion": "b"}, "one response a row, as supervised"),
     "Alpaca with one output": ({"instruction": "a", "input": "", "output": "b"}, "one response a row, as supervised"),
     "messages alone": ({"messages": [USER, ANSWER]}, "one response a row, as supervised"),
     "sharegpt alone": ({"conversations": [{"from": "human", "value": "a"}]}, "one response a row, as supervised"),
     "text alone": ({"text": "a"}, "one response a row, as supervised"),
-    "UltraFeedback": ({"instruction": "a", "completions": [{"response": "b", "overall_score": 5}, {"response": "c"}]}, "several responses a row"),
+    "UltraFeedback without scores": ({"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}, "several responses a row"),
     "distilabel": ({"input": "a", "generations": ["b", "c"], "rating": [5, 1]}, "several responses a row"),
     "old LLaMA-Factory": ({"instruction": "a", "output": ["b", "c"]}, "several responses a row"),
     "messages with ranks": ({"messages": [USER, ANSWER], "rank": 1}, "with a rank or score"),

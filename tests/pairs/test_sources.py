@@ -210,13 +210,13 @@ def test_rows_that_are_lost_on_the_way_are_noticed(monkeypatch):
         with pytest.raises(CheckError, match="5 rows were read, and 4 are pairs or dropped"):
             write_pairs(DataConfig(path=path), loses, lambda table: None)
     with monkeypatch.context() as patch:
-        real = preferences.Source._item
+        real = preferences.Source._unit
         patch.setattr(
             preferences.Source,
             "_rows",
             lambda self, part, rows=preferences.Source._rows: but_the_third(rows(self, part)),
         )
-        assert real is preferences.Source._item
+        assert real is preferences.Source._unit
         with pytest.raises(CheckError, match="rows were lost"):
             list(open_source(path, DataConfig(path=path)).preferences())
 

@@ -23,7 +23,7 @@ def voices_of(run: Run) -> list[Voice]:
     """
     samples = read_table(run.samples, SAMPLES)
     models = list(dict.fromkeys(samples["model"].to_pylist()))
-    comparisons = comparisons_of(samples, held_out_prompts(run.pairs, None), models)
+    comparisons = comparisons_of(samples, held_out_prompts(run.scored, None), models)
     judgements = [Judgement(**row) for row in read_table(run.judgements, JUDGEMENTS).to_pylist()]
     by_people, _ = judged_by_people(votes_here(run), comparisons)
     results = read_results(run.eval)

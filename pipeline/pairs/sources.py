@@ -1,0 +1,84 @@
+"""All sources of an experiment, one after the other: what each row becomes, together, and whether every row became something."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from pipeline.config.experiment import DataConfig
+from pipeline.config.losses import Data
+from pipeline.errors import ConfigError
+from pipeline.pairs.encoding import Encoded
+from pipeline.pairs.preferences import Dropped, Preference, must_balance, open_source
+from pipeline.pairs.rows import must_read_all
+
+log = logging.getLogger(__name__)
+
+Items = Iterable[Preference | Dropped]
+Encode = Callable[[Items], Iterator[Encoded | Dropped]]
+
+
+class Sources:
+    """Every row of every source of `data` as it is read, for a loss that learns from `wanted`.
+
+    `formats` and `digests` of a source are known once its rows come, `read` and `unread` once they have ended.
+    """
+
+    def __init__(self, data: DataConfig, wanted: Data) -> None:
+        must_read_all(data)
+        self._data, self._wanted = data, wanted
+        self.formats: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        self.read: dict[str, int] = {}
+        self.unread: dict[str, list[str]] = {}
+
+    def units(self, encode: Encode) -> Iterator[tuple[str, list[Encoded | Dropped]]]:
+        """What each row became, encoded, with what its source is for: "eval" or "train".
+
+        Raises DataError if a source cannot be read, CheckError if rows were lost on the way, ConfigError for a setting that
+        nothing has read.
+        """
+        data, given, ranked = self._data, 0, False
+        # held-out data first, so that its prompts are known when the training data is read
+        sources = ([(data.eval_path, "eval")] if data.eval_path else []) + [(path, "train") for path in data.path]
+        for name, role in sources:
+            source = open_source(name, data, self._wanted)
+            ranked = ranked or source.ranked
+            self.formats[name], self.digests[name] = source.format, source.digest
+            for unit in _encoded(source.units(), encode):
+                given += 1
+                yield role, unit
+            self.read[name] = self.read.get(name, 0) + source.read
+            self.unread[name] = source.unread
+        must_balance(", ".join(self.read), sum(self.read.values()), given)
+        if data.lists != DataConfig.model_fields["lists"].default and not (ranked and self._wanted == "pairs"):
+            raise ConfigError(
+                f"data.lists={data.lists} says which pairs a ranked list makes, and "
+                + ("the loss learns from whole lists" if ranked else "data.path names no ranked lists")
+                + ": remove it"
+            )
+        for name, columns in self.unread.items():
+            if columns:
+                log.warning("%s: nothing reads %s", name, listed(columns))
+
+
+def listed(columns: list[str]) -> str:
+    """Columns for people: the first ten, and how many more."""
+    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+    return f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns[:10])}{more}"
+
+
+def _encoded(units: Iterable[list[Preference | Dropped]], encode: Encode) -> Iterator[list[Encoded | Dropped]]:
+    """Each unit, all of whose items went through `encode`, which works on many of them at a time."""
+    sizes: deque[int] = deque()
+
+    def items() -> Iterator[Preference | Dropped]:
+        for unit in units:
+            sizes.append(len(unit))
+            yield from unit
+
+    encoded = encode(items())
+    for first in encoded:
+        yield [first, *islice(encoded, sizes.popleft() - 1)]
