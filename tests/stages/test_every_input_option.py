@@ -33,6 +33,7 @@ CHANGES = {
     "data.split": ("test", {"data.path": "folder"}),
     "data.revision": ("old", {"data.path": "tests/pairs"}),
     "data.columns": ("{prompt: question, chosen: good, rejected: bad}", {"data.path": "renamed.jsonl"}),
+    "data.lists": ("all_pairs", {"data.path": "ranked.jsonl"}),
     "data.template": ("none", {}),
     "data.special_tokens": ("parse", {"data.path": "control.jsonl"}),
     "data.max_length": (70, {}),
@@ -81,6 +82,13 @@ def ground(tmp_path_factory, tiny_model):
     write_rows(
         where / "renamed.jsonl",
         [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows],
+    )
+    write_rows(
+        where / "ranked.jsonl",
+        [
+            {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], "No."], "scores": [3, 2, 1]}
+            for row in rows
+        ],
     )
     write_rows(where / "control.jsonl", [{**row, "chosen": row["chosen"] + "<|end|>"} for row in rows])
     for split, part in (("train", rows[:8]), ("test", rows[8:])):
@@ -136,6 +144,7 @@ def test_without_a_change_nothing_changes(ground, monkeypatch):
     [
         ({"data.split": "test"}, "data.path names files only"),
         ({"data.revision": "old"}, "data.path names none"),
+        ({"data.lists": "all_pairs"}, "data.path names no ranked lists"),
         ({"reference.revision": "old"}, "has no revisions"),
         ({"reference.kv_cache_gib": 2.5}, "needs reference.engine=vllm"),
         ({"reference.tensor_parallel_size": 2}, "needs reference.engine=vllm"),
