@@ -7,10 +7,12 @@ import pytest
 
 from pipeline.config.experiment import DataConfig
 from pipeline.pairs.formats import one_response
+from pipeline.pairs.groups import ResponseStream
 from pipeline.pairs.messages import RowProblem
 from pipeline.pairs.preferences import Dropped, open_source
+from pipeline.pairs.splits import Pair, PairStream
 from tests.conftest import ROOT, make_tiny_tokenizer
-from tests.pairs.inputs import ANSWER, CALL, GOOD, OTHER, TOOL, USER, lines, parquet
+from tests.pairs.inputs import ANSWER, CALL, GOOD, OTHER, TOOL, TOOL_TEMPLATE, USER, lines, parquet
 from tests.pairs.pair_rows import build
 from tests.pairs.test_preferences import FORMS
 
@@ -163,6 +165,99 @@ def test_a_response_of_a_tool_call_alone_is_one():
     # two calls of the same are one response
     _, (same,) = read({**row, "rejected": row["chosen"]})
     assert same.reason == "identical_responses"
+
+
+# prompt and responses of every form of messages, the second one with a call
+_ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+_TURNS = [USER, _ASKED, turn("tool", "12:00")]
+_SHAREGPT = [
+    {"from": "human", "value": "Hi?"},
+    {"from": "function_call", "value": None, "tool_calls": [CALL]},
+    {"from": "observation", "value": "12:00"},
+]
+OF_TOOLS = {
+    "TRL explicit": {"prompt": _TURNS, "chosen": [ANSWER], "rejected": [_ASKED]},
+    "TRL implicit": {"chosen": [*_TURNS, ANSWER], "rejected": [*_TURNS, _ASKED]},
+    "UltraFeedback-binarized": {"prompt": "Hi?", "chosen": [*_TURNS, ANSWER], "rejected": [*_TURNS, _ASKED]},
+    "sharegpt": {"conversations": _SHAREGPT, "chosen": ANSWER, "rejected": _ASKED},
+    "messages beside responses": {"messages": _TURNS, "chosen": ANSWER, "rejected": _ASKED},
+    "unpaired": {"prompt": _TURNS, "completion": [_ASKED], "label": True},
+    "unpaired messages": {"messages": [*_TURNS, _ASKED], "label": True},
+    "unpaired sharegpt": {
+        "conversations": [*_SHAREGPT, {"from": "gpt", "value": "", "tool_calls": [CALL]}],
+        "kto_tag": True,
+    },
+    "ranked": {"prompt": _TURNS, "responses": [[ANSWER], [_ASKED]], "scores": [1, 2]},
+    "ranked objects": {
+        "prompt": _TURNS,
+        "completions": [{"message": ANSWER, "score": 1}, {"message": _ASKED, "score": 2}],
+    },
+}
+# of these, a prompt is a text, and tools stand beside it
+OF_TEXTS = {
+    "TRL explicit, strings": {"prompt": "Hi?", "chosen": "a", "rejected": _ASKED},
+    "Alpaca": {"instruction": "Hi?", "chosen": "a", "rejected": _ASKED},
+    "HH-RLHF": {"chosen": f"{DIALOGUE}\n\nAssistant: D", "rejected": f"{DIALOGUE}\n\nAssistant: E"},
+    "HH-RLHF prompt": {"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": "D", "rejected": "E"},
+    "TRL implicit, strings": {"chosen": "Hi? a", "rejected": "Hi? b"},
+    "unpaired": {"prompt": "Hi?", "completion": _ASKED, "label": True},
+    "unpaired Alpaca": {"instruction": "Hi?", "output": "a", "label": False},
+    "ranked": {"prompt": "Hi?", "responses": ["a", _ASKED], "scores": [1, 2]},
+    "UltraFeedback": {
+        "instruction": "Hi?",
+        "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 2}],
+    },
+}
+
+
+def texts_of(row, tokenizer):
+    """Everything that a row becomes, as pairs, responses and lists, decoded from its token ids; and why it becomes nothing."""
+    Path("d.jsonl").write_bytes(lines(row))
+    data = DataConfig(path="d.jsonl", eval_fraction=0)
+    single = "label" in row or "kto_tag" in row
+    streams = [] if single else [PairStream(data, tokenizer), ResponseStream(data, tokenizer, wanted="lists")]
+    streams.append(ResponseStream(data, tokenizer))
+    for stream in streams:
+        items = list(stream)
+        kept = [item for item in items if not isinstance(item, Dropped)]
+        responses = [
+            ids
+            for item in kept
+            for ids in ([item.chosen_ids, item.rejected_ids] if isinstance(item, Pair) else [item.response_ids])
+        ]
+        prompts = [item.prompt_ids for item in kept]
+        yield (
+            [tokenizer.decode(ids) for ids in prompts],
+            [tokenizer.decode(ids) for ids in responses],
+            [item.reason for item in items if isinstance(item, Dropped)],
+        )
+
+
+@pytest.mark.parametrize("name", [*OF_TOOLS, *(f"text: {name}" for name in OF_TEXTS)])
+def test_tools_and_calls_of_every_form_reach_the_token_ids_or_are_told(name):
+    row = OF_TOOLS.get(name) or OF_TEXTS[name.removeprefix("text: ")]
+    row = {**row, "tools": [TOOL]}
+    called = "tool_calls" in str(row)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    for prompts, responses, dropped in texts_of(row, tokenizer):
+        assert prompts
+        assert not dropped
+        assert all('"parameters"' in prompt for prompt in prompts)
+        if name in OF_TOOLS:
+            assert all('@{"name": "clock"' in prompt and "12:00" in prompt for prompt in prompts)
+        assert any('@{"name": "clock"' in response for response in responses) is called
+    for template, reason in (
+        (None, "tools_not_rendered"),
+        (TOOL_TEMPLATE.replace("m.tool_calls or []", "[]"), "tool_calls_not_rendered"),
+    ):
+        tokenizer = make_tiny_tokenizer()
+        tokenizer.chat_template = template or tokenizer.chat_template
+        for prompts, _, dropped in texts_of(row, tokenizer) if called or template is None else ():
+            # of responses, one without a call may be left: then nothing of it was lost
+            assert set(dropped) <= {reason, "fewer_than_two_responses"}
+            assert dropped
+            assert not prompts or (name not in OF_TOOLS and template)
 
 
 UNREAD = {
