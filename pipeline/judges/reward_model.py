@@ -114,7 +114,7 @@ def _rewards(directory: Path, settings: JudgeConfig, dtype: str, ids: list[list[
     if not all(fits):
         log.warning("judge %s: %d responses are longer than it reads", settings.shown, fits.count(False))
     asked = [sequence for sequence, fit in zip(ids, fits, strict=True) if fit]
-    computed = _computed(directory, settings, dtype, asked)
+    computed = iter(_computed(directory, settings, dtype, asked))
     for fit in fits:
         yield next(computed) if fit else None
     # to its end, where the engine is stopped

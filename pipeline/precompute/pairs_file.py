@@ -217,8 +217,7 @@ def write_unscored(
 
     `remarks`: what else to say of the plan before it is carried out.
     """
-    reader = "the reward model" if config.train.objective == "reward" else " + ".join(config.train.loss_type)
-    listener.say(f"nothing to score: {reader} compares nothing with the reference; no engine is started")
+    listener.say(f"nothing to score: {_why_nothing(config)}; no engine is started")
     plan = make_plan(without_reference(config))
     for line in [*plan.lines(scored=False), *remarks(plan)]:
         listener.say(line)
@@ -226,6 +225,14 @@ def write_unscored(
         write_pairs(plan, without_reference(config), run, scored=False)
         table = table_of(run, config)
         listener.say(f"{table.stem:9} {table}")
+
+
+def _why_nothing(config: Config) -> str:
+    train = config.train
+    if train.objective not in ("preference", "reward"):
+        return "the training learns from samples, which 'refscore rollout' scores"
+    reader = "the reward model" if train.objective == "reward" else " + ".join(train.loss_type)
+    return f"{reader} compares nothing with the reference"
 
 
 def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:

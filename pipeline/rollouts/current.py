@@ -81,9 +81,7 @@ def _other_models(about: dict[str, Any], config: Config) -> str | None:
         if [vocabulary_digest(tokenizer), chat_template_digest(tokenizer)] != [about["vocabulary"], about["template"]]:
             return "was made with another tokenizer or chat template than the reference has now"
     settings = judge_of_texts(config, config.rollout.judge)
-    of_a_model = settings.kind in ("reward_model", "llm") and not settings.remote
-    if (not of_a_model or at_hand(Named(settings.argument))) and judge_key(settings, config.judge) != about[
-        "judge_key"
-    ]:
+    is_here = settings.kind not in ("reward_model", "llm") or settings.remote or at_hand(Named(settings.argument))
+    if is_here and judge_key(settings, config.judge) != about["judge_key"]:
         return f"was rewarded by judge {settings.shown} with other settings, or by what it was before"
     return None

@@ -58,7 +58,7 @@ class Scores:
                 f"samples must be scored, but the store cannot be written ({problem}): put a directory of your own first, --set "
                 "'reference.store=[data/store, THIS ONE]'"
             )
-        self._store.register(self.run.directory)
+        self.register()
         requests = [request for asked in missing.values() for request in asked.values()]
         started = time.monotonic()
         listener.say(f"starting {self.model.config.engine} for {len(requests)} samples under {whose} ...")
@@ -74,6 +74,10 @@ class Scores:
                 costs.add("score", f"{self.reference_id}/{shard}", time.monotonic() - started, tokens)
                 ticker.advance_tokens(len(asked), tokens)
                 started = time.monotonic()
+
+    def register(self) -> None:
+        """Leave word in the store that the run uses these scores."""
+        self._store.register(self.run.directory)
 
     def costs_of(self) -> list[str]:
         """The names under which `Costs` has what scoring took."""

@@ -82,6 +82,8 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     _must_teach(rows)
     about = _about(config, pairs, rows, settings_of=generate)
     rows.write(run.rollouts, about)
+    for scores in (of_policy, of_reference):
+        scores.register()
 
     mean, kl = float(np.mean(rows.rewards)), float(np.mean(rows.kl))
     spread = float(np.std(rows.rewards))

@@ -74,3 +74,21 @@ def test_another_configuration_is_another_model(reward, change):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert len(read(a, b)) == 2
+
+
+def test_a_reward_is_kept_when_it_comes(reward, tmp_path, monkeypatch):
+    """A kill while many are computed loses those that were not there yet."""
+    directory, read = reward
+
+    def computed(*_):
+        yield 1.0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.judges.reward_model, "_computed", computed)
+    judge = open_reward_model(
+        JudgeConfig(name=f"reward_model:{directory}"), Verdicts(tmp_path / "verdicts.jsonl"), None
+    )
+    a, b = (Response(text, "stop") for text in "ab")
+    with pytest.raises(KeyboardInterrupt):
+        judge.prefer([Duel(Prompt("0", "p"), a, b)])
+    assert len(read(a, b, same=False)) == 1

@@ -6,16 +6,24 @@ from itertools import groupby
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
+import pipeline.judges.reward_model
 import pipeline.rollouts.write
 import tests.engines.sampling
+from pipeline.artifacts.runs import Run
 from pipeline.artifacts.schemas import ROLLOUTS
 from pipeline.artifacts.tables import read_table
 from pipeline.config.experiment import ReferenceConfig
+from pipeline.config.files import load_config
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import open_reference
 from pipeline.engines.transformers import TransformersScorer
+from pipeline.errors import ConfigError
 from pipeline.judges.judging import by_reward
+from pipeline.rollouts.current import ensure_rollouts
+from pipeline.store.registrations import registered
 from pipeline.store.store import Store
 from tests.conftest import make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
 from tests.engines.sampling import sample_here
@@ -185,9 +193,13 @@ def test_a_judge_that_gives_no_reward_at_all_is_said(place, monkeypatch):
 
 
 def test_prompts_whose_samples_have_equal_rewards_are_counted(place, monkeypatch):
-    judged(
-        monkeypatch, lambda items: [1.0 if "number 3" in one.prompt.text else float(at) for at, one in enumerate(items)]
-    )
+    def reward(items):
+        # of one prompt all are the same, of another two of three
+        same = {"number 3?": 1, "number 5?": 2}
+        among = [next((every for name, every in same.items() if name in one.prompt.text), 3) for one in items]
+        return [float(at % every) for at, every in enumerate(among)]
+
+    judged(monkeypatch, reward)
     said = place.rollout()
     assert place.about()["counts"]["equal_rewards"] == 1
     assert "equal     1 prompts" in said
@@ -203,6 +215,31 @@ def test_a_judge_of_duels_gives_the_mean_of_the_duels_in_the_group(place):
             for me, mine in enumerate(has)
         ]
         assert group["reward"].to_list() == pytest.approx(expected)
+
+
+def test_a_reward_model_is_loaded_once_for_all_shards_and_its_weights_name_its_rewards(place, monkeypatch, tiny_model):
+    loads = []
+    inner = pipeline.judges.reward_model.with_transformers
+    monkeypatch.setattr(
+        pipeline.judges.reward_model, "with_transformers", lambda *given: loads.append(len(given[2])) or inner(*given)
+    )
+    config = LlamaConfig.from_pretrained(tiny_model, num_labels=1)
+    judge = f"judge=[{{name: 'reward_model:{place.where / 'judge'}', engine: transformers}}]"
+    rewards = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        LlamaForSequenceClassification(config).save_pretrained(place.where / "judge")
+        make_tiny_tokenizer().save_pretrained(place.where / "judge")
+        if seed:
+            with pytest.raises(ConfigError, match=r"rewarded by judge reward_model:.* or by what it was before"):
+                ensure_rollouts(load_config(place.config, [judge]), Run(place.run()))
+        place.rollout(judge)
+        assert (len(place.told) == 0) == bool(seed)
+        rewards.append(place.rows()["reward"].to_list())
+    # samples that are equal are read once
+    assert len(loads) == 2
+    assert len(set(rewards[0])) > 12
+    assert not set(rewards[0]) & set(rewards[1])
 
 
 def test_without_a_judge_of_texts_nothing_begins(place):
@@ -284,6 +321,15 @@ def test_a_store_that_cannot_be_written_is_said_and_needed_only_for_what_it_lack
     place.rollout()
     monkeypatch.setattr(Store, "why_not_writable", lambda _: "read-only")
     place.rollout()
+
+
+def test_the_store_knows_that_the_run_uses_the_scores_of_both_models(place):
+    other = make_tiny_model(place.where / "other", seed=1)
+    for run in ("r", "second"):
+        place.rollout(f"policy.model={other}", run=run)
+    about = place.about()
+    for identity in (about["policy_id"], about["reference_id"]):
+        assert {one.name for one in registered(place.where / "data/store" / identity)} == {"r", "second"}
 
 
 def test_the_run_is_listed_and_shown(place):
