@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.precompute.plan import Plan, make_plan
     from pipeline.precompute.responses import RowScorer
     from pipeline.report.write import write_reports
+    from pipeline.rollouts.write import Rollouts, write_rollouts
     from pipeline.training.objectives.losses import PairLogps, preference_loss
     from pipeline.training.train import Trained, train
 
@@ -42,6 +43,7 @@ HOMES = {
     "PairLogps": "pipeline.training.objectives.losses",
     "Plan": "pipeline.precompute.plan",
     "RefscoreError": "pipeline.errors",
+    "Rollouts": "pipeline.rollouts.write",
     "RowScorer": "pipeline.precompute.responses",
     "Run": "pipeline.artifacts.runs",
     "Trained": "pipeline.training.train",
@@ -61,11 +63,13 @@ HOMES = {
     "train": "pipeline.training.train",
     "write_pairs": "pipeline.precompute.pairs_file",
     "write_reports": "pipeline.report.write",
+    "write_rollouts": "pipeline.rollouts.write",
 }
 
 __all__ = [  # noqa: RUF022  # in the order of the stages
     "load_config", "Config", "open_run", "Run", "RefscoreError",
     "open_reference", "OpenedReference", "make_plan", "Plan", "score", "write_pairs", "RowScorer",
+    "write_rollouts", "Rollouts",
     "Tree", "forward_of", "PairLogps", "preference_loss", "train", "Trained",
     "JudgeConfig", "JudgeContext", "open_judge", "evaluate", "Evaluation", "write_reports", "differences",
     "read_table", "tables",
