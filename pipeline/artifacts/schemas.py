@@ -72,10 +72,14 @@ ROLLOUTS = pa.schema(
         ("ref_logps", _logps),
         ("logp", pa.float64()),
         ("ref_logp", pa.float64()),
+        # a critic's, of the state before each token; null if rollout.critic names none
+        pa.field("values", _logps, metadata=_LATER),
     ]
 )
 # the rewards of a shard of samples that rollouts.parquet is made of, as the judge gave them; null if it failed
 REWARDS = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("reward", pa.float64())])
+# a critic's values of a shard of samples, of those that have a token
+VALUES = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("values", _logps)])
 # what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
 IMPORTED_BY = "imported_by"
 DROPPED = pa.schema(
@@ -133,6 +137,8 @@ RESPONSE_METRICS = (
     "clip_ratio/high_mean",
     "clip_ratio/region_mean",
     "kl/behaviour",
+    "value/mean",
+    "value/explained_variance",
 )
 METRICS = pa.schema(
     [("step", pa.int64())]

@@ -215,8 +215,8 @@ class Config(Section):
         ]
         if self.policy.dtype == "bfloat16" and self.train.optimizer == "adafactor":
             problems.append("policy.dtype=bfloat16 needs an optimizer that rounds by chance: adamw or adamw_8bit")
-        if self.policy.dtype == "bfloat16" and self.train.objective == "reward":
-            problems.append("policy.dtype=bfloat16 is for the preference objective: a reward model learns in float32")
+        if self.policy.dtype == "bfloat16" and self.train.of_scores:
+            problems.append(f"policy.dtype=bfloat16 is for policies: a {self.train.objective} model learns in float32")
         if self.policy.dtype == "bfloat16" and self.train.precision == "float32":
             problems.append("policy.dtype=bfloat16 computes in bfloat16: train.precision=float32 does not fit it")
         problems += _import_problems(self.reference)

@@ -28,6 +28,12 @@ LossType = Literal[
     "simpo",
     "cpo",
     "orpo",
+    "rpo_sq",
+    "rpo_bwd_kl",
+    "rpo_fwd_kl",
+    "kto",
+    "bco",
+    "plackett_luce",
 ]
 # what a loss learns from: pairs, single responses with a label, or lists of responses in order
 Data = Literal["pairs", "responses", "lists"]
@@ -74,10 +80,20 @@ LOSS_FACTS: dict[str, LossFacts] = {
     "simpo": LossFacts(compares=False, smoothed=True, setting="simpo_gamma", reward="mean"),
     "cpo": LossFacts(compares=False, smoothed=True, setting="cpo_alpha", reward="sum"),
     "orpo": LossFacts(compares=False, reward="mean"),
+    "rpo_sq": LossFacts(setting="rpo_eta", margins=True),
+    "rpo_bwd_kl": LossFacts(setting="rpo_eta", margins=True),
+    "rpo_fwd_kl": LossFacts(setting="rpo_eta", margins=True),
+    "kto": LossFacts(data="responses", mismatched=True),
+    "bco": LossFacts(data="responses"),
+    "plackett_luce": LossFacts(data="lists"),
 }
+# read by losses of labelled responses alone
+_OF_LABELS = {"desirable_weight", "undesirable_weight"}
+# what only pairs have two sides or one token's weight for
+_OF_PAIRS = {"ld_alpha", "use_weighting", "f_divergence_type", "label_smoothing"}
 _PREFERENCE_ONLY = {
     "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
-    "use_weighting", *(facts.setting for facts in LOSS_FACTS.values() if facts.setting),
+    "use_weighting", *(facts.setting for facts in LOSS_FACTS.values() if facts.setting), *_OF_LABELS,
 }  # fmt: skip
 
 
@@ -122,10 +138,16 @@ def loss_problems(train: Any, changed: set[str]) -> list[str]:
     names = set(train.loss_type)
     compares = any(LOSS_FACTS[name].compares for name in names)
     problems = []
-    if train.objective != "policy_gradient" and "policy_gradient" in changed:
-        problems.append("policy_gradient is read with objective=policy_gradient only")
+    if not train.on_samples and "policy_gradient" in changed:
+        problems.append(
+            "policy_gradient is read with objective=policy_gradient only, and objective=value for its rewards"
+        )
     if train.objective != "preference":
-        learns = {"reward": "trains a reward model", "policy_gradient": "learns from samples"}[train.objective]
+        learns = {
+            "reward": "trains a reward model",
+            "policy_gradient": "learns from samples",
+            "value": "trains a value model",
+        }[train.objective]
         unread = ", ".join(sorted(changed & _PREFERENCE_ONLY))
         return problems + ([f"objective {train.objective} {learns} and does not read {unread}"] if unread else [])
     if len(names) < len(train.loss_type):
@@ -155,9 +177,19 @@ def loss_problems(train: Any, changed: set[str]) -> list[str]:
         problems.append("ld_alpha changes what is compared with the reference; these losses compare nothing with it")
     if train.use_weighting and any(LOSS_FACTS[name].across_pairs for name in names):
         problems.append("use_weighting weighs pairs, but the AOT losses sort pairs away")
+    readers: dict[str, list[str]] = {name: ["kto", "bco"] for name in sorted(_OF_LABELS)}
+    for loss, facts in LOSS_FACTS.items():
+        if facts.setting:
+            readers.setdefault(facts.setting, []).append(loss)
     problems += [
-        f"{facts.setting} is read by loss_type {loss} only"
-        for loss, facts in LOSS_FACTS.items()
-        if facts.setting in changed and loss not in names
+        f"{setting} is read by loss_type {', '.join(losses)} only"
+        for setting, losses in readers.items()
+        if setting in changed and not names & set(losses)
     ]
+    if data_of(train) != "pairs" and (of_pairs := changed & _OF_PAIRS):
+        problems.append(
+            f"{', '.join(sorted(of_pairs))} is about pairs, and {', '.join(sorted(names))} learns from none"
+        )
+    if "margin_scale" in changed:
+        problems.append("margin_scale is read with objective=reward only")
     return problems

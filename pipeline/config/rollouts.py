@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from pipeline.config.sections import Section, changed
 
 Variant = Literal[
-    "clip", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "reinforce_pp", "topr", "qrpo", "apa", "a2po"
+    "clip", "ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "reinforce_pp", "topr", "qrpo", "apa", "a2po"
 ]
-Advantage = Literal["leave_one_out", "group", "centred", "batch"]
+Advantage = Literal["leave_one_out", "group", "centred", "batch", "gae"]
 # how a step's samples are averaged: over its tokens, over its samples each by its own mean or sum of tokens, or by the sum over
 # the length that a sample could have had
 Aggregation = Literal["tokens", "sample_means", "sample_sums", "constant"]
@@ -38,9 +38,15 @@ class VariantFacts:
     kl: Literal["loss", "reward"] = "loss"
     compares: bool = False
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether its loss is a sum over tokens that may have an advantage each."""
+        return self.level == "token" and self.clip is not None
+
 
 VARIANTS: dict[str, VariantFacts] = {
     "clip": VariantFacts("1707.06347, 2503.14476", "leave_one_out", "tokens", clip=(0.2, 0.28)),
+    "ppo": VariantFacts("1707.06347, 1506.02438", "gae", "tokens", kl="reward"),
     "grpo": VariantFacts("2402.03300", "group", "sample_means"),
     "dr_grpo": VariantFacts("2503.20783", "centred", "constant"),
     "dapo": VariantFacts("2503.14476", "group", "tokens", clip=(0.2, 0.28)),
@@ -61,7 +67,9 @@ class RolloutConfig(Section):
     They are drawn at temperature 1 from the whole distribution; `generate` says how long they are and in which dtype.
     """
 
-    samples: int = Field(8, ge=2, description="responses for each training prompt")
+    samples: int = Field(
+        8, ge=1, description="responses for each training prompt; a single one teaches with a critic only"
+    )
     prompts: int | None = Field(None, ge=1, description="at most so many training prompts")
     judge: str | None = Field(
         None,
@@ -70,6 +78,11 @@ class RolloutConfig(Section):
     seed: int = Field(0, ge=0)
     prompts_per_shard: int = Field(
         32, ge=1, description="prompts whose samples are published together: what a kill loses at most"
+    )
+    critic: str | None = Field(
+        None,
+        description="value model that train.objective=value made, run:<run> or its directory: its values of every token are "
+        "stored too, for train.policy_gradient.advantage=gae",
     )
 
 
@@ -83,7 +96,14 @@ class PolicyGradientConfig(Section):
     advantage: Advantage | None = Field(
         None,
         description="reward less the mean of the prompt's other samples (leave_one_out), or of all of them (centred), also by "
-        "their standard deviation (group), or by that of the step (batch)",
+        "their standard deviation (group), or by that of the step (batch); of tokens, by rollout.critic's values (gae)",
+    )
+    gae_lambda: float = Field(
+        0.95, ge=0, le=1, description="gae: 1: reward less value; 0: a step's reward and the next value, less the value"
+    )
+    gae_gamma: float = Field(1.0, gt=0, le=1, description="discount per token of gae, and of what a critic learns")
+    critic_learning_rate: float = Field(
+        1e-5, gt=0, description="gae: train.learning_rate of the critics that `refscore iterate` trains"
     )
     epsilon: float | None = Field(None, gt=0, le=1, description="ratios are clipped at 1 - epsilon")
     epsilon_high: float | None = Field(None, gt=0, description="and at 1 + epsilon_high")
@@ -125,6 +145,16 @@ class PolicyGradientConfig(Section):
         """Whether anything in the loss compares with the reference."""
         return self.facts.compares or self.kl_coef > 0
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether advantages are of tokens, by a critic's values."""
+        return self.facts.advantage == "gae"
+
+    @property
+    def kl_in_reward(self) -> float:
+        """Weight of the samples' log-ratio to the reference that comes off their reward; 0: nothing does."""
+        return self.kl_coef if self.facts.kl == "reward" else 0.0
+
     @model_validator(mode="after")
     def _fits_together(self) -> PolicyGradientConfig:
         of_paper, given = VARIANTS[self.variant], changed(self)
@@ -141,6 +171,10 @@ class PolicyGradientConfig(Section):
             )
         if "kl_in" in given and not self.kl_coef:
             problems.append("kl_in is read with a kl_coef alone")
+        if of_paper.advantage is not None and self.reads_values and not of_paper.of_tokens:
+            problems.append(f"advantage gae is of tokens, and variant {self.variant} weighs whole samples")
+        if not self.reads_values and (unread := given & {"gae_lambda", "gae_gamma", "critic_learning_rate"}):
+            problems.append(f"{', '.join(sorted(unread))}: read with advantage=gae only, which variant=ppo has")
         if "value_temperature" in given and self.variant != "a2po":
             problems.append("value_temperature is read by variant a2po only")
         if problems:

@@ -59,10 +59,11 @@ class PolicyConfig(Section):
 class TrainConfig(Section):
     """Optimisation; names are TRL's if TRL has one."""
 
-    objective: Literal["preference", "reward", "policy_gradient"] = Field(
+    objective: Literal["preference", "reward", "policy_gradient", "value"] = Field(
         "preference",
         description="preference: train the policy on pairs; reward: train a Bradley-Terry reward model on them; "
-        "policy_gradient: train the policy on the samples and rewards of `refscore rollout`",
+        "policy_gradient: train the policy on the samples and rewards of `refscore rollout`; value: train a critic on them, which "
+        "begins as policy.model",
     )
     policy_gradient: PolicyGradientConfig = Field(
         PolicyGradientConfig(), description="the loss of objective policy_gradient: {variant, advantage, epsilon, ...}"
@@ -87,6 +88,14 @@ class TrainConfig(Section):
     discopop_tau: float = Field(0.05, gt=0, description="temperature of DiscoPOP's mixture")
     simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin")
     cpo_alpha: float = Field(1.0, ge=0, description="weight of CPO's cross-entropy")
+    rpo_eta: float = Field(1.0, gt=0, description="rpo_*: what a unit of a pair's margin is worth, in reward")
+    desirable_weight: float = Field(1.0, gt=0, description="kto, bco: weight of the responses that were called good")
+    undesirable_weight: float = Field(1.0, gt=0, description="kto, bco: weight of those that were called bad")
+    margin_scale: float = Field(
+        0.0,
+        ge=0,
+        description="objective reward: chosen must lead by so many times the pair's margin; 0: margins are not read",
+    )
     layout: Literal["tree", "separate"] = Field(
         "tree", description="tree: the prompt is read once for both responses; separate: two sequences"
     )
@@ -152,6 +161,16 @@ class TrainConfig(Section):
         description="write checkpoints while the next steps are taken, from a copy in the machine's memory; auto: on a GPU, if "
         "the copy fits twice",
     )
+
+    @property
+    def on_samples(self) -> bool:
+        """Whether it learns from the samples and rewards of `refscore rollout`, not from pairs."""
+        return self.objective in ("policy_gradient", "value")
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether what is trained gives scores instead of texts: a sequence classifier with one label."""
+        return self.objective in ("reward", "value")
 
     @field_validator("report_to")
     @classmethod

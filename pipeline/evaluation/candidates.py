@@ -48,9 +48,11 @@ def candidates(config: Config, run: Run, reference: OpenedReference) -> list[Can
 
 def policy_of(config: Config, run: Run) -> Candidate:
     """What the run trained: its model, or the adapter on the policy's base if only that was kept."""
-    if config.train.objective == "reward":
+    if config.train.of_scores:
+        used = {"reward": f"a judge, reward_model:{run.model}", "value": f"a critic, rollout.critic=run:{run.name}"}
         raise ConfigError(
-            f"run {run.name!r} trains a reward model, which writes no responses: use it as a judge, reward_model:{run.model}"
+            f"run {run.name!r} trains a {config.train.objective} model, which writes no responses: use it as "
+            f"{used[config.train.objective]}"
         )
     return _of_run("policy", run, config)
 

@@ -41,7 +41,7 @@ def open_reward_model(settings: JudgeConfig, verdicts: Verdicts, samples: tuple[
     """
     spec = Named(settings.argument)
     directory = locate(spec)
-    _must_reward(directory, settings.argument)
+    must_reward(directory, f"judge reward_model:{settings.argument}")
     tokenizer = load_tokenizer(directory, spec)
     own = (vocabulary_digest(tokenizer), chat_template_digest(tokenizer))
     same = own == samples
@@ -148,12 +148,13 @@ def _ids(item: Shown, tokenizer: PreTrainedTokenizerBase, *, same: bool) -> list
     return encode_turns(tokenizer, turns, reply_next=False)
 
 
-def _must_reward(directory: Path, name: str) -> None:
+def must_reward(directory: Path, who: str) -> None:
+    """Raise ConfigError, which begins with `who`, unless the model gives one score: a sequence classifier with one label."""
     config = read_config(directory)
     kinds = config.get("architectures") or []
     labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
     if not any("SequenceClassification" in kind for kind in kinds) or labels != 1:
         raise ConfigError(
-            f"judge reward_model:{name}: expected a sequence classifier with one label, got "
+            f"{who}: expected a sequence classifier with one label, got "
             f"{', '.join(kinds) or 'no architecture'} with {labels} labels"
         )

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pipeline.artifacts.durable import explaining_disk
 
-Part = Literal["generate", "reward", "score"]
+Part = Literal["generate", "reward", "score", "value"]
 
 
 class Costs:

@@ -17,20 +17,23 @@ from pipeline.models.locate import at_hand
 from pipeline.pairs.splits import source_digests
 from pipeline.rollouts.prompts import judge_of_texts
 from pipeline.rollouts.rewards import judge_key
+from pipeline.rollouts.values import why_other_critic
 
 _OF_GENERATE = {"max_tokens", "fixed_length", "dtype", "engine_args"}
 _OF_REFERENCE = {"model", "revision", "adapter", "engine", "imported_by", "dtype"}
 
 
 def inputs_of(config: Config) -> dict[str, Any]:
-    """Every configuration field that decides rollouts.parquet, by section; the bytes of data and models are digested apart."""
+    """Every configuration field that decides rollouts.parquet, by section, but the critic, whose values not every training reads;
+    the bytes of data and models are digested apart.
+    """
     judge = judge_of_texts(config, config.rollout.judge)
     return {
         "data": config.data.model_dump(mode="json"),
         "reference": config.reference.model_dump(mode="json", include=_OF_REFERENCE),
         "policy": config.policy.model_dump(mode="json", include={"model", "revision"}),
         "generate": config.generate.model_dump(mode="json", include=_OF_GENERATE),
-        "rollout": config.rollout.model_dump(mode="json", exclude={"prompts_per_shard", "judge"}),
+        "rollout": config.rollout.model_dump(mode="json", exclude={"prompts_per_shard", "judge", "critic"}),
         "judge": {"name": judge.name, "label": judge.label},
     }
 
@@ -41,23 +44,45 @@ def inputs_digest(config: Config) -> str:
 
 
 def ensure_rollouts(config: Config, run: Run) -> None:
-    """Raise ConfigError, with what differs, unless rollouts.parquet was made from this configuration and what it names now."""
-    path = run.rollouts
+    """Raise ConfigError, with what differs, unless rollouts.parquet was made from this configuration and what it names now, and has
+    the configured critic's values if the training reads any.
+    """
+    path, train = run.rollouts, config.train
     if why := why_not_current(path, config):
         raise ConfigError(f"{path} {why}: run 'refscore rollout' with the same configuration and run first")
+    if train.objective == "policy_gradient" and train.policy_gradient.reads_values:
+        _must_have_values(path, config)
+
+
+def _must_have_values(path: Path, config: Config) -> None:
+    about = read_about(path)
+    if config.rollout.critic is None:
+        raise ConfigError(
+            f"train.policy_gradient.advantage=gae, which variant {config.train.policy_gradient.variant} has here, reads a critic's "
+            "values: train one on these samples (train.objective=value, in a run of its own), set rollout.critic=run:<that run>, "
+            "and run 'refscore rollout' again, which makes the values alone"
+        )
+    if why := why_other_critic(about.get("critic"), config, str(about.get("dtype"))):
+        raise ConfigError(
+            f"{path} {why}: run 'refscore rollout' with the same configuration and run again, which makes the values alone"
+        )
 
 
 def why_not_current(path: Path, config: Config) -> str | None:
     """Why the file at `path` is not what `config` asks for; None if it is.
 
-    What is not at hand is taken to be unchanged: a source that is gone or is no file, a model that would have to be fetched.
+    What is not at hand is taken to be unchanged: a source that is gone or is no file, a model that would have to be fetched. A
+    critic that is trained may begin as another model than the policy that wrote the samples.
     """
     about = read_about(path)
     if not path.is_file():
         return "does not exist"
     if not about.get("inputs") or not in_format_of(path, ROLLOUTS):
         return "was not written by this refscore"
-    if differ := differing_fields(about["inputs"], inputs_of(config)):
+    made_from, asked = about["inputs"], inputs_of(config)
+    if config.train.objective == "value":
+        asked["policy"] = made_from["policy"]
+    if differ := differing_fields(made_from, asked):
         return f"was made with other settings ({'; '.join(differ)})"
     for name, found in source_digests(config.data).items():
         if found not in (None, about["source_digests"].get(name)):
@@ -69,6 +94,7 @@ def _other_models(about: dict[str, Any], config: Config) -> str | None:
     policy, reference = at_hand(config.policy), at_hand(config.reference)
     if (
         policy
+        and config.train.objective != "value"
         and identify_model(policy, trusts_code=config.policy.trust_remote_code).digest != about["policy"]["model"]
     ):
         return f"was written by another policy than policy.model {config.policy.model!r} is now"

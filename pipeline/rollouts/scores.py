@@ -107,7 +107,7 @@ class Scores:
 
     def keys(self, shard: Shard) -> dict[tuple[str, int], bytes]:
         """The keys of the shard's samples that have a token, by prompt_id and number."""
-        return {name: self._key(request) for name, request in _requests(shard, self.run)}
+        return {name: self._key(request) for name, request in requests_of(shard, self.run)}
 
     def _key(self, request: Request) -> bytes:
         return score_key(self.reference_id, request.prompt_ids, request.response_ids)
@@ -119,7 +119,7 @@ class Scores:
         absent = {keys[position] for position in lookup.missing}
         missing: dict[str, dict[bytes, Request]] = {}
         for shard in self.shards if absent else []:
-            requests = {self._key(request): request for _, request in _requests(shard, self.run)}
+            requests = {self._key(request): request for _, request in requests_of(shard, self.run)}
             if asked := {key: request for key, request in requests.items() if key in absent}:
                 missing[shard.key] = asked
                 absent -= asked.keys()
@@ -136,7 +136,7 @@ class Scores:
         return_freed_memory()
 
 
-def _requests(shard: Shard, run: Run) -> Iterator[tuple[tuple[str, int], Request]]:
+def requests_of(shard: Shard, run: Run) -> Iterator[tuple[tuple[str, int], Request]]:
     """The shard's samples that have a token as sequences, each with its prompt_id and number."""
     prompts = {prompt.prompt_id: prompt for prompt in shard.prompts}
     for row in shard.samples(run).select(["prompt_id", "sample", "response_ids"]).to_pylist():

@@ -19,6 +19,7 @@ from pipeline.artifacts.tables import parquet_writer
 from pipeline.rollouts.rewards import Rewarder
 from pipeline.rollouts.samples import Shard
 from pipeline.rollouts.scores import Scores
+from pipeline.rollouts.values import Critic
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Rows:
     rewarder: Rewarder
     policy: Scores
     reference: Scores
+    critic: Critic | None = None
     counts: Counts = field(default_factory=Counts)
     rewards: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -101,10 +103,12 @@ class Rows:
         for shard, logps, ref_logps in both:
             keys, ref_keys = self.policy.keys(shard), self.reference.keys(shard)
             rows = self._kept(shard, counting=False)
+            values = self.critic.values(self.run, shard) if self.critic else {}
             for row in rows:
                 name = row["prompt_id"], row["sample"]
                 row["logps"], row["ref_logps"] = logps[keys[name]], ref_logps[ref_keys[name]]
                 row["logp"], row["ref_logp"] = (_sum(row[of]) for of in ("logps", "ref_logps"))
+                row["values"] = values.get(name)
                 self.kl.append(row["logp"] - row["ref_logp"])
             yield pa.Table.from_pylist(rows, schema=ROLLOUTS)
 

@@ -1,4 +1,4 @@
-"""The whole of `refscore rollout`: the policy's samples, rewards, scores, rollouts.parquet; one model in memory at a time."""
+"""The whole of `refscore rollout`: the policy's samples, rewards, scores, values, rollouts.parquet; one model in memory at once."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from pipeline.rollouts.rewards import Rewarder, asks_a_model, judge_key, make_re
 from pipeline.rollouts.samples import make_samples, shards_of
 from pipeline.rollouts.scores import Scores
 from pipeline.rollouts.table import Counts, Rows
+from pipeline.rollouts.values import make_values, open_critic
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Rollouts:
 
 @one_writer
 def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rollouts:
-    """Sample the training prompts with the policy, reward and score the samples; write rollouts.parquet.
+    """Sample the training prompts with the policy, reward and score the samples, and read a critic's values of them if one is
+    configured; write rollouts.parquet.
 
     What any run made under the same settings is used again. Raises ConfigError if models, judge or prompts do not fit together,
     CheckError if nothing is left to learn from, RefscoreError if the store cannot be written.
@@ -58,6 +60,9 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     prompts = [request.prompt for request in training_prompts(pairs)][: config.rollout.prompts]
     generate = on_policy(config, reference.numerics.dtype)
     fitting = _fitting(prompts, policy, generate)
+    critic = open_critic(config, reference.numerics.dtype, vocabulary_digest(reference.tokenizer))
+    if critic is not None:
+        critic.must_read(max(len(one.ids) for one in fitting) + generate.max_tokens)
     listener.say(
         f"prompts   {len(fitting)} of the training split, {generate.samples} samples each of {config.policy.model}, rewarded by "
         f"{judge.name}"
@@ -74,7 +79,10 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     if not same:
         of_reference.make("the reference", costs, listener)
 
-    rows = Rows(run, shards, rewarder, of_policy, of_reference)
+    if critic is not None:
+        make_values(shards, critic, run, costs, listener)
+
+    rows = Rows(run, shards, rewarder, of_policy, of_reference, critic)
     rows.count()
     counts = rows.counts
     counts.prompts, counts.too_long = len(prompts), len(prompts) - len(fitting)
@@ -181,6 +189,7 @@ def _about(config: Config, pairs: PairSet, rows: Rows, settings_of: GenerateConf
         "vocabulary": vocabulary_digest(reference.tokenizer),
         "template": chat_template_digest(reference.tokenizer),
         "judge": rewarder.judge.name,
+        "critic": rows.critic.key if rows.critic else None,
         "samples": settings_of.samples,
         "max_tokens": settings_of.max_tokens,
         "seed": settings_of.seed,
@@ -194,8 +203,10 @@ def _about(config: Config, pairs: PairSet, rows: Rows, settings_of: GenerateConf
 def _costs(costs: Costs, rows: Rows) -> dict[str, dict[str, float]]:
     """Seconds and tokens of each part, of all times this run worked on it."""
     scored = {*rows.policy.costs_of(), *rows.reference.costs_of()}
+    valued = {rows.critic.values_of(shard) for shard in rows.shards} if rows.critic else set[str]()
     return {
         "generate": costs.of("generate", {shard.key for shard in rows.shards}),
         "reward": costs.of("reward", {rows.rewarder.rewards_of(shard) for shard in rows.shards}),
         "score": costs.of("score", scored),
+        "value": costs.of("value", valued),
     }

@@ -17,6 +17,7 @@ from pipeline.config.experiment import Config
 from pipeline.hardware import peak_memory_gib, return_freed_memory
 from pipeline.progress import Listener
 from pipeline.training.checks import health
+from pipeline.training.inputs.open import state_of
 from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.lean import StepInBackward, offloaded_activations
 from pipeline.training.optimizers import numbers, update
@@ -106,7 +107,8 @@ class Loop:
                     if self.world.first and why is not None:
                         path = self.directories.training
                         durable.write_json(path, {**read_json(path), "ended": done})
-                    saver.save(done, self.policy, self.shards, self.optimizer, self.logps.state(), last=last)
+                    state = self.logps.state() | state_of(self.pairs)
+                    saver.save(done, self.policy, self.shards, self.optimizer, state, last=last)
                     since = saved = time.monotonic()
                     writing = since - started
                 if why is not None:
@@ -192,8 +194,10 @@ def _averaged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _line(values: Mapping[str, float]) -> str:
-    if "rewards/margins" in values:
-        figures = f"margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.2f}"
+    if "rewards/accuracies" in values:
+        # a step of responses of one label has no margin
+        margin = f"margin {values['rewards/margins']:.3f}  " if "rewards/margins" in values else ""
+        figures = f"{margin}accuracy {values['rewards/accuracies']:.2f}"
     elif "value/mean" in values:
         explained = values.get("value/explained_variance", math.nan)
         figures = f"value {values['value/mean']:.3f}  explained {explained:.2f}"

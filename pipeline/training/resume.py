@@ -18,6 +18,10 @@ from pipeline.training.policies import precision_of
 _UNTRAINED = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "async_save", "per_device_eval_batch_size", "report_to",
 }  # fmt: skip
+# fields of `policy_gradient` that go with a critic alone
+_OF_GAE = {"gae_lambda", "gae_gamma", "critic_learning_rate"}
+# of `policy_gradient`, what decides the rewards that a critic learns
+_OF_CRITIC = ("kl_in_reward", "gae_gamma", "mask_truncated_completions")
 
 
 def training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
@@ -26,7 +30,9 @@ def training_digest(config: Config, about: dict[str, Any], base: Path) -> str:
     `about`: what pairs.parquet, or rollouts.parquet, says of itself.
     """
     # samples have a key besides, as the same settings may be sampled again
-    names = ("reference_id", "inputs_digest", "source_digests", *(["key"] if "key" in about else []))
+    names = ["reference_id", "inputs_digest", "source_digests", *(["key"] if "key" in about else [])]
+    if config.train.objective == "policy_gradient" and config.train.policy_gradient.reads_values:
+        names.append("critic")
     inputs = {name: about[name] for name in names}
     trained = {
         "policy": identify_model(base, trusts_code=config.policy.trust_remote_code).digest,
@@ -78,5 +84,9 @@ def _train_fields(config: Config) -> dict[str, Any]:
     # auto is another training on another machine
     precision = str(precision_of(config)).removeprefix("torch.")
     # of trainings from before there were others, too
-    unread = set() if config.train.objective == "policy_gradient" else {"policy_gradient"}
-    return config.train.model_dump(mode="json", exclude=_UNTRAINED | unread) | {"precision": precision}
+    unread: dict[str, Any] = dict.fromkeys([*_UNTRAINED, "policy_gradient"], True)
+    settings = config.train.policy_gradient
+    of_critic = {name: getattr(settings, name) for name in _OF_CRITIC} if config.train.objective == "value" else {}
+    if config.train.objective == "policy_gradient":
+        unread["policy_gradient"] = {"critic_learning_rate"} if settings.reads_values else _OF_GAE
+    return config.train.model_dump(mode="json", exclude=unread) | of_critic | {"precision": precision}

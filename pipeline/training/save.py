@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 
 # by which the Hub's search finds it
-_TAGS = {"preference": "dpo", "reward": "reward-model", "policy_gradient": "policy-gradient"}
+_TAGS = {
+    "preference": "dpo",
+    "reward": "reward-model",
+    "policy_gradient": "policy-gradient",
+    "value": "value-model",
+}
 # dtypes that a base may have been saved in; of any other (8 bits) model/ is float32
 _SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -203,7 +208,9 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
         base_model=base if "/" in base and not base.startswith("embedded:") else None,
     )
     against = "without a reference"
-    if not reference_free(train) or (train.objective == "policy_gradient" and train.policy_gradient.reads_reference):
+    settings = train.policy_gradient
+    of_samples = {"policy_gradient": settings.reads_reference, "value": settings.kl_in_reward > 0}
+    if of_samples.get(train.objective, not reference_free(train)):
         named = f"`{name_for_others(config.reference.model)}` (reference_id `{reference_id[:16]}`)"
         by = config.reference.imported_by
         whose = f"log-probabilities that {by} computed (imported, unverified)" if by else "stored log-probabilities"
@@ -243,6 +250,12 @@ def _settings(config: Config) -> dict[str, object]:
         "preference": preference,
         "reward": {"loss": "Bradley-Terry"},
         "policy_gradient": {f"policy gradient: {name}": value for name, value in _of_samples(config).items()},
+        "value": {
+            "loss": "squared error of returns",
+            "samples per prompt": config.rollout.samples,
+            "discount": train.policy_gradient.gae_gamma,
+            "KL to the reference in the reward": train.policy_gradient.kl_in_reward,
+        },
     }
     return {
         **of_objective[train.objective],

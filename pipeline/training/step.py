@@ -86,6 +86,7 @@ def accumulate(
     made = passes(forward, examples, rows, train, world)
     if across_pairs(train) and (len(made) > 1 or not world.alone):
         return _step_in_two_passes(forward, examples, rows, made, train, note, world)
+    whole = objective.before(forward, examples, rows, train, whole, world, learning=True)
     measured: list[tuple[Measured, bool]] = []
     policy: list[torch.Tensor] = []
     for group, counts in made:
@@ -119,7 +120,8 @@ def evaluate(
         step = _whole_step(forward, examples, rows, made, train, whole, world)
         if note is not None:
             note(*step.noted)
-        return numbers(_means([(measured_pairs(preference_loss(step.logps, train), step.logps), True)], ALONE))
+        return numbers(_means([(measured_pairs(preference_loss(step.logps, train), step.logps.sums_2B), True)], ALONE))
+    whole = objective.before(forward, examples, rows, train, whole, world, learning=False)
     measured, policy = list[tuple[Measured, bool]](), list[torch.Tensor]()
     for group, counts in made:
         found = objective.measured(forward, examples, group, train, whole)
@@ -170,12 +172,13 @@ def _whole_step(
     if world.alone and own is not None:
         return _Whole(own, places_of(mine, made), (mine, own.sums_2B.detach()))
     places = places_of(rows, made)
-    table = torch.zeros(9, len(rows), dtype=torch.float64, device=parts[0][0].sums_2B.device)
+    table = torch.zeros(10, len(rows), dtype=torch.float64, device=parts[0][0].sums_2B.device)
     if own is not None:
         here = [place for of_pass, (_, counts) in zip(places, made, strict=True) if counts for place in of_pass]
-        table[:, here] = torch.cat([*own[:4], own.weights_B[None]]).double()
+        margins = torch.zeros_like(own.weights_B) if own.margins_B is None else own.margins_B
+        table[:, here] = torch.cat([*own[:4], own.weights_B[None], margins[None]]).double()
     table = world.total(table)
-    logps = PairLogps(table[0:2], table[2:4], table[4:6], table[6:8], table[8], mean_tokens)
+    logps = PairLogps(table[0:2], table[2:4], table[4:6], table[6:8], table[8], mean_tokens, table[9])
     return _Whole(logps, places, (list(rows), logps.sums_2B.clone()))
 
 
@@ -196,7 +199,7 @@ def _step_in_two_passes(
     leaves = [values.clone().requires_grad_() for values in (whole.logps.policy_2B, whole.logps.sums_2B)]
     seen = whole.logps._replace(policy_2B=leaves[0], sums_2B=leaves[1])
     terms = preference_loss(seen, train)
-    measured = measured_pairs(terms, seen)
+    measured = measured_pairs(terms, seen.sums_2B)
     gradients = torch.autograd.grad(terms.losses.mean(), leaves, materialize_grads=True)
     for (group, counts), places in zip(made, whole.places, strict=True):
         part = pair_logps(forward, pairs, group, train, mean_tokens)
@@ -245,6 +248,9 @@ def _means(parts: Sequence[tuple[Measured, bool]], world: World) -> dict[str, to
     )
     total = world.total(torch.stack([sums, counts]))
     means = dict(zip(first.means, total[0] / total[1], strict=True))
+    if "rewards/chosen" in means and "rewards/margins" not in means:
+        # of responses that are no pairs: a difference of means, which no part of a step knows
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     if not first.highest:
         return means
     # what does not count has read another's examples, whose maxima are theirs

@@ -32,7 +32,7 @@ from pipeline.training.checks import health
 from pipeline.training.checks.gate import check_gate
 from pipeline.training.checks.ratios import check_ratios
 from pipeline.training.inputs.batches import Examples, tokens_in_a_pass
-from pipeline.training.inputs.open import about_inputs, ensure_inputs, load_inputs
+from pipeline.training.inputs.open import about_inputs, ensure_inputs, load_inputs, load_state
 from pipeline.training.lean import StepInBackward
 from pipeline.training.loop import Loop
 from pipeline.training.objectives.objective import objective_of
@@ -103,7 +103,9 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
             load_parts(shards, checkpoint, optimizer, world)
         else:
             load_checkpoint(checkpoint, policy.model, optimizer)
-        logps.load(load_policy_logps(checkpoint))
+        state = load_policy_logps(checkpoint)
+        logps.load(state)
+        load_state(pairs, state)
         first = checkpoint.step
         listener.say(f"resuming after step {first} from {checkpoint.directory}")
     elif world.first:
@@ -208,7 +210,7 @@ def _policy(
             listener.say(f"loading   one process after the other, whole: {reason}")
     else:
         # which needs all processes, as the head was not whole before
-        if config.train.objective != "reward":
+        if not config.train.of_scores:
             shards.check_head(policy.model, precision)
         return policy, shards
     # as if nothing had been tried

@@ -31,7 +31,7 @@ def case(seed, spread=0.4, *, masked=False):
     return lengths, policy, behaviour, reference, targets, weights
 
 
-def ours(settings, of_case, beta=0.1):
+def ours(settings, of_case, beta=0.1, by_token=None):
     lengths, policy, behaviour, reference, targets, weights = of_case
     leaf = torch.tensor(policy, dtype=torch.float32, requires_grad=True)
     x = SampleLogps(
@@ -42,6 +42,7 @@ def ours(settings, of_case, beta=0.1):
         torch.tensor(lengths, dtype=torch.float64),
         torch.tensor(targets),
         torch.tensor(weights),
+        None if by_token is None else torch.tensor(by_token),
     )
     by = Normalisers(float((lengths * weights).sum()), float(SAMPLES), float(LIMIT))
     found = policy_gradient_loss(x, settings, beta, by)
@@ -113,7 +114,7 @@ def trl_grpo(of_case, **settings):
         "prompt_mask": torch.ones(SAMPLES, 1),
         "completion_ids": torch.zeros(SAMPLES, LONGEST, dtype=torch.long),
         "completion_mask": mask,
-        "advantages": torch.tensor(targets, dtype=torch.float32),
+        "advantages": torch.as_tensor(targets, dtype=torch.float32),
         "old_per_token_logps": padded(behaviour, lengths),
         "ref_per_token_logps": padded(reference, lengths),
         "num_items_in_batch": mask.sum(),
@@ -358,7 +359,7 @@ def test_the_soft_maximum_lies_between_mean_and_maximum():
         ({"variant": "qrpo", "kl_coef": 0.1}, "does not read kl_coef"),
         ({"kl_in": "loss"}, "with a kl_coef alone"),
         ({"value_temperature": 1.0}, "variant a2po only"),
-        ({"variant": "ppo"}, "Input should be"),
+        ({"variant": "trpo"}, "Input should be"),
     ],
 )
 def test_settings_that_nothing_would_read_are_refused(settings, says):

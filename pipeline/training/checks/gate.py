@@ -18,6 +18,7 @@ from pipeline.models.identity import identify_model, weights_digest
 from pipeline.precompute.agreement import TOLERANCES, agreement, agreement_of_sums
 from pipeline.progress import Listener
 from pipeline.training.inputs.pairs import Pairs
+from pipeline.training.inputs.responses import Responses
 from pipeline.training.parallel.world import ALONE, World
 from pipeline.training.policies import Policy, precision_of
 
@@ -30,19 +31,22 @@ _SUSPECTS = {
 
 
 @torch.no_grad()
-def measure_gate(forward: Any, pairs: Pairs, rows: Sequence[int], numerics: str, beta: float) -> dict[str, object]:
+def measure_gate(
+    forward: Any, pairs: Pairs | Responses, rows: Sequence[int], numerics: str, beta: float
+) -> dict[str, object]:
     """Compare the policy's logps before step 1 with the stored reference, on `rows`.
 
     `numerics` names the coarser of the two arithmetics (a key of TOLERANCES). Differences are policy minus reference; see
     `pipeline.precompute.agreement`.
     """
     scores = [logps.double().cpu().numpy() for row in rows for logps in forward([pairs.trees[row]])[0]]
-    if pairs.ref_sums:
+    by_sum = isinstance(pairs, Pairs) and pairs.ref_sums
+    if isinstance(pairs, Pairs) and pairs.ref_sums:
         sums = [float(logp) for row in rows for logp in pairs.ref_sums[row]]
         figures = agreement_of_sums([float(own.sum()) for own in scores], sums, [len(own) for own in scores], beta)
     else:
-        stored = [side[row] for row in rows for side in (pairs.ref_chosen_token_logps, pairs.ref_rejected_token_logps)]
-        figures = agreement(scores, stored, beta)
+        stored = [logps for row in rows for logps in pairs.stored_logps(row)]
+        figures = agreement(scores, stored, beta, of_pairs=isinstance(pairs, Pairs))
     signed, absolute = TOLERANCES[numerics]
     passed = abs(figures["mean_signed_difference"]) <= signed and figures["mean_absolute_difference"] <= absolute
     return {
@@ -50,7 +54,7 @@ def measure_gate(forward: Any, pairs: Pairs, rows: Sequence[int], numerics: str,
         "passed": bool(passed),
         "pairs": len(rows),
         "numerics": numerics,
-        "compared": "sums" if pairs.ref_sums else "tokens",
+        "compared": "sums" if by_sum else "tokens",
         **figures,
         "tolerance_mean_signed": signed,
         "tolerance_mean_absolute": absolute,
@@ -63,7 +67,7 @@ def check_gate(
     about: dict[str, Any],
     base: Path,
     policy: Policy,
-    pairs: Pairs,
+    pairs: Pairs | Responses,
     listener: Listener,
     world: World = ALONE,
 ) -> None:
@@ -98,7 +102,7 @@ def check_gate(
         f"{figures['mean_signed_difference']:+.5f}, mean absolute {figures['mean_absolute_difference']:.5f} nats per token; "
         f"margin noise {figures['margin_noise_nats']:.3f} nats = {figures['margin_noise_reward']:.4f} reward"
     )
-    if pairs.ref_sums:
+    if figures["compared"] == "sums":
         text += " (of the mean of each response, as sums are all that was imported)"
     if config.policy.load_in_4bit:
         reason = "the policy's base has 4 bits, the reference has not"

@@ -34,8 +34,9 @@ def in_whole_groups(parts: Iterable[pa.Table], column: str) -> Iterator[pa.Table
         yield rest.combine_chunks()
 
 
-def must_fit(path: Path, table: pa.Table, names: str, column: str, total: str, way_out: str) -> None:
-    """Raise DataError unless every response has as many finite scores in `column` as tokens, and a sum in `total` that is theirs.
+def must_fit(path: Path, table: pa.Table, names: str, column: str, total: str | None, way_out: str) -> None:
+    """Raise DataError unless every response has as many finite scores in `column` as tokens, and a sum in `total`, if there is one,
+    that is theirs.
 
     `names`: the column that names a row; `way_out`: what to do.
     """
@@ -45,7 +46,7 @@ def must_fit(path: Path, table: pa.Table, names: str, column: str, total: str, w
     broken = (given == 0) | (given != pc.list_value_length(table["response_ids"]).to_numpy())
     if not (finite := np.isfinite(values)).all():
         broken[np.searchsorted(ends, np.flatnonzero(~finite), side="right")] = True
-    if not broken.any():
+    if total is not None and not broken.any():
         sums = table[total].to_numpy(zero_copy_only=False)
         found = np.add.reduceat(values, ends - given, dtype=np.float64)
         broken = ~(np.abs(found - sums) <= 1e-6 * (1 + np.abs(sums)))

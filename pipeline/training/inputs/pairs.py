@@ -58,6 +58,7 @@ class Pairs:
     """Pairs of one split, ready for the forward pass; `ref_*_logps` hold per-token values, NaN if nothing was scored.
 
     `ref_sums`, float64 [2] per pair, stand in their place if scores were imported of which some are sums alone; else none.
+    `margins`: how much better chosen is than rejected, if a loss reads it.
     """
 
     pair_ids: Sequence[str]
@@ -65,6 +66,7 @@ class Pairs:
     ref_chosen_token_logps: Sequence[np.ndarray]
     ref_rejected_token_logps: Sequence[np.ndarray]
     ref_sums: Sequence[np.ndarray] = ()
+    margins: Sequence[float] = ()
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -73,6 +75,10 @@ class Pairs:
     def ids(self) -> Sequence[str]:
         """The names of the pairs."""
         return self.pair_ids
+
+    def stored_logps(self, row: int) -> list[np.ndarray]:
+        """The reference's logps of every token of both responses, float32."""
+        return [self.ref_chosen_token_logps[row], self.ref_rejected_token_logps[row]]
 
     @property
     def longest(self) -> int:
@@ -88,17 +94,17 @@ class Pairs:
         return {branch[-1] for tree in self.trees for branch in tree.branches}
 
 
-def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = False) -> Pairs:
+def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = False, margins: str = "") -> Pairs:
     """Read one split of pairs.parquet; `scored` asks for the reference's scores. What is read stays on disk, memory-mapped.
 
     Raises DataError if a row's scores do not fit its tokens or its sums, ConfigError if `by_token` asks for values per token and
-    only sums were imported.
+    only sums were imported, or if `margins`, which names what reads them, asks for margins and a pair has none.
     """
     imported = IMPORTED_BY in read_about(path)
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
     logps = ["ref_chosen_token_logps", "ref_rejected_token_logps"] if scored else []
     sums = ["ref_chosen_logps", "ref_rejected_logps"] if scored else []
-    kept = ["pair_id", *ids, *logps, *(sums if imported else [])]
+    kept = ["pair_id", *ids, *logps, *(sums if imported else []), *(["margin"] if margins else [])]
     longest, ends, by_sum = 0, set[int](), 0
     with tempfile.NamedTemporaryFile(prefix="split-", dir=durable.scratch_place()) as file:
         schema = pa.schema([PAIRS.field(name) for name in kept])
@@ -110,6 +116,8 @@ def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = 
                 table = (part if pc.all(here).as_py() else part.filter(here)).combine_chunks()
                 if not len(table):
                     continue
+                if margins:
+                    _must_have_margins(path, table, margins)
                 for side in ("chosen", "rejected") if scored else ():
                     _must_fit(path, side, table, imported=imported)
                     by_sum += table[f"ref_{side}_token_logps"].null_count
@@ -129,7 +137,20 @@ def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = 
     else:
         chosen, rejected = (Stored([stored[name]], _nothing) for name in ids[1:])
     ref_sums = Stored([stored[name] for name in sums], _both) if by_sum else ()
-    return Pairs(Stored([stored["pair_id"]], lambda value: str(value.as_py())), trees, chosen, rejected, ref_sums)
+    how_much_better = Stored([stored["margin"]], lambda value: float(value.as_py())) if margins else ()
+    names = Stored([stored["pair_id"]], lambda value: str(value.as_py()))
+    return Pairs(names, trees, chosen, rejected, ref_sums, how_much_better)
+
+
+def _must_have_margins(path: Path, table: pa.Table, reader: str) -> None:
+    """Raise ConfigError if a pair has no margin, which `reader` reads."""
+    values = table["margin"].to_numpy(zero_copy_only=False).astype(np.float64)
+    if not np.isfinite(values).all():
+        lacking = table["pair_id"][int(np.argmax(~np.isfinite(values)))]
+        raise ConfigError(
+            f"{path}: pair {lacking} has no margin, which {reader} reads: the data needs a column margin, or scores of "
+            "both responses (docs/data.md), or choose what reads none"
+        )
 
 
 def _last_of_each(lists: pa.ListArray) -> np.ndarray:

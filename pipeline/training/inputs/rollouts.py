@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from pipeline.training.inputs.grouped import ends_of, in_whole_groups, longest_o
 from pipeline.training.inputs.pairs import Stored
 
 _KEPT = ("prompt_ids", "response_ids", "logps", "ref_logps")
+_AGAIN = "run 'refscore rollout' again"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,27 @@ class Rollouts:
     def of(self, row: int) -> range:
         """Numbers of the samples of prompt `row`."""
         return range(int(self.starts[row]), int(self.starts[row + 1]))
+
+    def weighed(self, rows: Sequence[int], settings: PolicyGradientConfig) -> Weighed:
+        """The samples of the prompts of a step, in which a row may stand twice if it reaches into the next epoch."""
+        numbers = [number for row in sorted(set(rows)) for number in self.of(row)]
+        weights = np.where(self.cut_off[numbers] & settings.mask_truncated_completions, 0.0, 1.0)
+        lengths = pc.list_value_length(self.samples["response_ids"]).to_numpy()[numbers]
+        place = {number: at for at, number in enumerate(numbers)}
+        every = [place[number] for row in rows for number in self.of(row)]
+        return Weighed(numbers, weights, lengths, len(every), max(1.0, float((weights * lengths)[every].sum())))
+
+
+class Weighed(NamedTuple):
+    """Numbers of a step's samples, once each, with their weights (0: teaches nothing) and lengths in tokens; and of the step how
+    many `samples` it has and how many `tokens` of those that count, at least 1, with what stands twice counted twice.
+    """
+
+    numbers: list[int]
+    weights: np.ndarray
+    lengths: np.ndarray
+    samples: int
+    tokens: float
 
 
 class _Trees(Sequence[Tree]):
@@ -106,40 +128,42 @@ class Samples:
         return [f"{self._rollouts.ids[row]}/{number - starts[row]}" for number, row in enumerate(rows.tolist())]
 
     def logps(self, number: int, column: str) -> np.ndarray:
-        """`logps` or `ref_logps` of a sample's tokens, float32."""
+        """`logps`, `ref_logps` or `values` of a sample's tokens, float32."""
         values: np.ndarray = self._rollouts.samples[column][number].values.to_numpy(zero_copy_only=False)
         return values
 
 
-def load_rollouts(path: Path, settings: PolicyGradientConfig) -> Rollouts:
-    """Read rollouts.parquet for a loss with `settings`; what is read stays on disk, memory-mapped.
+def load_rollouts(path: Path, settings: PolicyGradientConfig, *, for_critic: bool = False) -> Rollouts:
+    """Read rollouts.parquet for a loss with `settings`, or for a critic of that; what is read stays on disk, memory-mapped.
 
     Left out, and counted: samples without a reward, prompts with fewer than two samples that have one, and prompts whose samples
-    all have the same reward, unless advantages are measured over the step. Raises DataError if scores do not fit their tokens, if
-    the samples of a prompt do not stand together, or if nothing is left.
+    all have the same reward, unless advantages are measured over the step; for a critic, or by its values, only the first. Raises
+    DataError if scores do not fit their tokens, if the samples of a prompt do not stand together, or if nothing is left.
     """
-    keep_equal = settings.facts.advantage == "batch"
-    columns = ["prompt_id", "finish_reason", "reward", "logp", "ref_logp", *_KEPT]
+    needed = _Needed(settings, for_critic)
+    kept_columns = (*_KEPT, "values") if needed.values else _KEPT
+    columns = ["prompt_id", "finish_reason", "reward", "logp", "ref_logp", *kept_columns]
     read = _Read()
     left_out = {"without a reward": 0, "alone with a reward": 0, "of equal rewards": 0}
-    schema = pa.schema([ROLLOUTS.field(name) for name in _KEPT])
+    schema = pa.schema([ROLLOUTS.field(name) for name in kept_columns])
     longest, ends, seen = 0, set[int](), set[str]()
     with tempfile.NamedTemporaryFile(prefix="rollouts-", dir=durable.scratch_place()) as file:
         with durable.explaining_disk(Path(file.name)), pa.ipc.new_file(file.name, schema) as writer:
             for table in in_whole_groups(read_groups(path, ROLLOUTS, columns), "prompt_id"):
-                kept = _kept(path, table, settings, seen, left_out, keep_equal=keep_equal)
+                kept = _kept(path, table, needed, seen, left_out)
                 if len(kept):
                     longest, ends = max(longest, longest_of(kept)), ends | ends_of(kept)
                     read.add(kept)
-                    writer.write_table(kept.select(_KEPT).cast(schema))
+                    writer.write_table(kept.select(kept_columns).cast(schema))
         # mapped, the file needs no name
         samples = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
     left_out = {reason: count for reason, count in left_out.items() if count}
     if not read.ids:
         why = "; ".join(f"{count} samples {reason}" for reason, count in left_out.items()) or "no rows"
+        what = "sample has a reward" if needed.alone else "prompt has samples that differ in reward"
         raise DataError(
-            f"{path}: no prompt has samples that differ in reward ({why}), so nothing can be learnt: another judge "
-            "(rollout.judge), or more samples (rollout.samples)"
+            f"{path}: no {what} ({why}), so nothing can be learnt: another judge (rollout.judge), or more samples "
+            "(rollout.samples)"
         )
     return Rollouts(
         read.ids,
@@ -153,6 +177,34 @@ def load_rollouts(path: Path, settings: PolicyGradientConfig) -> Rollouts:
         longest,
         ends,
     )
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """What a training reads of its samples, and of which."""
+
+    settings: PolicyGradientConfig
+    for_critic: bool
+
+    @property
+    def values(self) -> bool:
+        """A critic's values."""
+        return self.settings.reads_values and not self.for_critic
+
+    @property
+    def reference(self) -> bool:
+        """Scores under the reference."""
+        return self.settings.kl_in_reward > 0 if self.for_critic else self.settings.reads_reference
+
+    @property
+    def alone(self) -> bool:
+        """Samples are measured by something else than the other samples of their prompt."""
+        return self.values or self.for_critic
+
+    @property
+    def equal(self) -> bool:
+        """Prompts whose samples all have the same reward teach something."""
+        return self.alone or self.settings.facts.advantage == "batch"
 
 
 @dataclass
@@ -175,33 +227,26 @@ class _Read:
         self.cut_off.append(pc.equal(table["finish_reason"], "length").to_numpy(zero_copy_only=False).astype(bool))
 
 
-def _kept(
-    path: Path,
-    table: pa.Table,
-    settings: PolicyGradientConfig,
-    seen: set[str],
-    left_out: dict[str, int],
-    *,
-    keep_equal: bool,
-) -> pa.Table:
+def _kept(path: Path, table: pa.Table, needed: _Needed, seen: set[str], left_out: dict[str, int]) -> pa.Table:
     """The samples of whole groups that teach something; the others are counted."""
     ids, rewards = table["prompt_id"].to_pylist(), table["reward"].to_numpy(zero_copy_only=False).astype(np.float64)
-    for column, total in (("logps", "logp"), ("ref_logps", "ref_logp"))[: 2 if settings.reads_reference else 1]:
-        must_fit(path, table, "prompt_id", column, total, "run 'refscore rollout' again")
+    must_fit(path, table, "prompt_id", "logps", "logp", _AGAIN)
+    if needed.reference:
+        must_fit(path, table, "prompt_id", "ref_logps", "ref_logp", _AGAIN)
+    if needed.values:
+        must_fit(path, table, "prompt_id", "values", None, _AGAIN)
     stays = np.zeros(len(table), dtype=bool)
     starts = starts_of(ids)
     for start, end in pairwise(starts.tolist()):
         if ids[start] in seen:
-            raise DataError(
-                f"{path}: samples of prompt {ids[start]} do not stand together: run 'refscore rollout' again"
-            )
+            raise DataError(f"{path}: samples of prompt {ids[start]} do not stand together: {_AGAIN}")
         seen.add(ids[start])
         rewarded = np.isfinite(rewards[start:end])
         left_out["without a reward"] += int((~rewarded).sum())
         number = int(rewarded.sum())
-        if number < 2:
+        if number < (1 if needed.alone else 2):
             left_out["alone with a reward"] += number
-        elif not keep_equal and np.ptp(rewards[start:end][rewarded]) == 0:
+        elif not needed.equal and np.ptp(rewards[start:end][rewarded]) == 0:
             left_out["of equal rewards"] += number
         else:
             stays[start:end] = rewarded

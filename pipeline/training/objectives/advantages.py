@@ -1,4 +1,7 @@
-"""What stored samples are to teach: how much better each is than expected, or what a regression takes its log-ratio to."""
+"""What stored samples are to teach: how much better each is than expected, or what a regression takes its log-ratio to.
+
+Shapes: T tokens of a sample.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ def targets_of(
     if settings.variant == "a2po":
         return [own - soft_maximum(own, settings.value_temperature) for own in rewards]
     facts = settings.facts
-    if settings.kl_coef and facts.kl == "reward":
+    if settings.kl_in_reward:
         behaviour_S, reference_S = examples.sums_2S
         gaps = [(behaviour_S - reference_S)[examples.of(row)] for row in rows]
-        rewards = [own - settings.kl_coef * gap for own, gap in zip(rewards, gaps, strict=True)]
+        rewards = [own - settings.kl_in_reward * gap for own, gap in zip(rewards, gaps, strict=True)]
     found = advantages(rewards, str(facts.advantage))
     return [own / beta for own in found] if settings.variant == "apa" else found
 
@@ -66,3 +69,60 @@ def soft_maximum(rewards: np.ndarray, temperature: float) -> float:
     """
     highest = float(rewards.max())
     return highest + temperature * math.log(float(np.exp((rewards - highest) / temperature).mean()))
+
+
+# --- advantages of tokens
+
+
+def token_advantages(
+    examples: Rollouts, numbers: Sequence[int], counts: np.ndarray, settings: PolicyGradientConfig
+) -> list[np.ndarray]:
+    """Generalised advantages of the tokens of a step's samples, float64 [T] each, by their stored values.
+
+    Over the tokens of the samples that count (`counts` is not 0) they have mean 0 and standard deviation 1, as implementations of
+    PPO have it: Huang et al. 2024 (2403.17031).
+    """
+    samples = examples.one_by_one
+    found = [
+        generalised_advantages(
+            rewards, samples.logps(number, "values").astype(np.float64), settings.gae_gamma, settings.gae_lambda
+        )
+        for number, rewards in zip(numbers, token_rewards(examples, numbers, settings), strict=True)
+    ]
+    every = np.concatenate([own for own, count in zip(found, counts, strict=True) if count] or [np.zeros(1)])
+    variance = float(every.var(ddof=1)) if len(every) > 1 else 0.0
+    return [(own - every.mean()) / math.sqrt(variance + 1e-8) for own in found]
+
+
+def token_returns(examples: Rollouts, numbers: Sequence[int], settings: PolicyGradientConfig) -> list[np.ndarray]:
+    """What a critic learns: from every token of the samples on the discounted sum of rewards, float64 [T] each."""
+    rewards = token_rewards(examples, numbers, settings)
+    return [generalised_advantages(own, np.zeros(len(own)), settings.gae_gamma, 1.0) for own in rewards]
+
+
+def token_rewards(examples: Rollouts, numbers: Sequence[int], settings: PolicyGradientConfig) -> list[np.ndarray]:
+    """The rewards of every token, float64 [T] each: a sample's at its last one, and of each token its log-ratio to the reference
+    off it if the KL is in the reward (Ouyang et al. 2022, 2203.02155, equation 2).
+    """
+    samples = examples.one_by_one
+    found = []
+    for number in numbers:
+        logps = samples.logps(number, "logps").astype(np.float64)
+        rewards = np.zeros(len(logps))
+        if settings.kl_in_reward:
+            rewards -= settings.kl_in_reward * (logps - samples.logps(number, "ref_logps"))
+        rewards[-1] += examples.rewards[number]
+        found.append(rewards)
+    return found
+
+
+def generalised_advantages(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:
+    """A_t = delta_t + gamma lam A_t+1 with delta_t = r_t + gamma V_t+1 - V_t, float64 [T]; after the last token both are 0.
+
+    Schulman et al. 2016 (1506.02438), equation 16. Without values and with lam 1 it is the discounted sum of what is to come.
+    """
+    after = np.append(values[1:], 0.0)
+    advantages: np.ndarray = rewards + gamma * after - values
+    for token in range(len(advantages) - 2, -1, -1):
+        advantages[token] += gamma * lam * advantages[token + 1]
+    return advantages

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from pipeline.config.losses import LOSS_FACTS, reference_free
 from pipeline.config.training import TrainConfig
+from pipeline.training.objectives.ranked import margin_loss, rpo_bwd_kl_loss, rpo_fwd_kl_loss, rpo_sq_loss
 
 
 class PairLogps(NamedTuple):
@@ -25,7 +26,8 @@ class PairLogps(NamedTuple):
 
     `policy_2B` and `reference_2B` are the sums that losses compare (with `ld_alpha` the tail of the longer response counts
     less), `sums_2B` plain sums of the policy's logps, `tokens_2B` lengths, `weights_B` WPO's weights, detached, or ones;
-    `mean_chosen_tokens` is the mean over the pairs of the whole step.
+    `mean_chosen_tokens` is the mean over the pairs of the whole step. `margins_B`: how much better chosen was scored than rejected,
+    float64, if a loss reads it.
     """
 
     policy_2B: torch.Tensor
@@ -34,6 +36,7 @@ class PairLogps(NamedTuple):
     tokens_2B: torch.Tensor
     weights_B: torch.Tensor
     mean_chosen_tokens: float
+    margins_B: torch.Tensor | None = None
 
 
 class LossTerms(NamedTuple):
@@ -218,6 +221,25 @@ def _orpo(t: _Terms, x: PairLogps, c: TrainConfig) -> torch.Tensor:
     return _sft(t, x, c) - c.beta * logsigmoid(odds[0] - odds[1])
 
 
+def _rpo_sq(t: _Terms, x: PairLogps, c: TrainConfig) -> torch.Tensor:
+    """(z - rpo_eta m)^2 with z = beta (rho_w - rho_l) and m the pair's stored margin: rewards shall differ as the scores do.
+    Reward-aware preference optimization, Sun et al. 2025 (2502.00203), with the squared distance.
+    """
+    return rpo_sq_loss(t.rho_w, t.rho_l, _margins(x), beta=c.beta, eta=c.rpo_eta)
+
+
+def _rpo_bwd_kl(t: _Terms, x: PairLogps, c: TrainConfig) -> torch.Tensor:
+    """KL(q || p) of two coins, q = sigmoid(rpo_eta m) with m the pair's stored margin, p = sigmoid(z): DPO whose labels are as sure
+    as the scores say. Reward-aware preference optimization of Nemotron-4, Adler et al. 2024 (2406.11704).
+    """
+    return rpo_bwd_kl_loss(t.rho_w, t.rho_l, _margins(x), beta=c.beta, eta=c.rpo_eta)
+
+
+def _rpo_fwd_kl(t: _Terms, x: PairLogps, c: TrainConfig) -> torch.Tensor:
+    """KL(p || q) of the coins of rpo_bwd_kl, its sides exchanged. Sun et al. 2025 (2502.00203), the forward divergence."""
+    return rpo_fwd_kl_loss(t.rho_w, t.rho_l, _margins(x), beta=c.beta, eta=c.rpo_eta)
+
+
 LOSSES: dict[str, Callable[[_Terms, PairLogps, TrainConfig], torch.Tensor]] = {
     "sigmoid": _sigmoid,
     "robust": _robust,
@@ -238,12 +260,18 @@ LOSSES: dict[str, Callable[[_Terms, PairLogps, TrainConfig], torch.Tensor]] = {
     "simpo": _simpo,
     "cpo": _cpo,
     "orpo": _orpo,
+    "rpo_sq": _rpo_sq,
+    "rpo_bwd_kl": _rpo_bwd_kl,
+    "rpo_fwd_kl": _rpo_fwd_kl,
 }
 
 
-def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> LossTerms:
-    """-log sigmoid(r_w - r_l) of a reward model's scores [B]: Bradley and Terry 1952, as in Ouyang et al. 2022 (2203.02155)."""
-    return LossTerms(-logsigmoid(chosen - rejected), chosen.detach(), rejected.detach())
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor | None = None) -> LossTerms:
+    """-log sigmoid(r_w - r_l) of a reward model's scores [B]: Bradley and Terry 1952, as in Ouyang et al. 2022 (2203.02155); with
+    `margins` -log sigmoid(r_w - r_l - margin).
+    """
+    losses = -logsigmoid(chosen - rejected) if margins is None else margin_loss(chosen, rejected, margins)
+    return LossTerms(losses, chosen.detach(), rejected.detach())
 
 
 # --- what responses are compared by
@@ -279,6 +307,12 @@ def _f_divergence(rho: torch.Tensor, c: TrainConfig) -> torch.Tensor:
         # exp(80) is the last that float32 can hold with room to spare
         return (torch.exp((power * rho).clamp(max=80.0)) - 1) / power
     return rho
+
+
+def _margins(x: PairLogps) -> torch.Tensor:
+    if x.margins_B is None:
+        raise ValueError("the rpo losses read margins_B, how much better each chosen response was scored")
+    return x.margins_B
 
 
 def _smoothed(z: torch.Tensor, e: float) -> torch.Tensor:

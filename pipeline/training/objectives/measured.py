@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.training.inputs.batches import Examples
-from pipeline.training.objectives.losses import LossTerms, PairLogps
+from pipeline.training.objectives.losses import LossTerms
 
 # a sum, and over how much it is: float64 scalars without gradient
 Mean = tuple[torch.Tensor, torch.Tensor]
@@ -47,8 +47,8 @@ def mean_over(values: torch.Tensor, weights: torch.Tensor | None = None) -> Mean
     return torch.where(weights > 0, values * weights, 0.0).sum(), weights.sum()
 
 
-def measured_pairs(terms: LossTerms, logps: PairLogps | None) -> Measured:
-    """TRAIN_METRICS of pairs; a reward model has no logps."""
+def measured_pairs(terms: LossTerms, sums_2B: torch.Tensor | None) -> Measured:
+    """TRAIN_METRICS of pairs, or of what is best and worst in lists; a reward model has no sums of log-probabilities."""
     margins = terms.chosen_rewards - terms.rejected_rewards
     values = {
         "loss": terms.losses,
@@ -57,8 +57,8 @@ def measured_pairs(terms: LossTerms, logps: PairLogps | None) -> Measured:
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0).float(),
     }
-    if logps is not None:
-        values |= {"logps/chosen": logps.sums_2B[0], "logps/rejected": logps.sums_2B[1]}
+    if sums_2B is not None:
+        values |= {"logps/chosen": sums_2B[0], "logps/rejected": sums_2B[1]}
     return Measured({name: mean_over(value) for name, value in values.items()})
 
 

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pipeline.config.experiment import Config
+from pipeline.config.losses import data_of
 from pipeline.config.training import TrainConfig
 from pipeline.training.objectives.measured import Found
 from pipeline.training.objectives.policy_gradient import PolicyGradient
 from pipeline.training.objectives.preference import Preference
+from pipeline.training.objectives.responses import Labelled, Lists
 from pipeline.training.objectives.reward_model import RewardModel
+from pipeline.training.objectives.value_model import ValueModel
+from pipeline.training.parallel.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,15 +74,41 @@ class Objective(Protocol):
         """What is known of the step of `rows` before any forward pass, for `measured`: normalisers, advantages."""
         ...
 
+    def before(
+        self,
+        forward: Any,
+        examples: Any,
+        rows: Sequence[int],
+        train: TrainConfig,
+        whole: Any,
+        world: World,
+        *,
+        learning: bool,
+    ) -> Any:
+        """What is known of the step once examples were read without gradients, if the objective needs that, in place of `whole`.
+
+        `learning`: the step trains, it is no evaluation. All processes of `world` must call it.
+        """
+        ...
+
     def measured(self, forward: Any, examples: Any, group: Sequence[int], train: TrainConfig, whole: Any) -> Found:
         """Losses and metrics of the examples of `group`, which are some of the step that `whole` is known of."""
         ...
 
 
 PREFERENCE, REWARD = Preference(), RewardModel()
-_OBJECTIVES: dict[str, Objective] = {"preference": PREFERENCE, "reward": REWARD, "policy_gradient": PolicyGradient()}
+_OBJECTIVES: dict[str, Objective] = {
+    "preference": PREFERENCE,
+    "reward": REWARD,
+    "policy_gradient": PolicyGradient(),
+    "value": ValueModel(),
+}
+
+
+# the preference objective on data that is no pairs
+_OF_DATA: dict[str, Objective] = {"responses": Labelled(), "lists": Lists()}
 
 
 def objective_of(train: TrainConfig) -> Objective:
     """The objective that a `train` section names."""
-    return _OBJECTIVES[train.objective]
+    return _OF_DATA.get(data_of(train)) or _OBJECTIVES[train.objective]

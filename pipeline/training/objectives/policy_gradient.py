@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 
 from pipeline.config.rollouts import PolicyGradientConfig, VariantFacts
@@ -23,7 +22,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.forward.logps import Forward
 from pipeline.forward.transfer import to_device
 from pipeline.training.inputs.rollouts import Rollouts, Samples
-from pipeline.training.objectives.advantages import targets_of
+from pipeline.training.objectives.advantages import targets_of, token_advantages
 from pipeline.training.objectives.measured import Found, Measured, mean_over
 from pipeline.training.objectives.preference import Preference
 
@@ -31,7 +30,8 @@ from pipeline.training.objectives.preference import Preference
 class SampleLogps(NamedTuple):
     """What is known of S samples of N tokens: float32 [N] log-probabilities of tokens in nats, for each the number of its sample
     (`sample_N`), and float64 [S] lengths, targets (an advantage, or what a sample's log-ratio is to be) and weights (0: teaches
-    nothing). `reference_N` is None if nothing reads it.
+    nothing). `reference_N` is None if nothing reads it. `targets_N`: advantages of tokens, float64, which `targets_S` are then the
+    means of.
     """
 
     policy_N: torch.Tensor
@@ -41,6 +41,12 @@ class SampleLogps(NamedTuple):
     tokens_S: torch.Tensor
     targets_S: torch.Tensor
     weights_S: torch.Tensor
+    targets_N: torch.Tensor | None = None
+
+    @property
+    def advantages(self) -> torch.Tensor:
+        """[N] The advantage of every token, float32: its own, or that of its sample."""
+        return (self.targets_S[self.sample_N] if self.targets_N is None else self.targets_N).float()
 
     def sums(self, values_N: torch.Tensor) -> torch.Tensor:
         """Each sample's sum of values of its tokens, [S]."""
@@ -58,9 +64,9 @@ class Normalisers(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What is known of a step before any forward pass, by the numbers of its samples."""
+    """What is known of a step before any forward pass, by the numbers of its samples; a target is a number, or one per token."""
 
-    targets: Mapping[int, float]
+    targets: Mapping[int, float | np.ndarray]
     weights: Mapping[int, float]
     rewards: Mapping[int, float]
     reward_std: float
@@ -79,24 +85,19 @@ class PolicyGradient(Preference):
 
     def whole(self, examples: Rollouts, rows: Sequence[int], train: TrainConfig) -> Step:  # type: ignore[override]
         """See `Objective.whole`."""
-        settings, once = train.policy_gradient, sorted(set(rows))
-        numbers = [number for row in once for number in examples.of(row)]
-        targets = np.concatenate(targets_of(examples, once, settings, train.beta))
-        weights = np.where(examples.cut_off[numbers] & settings.mask_truncated_completions, 0.0, 1.0)
-        lengths = pc.list_value_length(examples.samples["response_ids"]).to_numpy()[numbers]
-        by_number = {number: place for place, number in enumerate(numbers)}
-        # a row may stand twice in a step that reaches into the next epoch
-        every = [by_number[number] for row in rows for number in examples.of(row)]
+        settings, step = train.policy_gradient, examples.weighed(rows, train.policy_gradient)
+        targets: Sequence[float | np.ndarray]
+        if settings.reads_values:
+            targets = token_advantages(examples, step.numbers, step.weights, settings)
+        else:
+            targets = np.concatenate(targets_of(examples, sorted(set(rows)), settings, train.beta)).tolist()
+        spreads = [own.std(ddof=1) for row in rows if len(own := examples.rewards[examples.of(row)]) > 1]
         return Step(
-            targets=dict(zip(numbers, targets.tolist(), strict=True)),
-            weights=dict(zip(numbers, weights.tolist(), strict=True)),
-            rewards=dict(zip(numbers, examples.rewards[numbers].tolist(), strict=True)),
-            reward_std=float(np.mean([examples.rewards[examples.of(row)].std(ddof=1) for row in rows])),
-            normalisers=Normalisers(
-                tokens=max(1.0, float((weights * lengths)[every].sum())),
-                samples=float(len(every)),
-                max_tokens=float(examples.max_tokens),
-            ),
+            targets=dict(zip(step.numbers, targets, strict=True)),
+            weights=dict(zip(step.numbers, step.weights.tolist(), strict=True)),
+            rewards=dict(zip(step.numbers, examples.rewards[step.numbers].tolist(), strict=True)),
+            reward_std=float(np.mean(spreads)) if spreads else math.nan,
+            normalisers=Normalisers(step.tokens, float(step.samples), float(examples.max_tokens)),
         )
 
     def measured(  # type: ignore[override]
@@ -129,14 +130,17 @@ def sample_logps(
     def stored(column: str) -> torch.Tensor:
         return to_device(np.concatenate([examples.logps(number, column) for number in group]), device)
 
+    targets = [whole.targets[number] for number in group]
+    by_token = [target for target in targets if isinstance(target, np.ndarray)]
     return SampleLogps(
         torch.cat(branches).float(),
         stored("logps"),
         stored("ref_logps") if reads_reference else None,
         to_device(np.repeat(np.arange(len(lengths)), lengths), device),
         to_device(lengths.astype(np.float64), device),
-        _tensor([whole.targets[number] for number in group], branches[0]),
+        _tensor([float(np.mean(target)) for target in targets], branches[0]),
         _tensor([whole.weights[number] for number in group], branches[0]),
+        to_device(np.concatenate(by_token), device) if by_token else None,
     )
 
 
@@ -193,7 +197,7 @@ def _clipped(
     """
     low, high = facts.clip or (math.inf, math.inf)
     if facts.level == "token":
-        log_ratio, advantages = log_ratio_N, x.targets_S.float()[x.sample_N]
+        log_ratio, advantages = log_ratio_N, x.advantages
     else:
         sums = x.sums(log_ratio_N.double())
         log_ratio, advantages = (sums / x.tokens_S if facts.level == "sample_mean" else sums), x.targets_S

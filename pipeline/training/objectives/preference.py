@@ -18,6 +18,7 @@ from pipeline.models.load import load_causal_lm
 from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
 from pipeline.training.objectives.measured import Found, mean_chosen_tokens, measured_pairs
+from pipeline.training.parallel.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,12 +71,26 @@ class Preference:
         """See `Objective.whole`."""
         return mean_chosen_tokens(examples, rows)
 
+    def before(
+        self,
+        forward: Any,  # noqa: ARG002  # the protocol's
+        examples: Any,  # noqa: ARG002
+        rows: Sequence[int],  # noqa: ARG002
+        train: TrainConfig,  # noqa: ARG002
+        whole: Any,
+        world: World,  # noqa: ARG002
+        *,
+        learning: bool,  # noqa: ARG002
+    ) -> Any:
+        """See `Objective.before`: nothing."""
+        return whole
+
     def measured(
         self, forward: Forward, examples: Pairs, group: Sequence[int], train: TrainConfig, whole: float
     ) -> Found:
         """See `Objective.measured`."""
         terms, logps = self.terms(forward, examples, group, train, whole)
-        return Found(terms.losses, measured_pairs(terms, logps), logps.sums_2B)
+        return Found(terms.losses, measured_pairs(terms, logps.sums_2B), logps.sums_2B)
 
     def terms(
         self, forward: Forward, pairs: Pairs, group: Sequence[int], train: TrainConfig, mean_tokens: float
@@ -121,10 +136,25 @@ def pair_logps(
         to_device(lengths, device).T,
         torch.stack(weights),
         mean_tokens,
+        to_device(margins_of(pairs, group), device),
     )
 
 
 def joined(parts: Sequence[PairLogps]) -> PairLogps:
     """Logps of several groups as one, in order."""
     tensors = [torch.cat(column, dim=-1) for column in list(zip(*parts, strict=True))[:5]]
-    return PairLogps(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], parts[0].mean_chosen_tokens)
+    margins = [part.margins_B for part in parts if part.margins_B is not None]
+    return PairLogps(
+        tensors[0],
+        tensors[1],
+        tensors[2],
+        tensors[3],
+        tensors[4],
+        parts[0].mean_chosen_tokens,
+        torch.cat(margins) if margins else None,
+    )
+
+
+def margins_of(pairs: Pairs, group: Sequence[int]) -> np.ndarray:
+    """How much better the chosen responses of `group` were scored, float64; zeros if nothing reads it."""
+    return np.array([pairs.margins[row] if pairs.margins else 0.0 for row in group], dtype=np.float64)

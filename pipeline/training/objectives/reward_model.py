@@ -27,6 +27,8 @@ from pipeline.forward.trees import Tree, merge
 from pipeline.training.inputs.pairs import Pairs
 from pipeline.training.objectives.losses import LossTerms, bradley_terry_loss
 from pipeline.training.objectives.measured import Found, mean_chosen_tokens, measured_pairs
+from pipeline.training.objectives.preference import margins_of
+from pipeline.training.parallel.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,25 +116,42 @@ class RewardModel:
         """See `Objective.whole`."""
         return mean_chosen_tokens(examples, rows)
 
+    def before(
+        self,
+        forward: Any,  # noqa: ARG002  # the protocol's
+        examples: Any,  # noqa: ARG002
+        rows: Sequence[int],  # noqa: ARG002
+        train: TrainConfig,  # noqa: ARG002
+        whole: Any,
+        world: World,  # noqa: ARG002
+        *,
+        learning: bool,  # noqa: ARG002
+    ) -> Any:
+        """See `Objective.before`: nothing."""
+        return whole
+
     def measured(
         self, forward: Rewards, examples: Pairs, group: Sequence[int], train: TrainConfig, whole: float
     ) -> Found:
         """See `Objective.measured`."""
-        terms, logps = self.terms(forward, examples, group, train, whole)
-        return Found(terms.losses, measured_pairs(terms, logps))
+        terms, _ = self.terms(forward, examples, group, train, whole)
+        return Found(terms.losses, measured_pairs(terms, None))
 
     def terms(
         self,
         forward: Rewards,
         pairs: Pairs,
         group: Sequence[int],
-        train: TrainConfig,  # noqa: ARG002  # the protocol's
-        mean_tokens: float,  # noqa: ARG002
+        train: TrainConfig,
+        mean_tokens: float,  # noqa: ARG002  # the objectives'
     ) -> tuple[LossTerms, None]:
         """Loss terms of the pairs of `group`, and no logps. `mean_tokens`: of the chosen side of the whole step."""
         scores = forward([pairs.trees[row] for row in group])
         chosen, rejected = (torch.stack([tree[side] for tree in scores]) for side in (0, 1))
-        return bradley_terry_loss(chosen, rejected), None
+        margins = (
+            to_device(margins_of(pairs, group), chosen.device) * train.margin_scale if train.margin_scale else None
+        )
+        return bradley_terry_loss(chosen, rejected, margins), None
 
 
 def rewards_of(
