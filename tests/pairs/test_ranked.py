@@ -168,6 +168,8 @@ def test_groups_are_lists_and_pairs_are_lists_of_two():
     assert stream.given == 7
     found, _, _ = groups(GOOD)
     assert found == [["Hello.", "Go away."]]
+    _, found = source_of(GOOD, wanted="lists")
+    assert [(one.chosen, one.score) for one in found] == [("Hello.", -1), ("Go away.", -2)]
 
 
 def test_a_response_that_is_too_long_leaves_the_list_and_one_alone_is_no_list():

@@ -97,9 +97,11 @@ def test_a_row_without_a_label_or_a_response_is_dropped_with_its_reason(row, rea
 
 
 def test_a_vote_of_zero_is_no_vote_and_a_scale_is_no_vote():
-    up, none = ({"prompt": "Hi?", "response": "Hello.", "rating": value} for value in (1, 0))
-    _, (_, found) = read(up, none)
-    assert (found.reason, found.detail) == ("no_label", "rating is 0, which is neither up nor down")
+    up = {"prompt": "Hi?", "response": "Hello.", "rating": 1}
+    _, (_, *found) = read(up, *(up | {"rating": zero} for zero in (0, 0.0, "0")))
+    assert [(one.reason, one.detail) for one in found] == [
+        ("no_label", "rating is 0, which is neither up nor down")
+    ] * 3
     # of five stars, one is the worst
     with pytest.raises(DataError, match="with a rank or score"):
         read(up, up | {"rating": 5})
@@ -118,6 +120,12 @@ def test_what_nothing_reads_is_named():
     row = {"prompt": [USER], "completion": [{**ANSWER, "weight": 1}], "label": True, "rating": 5, "user": "x"}
     source, _ = read(row, row)
     assert sorted(source.unread) == ["completion[].weight", "rating", "user"]
+
+
+def test_a_row_with_half_a_pair_is_not_unpaired():
+    for side in ("chosen", "rejected"):
+        with pytest.raises(DataError, match="has one of chosen and rejected"):
+            read(FORMS["TRL, strings"] | {side: "x"})
 
 
 def test_a_loss_that_learns_from_pairs_does_not_read_it():

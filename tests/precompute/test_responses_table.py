@@ -100,6 +100,8 @@ def test_every_response_is_scored_once_and_stands_with_its_scores(tmp_path, tiny
     config = config_of(tmp_path, tiny_model, rows(13))
     plan = make_plan(config)
     assert (plan.sides, len(plan.pairs), len(plan.keys)) == (("response",), made, made)
+    requests = [plan.request(at) for at in plan.missing.tolist()]
+    assert (plan.missing_tokens, plan.longest_missing) == (sum(map(len, requests)), max(map(len, requests)))
     engine = Engine()
     score_missing(plan, engine, lambda sequences, tokens: None)
     assert (
@@ -119,6 +121,7 @@ def test_every_response_is_scored_once_and_stands_with_its_scores(tmp_path, tiny
     assert plan.pairs.group_of.tolist() == [list(dict.fromkeys(groups)).index(group) for group in groups]
 
 
+@pytest.mark.usefixtures("_small_groups")
 def test_parts_of_a_plan_are_all_of_it(tmp_path, tiny_model, learns):
     learns(**KTO)
     plan = make_plan(config_of(tmp_path, tiny_model, unpaired(13)))
