@@ -20,8 +20,11 @@ import pipeline
 from pipeline.artifacts import schemas
 from pipeline.config.losses import LOSS_FACTS
 from pipeline.config.reference import fields_of, sections
+from pipeline.config.rollouts import VARIANTS
 from pipeline.config.rules import RULES
 from pipeline.training.objectives.losses import LOSSES
+from pipeline.training.objectives.ranked import plackett_luce_loss
+from pipeline.training.objectives.unpaired import bco_loss, kto_loss
 
 PAGES = Path(__file__).parent
 _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -132,6 +135,7 @@ def regions() -> dict[str, str]:
             [[f"`rule:{name}`", rule.argument or "-", rule.says] for name, rule in RULES.items()],
         ),
         "losses": _losses(),
+        "variants": _variants(),
         "api": _api(),
     }
 
@@ -160,16 +164,44 @@ def _columns(table: str, schema: pa.Schema) -> str:
 
 
 def _losses() -> str:
+    formulas = {**LOSSES, "kto": kto_loss, "bco": bco_loss, "plackett_luce": plackett_luce_loss}
     rows = []
     for name, facts in LOSS_FACTS.items():
         reads = ["label_smoothing"] if facts.smoothed else []
         reads += ["f_divergence_type"] if facts.f_divergence and facts.compares else []
         reads += [facts.setting] if facts.setting else []
-        doc = " ".join((inspect.getdoc(LOSSES[name]) or "").split())
+        reads += ["desirable_weight", "undesirable_weight"] if facts.data == "responses" else []
+        doc = " ".join((inspect.getdoc(formulas[name]) or "").split())
+        # what the formula is, and where from; the rest is for who reads the code
         rows.append(
-            [f"`{name}`", "yes" if facts.compares else "no", ", ".join(f"`{one}`" for one in reads) or "-", doc]
+            [
+                f"`{name}`",
+                facts.data + (" with margins" if facts.margins else ""),
+                "yes" if facts.compares else "no",
+                ", ".join(f"`{one}`" for one in reads) or "-",
+                doc,
+            ]
         )
-    return _table(["loss", "needs the reference", "reads too", "formula and source"], rows)
+    return _table(["loss", "learns from", "needs the reference", "reads too", "formula and source"], rows)
+
+
+def _variants() -> str:
+    averaged = {
+        "tokens": "all tokens of the step",
+        "sample_means": "samples, each by its tokens",
+        "sample_sums": "samples",
+        "constant": "samples times `generate.max_tokens`",
+    }
+    rows = []
+    for name, facts in VARIANTS.items():
+        clip = "-" if facts.clip is None else f"{facts.clip[0]:g} / {facts.clip[1]:g}"
+        learns = f"`{facts.advantage}`" if facts.advantage else "the reward itself"
+        level = {"token": "token", "sample": "sample", "sample_mean": "sample's mean token"}[facts.level]
+        rows.append([f"`{name}`", learns, level, clip, averaged[facts.aggregation], facts.kl, facts.paper])
+    return _table(
+        ["variant", "advantage", "ratio of a", "clip below / above", "averaged over", "KL in the", "paper (arXiv)"],
+        rows,
+    )
 
 
 def _api() -> str:

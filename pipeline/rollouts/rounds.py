@@ -29,14 +29,23 @@ def name_of(number: int, rounds: int) -> str:
     return "policy" if number == rounds else f"round{number}"
 
 
+def critic_of(run: Run) -> Run:
+    """The run that trains the critic of a round, if it has one."""
+    return Run(run.directory.with_name(f"{run.name}-critic"))
+
+
 def _round(run: Run) -> dict[str, Any]:
-    """`kl_before`: mean log-ratio to the reference of what was sampled, so of the model with which the round began."""
+    """`kl_before`: mean log-ratio to the reference of what was sampled, so of the model with which the round began. What a critic
+    took is its training and its values.
+    """
     rollout = finished_stages(run).get("rollout", {})
     took = {part: rollout.get(part, {}) for part in PARTS}
-    seconds, tokens = _training(run)
+    values, of_critic, of_policy = rollout.get("value", {}), _training(critic_of(run)), _training(run)
+    seconds = {part: of_part.get("seconds", 0.0) for part, of_part in took.items()}
+    tokens = {part: of_part.get("tokens", 0) for part, of_part in took.items()}
     return {
-        "seconds": {**{part: of_part.get("seconds", 0.0) for part, of_part in took.items()}, "train": seconds},
-        "tokens": {**{part: of_part.get("tokens", 0) for part, of_part in took.items()}, "train": tokens},
+        "seconds": {**seconds, "critic": round(of_critic[0] + values.get("seconds", 0.0), 2), "train": of_policy[0]},
+        "tokens": {**tokens, "critic": of_critic[1] + values.get("tokens", 0), "train": of_policy[1]},
         "samples": rollout.get("counts", {}).get("samples"),
         "judge": rollout.get("judge"),
         "mean_reward": rollout.get("mean_reward"),

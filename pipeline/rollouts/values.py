@@ -143,11 +143,14 @@ def _must_be_finite(critic: Critic, values: Sequence[np.ndarray]) -> None:
         )
 
 
+def place_of(name: str) -> str:
+    """The model that `rollout.critic` names: that of a run, or itself."""
+    return str(Run(RUNS / name.removeprefix("run:")).model) if name.startswith("run:") else name
+
+
 def _spec(config: Config) -> Named:
-    """Where the critic is, with the trust in code that the policy has, as critics begin as policies."""
-    name = str(config.rollout.critic)
-    place = str(Run(RUNS / name.removeprefix("run:")).model) if name.startswith("run:") else name
-    return Named(place, trust_remote_code=config.policy.trust_remote_code)
+    """The critic, with the trust in code that the policy has, as critics begin as policies."""
+    return Named(place_of(str(config.rollout.critic)), trust_remote_code=config.policy.trust_remote_code)
 
 
 def _key(directory: Path, spec: Named, dtype: str) -> str:

@@ -37,8 +37,49 @@ def test_every_round_is_rollout_and_train_and_the_next_one_starts_from_its_polic
     assert 'reference.model="data/runs/it-r1/model"' in told[2][2]
 
 
-@pytest.fixture
-def two_rounds(place, monkeypatch):
+PPO = ("--set", "train.policy_gradient.variant=ppo")
+
+
+def test_with_values_every_round_trains_a_critic_that_begins_as_the_last_one(place, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages.iterate, "step", lambda stage, _, name, settings: told.append((stage, name, settings)))
+    for number in (1, 2):
+        (place.run(f"it-r{number}") / "model").mkdir(parents=True)
+        (place.run(f"it-r{number}") / "model/config.json").write_text("{}")
+    arguments = ["iterate", "--config", place.config, "--run", "it", "--rounds", 2, *OBJECTIVE, *PPO]
+    refscore_here(place.where, *arguments)
+    assert [one[:2] for one in told] == [
+        ("rollout", "it-r1"), ("rollout", "it-r1-critic"), ("train", "it-r1-critic"), ("rollout", "it-r1"), ("train", "it-r1"),
+        ("rollout", "it-r2"), ("rollout", "it-r2-critic"), ("train", "it-r2-critic"), ("rollout", "it-r2"), ("train", "it-r2"),
+        ("eval", "it-r2"),
+    ]  # fmt: skip
+    given = [[one for one in settings if one not in (OBJECTIVE[1], PPO[1])] for *_, settings in told]
+    assert given[0] == given[1] == ["rollout.critic=null"]
+    assert given[2] == ["rollout.critic=null", "train.objective=value", "train.learning_rate=1e-05"]
+    assert given[3] == given[4] == ['rollout.critic="run:it-r1-critic"']
+    policy = ['policy.model="data/runs/it-r1/model"', "policy.revision=null"]
+    assert given[5] == given[6] == [*policy, "rollout.critic=null"]
+    begins = ['policy.model="data/runs/it-r1-critic/model"', "policy.revision=null"]
+    assert given[7] == [*policy, "rollout.critic=null", "train.objective=value", "train.learning_rate=1e-05", *begins]
+    assert given[8] == given[9] == [*policy, 'rollout.critic="run:it-r2-critic"']
+    # a first one may be given
+    told.clear()
+    more = ["--set", "rollout.critic=run:rewards", "--set", "policy.lora={r: 2}"]
+    more += ["--set", "train.policy_gradient.critic_learning_rate=0.1"]
+    refscore_here(place.where, *arguments, *more)
+    assert told[2][2][-4:] == [
+        "train.learning_rate=0.1", 'policy.model="data/runs/rewards/model"', "policy.revision=null", "policy.lora.merge=true",
+    ]  # fmt: skip
+    assert told[0][2][-1] == "rollout.critic=null"
+
+
+@pytest.mark.parametrize("objective", ["value", "reward"])
+def test_rounds_of_what_writes_nothing_are_refused(place, objective):
+    arguments = ["iterate", "--config", place.config, "--run", "it", "--set", f"train.objective={objective}"]
+    assert "writes no responses, so no round can follow" in refscore_here(place.where, *arguments, code=2)
+
+
+def iterate_here(place, monkeypatch, *more):
     """Both rounds with the double that samples, in this process; what the command said."""
 
     def step(stage, path, name, settings):
@@ -58,7 +99,25 @@ def two_rounds(place, monkeypatch):
         *OBJECTIVE,
         "--set",
         "judge=rule:contains=dog",
+        *more,
     )
+
+
+@pytest.fixture
+def two_rounds(place, monkeypatch):
+    return iterate_here(place, monkeypatch)
+
+
+def test_two_rounds_with_critics_say_what_these_took(place, monkeypatch):
+    iterate_here(place, monkeypatch, *PPO, "--set", "train.report_to=[]")
+    rounds = json.loads((place.run("it-r2") / "rounds.json").read_text())["rounds"]
+    for number, one in enumerate(rounds, start=1):
+        steps = pl.read_parquet(place.run(f"it-r{number}-critic") / "metrics.parquet")["step_seconds"].sum()
+        values = json.loads((place.run(f"it-r{number}") / "provenance.json").read_text())["stages"]["rollout"]["value"]
+        assert one["seconds"]["critic"] == pytest.approx(steps + values["seconds"], abs=0.03)
+        assert one["tokens"]["critic"] > values["tokens"] > 0
+        assert place.rows(f"it-r{number}")["values"].null_count() == 0
+    assert "critic, s" in (place.run("it-r2") / "report.html").read_text()
 
 
 def test_the_last_run_says_of_every_round_what_it_took_and_reached(place, two_rounds):

@@ -19,7 +19,7 @@ from pipeline.training.objectives.losses import (
 )
 
 PAIRS, WIDTH, VOCABULARY = 6, 9, 13
-IN_TRL = sorted(LOSSES.keys() - {"ipo_sum", "simpo", "cpo", "orpo"})
+IN_TRL = sorted(LOSSES.keys() - {"ipo_sum", "simpo", "cpo", "orpo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"})
 # TRL's sigmoid reads no label_smoothing; what it calls robust and exo_pair do
 NEEDS_SMOOTHING = {"exo_pair": 0.02, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.2}
 
