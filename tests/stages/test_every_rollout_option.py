@@ -1,4 +1,4 @@
-"""No silent no-op: changing any field of `rollout` changes what is sampled, what is rewarded, or what is published together.
+"""No silent no-op: changing any field of `rollout` changes what is sampled, rewarded or valued, or what is published together.
 
 A double stands in for vLLM's sampling: what it writes is drawn from all that it is given. Scores are transformers' own.
 """
@@ -7,12 +7,15 @@ import shutil
 
 import polars as pl
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.config.rollouts import RolloutConfig
-from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+from tests.conftest import experiment, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
 from tests.engines.sampling import sample_here
 
-CHANGES = {"samples": 3, "prompts": 4, "judge": "rule:no_repetition", "seed": 5, "prompts_per_shard": 3}
+CHANGES = {
+    "samples": 3, "prompts": 4, "judge": "rule:no_repetition", "seed": 5, "prompts_per_shard": 3, "critic": "critic",
+}  # fmt: skip
 
 
 def test_every_field_is_walked():
@@ -26,6 +29,8 @@ def ground(tmp_path_factory, tiny_model):
     data = write_rows(where / "preferences.jsonl", preference_rows(10))
     judges = ["rule:contains=dog", "rule:no_repetition"]
     config = experiment(where, tiny_model, data, rollout={"samples": 2}, generate={"max_tokens": 8}, judge=judges)
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(where / "critic")
+    make_tiny_tokenizer().save_pretrained(where / "critic")
     with pytest.MonkeyPatch.context() as patch:
         return where, config, outcome(where, config, patch)
 
@@ -33,7 +38,8 @@ def ground(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize("field", CHANGES)
 def test_changing_it_changes_something(ground, field, monkeypatch):
     where, config, before = ground
-    assert outcome(where, config, monkeypatch, f"rollout.{field}={CHANGES[field]}") != before
+    value = where / "critic" if field == "critic" else CHANGES[field]
+    assert outcome(where, config, monkeypatch, f"rollout.{field}={value}") != before
 
 
 def test_without_a_change_nothing_changes(ground, monkeypatch):
