@@ -90,6 +90,16 @@ def why_not_current(path: Path, config: Config) -> str | None:
     return _other_models(about, config)
 
 
+def _with_later_fields(inputs: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Inputs of a file from before some fields were there: those had what is their default now."""
+    filled = dict(inputs)
+    for section, fields in inputs_of(config).items():
+        declared = getattr(type(getattr(config, section)), "model_fields", {})
+        known = {name: declared[name].get_default(call_default_factory=True) for name in fields if name in declared}
+        filled[section] = {**known, **inputs.get(section, {})}
+    return filled
+
+
 def _other_models(about: dict[str, Any], config: Config) -> str | None:
     policy, reference = at_hand(config.policy), at_hand(config.reference)
     if (

@@ -5,6 +5,8 @@ import shutil
 import pytest
 
 from pipeline.artifacts.runs import Run
+from pipeline.artifacts.schemas import ROLLOUTS
+from pipeline.artifacts.tables import read_table, write_table
 from pipeline.config.files import load_config
 from pipeline.errors import ConfigError
 from pipeline.rollouts.current import ensure_rollouts, inputs_digest
@@ -94,3 +96,12 @@ def test_another_template_of_the_reference_is_seen(made):
     template.write_text(template.read_text() + " ")
     with pytest.raises(ConfigError, match="another tokenizer or chat template"):
         ensure(made)
+
+
+def test_a_field_that_did_not_exist_when_the_file_was_written_had_its_default(made):
+    path, about = made.run() / "rollouts.parquet", made.about()
+    del about["inputs"]["data"]["lists"]
+    write_table(path, read_table(path, ROLLOUTS), about)
+    ensure(made)
+    with pytest.raises(ConfigError, match=r"data.lists: 'best_worst' -> 'all_pairs'"):
+        ensure(made, "data.lists=all_pairs")
