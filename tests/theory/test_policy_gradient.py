@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.rollouts import VARIANTS, PolicyGradientConfig
 from pipeline.config.training import TrainConfig
-from pipeline.training.objectives.advantages import targets_of
+from pipeline.training.objectives.advantages import targets_of, token_advantages
 from pipeline.training.objectives.losses import PairLogps, preference_loss
 from pipeline.training.objectives.policy_gradient import Normalisers, SampleLogps, policy_gradient_loss
 
@@ -73,26 +73,54 @@ class Samples:
         self.behaviour_N = world.tokens(behaviour)[self.places]
         self.reference_N = world.tokens(reference)[self.places]
         sums = torch.stack([world.whole(behaviour), world.whole(reference)]).numpy()[:, self.drawn]
-        self.rows = range(len(groups))
+        self.rows, self.behaviour, self.reference, self.rewards = range(len(groups)), behaviour, reference, rewards
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.columns = {"logps": self.behaviour_N.numpy(), "ref_logps": self.reference_N.numpy()}
         self.stored = SimpleNamespace(
-            rewards=rewards.numpy()[self.drawn], sums_2S=sums, of=lambda row: range(row * size, (row + 1) * size)
+            rewards=rewards.numpy()[self.drawn],
+            sums_2S=sums,
+            of=lambda row: range(row * size, (row + 1) * size),
+            one_by_one=SimpleNamespace(
+                logps=lambda number, name: self.columns[name][starts[number] : starts[number + 1]]
+            ),
         )
         tokens = float((self.weights * self.lengths).sum())
         self.by = Normalisers(tokens, float(self.weights.sum()), float(world.lengths.max()))
 
-    def loss_of(self, settings, beta=BETA):
-        """The expected loss as a function of the policy's logits."""
-        targets = torch.tensor(np.concatenate(targets_of(self.stored, self.rows, settings, beta)))
+    def loss_of(self, settings, beta=BETA, values=None):
+        """The expected loss as a function of the policy's logits. `values`: a critic's of each beginning; else they are exact."""
         number_N = torch.tensor(np.repeat(np.arange(len(self.drawn)), self.lengths))
+        by_token = None
+        if settings.reads_values:
+            exact = values_of(self.world, self.behaviour, self.reference, self.rewards, settings.kl_in_reward)
+            self.columns["values"] = (exact if values is None else values)[self.world.at_N][self.places].numpy()
+            counts = np.ones(len(self.drawn))
+            by_token = torch.tensor(np.concatenate(token_advantages(self.stored, range(len(counts)), counts, settings)))
+            targets = torch.zeros(len(counts), dtype=torch.float64)
+        else:
+            targets = torch.tensor(np.concatenate(targets_of(self.stored, self.rows, settings, beta)))
         lengths, weights = torch.tensor(self.lengths, dtype=torch.float64), torch.tensor(self.weights)
 
         def loss(logits):
             policy_N = self.world.tokens(logits)[self.places]
             reference_N = self.reference_N if settings.reads_reference else None
-            x = SampleLogps(policy_N, self.behaviour_N, reference_N, number_N, lengths, targets, weights)
+            x = SampleLogps(policy_N, self.behaviour_N, reference_N, number_N, lengths, targets, weights, by_token)
             return policy_gradient_loss(x, settings, beta, self.by).losses_S.sum()
 
         return loss
+
+
+def values_of(world, behaviour, reference, rewards, kl_coef):
+    """What is to be expected from each beginning on, under the behaviour: the reward, less kl_coef times the log-ratios to come."""
+    numbers = torch.tensor(np.repeat(np.arange(len(world.responses)), world.lengths))
+    gaps = world.tokens(behaviour) - world.tokens(reference)
+    before = gaps.cumsum(0) - gaps
+    so_far = before - before[torch.tensor(world.starts[:-1])][numbers]
+    whole = world.whole(behaviour) - world.whole(reference)
+    to_come, chances = rewards[numbers] - kl_coef * (whole[numbers] - so_far), world.whole(behaviour).exp()[numbers]
+    sums = torch.zeros(2, world.shape[0], dtype=torch.float64)
+    sums.index_add_(1, world.at_N, torch.stack([chances * to_come, chances]))
+    return sums[0] / sums[1]
 
 
 def in_groups(world, size, behaviour, reference, rewards):
@@ -206,6 +234,20 @@ def test_advantages_over_a_step_go_straight_up():
             assert cosine(step, uphill(objective(WORLD, reference, rewards, kl_coef), behaviour)) > 1 - 1e-6
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, BETA])
+def test_a_critic_that_is_right_or_is_a_baseline_alone_leads_straight_up(kl_coef):
+    """PPO with exact values whatever lambda is; with any values if lambda is 1; else as far as the values are right."""
+    for seed in range(3):
+        reference, rewards, behaviour = WORLD.random(seed), rewards_of(WORLD, seed), WORLD.random(50 + seed)
+        samples = in_groups(WORLD, 1, behaviour, reference, rewards)
+        straight = uphill(objective(WORLD, reference, rewards, kl_coef), behaviour)
+        wrong = torch.randn(WORLD.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for lam, values, exact in ((0.0, None, True), (0.95, None, True), (1.0, wrong, True), (0.0, wrong, False)):
+            settings = PolicyGradientConfig(variant="ppo", gae_lambda=lam, kl_coef=kl_coef)
+            found = cosine(-uphill(samples.loss_of(settings, values=values), behaviour), straight)
+            assert (found > 1 - 1e-6) == exact
+
+
 def forward_kls(world, reference, behaviour):
     """KL(ref || pi) of the next token, weighed by how often the behaviour is there: what k3 of the behaviour's tokens descends."""
     chances = world.whole(behaviour).exp()[torch.tensor(np.repeat(np.arange(len(world.responses)), world.lengths))]
@@ -249,13 +291,13 @@ def test_whole_ratios_correct_for_samples_of_another_model():
 # --- where it ends
 
 
-def climbed(world, settings, reference, rewards, rounds=150, steps=3):
+def climbed(world, settings, reference, rewards, size=2, rounds=120, steps=2):
     """The policy after rounds of sampling by the last one, with some steps on the same samples each."""
     policy = reference.clone().requires_grad_()
     optimizer = torch.optim.Adam([policy], lr=0.1)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds)
     for _ in range(rounds):
-        loss_of = in_groups(world, 2, policy.detach().clone(), reference, rewards).loss_of(settings)
+        loss_of = in_groups(world, size, policy.detach().clone(), reference, rewards).loss_of(settings)
         for _ in range(steps):
             optimizer.zero_grad()
             loss_of(policy).backward()
@@ -290,6 +332,14 @@ def test_policy_gradient_and_dpo_reach_the_same_policy():
     assert variation(gradient, best) < 1e-3
     assert variation(dpo, best) < 1e-3
     assert variation(gradient, dpo) < 1e-3
+
+
+def test_ppo_reaches_it_too():
+    """From single samples of a prompt, if its critic is right."""
+    reference, rewards = WORLD.random(0), rewards_of(WORLD, 0)
+    settings = PolicyGradientConfig(variant="ppo", kl_coef=BETA)
+    found = WORLD.whole(climbed(WORLD, settings, reference, rewards, size=1))
+    assert variation(found, optimum(WORLD.whole(reference), rewards)) < 1e-3
 
 
 def test_k3_in_the_loss_ends_elsewhere():
