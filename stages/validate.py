@@ -76,6 +76,8 @@ def _tokenised(config: Config, model: str) -> None:
     spec = PolicyConfig(model=model)
     data, tokenizer = _without_split(config.data), load_tokenizer(locate(spec), spec)
     wanted = data_of(config.train)
+    if wanted == "pairs" and any("unpaired" in open_source(name, data, None).kinds for name in data.path):
+        wanted = "responses"
     stream = PairStream(data, tokenizer) if wanted == "pairs" else ResponseStream(data, tokenizer, wanted=wanted)
     lengths: dict[str, list[int]] = {}
     dropped: list[Dropped] = []

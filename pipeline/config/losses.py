@@ -114,6 +114,8 @@ def mismatched(train: Any) -> bool:
 
 def margins(train: Any) -> list[str]:
     """The losses of a `train` section that read how much better chosen is than rejected."""
+    if train.objective == "reward":
+        return ["a reward model with train.margin_scale"] if train.margin_scale else []
     return [name for name in train.loss_type if train.objective == "preference" and LOSS_FACTS[name].margins]
 
 

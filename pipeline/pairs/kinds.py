@@ -27,10 +27,6 @@ Lists = Literal["best_worst", "all_pairs"]
 
 # what examples of each kind of data are called
 UNITS: dict[Data, str] = {"pairs": "pairs", "responses": "responses", "lists": "ranked lists"}
-_SAID = {
-    "unpaired": "unpaired data as KTO learns from (one response a row, with a label)",
-    "ranked": "ranked data (several responses a row, with scores)",
-}
 # columns of two scores by which real data say how much better chosen is, beside a column `margin`
 _TWO_SCORES = (
     ("score_chosen", "score_rejected"),
@@ -107,12 +103,11 @@ def other_form(row: Row, form: Form) -> str:
 def must_serve(name: str, form: Form, wanted: Data, lists: Lists) -> None:
     """Raise DataError if a file of this form cannot be what the loss reads, with the way out."""
     if form.kind == "unpaired" and wanted != "responses":
-        losses = ", ".join(loss for loss, facts in LOSS_FACTS.items() if facts.data == "responses")
-        learns = {"pairs": "the loss learns from pairs", "lists": "the loss learns from ranked lists"}[wanted]
+        losses = " or ".join(loss for loss, facts in LOSS_FACTS.items() if facts.data == "responses")
         raise DataError(
-            f"{name}: the file is {_SAID['unpaired']}, and {learns}: set train.loss_type to one that learns from single responses"
-            + (f" ({losses})" if losses else "")
-            + ", or make one row of prompt, chosen and rejected of a response that is wanted and one that is not"
+            f"{name}: the file is unpaired data as KTO learns from (one response a row, with a label), which makes no "
+            f"{UNITS[wanted]}: train.loss_type={losses} learn from it; where pairs are needed, make one row of prompt, chosen and "
+            "rejected of a response that is wanted and one that is not"
         )
     if form.kind == "ranked" and wanted == "responses" and lists == "all_pairs":
         raise ConfigError(

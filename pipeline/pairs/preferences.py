@@ -16,7 +16,7 @@ from pipeline.config.experiment import DataConfig
 from pipeline.config.losses import Data
 from pipeline.errors import CheckError, ConfigError, DataError
 from pipeline.pairs.formats import shown
-from pipeline.pairs.kinds import Form, Said, detect, must_serve, other_form, says, unread
+from pipeline.pairs.kinds import Form, Kind, Said, detect, must_serve, other_form, says, unread
 from pipeline.pairs.messages import Message, RowProblem, must_alternate, must_be_unicode, tools_of
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.reading.misnamed import printable
@@ -108,9 +108,9 @@ class Source:
         return "; ".join(dict.fromkeys(reading.form.title for reading in self.readings))
 
     @property
-    def ranked(self) -> bool:
-        """Whether a part of it holds ranked lists."""
-        return any(reading.form.kind == "ranked" for reading in self.readings)
+    def kinds(self) -> set[Kind]:
+        """What kinds of data its parts hold."""
+        return {reading.form.kind for reading in self.readings}
 
     def preferences(self) -> Iterator[Preference | Dropped]:
         """What every row becomes, in order, or why it becomes nothing."""

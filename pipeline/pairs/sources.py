@@ -45,7 +45,7 @@ class Sources:
         sources = ([(data.eval_path, "eval")] if data.eval_path else []) + [(path, "train") for path in data.path]
         for name, role in sources:
             source = open_source(name, data, self._wanted)
-            ranked = ranked or source.ranked
+            ranked = ranked or "ranked" in source.kinds
             self.formats[name], self.digests[name] = source.format, source.digest
             for unit in _encoded(source.units(), encode):
                 given += 1

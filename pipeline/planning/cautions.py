@@ -140,9 +140,8 @@ def _imbalance(config: Config, plan: Plan) -> list[str]:
         return [
             f"all {good + bad} responses to train on are {'good' if good else 'bad'}: the loss learns from the difference"
         ]
-    weights = (getattr(config.train, name, 1.0) for name in ("desirable_weight", "undesirable_weight"))
-    desirable, undesirable = weights
-    ratio = desirable * good / (undesirable * bad) if undesirable else math.inf
+    desirable, undesirable = config.train.desirable_weight, config.train.undesirable_weight
+    ratio = desirable * good / (undesirable * bad)
     low, high = _BALANCED
     if low <= ratio <= high:
         return []

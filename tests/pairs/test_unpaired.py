@@ -129,8 +129,8 @@ def test_a_row_with_half_a_pair_is_not_unpaired():
 
 
 def test_a_loss_that_learns_from_pairs_does_not_read_it():
-    for wanted, said in (("pairs", "the loss learns from pairs"), ("lists", "the loss learns from ranked lists")):
-        with pytest.raises(DataError, match=f"unpaired data as KTO learns from .*{said}: set train.loss_type"):
+    for wanted, said in (("pairs", "which makes no pairs"), ("lists", "which makes no ranked lists")):
+        with pytest.raises(DataError, match=f"unpaired data as KTO learns from .*{said}: train.loss_type=kto or bco"):
             read(FORMS["TRL, strings"], wanted=wanted)
 
 

@@ -359,8 +359,13 @@ def test_commands_read_the_table_or_say_that_they_do_not(tmp_path, tiny_model, l
         tmp_path, "export", "--run", "r", "--format", "trl", code=2
     )
     assert "longest response" in refscore_here(tmp_path, "plan", "--config", config)
-    assert "responses: 11 good" not in refscore_here(tmp_path, "validate", "d.jsonl", "--model", tiny_model)
-    assert "set train.loss_type" in refscore_here(tmp_path, "init", "d.jsonl", "--model", tiny_model, code=3)
+    learns()
+    said = refscore_here(tmp_path, "validate", "d.jsonl", "--model", tiny_model)
+    assert "17 rows, 16 usable, 1 dropped" in said
+    assert "response " in said
+    assert "train.loss_type=kto or bco learn from it" in refscore_here(
+        tmp_path, "init", "d.jsonl", "--model", tiny_model, code=3
+    )
     assert held_out_prompts(Path("data/runs/r/responses.parquet"), None)
 
 
