@@ -79,7 +79,7 @@ def why_not_current(path: Path, config: Config) -> str | None:
         return "does not exist"
     if not about.get("inputs") or not in_format_of(path, ROLLOUTS):
         return "was not written by this refscore"
-    made_from, asked = about["inputs"], inputs_of(config)
+    made_from, asked = _with_later_fields(about["inputs"], config), inputs_of(config)
     if config.train.objective == "value":
         asked["policy"] = made_from["policy"]
     if differ := differing_fields(made_from, asked):
