@@ -7,15 +7,16 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+from transformers import AutoModelForSequenceClassification
 
-from tests.conftest import ROOT, experiment, preference_rows, write_rows
+from tests.conftest import ROOT, experiment, make_tiny_tokenizer, preference_rows, write_rows
 
 # samples and rewards are counted in files, which outlive the process; it kills itself at the n-th call that has the text
 CHILD = """
 import importlib, os, signal, sys
 from pathlib import Path
 import pytest
-import pipeline.engines.vllm.generator, pipeline.rollouts.rewards
+import pipeline.engines.vllm.generator, pipeline.rollouts.critics, pipeline.rollouts.rewards
 from pipeline.engines.transformers import TransformersScorer
 from tests.engines import sampling
 patch = pytest.MonkeyPatch()
@@ -33,6 +34,7 @@ def counting(owner, name, file, size):
 counting(sampling, "_sampled", "generated", lambda *_: 1)
 counting(pipeline.rollouts.rewards, "score_responses", "rewarded", lambda _, groups: sum(map(len, groups)))
 counting(TransformersScorer, "score", "scored", lambda _, sequences: len(sequences))
+counting(pipeline.rollouts.critics.CriticPass, "__call__", "valued", lambda _, sequences: len(sequences))
 
 module, name, text, number = sys.argv[1:5]
 sys.argv = ["refscore", *sys.argv[5:]]
@@ -77,9 +79,9 @@ def counted(where):
     return [sum(map(int, file.read_text().split())) if file.exists() else 0 for file in files]
 
 
-def prepare(where, model):
+def prepare(where, model, **more):
     data = write_rows(where / "preferences.jsonl", preference_rows(14))
-    settings = {"samples": SAMPLES, "prompts_per_shard": PER_SHARD}
+    settings = {"samples": SAMPLES, "prompts_per_shard": PER_SHARD, **more}
     experiment(where, model, data, rollout=settings, generate={"max_tokens": 12}, judge=["rule:contains=dog"])
     return where
 
@@ -113,4 +115,32 @@ def test_a_kill_loses_one_shard_at_most(tmp_path, tiny_model, undisturbed, momen
         for mine, theirs in zip(rows[name], undisturbed[name], strict=True):
             assert np.allclose(mine, theirs, atol=1e-4)
     # what was half written is gone
+    assert not list((where / "data/runs").rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "lost"), {"reading": 0, "writing values": PER_SHARD, "writing the table": 0}.items()
+)
+def test_a_kill_while_a_critic_reads_loses_one_shard_of_values_at_most(tmp_path, tiny_model, moment, lost):
+    where = prepare(tmp_path, tiny_model)
+    assert rollout(where)[0] == 0
+    before = pl.read_parquet(where / "data/runs/r/rollouts.parquet")
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(where / "critic")
+    make_tiny_tokenizer().save_pretrained(where / "critic")
+    prepare(where, tiny_model, critic="critic")
+    moments = {
+        "reading": ("pipeline.rollouts.critics", "batches", "", "2"),
+        "writing values": (*FLUSH, "-values-", "2"),
+    }
+    code, said = rollout(where, *(moments | MOMENTS)[moment])
+    assert code == -9, said
+    # what was there is as it was
+    assert pl.read_parquet(where / "data/runs/r/rollouts.parquet").equals(before)
+    code, said = rollout(where)
+    assert code == 0, said
+    assert counted(where) == [PROMPTS * SAMPLES] * 3
+    assert sum(map(int, (where / "valued").read_text().split())) == (PROMPTS + lost) * SAMPLES
+    rows = pl.read_parquet(where / "data/runs/r/rollouts.parquet")
+    assert rows["values"].null_count() == 0
+    assert rows.drop("values").equals(before.drop("values"))
     assert not list((where / "data/runs").rglob(".tmp-*"))
