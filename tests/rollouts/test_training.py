@@ -176,6 +176,18 @@ def test_a_training_that_had_ended_by_itself_takes_no_more_steps(sampled, loggin
     assert metrics(sampled)["step"][-1] == 2
 
 
+def test_what_is_logged_of_several_steps_is_their_mean_and_the_highest_ratio(sampled):
+    copied(sampled, "each")
+    train(sampled, "train.logging_steps=1", run="each")
+    train(sampled, "train.logging_steps=3")
+    each, some = metrics(sampled, "each"), metrics(sampled)
+    assert some["step"].to_list() == [3, 6]
+    for row, steps in enumerate((each[:3], each[3:])):
+        for name in ("loss", "reward", "kl/behaviour", "ratio/mean", "clip_ratio/region_mean"):
+            assert some[name][row] == pytest.approx(steps[name].mean(), rel=1e-9)
+        assert some["ratio/max"][row] == steps["ratio/max"].max() > steps["ratio/max"].min()
+
+
 def test_a_step_whose_samples_were_all_cut_off_is_said_and_changes_nothing(sampled, tiny_model):
     def cut_off(table):
         reasons = pa.array(["length"] * len(table), ROLLOUTS.field("finish_reason").type)
