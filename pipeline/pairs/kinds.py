@@ -137,8 +137,9 @@ def says(row: Row, form: Form, wanted: Data | None, lists: Lists) -> list[Said |
 def unread(row: Row, form: Form) -> Iterable[str]:
     """Columns of a row, and fields of its messages, that nothing reads."""
     if form.kind == "pairs":
-        read = set(_margin_columns(row))
-        yield from (name for name in unread_of_pairs(row, form.format) if name not in read)
+        if names := list(unread_of_pairs(row, form.format)):
+            read = _margin_columns(row)
+            yield from (name for name in names if name not in read)
         if row.get("margin") is not None and _finite(row["margin"]) is None:
             yield "margin"
         return

@@ -337,11 +337,9 @@ def test_losses_that_learn_from_different_data_are_not_mixed(learns):
         TrainConfig(loss_type=["sigmoid", "ipo"])
 
 
-def test_commands_read_the_table_or_say_that_they_do_not(tmp_path, tiny_model, learns):
-    learns(**KTO)
-    config = experiment(
-        tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", [*unpaired(16), {"prompt": "a", "label": True}])
-    )
+def test_commands_read_the_table_or_say_that_they_do_not(tmp_path, tiny_model):
+    rows = [*unpaired(16), {"prompt": "a", "label": True}]
+    config = experiment(tmp_path, tiny_model, write_rows(tmp_path / "d.jsonl", rows), train={"loss_type": "kto"})
     run = ("--config", config, "--run", "r")
     said = refscore_here(tmp_path, "precompute", *run, "--plan")
     assert "17 read, 16 responses" in said
@@ -359,7 +357,6 @@ def test_commands_read_the_table_or_say_that_they_do_not(tmp_path, tiny_model, l
         tmp_path, "export", "--run", "r", "--format", "trl", code=2
     )
     assert "longest response" in refscore_here(tmp_path, "plan", "--config", config)
-    learns()
     said = refscore_here(tmp_path, "validate", "d.jsonl", "--model", tiny_model)
     assert "17 rows, 16 usable, 1 dropped" in said
     assert "response " in said
