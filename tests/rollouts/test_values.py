@@ -15,12 +15,21 @@ from pipeline.artifacts.schemas import ROLLOUTS
 from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.config.rollouts import PolicyGradientConfig
 from pipeline.config.training import TrainConfig
+from pipeline.forward.logps import forward_of
 from pipeline.forward.trees import Tree
 from pipeline.forward.values import values_of
 from pipeline.training.inputs.rollouts import load_rollouts
 from pipeline.training.objectives.objective import objective_of
 from pipeline.training.step import train_step
-from tests.conftest import make_tiny_model, make_tiny_tokenizer, refscore_here
+from tests.conftest import (
+    experiment,
+    make_tiny_model,
+    make_tiny_tokenizer,
+    preference_rows,
+    refscore_here,
+    write_rows,
+)
+from tests.rollouts.conftest import SETTINGS, Place
 from tests.rollouts.test_training import TRAIN, copied, metrics
 
 CRITIC = ("train.objective=value", "train.learning_rate=0.01", "train.max_steps=40", "train.save_steps=0")
@@ -44,13 +53,28 @@ def rewrite(place, change, run="r"):
     write_table(path, change(read_table(path, ROLLOUTS)), about)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model):
+    """Samples with a planted reward in run r, and in run critic a critic of them; and what its training said."""
+    where = tmp_path_factory.mktemp("critic")
+    data = write_rows(where / "preferences.jsonl", preference_rows(14))
+    judge = ["rule:contains=dog", "rule:no_repetition"]
+    config = experiment(where, tiny_model, data, rollout=SETTINGS, generate={"max_tokens": 12}, judge=judge)
+    with pytest.MonkeyPatch.context() as patch:
+        place = Place(where, config, patch)
+        place.rollout()
+        rewrite(place, planted)
+        copied(place, "critic")
+        return place, train(place, *CRITIC, run="critic")
+
+
 @pytest.fixture
-def critic(place):
-    """Samples with a planted reward in run r, and in run critic a critic of them."""
-    place.rollout()
-    rewrite(place, planted)
-    copied(place, "critic")
-    place.said = train(place, *CRITIC, run="critic")
+def critic(trained, tmp_path, monkeypatch):
+    """A place of its own with all that is in `trained`."""
+    made, said = trained
+    shutil.copytree(made.where / "data", tmp_path / "data")
+    place = Place(tmp_path, made.config, monkeypatch)
+    place.said = said
     return place
 
 
@@ -151,15 +175,29 @@ def valued(critic):
 
 
 def test_a_policy_learns_by_a_critics_values(valued):
-    said = train(valued, *PPO, "train.policy_gradient.kl_coef=0.05")
+    settings = (*PPO, "train.policy_gradient.kl_coef=0.05", "train.max_steps=20")
+    said = train(valued, *settings)
     assert "gate      passed" in said
     found = metrics(valued)
     assert found["ratio/mean"][0] == pytest.approx(1, abs=1e-4)
     assert found["kl"].null_count() == 0
     assert found["kl/behaviour"][-1] > 0
+    # the token that decides the reward became likelier where that is good, and less so where it is bad
+    rows = valued.rows().to_dicts()
+    model = AutoModelForCausalLM.from_pretrained(valued.run() / "model").eval()
+    with torch.no_grad():
+        read = forward_of(model, "tree")
+        gained = [
+            float(read([Tree(row["prompt_ids"], (row["response_ids"],))])[0][0][0]) - row["logps"][0] for row in rows
+        ]
+    means = {
+        reward: np.mean([gain for gain, row in zip(gained, rows, strict=True) if row["reward"] == reward])
+        for reward in (2.0, -1.0)
+    }
+    assert means[2.0] > 0 > means[-1.0]
     card = (valued.run() / "model/README.md").read_text()
     assert "ppo" in card
-    assert "nothing to train" in train(valued, *PPO, "train.policy_gradient.kl_coef=0.05")
+    assert "nothing to train" in train(valued, *settings)
 
 
 @pytest.mark.parametrize("layout", ["tree", "separate"])
