@@ -25,6 +25,7 @@ from pipeline.training.checks.ratios import check_ratios, measure_ratios
 from pipeline.training.inputs.open import load_inputs
 from pipeline.training.inputs.rollouts import load_rollouts
 from pipeline.training.objectives.advantages import advantages
+from pipeline.training.objectives.measured import mean_over
 from pipeline.training.step import train_step
 
 TOKENS, LIMIT = 7, 9
@@ -226,6 +227,17 @@ def test_scores_under_the_reference_may_lack_if_nothing_reads_them(tmp_path):
     for settings in ({"kl_coef": 0.1}, {"variant": "qrpo"}, {"variant": "a2po"}):
         with pytest.raises(DataError, match="no whole set of ref_logps"):
             load_rollouts(path, PolicyGradientConfig(**settings))
+
+
+def test_a_response_without_a_token_is_told(tmp_path):
+    empty = [*SAMPLES, sample(2, 3, [], 1.0)]
+    with pytest.raises(DataError, match="p2 has no whole set of logps"):
+        load_rollouts(stored(tmp_path, empty), PolicyGradientConfig())
+
+
+def test_what_does_not_count_is_in_no_mean_be_it_no_number():
+    total, count = mean_over(torch.tensor([1.5, float("nan"), float("inf")]), torch.tensor([2.0, 0.0, 0.0]))
+    assert (float(total), float(count)) == (3.0, 2.0)
 
 
 def test_samples_are_read_for_the_loss_that_is_asked_for(tmp_path):
