@@ -42,6 +42,9 @@ def test_the_page_says_how_exact_the_scores_are(run, tmp_path):
     found |= {"correlation_with_length": -0.61, "margin_noise_nats": 0.39, "margin_noise_reward": 0.039}
     (other.directory / "verify.json").write_text(json.dumps(found))
     page = write(other).report.read_text()
+    of_responses = {("responses" if name == "pairs" else name): value for name, value in found.items()}
+    (other.directory / "verify.json").write_text(json.dumps(of_responses))
+    assert "20 responses (not passed)" in write(other).report.read_text()
     for part in (
         "20 pairs (not passed): the scores &lt;i&gt;differ.",
         "-0.012 nats per token",
