@@ -15,7 +15,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.markdown import markdown_table, name_for_others
 from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
-from pipeline.config.losses import reference_free
+from pipeline.config.losses import data_of, reference_free
 from pipeline.config.sections import changed
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
@@ -204,7 +204,10 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag=objective.pipeline_tag,
-        tags=["refscore", _TAGS[train.objective]],
+        tags=[
+            "refscore",
+            _TAGS[train.objective] if data_of(train) == "pairs" else train.loss_type[0].replace("_", "-"),
+        ],
         base_model=base if "/" in base and not base.startswith("embedded:") else None,
     )
     against = "without a reference"
@@ -225,7 +228,7 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
         ),
         "## Settings",
         markdown_table(["setting", "value"], list(_settings(config).items())),
-        "## Held-out pairs",
+        f"## Held-out {objective.unit}s",
         markdown_table(["figure", "value"], figures) or "None were held out.",
         "## Versions",
         markdown_table(["package", "version"], list(versions().items())),

@@ -284,3 +284,14 @@ def test_the_objective_follows_the_data():
     assert objective_of(TrainConfig(loss_type=["kto", "bco"])).unit == "response"
     assert objective_of(TrainConfig(loss_type=["plackett_luce"])).unit == "list"
     assert objective_of(TrainConfig(loss_type=["rpo_sq"])).unit == "pair"
+
+
+def test_the_model_card_says_what_was_learnt_from(place):
+    place.scored("kto")
+    place.train("kto")
+    card = (place.run("kto") / "model/README.md").read_text()
+    assert "- kto" in card
+    assert "- dpo" not in card
+    assert "responses from" in card
+    assert "## Held-out responses" in card
+    assert "responses per step" in card
