@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
 
 def test_every_tutorial_is_listed():
     index = (ROOT / "docs/index.md").read_text()
-    assert len(PAGES) == 5
+    assert len(PAGES) == 6
     for page in PAGES:
         assert f"(tutorials/{page.name})" in index
     assert "`make tutorials` runs all, `make test` the notebook alone." in index
