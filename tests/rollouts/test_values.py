@@ -83,6 +83,8 @@ def test_a_critic_learns_a_planted_reward_and_is_saved_as_a_reward_model_is(crit
     assert "gate      does not apply: nothing is compared with the reference" in critic.said
     assert "steps of 4 prompts" in critic.said
     found = metrics(critic, "critic")
+    # it begins by expecting nothing
+    assert found["value/mean"][0] == 0
     assert found["loss"][-5:].mean() < 0.5 * found["loss"][:5].mean()
     assert found["value/explained_variance"][-5:].mean() > 0.3
     assert found["ratio/mean"].null_count() == found["rewards/margins"].null_count() == len(found)

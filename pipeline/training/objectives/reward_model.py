@@ -189,7 +189,7 @@ def load_reward_model(
         ) from None
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.out_features != 1:
         raise ConfigError(f"{type(model).__name__} has no linear score of the last token: no reward model can be made")
-    if not _has_head(directory):
+    if not has_head(directory):
         # also if the other weights are not read yet
         head = torch.empty(model.score.weight.shape, dtype=model.score.weight.dtype)
         torch.nn.init.normal_(head, std=1 / (model.score.in_features + 1) ** 0.5)
@@ -219,6 +219,7 @@ def align_padding(directory: Path, tokenizer: PreTrainedTokenizerBase, pad: int)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _has_head(directory: Path) -> bool:
+def has_head(directory: Path) -> bool:
+    """Whether the model at `directory` gives scores already."""
     architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)

@@ -11,21 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from pipeline.config.experiment import Config
 from pipeline.config.training import TrainConfig
 from pipeline.forward.transfer import to_device
 from pipeline.forward.values import Values, values_of
 from pipeline.training.inputs.rollouts import Rollouts, Samples
 from pipeline.training.objectives.advantages import token_returns
 from pipeline.training.objectives.measured import Found, Measured, mean_over
-from pipeline.training.objectives.reward_model import RewardModel
+from pipeline.training.objectives.reward_model import RewardModel, has_head
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class ValueModel(RewardModel):
 
     unit = "prompt"
     in_words = "as a value model"
+
+    def load(
+        self,
+        base: Path,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: set[int],
+        precision: torch.dtype,
+        **options: Any,
+    ) -> PreTrainedModel:
+        """See `Objective.load`: a new head expects nothing, as returns may be of any size."""
+        model = super().load(base, config, tokenizer, ends, precision, **options)
+        if not has_head(base):
+            torch.nn.init.zeros_(model.score.weight)
+        return model
 
     def forward_of(  # type: ignore[override]
         self,
