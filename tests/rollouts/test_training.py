@@ -188,19 +188,31 @@ def test_what_is_logged_of_several_steps_is_their_mean_and_the_highest_ratio(sam
         assert some["ratio/max"][row] == steps["ratio/max"].max() > steps["ratio/max"].min()
 
 
-def test_a_step_whose_samples_were_all_cut_off_is_said_and_changes_nothing(sampled, tiny_model):
-    def cut_off(table):
-        reasons = pa.array(["length"] * len(table), ROLLOUTS.field("finish_reason").type)
-        return table.set_column(table.schema.get_field_index("finish_reason"), ROLLOUTS.field("finish_reason"), reasons)
+def test_a_step_whose_samples_were_all_cut_off_is_said_and_teaches_nothing(sampled):
+    def cut_off_of(prompts):
+        def change(table):
+            names = sorted(set(table["prompt_id"].to_pylist()))[:prompts]
+            reasons = ["length" if name in names else "stop" for name in table["prompt_id"].to_pylist()]
+            field = ROLLOUTS.field("finish_reason")
+            return table.set_column(table.schema.get_field_index(field.name), field, pa.array(reasons, field.type))
 
-    sampled.rewrite(cut_off)
-    said = train(sampled, "train.policy_gradient.mask_truncated_completions=true", "train.weight_decay=0.0")
+        return change
+
+    # one prompt in a step: of ten, six are seen
+    settings = "train.policy_gradient.mask_truncated_completions=true", "train.per_device_train_batch_size=1"
+    sampled.rewrite(cut_off_of(5))
+    said = train(sampled, *settings)
     assert "nothing to learn from: all samples were cut off" in said
+    assert "moved 0." in said
     found = metrics(sampled)
-    assert found["loss"].to_list() == [0.0] * 6
-    assert found["kl/behaviour"].null_count() == 6
-    before = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(sampled).items())
+    none = found["kl/behaviour"].is_null()
+    assert 0 < none.sum() < 6
+    assert found["loss"].filter(none).to_list() == found["grad_norm"].filter(none).to_list() == [0.0] * none.sum()
+    assert found["grad_norm"].filter(~none).min() > 0
+    sampled.rewrite(cut_off_of(100))
+    copied(sampled, "all")
+    said = train(sampled, *settings, run="all", code=3)
+    assert "samples were cut off, and train.policy_gradient.mask_truncated_completions lets those teach nothing" in said
 
 
 def test_samples_of_another_model_close_no_gate_and_are_refused_if_they_are_far(sampled, tmp_path):

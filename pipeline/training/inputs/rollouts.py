@@ -138,7 +138,7 @@ def load_rollouts(path: Path, settings: PolicyGradientConfig, *, for_critic: boo
 
     Left out, and counted: samples without a reward, prompts with fewer than two samples that have one, and prompts whose samples
     all have the same reward, unless advantages are measured over the step; for a critic, or by its values, only the first. Raises
-    DataError if scores do not fit their tokens, if the samples of a prompt do not stand together, or if nothing is left.
+    DataError if scores do not fit their tokens, if the samples of a prompt do not stand together, or if none teaches.
     """
     needed = _Needed(settings, for_critic)
     kept_columns = (*_KEPT, "values") if needed.values else _KEPT
@@ -165,12 +165,18 @@ def load_rollouts(path: Path, settings: PolicyGradientConfig, *, for_critic: boo
             f"{path}: no {what} ({why}), so nothing can be learnt: another judge (rollout.judge), or more samples "
             "(rollout.samples)"
         )
+    cut_off = np.concatenate(read.cut_off)
+    if settings.mask_truncated_completions and cut_off.all():
+        raise DataError(
+            f"{path}: all {len(cut_off)} samples were cut off, and train.policy_gradient.mask_truncated_completions lets those "
+            "teach nothing: set it to false, or sample longer ones (generate.max_tokens)"
+        )
     return Rollouts(
         read.ids,
         np.concatenate([[0], np.cumsum(read.sizes)]),
         np.concatenate(read.rewards),
         np.concatenate(read.sums, axis=1),
-        np.concatenate(read.cut_off),
+        cut_off,
         samples,
         int(read_about(path).get("max_tokens") or pc.max(pc.list_value_length(samples["response_ids"])).as_py()),
         left_out,
