@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifacts import tables
+from pipeline.artifacts import schemas, tables
 from pipeline.report import addresses
 from tests.conftest import ROOT, must_leave_nothing_outside, refscore_here
 from tests.stages.test_json import asked
@@ -23,12 +23,12 @@ from tests.stages.test_json import asked
 pytestmark = pytest.mark.engine
 
 ARTIFACTS = {
-    "pairs.parquet": tables.PAIRS,
-    "dropped.parquet": tables.DROPPED,
-    "metrics.parquet": tables.METRICS,
-    "policy_logps.parquet": tables.POLICY_LOGPS,
-    "samples.parquet": tables.SAMPLES,
-    "judgements.parquet": tables.JUDGEMENTS,
+    "pairs.parquet": schemas.PAIRS,
+    "dropped.parquet": schemas.DROPPED,
+    "metrics.parquet": schemas.METRICS,
+    "policy_logps.parquet": schemas.POLICY_LOGPS,
+    "samples.parquet": schemas.SAMPLES,
+    "judgements.parquet": schemas.JUDGEMENTS,
 }
 
 
@@ -314,4 +314,4 @@ def shift_reference(path, amount, sides=("chosen", "rejected")):
         frame = frame.with_columns(moved.alias(f"ref_{side}_token_logps"))
         sums = [float(np.asarray(row, dtype=np.float32).sum(dtype=np.float64)) for row in moved.to_list()]
         frame = frame.with_columns(pl.Series(f"ref_{side}_logps", sums))
-    tables.write_table(path, frame.to_arrow().cast(tables.PAIRS).replace_schema_metadata(table.schema.metadata))
+    tables.write_table(path, frame.to_arrow().cast(schemas.PAIRS).replace_schema_metadata(table.schema.metadata))

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.artifacts import tables
+from pipeline.artifacts import schemas, tables
 from pipeline.artifacts.runs import open_run
 from pipeline.artifacts.tables import write_table
 from pipeline.config.files import load_config
@@ -72,11 +72,11 @@ def test_scores_of_a_coarser_dtype_are_called_that(where):
     runs = where / "data/runs"
     coarse = pl.read_parquet(runs / "coarse/pairs.parquet")
     about = tables.read_about(runs / "r/pairs.parquet")
-    write_table(runs / "r/pairs.parquet", coarse.to_arrow().cast(tables.PAIRS), about)
+    write_table(runs / "r/pairs.parquet", coarse.to_arrow().cast(schemas.PAIRS), about)
     _, kept = verdict(where, 4)
     assert "were not computed in float32" in kept["verdict"]
     # and what the files say of themselves is compared too
-    write_table(runs / "r/pairs.parquet", coarse.to_arrow().cast(tables.PAIRS), about | {"dtype": "bfloat16"})
+    write_table(runs / "r/pairs.parquet", coarse.to_arrow().cast(schemas.PAIRS), about | {"dtype": "bfloat16"})
     assert "made in bfloat16, the run's configuration asks for float32" in verdict(where, 4)[1]["verdict"]
 
 
@@ -109,7 +109,7 @@ def test_one_value_that_was_never_computed_is_found(where):
     for row in logps:
         row[3] -= 0.01
     spoiled = table.with_columns(pl.Series("ref_chosen_token_logps", logps))
-    write_table(path, spoiled.to_arrow().cast(tables.PAIRS), tables.read_about(path))
+    write_table(path, spoiled.to_arrow().cast(schemas.PAIRS), tables.read_about(path))
     assert "single values are wrong" in verdict(where, 4)[1]["verdict"]
 
 
