@@ -142,6 +142,16 @@ def test_values_that_do_not_fit_their_tokens_are_told_by_prompt(tmp_path):
         load_rollouts(path, PPO, for_critic=True)
 
 
+def test_a_critic_reads_scores_of_the_reference_if_the_kl_is_in_the_reward(tmp_path):
+    path = tmp_path / "r.parquet"
+    rows = stored(path, GROUPS)
+    write_table(path, pa.Table.from_pylist([{**row, "ref_logps": None} for row in rows], schema=ROLLOUTS))
+    for settings in (PolicyGradientConfig(), PolicyGradientConfig(kl_coef=0.1)):
+        load_rollouts(path, settings, for_critic=True)
+    with pytest.raises(DataError, match="no whole set of ref_logps"):
+        load_rollouts(path, PolicyGradientConfig(variant="ppo", kl_coef=0.1), for_critic=True)
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["", "some cut off"])
 def test_a_loss_with_advantages_of_tokens_is_trls(masked):
     pytest.importorskip("trl")
