@@ -67,7 +67,8 @@ _MEANING = {
     "rejected_logps": "the same of the rejected response",
     "margin": "how much better the data says `chosen` is than `rejected`; null if it does not say",
     "group_id": "digest of the tokens of a group: a prompt's list, or a response and the mismatched one beside it",
-    "kind": "`response`, or `mismatched`: a response to another prompt, by which KTO's baseline is measured",
+    "kind": "`response`; `mismatched`: a response to another prompt, by which KTO's baseline is measured; `prompt`: a prompt "
+    "alone, without response and scores",
     "label": "whether the response was called good; null in a ranked list",
     "responses.score": "what the data says of the response: a rating, or the negative of its rank; null if unpaired",
     "ref_response_token_logps": "log-probability of every token of `response_ids` under the reference, in nats",

@@ -30,6 +30,11 @@ def main(config: Config, run: Run, *, plan_only: bool, shard: str | None = None)
     part = _part(shard)
     if reference_free(config.train):
         write_unscored(config, run, console.working, plan_only=plan_only, remarks=partial(warnings_of, config))
+        if config.train.on_samples:
+            console.say("          the table has the held-out prompts, without scores, for 'refscore eval'")
+            console.say(
+                "next      'refscore rollout' with the same configuration and run makes samples, rewards and scores"
+            )
         return
     reference = open_reference(config.reference)
     hash_weights(reference)

@@ -6,7 +6,7 @@ import shutil
 
 from pipeline.config.experiment import Config, DataConfig
 from pipeline.config.files import load_overrides
-from pipeline.config.losses import data_of
+from pipeline.config.losses import Data, data_of
 from pipeline.config.training import PolicyConfig
 from pipeline.errors import DataError
 from pipeline.models.load import load_tokenizer
@@ -15,7 +15,7 @@ from pipeline.pairs.groups import ResponseRow, ResponseStream
 from pipeline.pairs.kinds import UNITS
 from pipeline.pairs.preferences import Dropped, Preference, open_source
 from pipeline.pairs.rows import must_read_all
-from pipeline.pairs.sources import listed
+from pipeline.pairs.sources import listed, read_for
 from pipeline.pairs.splits import Pair, PairStream, count_reasons, must_train
 from stages import console
 
@@ -33,13 +33,14 @@ def main(data: list[str], overrides: list[str], model: str | None) -> None:
         _tokenised(config, model)
         return
     must_read_all(config.data)
+    wanted: Data | None = "prompts" if read_for(config.data, data_of(config.train)) == "prompts" else None
     for name in config.data.path:
-        _source(name, config.data)
+        _source(name, config.data, wanted)
 
 
-def _source(name: str, data: DataConfig) -> None:
-    # as what it is, whatever loss may learn from it
-    source = open_source(name, data, None)
+def _source(name: str, data: DataConfig, wanted: Data | None) -> None:
+    """`wanted` None: as what it is, whatever loss may learn from it."""
+    source = open_source(name, data, wanted)
     usable = 0
     turns: dict[int, int] = {}
     responses: dict[str, int] = {}
@@ -63,6 +64,8 @@ def _source(name: str, data: DataConfig) -> None:
     console.say(f"{source.read} rows, {usable} usable, {sum(reasons.values())} dropped{beside}")
     if single := {said: count for said, count in sorted(responses.items(), reverse=True) if said}:
         console.say("responses: " + ", ".join(f"{count} {said}" for said, count in single.items()))
+    if "prompts" in (wanted, *source.kinds):
+        console.say("prompts alone, of which train.objective=policy_gradient makes samples: 'refscore rollout'")
     console.say(
         "messages in the prompt: " + (", ".join(f"{n} ({count} rows)" for n, count in sorted(turns.items())) or "none")
     )
@@ -75,9 +78,10 @@ def _source(name: str, data: DataConfig) -> None:
 def _tokenised(config: Config, model: str) -> None:
     spec = PolicyConfig(model=model)
     data, tokenizer = _without_split(config.data), load_tokenizer(locate(spec), spec)
-    wanted = data_of(config.train)
-    if wanted == "pairs" and any("unpaired" in open_source(name, data, None).kinds for name in data.path):
-        wanted = "responses"
+    wanted = read_for(data, data_of(config.train))
+    kinds = set().union(*(open_source(name, data, None).kinds for name in data.path)) if wanted == "pairs" else set()
+    if kinds & {"unpaired", "prompts"}:
+        wanted = "prompts" if "prompts" in kinds else "responses"
     stream = PairStream(data, tokenizer) if wanted == "pairs" else ResponseStream(data, tokenizer, wanted=wanted)
     lengths: dict[str, list[int]] = {}
     dropped: list[Dropped] = []
@@ -88,10 +92,10 @@ def _tokenised(config: Config, model: str) -> None:
             continue
         usable += 1
         ids = {"chosen": item.chosen_ids, "rejected": item.rejected_ids} if isinstance(item, Pair) else {}
-        ids = ids or {"response": item.response_ids} if isinstance(item, ResponseRow) else ids
+        ids = {"response": item.response_ids} if isinstance(item, ResponseRow) and item.response_ids else ids
         for part, of_part in {"prompt": item.prompt_ids, **ids}.items():
             lengths.setdefault(part, []).append(len(of_part))
-    must_train(usable, data, count_reasons(dropped))
+    must_train(usable, data, count_reasons(dropped), UNITS[wanted][:-1])
     for name, format_name in stream.formats.items():
         console.say(f"{name}: {format_name}")
     made = "usable" if stream.given == sum(stream.read.values()) else f"{UNITS[wanted]} usable"

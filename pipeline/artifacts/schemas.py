@@ -45,7 +45,7 @@ RESPONSES = pa.schema(
         ("topic", pa.string()),
         ("prompt", pa.string()),
         ("response", pa.string()),
-        # "response", or "mismatched": the response to another prompt, by which KTO's baseline is measured
+        # "response"; "mismatched": the response to another prompt, by which KTO's baseline is measured; "prompt": one alone
         ("kind", pa.string()),
         ("label", pa.bool_()),
         ("score", pa.float64()),

@@ -35,8 +35,9 @@ LossType = Literal[
     "bco",
     "plackett_luce",
 ]
-# what a loss learns from: pairs, single responses with a label, or lists of responses in order
-Data = Literal["pairs", "responses", "lists"]
+# what a training learns from: pairs, single responses with a label, lists of responses in order, or prompts, of which samples are
+# made
+Data = Literal["pairs", "responses", "lists", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def reference_free(train: Any) -> bool:
 
 
 def data_of(train: Any) -> Data:
-    """What a `train` section learns from: pairs unless its losses say otherwise, which all say the same."""
+    """What a `train` section learns from: pairs unless its losses say otherwise, which all say the same, or prompts."""
+    if train.on_samples:
+        return "prompts"
     return LOSS_FACTS[train.loss_type[0]].data if train.objective == "preference" else "pairs"
 
 

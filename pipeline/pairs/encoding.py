@@ -84,6 +84,10 @@ class Encoder:
         """Every row in order, with its chosen response alone."""
         return self._encode(items, ("chosen",))
 
+    def prompts(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
+        """Every row in order, with its prompt alone, which leaves room for a token of a response."""
+        return self._encode(items, ())
+
     def _encode(self, items: Iterable[Preference | Dropped], sides: tuple[str, ...]) -> Iterator[Encoded | Dropped]:
         stream = iter(items)
         while chunk := list(islice(stream, _CHUNK)):
@@ -129,9 +133,10 @@ class Encoder:
             if not responses[-1]:
                 return drop("empty_response", f"{side} has no token before its end")
         limit = self._limit
-        longest = len(prompt) + max(map(len, responses))
+        # a prompt alone is answered by a token at least
+        longest = len(prompt) + max(map(len, responses), default=1)
         if longest > limit:
-            if self._data.too_long == "drop":
+            if responses and self._data.too_long == "drop":
                 return drop("too_long", f"{longest} tokens, {self._limit_is}")
             if len(prompt) >= limit:
                 return drop("prompt_too_long", f"{len(prompt)} tokens, {self._limit_is}")

@@ -1,4 +1,5 @@
-"""From responses to groups of token ids: a response that was called good or bad, or a list of them, the best first.
+"""From responses to groups of token ids: a response that was called good or bad, or a list of them, the best first; or a prompt
+alone.
 
 The split is by prompt, as for pairs. A response may have another prompt's response beside it, by which KTO's baseline is
 measured: that of the nearest earlier row with another prompt, or of the nearest later one if there is none. A training row's is
@@ -23,12 +24,15 @@ from pipeline.pairs.splits import digest_of, digest_with, split_of, split_rule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RESPONSE, MISMATCHED = "response", "mismatched"
+RESPONSE, MISMATCHED, PROMPT = "response", "mismatched", "prompt"
 
 
 @dataclass(frozen=True)
 class ResponseRow:
-    """One row of responses.parquet before its scores are known; its response stands as the preference's chosen one."""
+    """One row of responses.parquet before its scores are known; its response stands as the preference's chosen one.
+
+    A prompt alone has no `response_ids`.
+    """
 
     group_id: str
     split: str
@@ -40,7 +44,7 @@ class ResponseRow:
 
 class ResponseStream:
     """Every row of every source of `data`, tokenised, as it is read: the responses of a group one after the other, or why there
-    are none. `wanted`: "responses", each a group of its own, with a mismatched one beside it if `mismatched`; or "lists".
+    are none. `wanted`: "responses", each a group of its own, with a mismatched one beside it if `mismatched`; "lists"; "prompts".
 
     What it knows of its sources is what `pipeline.pairs.splits.PairStream` does, and it raises the same; and DataError if all
     rows have one prompt, so that no response is another prompt's.
@@ -57,7 +61,7 @@ class ResponseStream:
     ) -> None:
         self._sources = Sources(data, wanted)
         self._data, self._encoder = data, Encoder(data, tokenizer, positions)
-        self._lists, self._mismatched = wanted == "lists", mismatched
+        self.wanted, self._mismatched = wanted, mismatched
         self.formats, self.digests = self._sources.formats, self._sources.digests
         self.read, self.unread = self._sources.read, self._sources.unread
         self.given = 0
@@ -78,8 +82,10 @@ class ResponseStream:
     def _groups(self) -> Iterator[list[ResponseRow] | Dropped]:
         seen: set[bytes] = set()
         held_out: set[bytes] = set()
-        for role, unit in self._sources.units(self._encoder.chosen):
-            for found in self._listed(unit) if self._lists else _alone(unit):
+        alone = self.wanted == "prompts"
+        what = "prompt" if alone else "group"
+        for role, unit in self._sources.units(self._encoder.prompts if alone else self._encoder.chosen):
+            for found in self._listed(unit) if self.wanted == "lists" else _alone(unit):
                 if isinstance(found, Dropped):
                     yield found
                     continue
@@ -89,14 +95,15 @@ class ResponseStream:
                     continue
                 group_id = _group_id(found, split_rule(self._data))
                 if bytes.fromhex(group_id) in seen:
-                    yield Dropped(first.source, first.row, "duplicate", f"group {group_id[:12]} was read before")
+                    yield Dropped(first.source, first.row, "duplicate", f"{what} {group_id[:12]} was read before")
                     continue
                 seen.add(bytes.fromhex(group_id))
                 if role == "eval":
                     held_out.add(prompt)
                 split = role if self._data.eval_path else split_of(prompt, self._data.eval_fraction)
+                kind = PROMPT if alone else RESPONSE
                 yield [
-                    ResponseRow(group_id, split, RESPONSE, one.preference, one.prompt_ids, one.responses[0])
+                    ResponseRow(group_id, split, kind, one.preference, one.prompt_ids, *(one.responses or [[]]))
                     for one in found
                 ]
 
@@ -124,7 +131,7 @@ class ResponseStream:
 
 def _alone(unit: list[Encoded | Dropped]) -> Iterator[list[Encoded] | Dropped]:
     for item in unit:
-        yield _as_response(item, "response") if isinstance(item, Dropped) else [item]
+        yield _as_response(item, RESPONSE) if isinstance(item, Dropped) else [item]
 
 
 def _as_response(item: Dropped, name: str) -> Dropped:
@@ -135,7 +142,8 @@ def _as_response(item: Dropped, name: str) -> Dropped:
 
 def _group_id(group: list[Encoded], rule: str) -> str:
     label = group[0].preference.label
-    lists = [group[0].prompt_ids, *(one.responses[0] for one in group), [] if label is None else [int(label)]]
+    responses = (response for one in group for response in one.responses)
+    lists = [group[0].prompt_ids, *responses, [] if label is None else [int(label)]]
     return digest_with(b"refscore-group\x01", lists, rule)
 
 

@@ -1,7 +1,7 @@
-"""What kind of data rows are - pairs, unpaired responses, ranked lists - and what each becomes for the loss that reads it.
+"""What kind of data rows are - pairs, unpaired responses, ranked lists, prompts - and what each becomes for the loss that reads it.
 
 Pairs serve every loss: as they are, as a good and a bad response, or as a list of two. Ranked lists become pairs or lists.
-A single response with a label makes no pair.
+A single response with a label makes no pair. Where samples are learnt from, a row of any kind is its prompt.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ from pipeline.pairs.formats import unread as unread_of_pairs
 from pipeline.pairs.messages import Message, RowProblem
 from pipeline.pairs.ranked import first_as_pair, is_ranked, list_column, score_column, scored_responses, unread_fields
 from pipeline.pairs.reading.json_rows import Row
-from pipeline.pairs.single import LABELS, as_pair, is_unpaired, label_column, label_of, response_column
+from pipeline.pairs.single import (
+    LABELS,
+    as_pair,
+    asked,
+    is_prompt,
+    is_unpaired,
+    label_column,
+    label_of,
+    response_column,
+)
 
-Kind = Literal["pairs", "unpaired", "ranked"]
+Kind = Literal["pairs", "unpaired", "ranked", "prompts"]
 # which responses of a list make pairs: data.lists
 Lists = Literal["best_worst", "all_pairs"]
 
 # what examples of each kind of data are called
-UNITS: dict[Data, str] = {"pairs": "pairs", "responses": "responses", "lists": "ranked lists"}
+UNITS: dict[Data, str] = {"pairs": "pairs", "responses": "responses", "lists": "ranked lists", "prompts": "prompts"}
+_OF_PROMPTS = "train.objective=policy_gradient learns from samples, which 'refscore rollout' makes of prompts"
 # columns of two scores by which real data say how much better chosen is, beside a column `margin`
 _TWO_SCORES = (
     ("score_chosen", "score_rejected"),
@@ -42,10 +52,14 @@ _NO_PROMPT = "TRL implicit, strings"
 
 @dataclass(frozen=True)
 class Form:
-    """How the rows of a file are read: their kind, and the form in which prompt and responses stand."""
+    """How the rows of a file are read: their kind, and the form in which prompt and responses stand.
+
+    `problem`: of prompts that stand beside something else, why the rows are of no other kind.
+    """
 
     kind: Kind
     format: str
+    problem: str = field(default="", compare=False)
 
     @property
     def title(self) -> str:
@@ -55,10 +69,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Said:
-    """What a row says of one response, `chosen`, or of two: messages, and what the data thinks of them."""
+    """What a row says of one response, `chosen`, or of two: messages, and what the data thinks of them. Of a prompt alone `chosen`
+    is empty.
+    """
 
     prompt: list[Message]
-    chosen: Message
+    chosen: Message = field(default_factory=dict)
     rejected: Message | None = None
     label: bool | None = None
     score: float | None = None
@@ -87,7 +103,17 @@ def detect(name: str, rows: list[Row], *, chat: bool = True) -> Form:
             continue
         if format_name and format_name != _NO_PROMPT:
             return Form(kind, format_name)
-    return Form("pairs", detect_format(name, rows, chat=chat))
+    try:
+        return Form("pairs", detect_format(name, rows, chat=chat))
+    except DataError as problem:
+        prompts = [row for row in rows if is_prompt(row)]
+        if not prompts or len(prompts) * 2 < len(rows):
+            raise
+        format_name = detect_format(name, [asked(row) for row in prompts], chat=chat)
+        alone = Form("prompts", format_name)
+        # an answer behind a request, or in a column that is none of a prompt's
+        more = any({**asked(row), **row} != asked(row) or any(unread(row, alone)) for row in prompts)
+        return Form("prompts", format_name, str(problem)) if more else alone
 
 
 def other_form(row: Row, form: Form) -> str:
@@ -100,14 +126,22 @@ def other_form(row: Row, form: Form) -> str:
     return "" if found == form else f"the row is {found.title}, the file {form.title}: one form for each file"
 
 
-def must_serve(name: str, form: Form, wanted: Data, lists: Lists) -> None:
-    """Raise DataError if a file of this form cannot be what the loss reads, with the way out."""
-    if form.kind == "unpaired" and wanted != "responses":
+def must_serve(name: str, form: Form, wanted: Data | None, lists: Lists) -> None:
+    """Raise DataError if a file of this form cannot be what the loss reads (None: what the file is), with the way out."""
+    if form.kind == "prompts" and form.problem and wanted != "prompts":
+        raise DataError(f"{form.problem}. Or take its prompts alone: {_OF_PROMPTS}")
+    if wanted is None:
+        return
+    if form.kind == "prompts" and wanted != "prompts":
+        raise DataError(
+            f"{name}: the file holds prompts and no responses, which make no {UNITS[wanted]}: {_OF_PROMPTS}"
+        )
+    if form.kind == "unpaired" and wanted not in ("responses", "prompts"):
         losses = " or ".join(loss for loss, facts in LOSS_FACTS.items() if facts.data == "responses")
         raise DataError(
             f"{name}: the file is unpaired data as KTO learns from (one response a row, with a label), which makes no "
-            f"{UNITS[wanted]}: train.loss_type={losses} learn from it; where pairs are needed, make one row of prompt, chosen and "
-            "rejected of a response that is wanted and one that is not"
+            f"{UNITS[wanted]}: train.loss_type={losses} learn from it, and train.objective=policy_gradient from its prompts; where "
+            "pairs are needed, make one row of prompt, chosen and rejected of a response that is wanted and one that is not"
         )
     if form.kind == "ranked" and wanted == "responses" and lists == "all_pairs":
         raise ConfigError(
@@ -121,6 +155,8 @@ def says(row: Row, form: Form, wanted: Data | None, lists: Lists) -> list[Said |
 
     A part that is left out for itself is given as its RowProblem beside the others.
     """
+    if wanted == "prompts" or form.kind == "prompts":
+        return [Said(_prompt_of(row, form))]
     if form.kind == "unpaired":
         single = _convert(as_pair(row), form.format, response_column(row) or "response")
         return [replace(single, rejected=None, label=label_of(row))]
@@ -147,6 +183,9 @@ def unread(row: Row, form: Form) -> Iterable[str]:
         dropped = {list_column(row), score_column(row)}
         yield from map(shown, unread_fields(row))
         yield from unread_of_pairs({name: value for name, value in row.items() if name not in dropped}, form.format)
+        return
+    if form.kind == "prompts":
+        yield from unread_of_pairs(asked(row), form.format)
         return
     column, label = response_column(row), label_column(row)
     pair = _or_nothing(as_pair, row) or {}
@@ -234,6 +273,12 @@ def _parted(pair: Said, wanted: Data | None) -> list[Said | RowProblem]:
     if wanted == "responses":
         return [replace(half, label=good) for half, good in zip(halves, (True, False), strict=True)]
     return [replace(half, score=score) for half, score in zip(halves, (-1.0, -2.0), strict=True)]
+
+
+def _prompt_of(row: Row, form: Form) -> list[Message]:
+    """What is asked in a row of any kind, whatever is answered."""
+    as_rows: dict[Kind, Callable[[Row], Row]] = {"unpaired": as_pair, "ranked": first_as_pair, "prompts": asked}
+    return _convert(as_rows.get(form.kind, dict)(row), form.format).prompt
 
 
 def _ranking(row: Row, format_name: str) -> tuple[list[Said], list[RowProblem]]:

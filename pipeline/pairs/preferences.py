@@ -34,7 +34,8 @@ class Preference:
     called. `judge`: which one made the pair, if its row says so (in `provenance`). `margin`: how much better chosen is, if the
     row says so.
 
-    A response alone stands as chosen, and nothing as rejected: `label` says whether it was called good, `score` how good.
+    A response alone stands as chosen, and nothing as rejected: `label` says whether it was called good, `score` how good. A prompt
+    alone has neither (`alone`).
     """
 
     source: str
@@ -50,6 +51,7 @@ class Preference:
     margin: float | None = None
     label: bool | None = None
     score: float | None = None
+    alone: bool = False
 
     @property
     def single(self) -> bool:
@@ -163,14 +165,15 @@ class Source:
             return Dropped(reading.part.name, number, problem.reason, printable(problem.detail))
 
     def _preference(self, name: str, number: int, said: Said, row: Row, named: Row) -> Preference:
-        sides = {"chosen": said.chosen, **({"rejected": said.rejected} if said.rejected is not None else {})}
+        given = {"chosen": said.chosen, "rejected": said.rejected or {}}
+        sides = {side: message for side, message in given.items() if message}
         topic = row.get("topic")
         found = Preference(
             name,
             number,
             said.prompt,
-            said.chosen["content"],
-            said.rejected["content"] if said.rejected is not None else "",
+            given["chosen"].get("content", ""),
+            given["rejected"].get("content", ""),
             topic if isinstance(topic, str) else "",
             said.cut_off,
             tools_of(named),
@@ -179,6 +182,7 @@ class Source:
             said.margin,
             said.label,
             said.score,
+            not sides,
         )
         _must_be_usable(found, chat=self.data.template == "chat")
         return found
@@ -200,8 +204,7 @@ def open_source(name: str, data: DataConfig, wanted: Data | None = "pairs") -> S
             first = [_renamed(row, columns, missing_ok=True) for row in first]
         if first:
             form = detect(part.name, first, chat=data.template == "chat")
-            if wanted is not None:
-                must_serve(part.name, form, wanted, data.lists)
+            must_serve(part.name, form, wanted, data.lists)
             readings.append(_Reading(part, form))
     if not readings:
         raise DataError(f"{name} holds no rows")
@@ -224,7 +227,7 @@ def _judge_of(row: Row) -> str:
 
 
 def _must_be_usable(item: Preference, *, chat: bool) -> None:
-    sides = ("chosen",) if item.single else ("chosen", "rejected")
+    sides = () if item.alone else ("chosen",) if item.single else ("chosen", "rejected")
     others: dict[str, object] = {side: getattr(item, side) for side in sides} | {"topic": item.topic}
     must_be_unicode(item.prompt, {**others, "tool calls": list(item.calls.values()), "tools": item.tools})
     if not any(message["content"].strip() for message in item.prompt if message["role"] != "system"):
@@ -232,7 +235,7 @@ def _must_be_usable(item: Preference, *, chat: bool) -> None:
     for name in sides:
         if not item.shown(name).strip():
             raise RowProblem("empty_response", "response" if item.single else name)
-    if not item.single and item.shown("chosen") == item.shown("rejected"):
+    if len(sides) == 2 and item.shown("chosen") == item.shown("rejected"):
         raise RowProblem("identical_responses")
     if chat:
         must_alternate(item.prompt)

@@ -1,12 +1,13 @@
-"""Unpaired data: one response a row, with what somebody thought of it. A row is read as the pair that has the response on both
-sides, so every form of a prompt that pairs come in is one of unpaired data too.
+"""Rows of one response with what somebody thought of it, and of none. Such a row is read as the pair that has the response on both
+sides, so every form of a prompt that pairs come in is one of these rows too.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from pipeline.pairs.messages import RowProblem, is_messages, kind
+from pipeline.pairs.messages import ROLES, RowProblem, is_messages, kind
 from pipeline.pairs.reading.json_rows import Row
 
 # columns that hold the response, the first that a row has
@@ -14,6 +15,8 @@ RESPONSES = ("response", "completion", "output", "answer", "generation")
 # that hold a conversation whose last turn is the response
 _CONVERSATIONS = ("messages", "conversations", "text")
 LABELS = ("label", "kto_tag", "thumbs_up", "thumb", "thumbs", "rating")
+# that hold a prompt
+_PROMPTS = ("prompt", "messages", "conversations", "instruction")
 # in logs of thumbs and ratings, a 0 is no vote
 _ZERO_IS_NO_VOTE = ("thumb", "thumbs", "rating")
 _GOOD = ("true", "1", "1.0", "+1", "up", "thumbs_up", "good", "desirable", "👍")
@@ -71,3 +74,23 @@ def as_pair(row: Row) -> Row:
     if column in ("messages", "conversations") and not (is_messages(value) and len(value) > 1):
         raise RowProblem("last_turn_not_assistant", f"{column} holds no request with a response")
     return {**kept, "chosen": value, "rejected": value, "chosen_cut_off": row.get(f"{column}_cut_off")}
+
+
+def is_prompt(row: Row) -> bool:
+    """Whether a row has a prompt that can stand alone, and no pair beside it."""
+    given = [row.get(name) for name in _PROMPTS]
+    pair = [row.get(name) for name in ("chosen", "rejected")]
+    return any(isinstance(value, str | list) and value for value in given) and pair == [None, None]
+
+
+def asked(row: Row) -> Row:
+    """The row as a pair of a response that says nothing, for the sake of its prompt; a conversation goes to its last request."""
+    answered = [name for name in ("messages", "conversations") if _is_answered(row.get(name))]
+    return {**row, **{name: row[name][:-1] for name in answered}, "chosen": "-", "rejected": "-"}
+
+
+def _is_answered(messages: Any) -> bool:
+    if not is_messages(messages):
+        return False
+    speaker = messages[-1].get("role", messages[-1].get("from"))
+    return len(messages) > 1 and isinstance(speaker, str) and ROLES.get(speaker.lower()) == "assistant"

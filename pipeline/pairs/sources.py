@@ -53,15 +53,27 @@ class Sources:
             self.read[name] = self.read.get(name, 0) + source.read
             self.unread[name] = source.unread
         must_balance(", ".join(self.read), sum(self.read.values()), given)
+        said = {"lists": "the loss learns from whole lists", "prompts": "the training learns from prompts alone"}
         if data.lists != DataConfig.model_fields["lists"].default and not (ranked and self._wanted == "pairs"):
             raise ConfigError(
                 f"data.lists={data.lists} says which pairs a ranked list makes, and "
-                + ("the loss learns from whole lists" if ranked else "data.path names no ranked lists")
+                + (said.get(self._wanted, "") if ranked else "data.path names no ranked lists")
                 + ": remove it"
             )
         for name, columns in self.unread.items():
             if columns:
                 log.warning("%s: nothing reads %s", name, listed(columns))
+
+
+def read_for(data: DataConfig, wanted: Data) -> Data:
+    """What `data` is read for by a training that wants `wanted`: prompts come as pairs, if all of it makes pairs, so that stage
+    three has held-out pairs as well.
+    """
+    if wanted != "prompts":
+        return wanted
+    names = [*data.path, *filter(None, [data.eval_path])]
+    kinds = set().union(*(open_source(name, data, "prompts").kinds for name in names))
+    return "pairs" if kinds <= {"pairs", "ranked"} else "prompts"
 
 
 def listed(columns: list[str]) -> str:

@@ -116,11 +116,11 @@ def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet
     return PairSet(pairs, dropped, stream.formats, stream.digests, stream.control)
 
 
-def must_train(pairs: int, data: DataConfig, reasons: dict[str, int]) -> None:
-    """Raise DataError if none of the training split's pairs is left, with what became of the rows."""
-    if not pairs:
+def must_train(left: int, data: DataConfig, reasons: dict[str, int], unit: str = "pair") -> None:
+    """Raise DataError if nothing of the training split is left, with what became of the rows."""
+    if not left:
         said = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no rows"
-        raise DataError(f"no pair is left to train on from {', '.join(data.path)} ({said})")
+        raise DataError(f"no {unit} is left to train on from {', '.join(data.path)} ({said})")
 
 
 def count_reasons(dropped: Iterable[Dropped]) -> dict[str, int]:

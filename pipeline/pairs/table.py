@@ -1,5 +1,5 @@
 """Pairs on disk: an experiment's tokenised pairs as a Parquet file of row groups, so that memory does not grow with rows; or its
-responses, where a loss learns from these.
+responses, where a loss learns from these, or its prompts.
 
 Owns the working file between reading the data and writing pairs.parquet or responses.parquet: the same columns, without scores.
 What stays in memory is a few numbers per row. The file is deleted when its `PairTable` is garbage-collected.
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.artifacts.durable import explaining_disk, scratch_place
 from pipeline.artifacts.schemas import DROPPED, PAIRS, RESPONSES
 from pipeline.config.experiment import DataConfig
-from pipeline.pairs.groups import MISMATCHED, ResponseRow, ResponseStream
+from pipeline.pairs.groups import MISMATCHED, PROMPT, ResponseRow, ResponseStream
 from pipeline.pairs.preferences import Dropped, must_balance
 from pipeline.pairs.splits import Pair, PairStream, must_train, prompt_text
 
@@ -40,7 +40,7 @@ class DropCount:
 @dataclass
 class PairTable:
     """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected. Or responses,
-    of which a row has one: `sides` are its names, and a position is row x sides + side.
+    of which a row has one: `sides` are its names, and a position is row x sides + side. Or prompts alone, with no side.
 
     `prompt_tokens` [rows] and `response_tokens` [sides x rows] are lengths; `read` rows of the sources; `splits` counts pairs, or
     groups of responses; `cut_off` responses without an end token as they were not ended, `judges` training pairs by the judge that
@@ -99,6 +99,8 @@ class PairTable:
     @property
     def sequences_longest(self) -> np.ndarray:
         """Tokens of the longest sequence of each pair or group, prompt included."""
+        if not self.sides:
+            return self.prompt_tokens.astype(np.int64)
         longest: np.ndarray = self.prompt_tokens[self._begins].astype(np.int64) + np.maximum.reduceat(
             self.response_tokens, self._begins * len(self.sides)
         )
@@ -107,6 +109,8 @@ class PairTable:
     @property
     def tree_tokens(self) -> np.ndarray:
         """Tokens that each pair or group is read as: the prompt once, and all responses but their last, which predict nothing."""
+        if not self.sides:
+            return self.prompt_tokens.astype(np.int64)
         begins = self._begins * len(self.sides)
         sums = np.add.reduceat(self.response_tokens.astype(np.int64) - 1, begins)
         trees: np.ndarray = self.prompt_tokens[self._begins].astype(np.int64) + sums
@@ -155,7 +159,7 @@ def write_pairs(
     Raises DataError if nothing is left to train on, and what the stream raises.
     """
     directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=scratch_place())
-    sides = _PAIR if isinstance(stream, PairStream) else _RESPONSE
+    sides = _PAIR if isinstance(stream, PairStream) else () if stream.wanted == "prompts" else _RESPONSE
     found = PairTable(stream.formats, stream.digests, directory, sides)
     schema = pa.schema([column for column in found.schema if not column.name.startswith("ref_")])
     prompts, responses, begun = [found.prompt_tokens], [found.response_tokens], [np.zeros(0, bool)]
@@ -181,7 +185,7 @@ def write_pairs(
             last = names[-1]
             begun.append(np.array(begins))
             prompts.append(_lengths(table, "prompt_ids"))
-            responses.append(np.stack([_lengths(table, name) for name in found.ids[1:]], axis=1).ravel())
+            responses.append(np.array([_lengths(table, name) for name in found.ids[1:]], np.int32).ravel("F"))
     found.prompt_tokens, found.response_tokens = np.concatenate(prompts), np.concatenate(responses)
     if not found.of_pairs:
         found.group_of = np.cumsum(np.concatenate(begun), dtype=np.int32) - 1
@@ -189,7 +193,10 @@ def write_pairs(
     must_balance(", ".join(stream.read), stream.given, len(found) + found.dropped)
     found.unread, found.control = dict(stream.unread), dict(stream.control)
     found.drops = dict(sorted(found.drops.items(), key=lambda item: -item[1].count))
-    must_train(found.splits.get("train", 0), data, {reason: drop.count for reason, drop in found.drops.items()})
+    reasons = {reason: drop.count for reason, drop in found.drops.items()}
+    must_train(
+        found.splits.get("train", 0), data, reasons, "pair" if sides == _PAIR else "response" if sides else "prompt"
+    )
     return found
 
 
@@ -249,11 +256,11 @@ def _table(items: list[Pair | ResponseRow], schema: pa.Schema) -> pa.Table:
     if responses := [item for item in items if isinstance(item, ResponseRow)]:
         columns |= {
             "group_id": [row.group_id for row in responses],
-            "response": [row.preference.shown("chosen") for row in responses],
+            "response": [None if row.kind == PROMPT else row.preference.shown("chosen") for row in responses],
             "kind": [row.kind for row in responses],
             "label": [row.preference.label for row in responses],
             "score": [row.preference.score for row in responses],
-            "response_ids": [row.response_ids for row in responses],
+            "response_ids": [None if row.kind == PROMPT else row.response_ids for row in responses],
         }
     return pa.table(columns, schema=schema)
 

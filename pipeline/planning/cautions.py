@@ -49,10 +49,13 @@ def length_that_keeps(lengths: np.ndarray, share: float) -> int:
 def _left_out(config: Config, plan: Plan) -> list[str]:
     pairs = plan.pairs
     read = pairs.read
-    if pairs.dropped <= _MANY_DROPPED * read:
+    # many responses to one prompt are no fault where prompts are read alone
+    drops = {name: drop.count for name, drop in pairs.drops.items() if plan.data != "prompts" or name != "duplicate"}
+    dropped = sum(drops.values())
+    if dropped <= _MANY_DROPPED * read:
         return []
-    reason = next(iter(pairs.drops))
-    said = f"{pairs.dropped} of {read} rows ({pairs.dropped / read:.0%}) are left out, most as {reason}"
+    reason = next(iter(drops))
+    said = f"{dropped} of {read} rows ({dropped / read:.0%}) are left out, most as {reason}"
     if reason not in ("too_long", "prompt_too_long"):
         return [f"{said}: 'refscore validate' shows them, dropped.parquet lists them all"]
     wanted = length_that_keeps(np.concatenate([pairs.sequences_longest, _too_long(plan)]), _KEPT)
@@ -100,6 +103,8 @@ def _contradictions(plan: Plan) -> list[str]:
     pairs = plan.pairs
     read = pairs.read
     twice = pairs.drops["duplicate"].count if "duplicate" in pairs.drops else 0
+    if plan.data == "prompts":
+        return []
     if twice:
         said.append(f"{twice} of {read} rows ({twice / read:.0%}) say what another row says, and are read once")
     # sums of 64 bits of both keys, weighed so that they differ with the order

@@ -32,11 +32,13 @@ from pipeline.progress import SILENT, Listener
 # data.max_length where a configuration gave none, up to version 0.1
 _ONCE_DEFAULT_LENGTH = 1024
 # what a table is made for that does not say so
-_AS_PAIRS = {"data": "pairs", "mismatched": False}
+_AS_PAIRS: dict[str, object] = {"data": "pairs", "mismatched": False}
 
 
 def table_of(run: Run, config: Config) -> Path:
-    """The table that the run's training reads: pairs.parquet, or responses.parquet."""
+    """The table of what the run's training reads: pairs.parquet or responses.parquet; of its prompts, the one that is there."""
+    if config.train.on_samples:
+        return run.scored
     return run.pairs if data_of(config.train) == "pairs" else run.responses
 
 
@@ -111,12 +113,14 @@ def is_current(path: Path, config: Config, *, scored: bool = True) -> bool:
     would have to be fetched.
     """
     about = read_about(path)
-    schema = PAIRS if data_of(config.train) == "pairs" else RESPONSES
+    made_for: dict[str, object] = {"data": data_of(config.train), "mismatched": mismatched(config.train)}
+    if made_for["data"] == "prompts" and about.get("data", "pairs") == "pairs":
+        made_for = _AS_PAIRS  # what the same data says, with its prompts
+    schema = PAIRS if made_for["data"] == "pairs" else RESPONSES
     if not about or not in_format_of(path, schema) or not _asked_for(about, config, path):
         return False
     if scored and not about.get("scored", True):
         return False
-    made_for = {"data": data_of(config.train), "mismatched": mismatched(config.train)}
     if any(about.get(name, otherwise) != made_for[name] for name, otherwise in _AS_PAIRS.items()):
         return False
     # a version that did not read margins wrote none
@@ -230,7 +234,7 @@ def write_unscored(
 def _why_nothing(config: Config) -> str:
     train = config.train
     if train.objective not in ("preference", "reward"):
-        return "the training learns from samples, which 'refscore rollout' scores"
+        return "the training learns from samples, which 'refscore rollout' makes and scores"
     reader = "the reward model" if train.objective == "reward" else " + ".join(train.loss_type)
     return f"{reader} compares nothing with the reference"
 

@@ -25,6 +25,7 @@ from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, vocabulary_digest
 from pipeline.pairs.groups import ResponseStream
 from pipeline.pairs.kinds import UNITS
+from pipeline.pairs.sources import read_for
 from pipeline.pairs.splits import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
 from pipeline.store.identity import IMPORTED, ReferenceIdentity, score_key
@@ -117,7 +118,7 @@ class Plan:
             return [
                 f"lists     {len(self.pairs)} responses, {len(self.pairs) / sum(self.pairs.splits.values()):.1f} in a list"
             ]
-        if self.data == "pairs":
+        if self.data in ("pairs", "prompts"):
             return []
         good, bad = self.pairs.labels.get("train", [0, 0])
         beside = f"; beside {self.mismatched} of them the response to another prompt" if self.mismatched else ""
@@ -158,10 +159,10 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     """
     reference = reference or open_reference(config.reference)
     parts: list[pa.FixedSizeBinaryArray] = []
-    data = data_of(config.train)
+    data = read_for(config.data, data_of(config.train))
     pairs = write_pairs(
         config.data,
-        _stream(config, reference),
+        _stream(config, reference, data),
         lambda table: parts.append(keys_of(reference.identity.reference_id, table)),
     )
     _must_say_margins(config, pairs)
@@ -189,9 +190,9 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     return plan
 
 
-def _stream(config: Config, reference: OpenedReference) -> PairStream | ResponseStream:
-    """What the loss learns from, as it is read."""
-    data, positions = data_of(config.train), position_limit(reference.paths.base)
+def _stream(config: Config, reference: OpenedReference, data: Data) -> PairStream | ResponseStream:
+    """What the training learns from, as it is read."""
+    positions = position_limit(reference.paths.base)
     if data == "pairs":
         return PairStream(config.data, reference.tokenizer, positions)
     return ResponseStream(config.data, reference.tokenizer, positions, wanted=data, mismatched=mismatched(config.train))
@@ -206,8 +207,9 @@ def _must_say_margins(config: Config, pairs: PairTable) -> None:
 
 
 def keys_of(reference_id: str, table: pa.Table) -> pa.FixedSizeBinaryArray:
-    """Keys of the sequences of a table's rows, chosen then rejected of each pair."""
-    names = [name for name in ("chosen_ids", "rejected_ids", "response_ids") if name in table.column_names]
+    """Keys of the sequences of a table's rows, chosen then rejected of each pair; prompts alone have none."""
+    sides = [name for name in ("chosen_ids", "rejected_ids", "response_ids") if name in table.column_names]
+    names = [name for name in sides if not table[name].null_count]
     columns = [arrays_of(table, name) for name in ("prompt_ids", *names)]
     keys = [
         score_key(reference_id, prompt, response)

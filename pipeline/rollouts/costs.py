@@ -29,8 +29,9 @@ class Costs:
 
     def add(self, part: Part, shard: str, seconds: float, tokens: int = 0) -> None:
         """A part of a shard was done."""
+        seconds = round(seconds, 3)  # as it will be read again
         self._lines.append((part, shard, seconds, tokens))
-        line = json.dumps({"part": part, "shard": shard, "seconds": round(seconds, 3), "tokens": tokens})
+        line = json.dumps({"part": part, "shard": shard, "seconds": seconds, "tokens": tokens})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with explaining_disk(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write("\n" * self._torn + line + "\n")

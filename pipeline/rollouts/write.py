@@ -20,12 +20,11 @@ from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.models.configuration import position_limit
 from pipeline.models.identity import behaviour_digest
 from pipeline.models.load import chat_template_digest, vocabulary_digest
-from pipeline.pairs.splits import PairSet, build_pairs
 from pipeline.precompute.pairs_file import ensure_pairs
 from pipeline.progress import SILENT, Listener
 from pipeline.rollouts.costs import Costs
 from pipeline.rollouts.current import inputs_digest, inputs_of
-from pipeline.rollouts.prompts import judge_of_texts, training_prompts
+from pipeline.rollouts.prompts import judge_of_texts, read_prompts
 from pipeline.rollouts.rewards import Rewarder, asks_a_model, judge_key, make_rewards
 from pipeline.rollouts.samples import make_samples, shards_of
 from pipeline.rollouts.scores import Scores
@@ -56,8 +55,8 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     # opened before anything is generated: what is wrong with it is said at once
     judge = open_judge(settings, JudgeContext(run.verdicts, config.judge, made_by, listener))
     rewarder = Rewarder(judge, judge_key(settings, config.judge), asks_a_model(settings))
-    pairs = build_pairs(config.data, reference.tokenizer)
-    prompts = [request.prompt for request in training_prompts(pairs)][: config.rollout.prompts]
+    found, digests = read_prompts(config.data, reference.tokenizer)
+    prompts = found[: config.rollout.prompts]
     generate = on_policy(config, reference.numerics.dtype)
     fitting = _fitting(prompts, policy, generate)
     critic = open_critic(config, reference.numerics.dtype, vocabulary_digest(reference.tokenizer))
@@ -88,7 +87,7 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     counts.prompts, counts.too_long = len(prompts), len(prompts) - len(fitting)
     counts.without_samples += counts.too_long
     _must_teach(rows)
-    about = _about(config, pairs, rows, settings_of=generate)
+    about = _about(config, digests, rows, settings_of=generate)
     rows.write(run.rollouts, about)
     for scores in (of_policy, of_reference):
         scores.register()
@@ -111,7 +110,7 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
         mean_reward=mean,
         kl=kl,
         **_costs(costs, rows),
-        digests={"data": pairs.digests, "reference_weights": reference.identity.model.weights_digest},
+        digests={"data": digests, "reference_weights": reference.identity.model.weights_digest},
     )
     if reference_free(config.train):
         # stage three has its held-out prompts from there
@@ -171,7 +170,7 @@ def _must_teach(rows: Rows) -> None:
         )
 
 
-def _about(config: Config, pairs: PairSet, rows: Rows, settings_of: GenerateConfig) -> dict[str, Any]:
+def _about(config: Config, digests: dict[str, str], rows: Rows, settings_of: GenerateConfig) -> dict[str, Any]:
     """What rollouts.parquet says of itself: what it was made from, and how much there is of it."""
     policy, reference, rewarder = rows.policy.model, rows.reference.model, rows.rewarder
     made_from = {
@@ -193,7 +192,7 @@ def _about(config: Config, pairs: PairSet, rows: Rows, settings_of: GenerateConf
         "samples": settings_of.samples,
         "max_tokens": settings_of.max_tokens,
         "seed": settings_of.seed,
-        "source_digests": pairs.digests,
+        "source_digests": digests,
         "inputs_digest": inputs_digest(config),
         "inputs": inputs_of(config),
         "counts": rows.counts.described(),

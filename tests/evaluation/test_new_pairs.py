@@ -6,7 +6,6 @@ from pipeline.engines.vllm.generator import Sample
 from pipeline.evaluation.new_pairs import make_pairs, pair_row, score_samples
 from pipeline.evaluation.next_round import _held_out_row
 from pipeline.judges.judging import Judge, Prompt, by_reward
-from pipeline.pairs.splits import PairSet
 from pipeline.rollouts.prompts import TrainingPrompt, training_prompts
 from tests.conftest import make_tiny_tokenizer
 from tests.pairs.inputs import CALL, TOOL, TOOL_TEMPLATE
@@ -129,7 +128,7 @@ def test_tools_and_their_calls_reach_the_next_round(tmp_path):
     (pair,) = build(tmp_path, tokenizer, [{"prompt": prompt, "tools": [TOOL], **sides}], eval_fraction=0).pairs
     (again,) = build(tmp_path, tokenizer, [_held_out_row(pair)], eval_fraction=0).pairs
     assert again == pair
-    (asked,) = training_prompts(PairSet([pair], [], {}, {}, {}))
+    (asked,) = training_prompts([pair])
     (made,), _ = make_pairs(LENGTH, [asked], [samples("aa", "a")], 1)
     (new,) = build(tmp_path, tokenizer, [pair_row(made, {})], eval_fraction=0).pairs
     assert new.prompt_ids == pair.prompt_ids

@@ -438,7 +438,7 @@ NEAR = {
     "prompt and completion": ({"prompt": "a", "completion": "b"}, "one response a row, as supervised"),
     "Alpaca with one output": ({"instruction": "a", "input": "", "output": "b"}, "one response a row, as supervised"),
     "messages alone": ({"messages": [USER, ANSWER]}, "one response a row, as supervised"),
-    "sharegpt alone": ({"conversations": [{"from": "human", "value": "a"}]}, "one response a row, as supervised"),
+    "sharegpt alone": ({"conversations": [{"from": "human", "value": "a"}]}, "holds prompts and no responses, which make no pairs"),
     "text alone": ({"text": "a"}, "one response a row, as supervised"),
     "UltraFeedback without scores": ({"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}, "several responses a row"),
     "distilabel": ({"input": "a", "generations": ["b", "c"], "rating": [5, 1]}, "several responses a row"),

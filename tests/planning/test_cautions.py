@@ -121,3 +121,22 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path, tiny_model):
 
 def test_the_tests_own_rows_are_warned_of(tmp_path, tiny_model):
     assert warnings(tmp_path, tiny_model, preference_rows(2), "data.eval_fraction=0.01")
+
+
+def test_prompts_that_are_read_alone(tmp_path, tiny_model):
+    on_samples = "train.objective=policy_gradient"
+    labelled = [
+        {"prompt": one["prompt"], "response": one[side], "label": side == "chosen"}
+        for one in SOUND
+        for side in ("chosen", "rejected")
+    ]
+    # the second response to a prompt is no fault
+    assert warnings(tmp_path, tiny_model, labelled, on_samples) == []
+    broken = [*({"prompt": one["prompt"]} for one in SOUND), *({"prompt": " "} for _ in range(12))]
+    (said,) = warnings(tmp_path, tiny_model, broken, on_samples)
+    assert said.startswith("12 of 72 rows (17%) are left out, most as empty_prompt")
+    long = [{"prompt": one["prompt"] * (10 if at < 12 else 1)} for at, one in enumerate(SOUND)]
+    said, *_ = warnings(tmp_path, tiny_model, long, on_samples, "data.max_length=40")
+    assert re.search(r"most as prompt_too_long: data.max_length=\d+ would keep 95%", said)
+    (said,) = warnings(tmp_path, tiny_model, broken[:60], on_samples, "data.eval_fraction=0")
+    assert said.startswith("no prompt is held out")
