@@ -62,7 +62,8 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
             "set data.eval_path or data.eval_fraction and run precompute again"
         )
     about = read_about(run.scored)
-    maker = _maker_of_the_pairs(about)
+    on_samples = config.train.on_samples
+    maker = read_about(run.rollouts).get("judge") if on_samples else _maker_of_the_pairs(about)
     must_share_vocabulary(models, about.get("vocabulary"))
     # judges are opened before anything is generated: what is wrong with one is said at once
     made_by = (about.get("vocabulary", ""), about.get("template", ""))
@@ -102,6 +103,7 @@ def evaluate(config: Config, run: Run, listener: Listener = SILENT) -> Evaluatio
     results = results_of(
         models={model.name: model.described for model in models},
         pair_judge=maker,
+        learnt_from="samples" if on_samples else "pairs",
         shared=_shared_with_the_maker(config, maker),
         judgements=judgements,
         comparisons=comparisons,

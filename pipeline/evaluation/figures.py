@@ -101,6 +101,7 @@ def results_of(
     *,
     models: dict[str, str],
     pair_judge: str | None,
+    learnt_from: str,
     shared: dict[str, list[str]],
     judgements: Sequence[Judgement],
     comparisons: Sequence[Comparison],
@@ -122,6 +123,7 @@ def results_of(
     return Results(
         models=models,
         pair_judge=pair_judge,
+        learnt_from=learnt_from,
         shared=shared,
         judges=wins.judges,
         people=people,

@@ -162,13 +162,15 @@ class People:
 
 @dataclass(frozen=True)
 class Results:
-    """eval.json. `shared`: judge -> what its verdicts rest on that those of the pairs' maker do too; `judges`: policy against
-    reference, by judge; `people`: what the judge of that name, `human`, rests on; `baselines`: by judge; `endings`: judge ->
-    "both ended" or "some cut off"; `topics`: judge -> topic -> rate; `ratings`: judge -> model.
+    """eval.json. `pair_judge`: the judge that made the training pairs, or rewarded the samples, as `learnt_from` says (pairs,
+    samples). `shared`: judge -> what its verdicts rest on that those of that judge do too; `judges`: policy against reference, by
+    judge; `people`: what the judge of that name, `human`, rests on; `baselines`: by judge; `endings`: judge -> "both ended" or
+    "some cut off"; `topics`: judge -> topic -> rate; `ratings`: judge -> model.
     """
 
     models: dict[str, str] = field(default_factory=dict)
     pair_judge: str | None = None
+    learnt_from: str = "pairs"
     shared: dict[str, list[str]] = field(default_factory=dict)
     judges: dict[str, WinRate | None] = field(default_factory=dict)
     people: People | None = None

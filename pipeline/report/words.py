@@ -40,9 +40,7 @@ def verdict(results: Results) -> str:
         "worse": f"The policy is worse than {against}",
         "even": f"No difference to {against} could be shown",
     }[outcome(seen.rate)]
-    maker = (
-        ", which also chose the training pairs and so is no independent judge," if name == results.pair_judge else ""
-    )
+    maker = f", which also {_chose(results)} and so is no independent judge," if name == results.pair_judge else ""
     return " ".join(
         [
             f"{said}: {name}{maker} prefers it on {seen.rate.mean:.0%} of {seen.prompts} prompts ({_between(seen.rate)}).",
@@ -92,7 +90,7 @@ def second_opinions(results: Results) -> list[str]:
     sentences = []
     if leading == results.pair_judge:
         if len(results.judged) > 1:
-            sentences.append(f"{leading} also chose the training pairs: weigh the other judges more.")
+            sentences.append(f"{leading} also {_chose(results)}: weigh the other judges more.")
     elif independence := _independence(results, leading):
         sentences.append(f"{leading} {independence.strip(', ').removeprefix('which ')}.")
     for name, rate in results.judged.items():
@@ -119,12 +117,21 @@ def second_opinions(results: Results) -> list[str]:
 def _independence(results: Results, name: str) -> str:
     """What a judge has to do with the one that made the pairs, as an insertion; empty if it is not known."""
     if name == results.pair_judge:
-        return ", which chose the training pairs,"
+        return f", which {_chose(results)},"
     if name not in results.shared:
         return ""
     if shared := results.shared[name]:
-        return f", which uses {' and '.join(shared)} as the judge that made the pairs does,"
-    return ", which uses nothing that the judge that made the pairs does,"
+        return f", which uses {' and '.join(shared)} as the judge that {_made(results)} does,"
+    return f", which uses nothing that the judge that {_made(results)} does,"
+
+
+def _chose(results: Results) -> str:
+    """What the judge has done whose preferences the policy learnt."""
+    return "rewarded the training samples" if results.learnt_from == "samples" else "chose the training pairs"
+
+
+def _made(results: Results) -> str:
+    return "rewarded the samples" if results.learnt_from == "samples" else "made the pairs"
 
 
 def cautions(results: Results) -> list[str]:

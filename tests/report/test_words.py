@@ -50,6 +50,12 @@ def test_a_headline_that_rests_on_the_maker_of_the_pairs_says_so_in_the_same_sen
         "independent judge, prefers it on 70% of 40 prompts (95 % interval 60% to 80%)."
     )
     assert second_opinions(typed(found)) == []
+    of_samples = typed(found | {"learnt_from": "samples"})
+    assert "which also rewarded the training samples and so is no independent judge," in verdict(of_samples)
+    shared = figures(0.7, 0.6, 0.8, maker=rate()) | {"pair_judge": "maker", "shared": {"rule:no_repetition": []}}
+    said = second_opinions(typed(shared | {"learnt_from": "samples"}))
+    assert said[0] == "rule:no_repetition uses nothing that the judge that rewarded the samples does."
+    assert said[1].startswith("maker, which rewarded the training samples, agrees: 70%")
     assert "chose the training pairs" not in verdict(typed(found | {"pair_judge": "another"}))
     assert "chose the training pairs" not in verdict(typed(found | {"pair_judge": None}))
 
