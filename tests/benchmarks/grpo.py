@@ -157,13 +157,59 @@ def rewards(found: dict[str, list[dict[str, Any]]]) -> None:
         print(f"| {model} | {reward['mean']:.3f} [{low:.3f}, {high:.3f}] | {kl.get('mean', 0):.2f} |")
 
 
+def siblings() -> None:
+    """Tokens that the trainer reads, and seconds of a step, of eight samples of one prompt: together, and as eight sequences."""
+    import numpy as np
+    import torch
+
+    from pipeline.config.training import PolicyConfig
+    from pipeline.forward.logps import forward_of
+    from pipeline.forward.trees import Tree
+    from pipeline.models.load import load_causal_lm
+    from pipeline.models.locate import locate
+
+    model = load_causal_lm(locate(PolicyConfig()), PolicyConfig(), torch.float32).train()
+    draw = np.random.default_rng(0)
+    print(
+        "| prompt | sample | tokens read | as eight sequences | seconds of a step | as eight sequences | times as fast |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for prompt, sample in ((16, 32), (128, 32), (512, 32), (512, 256)):
+        tree = Tree(
+            draw.integers(100, 9000, prompt).tolist(),
+            tuple(draw.integers(100, 9000, sample).tolist() for _ in range(8)),
+        )
+        seconds: dict[str, list[float]] = {"tree": [], "separate": []}
+        tokens = {}
+        for number in range(4):
+            for layout, taken in seconds.items():
+                forward = forward_of(model, layout, torch.bfloat16)
+                tokens[layout] = len(tree) if layout == "tree" else 8 * (prompt + sample - 1)
+                begun = time.perf_counter()
+                (-torch.cat(forward([tree])[0]).mean()).backward()  # type: ignore[no-untyped-call]
+                # the first fills caches
+                if number:
+                    taken.append(time.perf_counter() - begun)
+                model.zero_grad()
+        medians = {layout: statistics.median(taken) for layout, taken in seconds.items()}
+        print(
+            f"| {prompt} | {sample} | {tokens['tree']:,} | {tokens['separate']:,} | {medians['tree']:.2f} | "
+            f"{medians['separate']:.2f} | {medians['separate'] / medians['tree']:.1f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Make the samples, train in turns, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--siblings", action="store_true", help="only what eight samples of one prompt take")
     parser.add_argument("--trl", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.siblings:
+        siblings()
+        return
     if given.trl:
         print(json.dumps(trl(float(given.trl[0]), Path(given.trl[1]))))
         return
@@ -181,6 +227,8 @@ def main() -> None:
         print(f"| {kind} | {step:.2f} | {max(run['peak_gib'] for run in runs):.2f} | {losses} |")
     if "ours" in found and "TRL" in found:
         rewards(found)
+    print()
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.grpo", "--siblings"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
