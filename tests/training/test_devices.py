@@ -61,6 +61,10 @@ CASES = {
             "learning_rate": 1e-5,
         }
     },
+    # compared with what all responses of a step make together; some processes read none of them that counts
+    "kto": {"train": {"loss_type": ["kto"]}},
+    "bco_few": {"train": {**ONE_PAIR, "loss_type": ["bco"], "desirable_weight": 1.5, "learning_rate": 1e-5}},
+    "lists": {"train": {"loss_type": ["plackett_luce"]}},
     "policy_few": {
         "train": {
             **ONE_PAIR,
@@ -79,8 +83,9 @@ CASES = {
 }
 if not EVERYTHING:
     # the whole takes minutes: make test-devices
-    CASES = {name: CASES[name] for name in ("aot", "lora", "few", "few_sorted", "policy_few")}
+    CASES = {name: CASES[name] for name in ("aot", "lora", "few", "few_sorted", "policy_few", "kto")}
 FIRST = next(iter(CASES))
+OF_RESPONSES = [name for name in CASES if name in ("kto", "bco_few", "lists")]
 OF_SAMPLES = [name for name in CASES if name.startswith("policy")]
 
 
@@ -132,13 +137,17 @@ def place(tmp_path_factory, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         sample_here(patch, [])
         refscore_here(where, "rollout", "--config", f"{OF_SAMPLES[0]}.yaml", "--run", "scored")
+    for name in OF_RESPONSES:
+        refscore_here(where, "precompute", "--config", f"{name}.yaml", "--run", f"scored-{name}")
     samples = where / "data/runs/scored/rollouts.parquet"
     write_table(samples, length_rewards(read_table(samples, ROLLOUTS)), read_about(samples))
     for size in SIZES:
         for name in CASES:
             run = where / f"data/runs/{name}-{size}"
             run.mkdir(parents=True)
-            shutil.copy(samples if name in OF_SAMPLES else samples.with_name("pairs.parquet"), run)
+            scored = where / f"data/runs/scored-{name}/responses.parquet"
+            pairs = scored if name in OF_RESPONSES else samples.with_name("pairs.parquet")
+            shutil.copy(samples if name in OF_SAMPLES else pairs, run)
         launched(where, size, *CASES)
     return where
 
@@ -175,6 +184,7 @@ def test_many_processes_train_what_one_does(place, case, size):
     norms = (many["grad_norm"] - one["grad_norm"]).abs() / one["grad_norm"].clip(1e-9)
     assert norms.max() <= (0.1 if rounded else 1e-4)
     measured = ("loss", *RESPONSE_METRICS) if case in OF_SAMPLES else ("loss", "eval_loss")
+    measured += ("kl", "eval_kl", "rewards/margins") if case == "kto" else ()
     # a critic's, and the KL to a reference that nothing reads
     unread = {name for name in measured if name.startswith("value/") or (name == "kl" and case == "policy_few")}
     assert {name for name in measured if one[name].is_null().all()} == unread
