@@ -44,7 +44,9 @@ def ours(run: str, kl: float) -> dict[str, Any]:
     place = ROOT / "data/runs" / run
     subprocess.run([sys.executable, "-m", "stages.cli", "rm", "--yes", run], cwd=ROOT, capture_output=True, check=False)
     place.mkdir(parents=True)
-    (place / "rollouts.parquet").write_bytes((ROOT / "data/runs" / RUN / "rollouts.parquet").read_bytes())
+    # beside the samples their held-out prompts, for stage three
+    for name in ("rollouts.parquet", "pairs.parquet"):
+        (place / name).write_bytes((ROOT / "data/runs" / RUN / name).read_bytes())
     subprocess.run(
         command("train", run, f"train.policy_gradient.kl_coef={kl}"), cwd=ROOT, check=True, capture_output=True
     )
@@ -119,7 +121,6 @@ def trl(kl: float, to: Path) -> dict[str, Any]:
     ready = time.perf_counter() - begun
     trainer.train()
     trainer.save_model(str(to / "model"))
-    del samples
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "step": statistics.median(clock.seconds[2:]),
