@@ -86,7 +86,6 @@ def trl(kl: float, to: Path) -> dict[str, Any]:
     rollouts = load_rollouts(ROOT / "data/runs" / RUN / "rollouts.parquet", PolicyGradientConfig())
     train = TrainConfig(per_device_train_batch_size=PER_STEP, gradient_accumulation_steps=1, max_steps=STEPS)
     order = [row for step in range(STEPS) for row in pairs_of_step(step, len(rollouts), train)]
-    samples = dict.fromkeys(("num_generations",), 8)
     examples, place = rollouts.one_by_one, iter(order)
 
     def stored(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
