@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.config.experiment import Config, ReferenceConfig
+from pipeline.config.experiment import Config, ReferenceConfig, without_reference
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.pairs.kinds import UNITS
 from pipeline.planning.cautions import cautions
 from pipeline.planning.forecast import Disk, Speeds, disk, length_that_fits, memory_here, speeds
 from pipeline.planning.outlook import DEVICES, Outlook, devices_that_fit, on_a_gpu, outlook, smaller
+from pipeline.planning.sampled import Sampled, foresee
 from pipeline.precompute.plan import Plan, make_plan
 from pipeline.progress import duration
 from stages import console
@@ -29,15 +30,21 @@ def main(
     """
     if gpu_memory is not None:
         config = on_a_gpu(config)
-    plan = make_plan(config)
+    on_samples = config.train.on_samples
+    plan = make_plan(without_reference(config) if on_samples else config)
     said = cautions(config, plan)
-    for line in [*plan.lines(), *(f"warning   {caution}" for caution in said)]:
+    for line in [*plan.lines(scored=not on_samples), *(f"warning   {caution}" for caution in said)]:
         console.say(line)
+    sampled = foresee(config) if on_samples else None
+    if sampled:
+        _show_samples(config, sampled)
     console.say("simulating a step ...")
     kind = "cuda" if gpu_memory is not None else device_kind()
-    seen = outlook(config, plan, kind, devices)
+    seen = outlook(config, plan, kind, devices, sampled)
     here = speeds(config, plan) if kind == device_kind() and None in (scoring_speed, speed) else None
-    _show_training(seen, UNITS[plan.data][:-1], speed, here)
+    if sampled and sampled.missing:
+        _show_rollout(seen, sampled.missing * sampled.max_tokens, here)
+    _show_training(seen, "sample" if sampled else UNITS[plan.data][:-1], speed, here)
     if seen.scoring is not None:
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(seen.scoring).items())
         tokens = seen.scoring_tokens // devices
@@ -53,7 +60,7 @@ def main(
         console.say(
             f"time      by products of matrices, {here.products / 1e9:.0f} GFLOP/s here now; half or twice is as likely"
         )
-    on_disk = disk(config, plan, seen)
+    on_disk = disk(config, plan, seen, sampled)
     _show_disk(on_disk)
     # processes on processors share one memory
     memory = gpu_memory or memory_here() / (devices if kind == "cpu" else 1)
@@ -61,7 +68,7 @@ def main(
     rates = (scoring_speed or (here.scoring if here else None), speed or (here.training if here else None))
     console.answer(
         {
-            **_of_data(plan),
+            **_of_data(plan, sampled),
             "warnings": said,
             "training": {**_of_training(seen, memory), **fitting, "tokens_per_second": rates[1]},
             "scoring": {
@@ -75,8 +82,10 @@ def main(
     )
 
 
-def _of_data(plan: Plan) -> dict[str, Any]:
-    pairs = plan.pairs
+def _of_data(plan: Plan, sampled: Sampled | None) -> dict[str, Any]:
+    pairs, sequences, misses = plan.pairs, plan.sequences, len(plan.missing)
+    if sampled:
+        sequences, misses = sampled.models * sampled.samples, sampled.to_score
     return {
         "reference_id": plan.identity.reference_id,
         "data": pairs.formats,
@@ -84,9 +93,10 @@ def _of_data(plan: Plan) -> dict[str, Any]:
         UNITS[plan.data].replace(" ", "_"): pairs.splits,
         **({"labels": pairs.labels} if pairs.labels else {}),
         "dropped": {reason: drop.count for reason, drop in pairs.drops.items()},
-        "sequences": plan.sequences,
-        "hits": plan.sequences - len(plan.missing),
-        "misses": len(plan.missing),
+        "sequences": sequences,
+        "hits": sequences - misses,
+        "misses": misses,
+        **({"samples": sampled.samples, "samples_made": sampled.made} if sampled else {}),
     }
 
 
@@ -130,6 +140,30 @@ def _show_training(seen: Outlook, unit: str, speed: float | None, here: Speeds |
     )
 
 
+def _show_samples(config: Config, sampled: Sampled) -> None:
+    too_long = f", {sampled.too_long} more leave no room for them" if sampled.too_long else ""
+    there = f"{sampled.made} made before under the same settings, " if sampled.made else ""
+    console.say(
+        f"samples   {len(sampled.prompts)} prompts x {sampled.each} of up to {sampled.max_tokens} tokens{too_long}: {there}"
+        f"{sampled.missing} to make by {config.policy.model}"
+    )
+    whose = "the policy, which is the reference" if sampled.models == 1 else "the policy and the reference"
+    console.say(
+        f"scores    under {whose}: {sampled.to_score} of {sampled.models * sampled.samples} sequences to score, up to "
+        f"{sampled.tokens_to_score:,} tokens"
+    )
+
+
+def _show_rollout(seen: Outlook, tokens: int, here: Speeds | None) -> None:
+    """What making the samples takes."""
+    least = "at least " if seen.kind == "cuda" else ""
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(seen.sampling).items())
+    console.say(
+        f"sampling  {least}{seen.sampling_gib:.2f} GiB on one device ({listed}), up to {tokens:,} tokens"
+        + _time(tokens, None, here.sampling if here else None)
+    )
+
+
 def _show_sampling(config: Config, plan: Plan) -> None:
     generate, held_out = config.generate, plan.pairs.splits.get("eval", 0)
     prompts = min(held_out, generate.max_prompts or held_out)
@@ -141,6 +175,7 @@ def _show_sampling(config: Config, plan: Plan) -> None:
 
 def _show_disk(needed: Disk) -> None:
     parts = {"checkpoints": needed.checkpoints, "model": needed.model, "pairs": needed.pairs, "store": needed.store}
+    parts |= {"samples": needed.samples} if needed.samples else {}
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     console.say(f"disk      {needed.total / 2**30:.2f} GiB ({listed}), {needed.free / 2**30:.1f} GiB are free")
     if needed.total > needed.free:
@@ -158,23 +193,22 @@ def _show_fit(config: Config, plan: Plan, seen: Outlook, memory: float) -> dict[
     for settings, needed in smaller(config, seen, memory):
         console.say(f"          {needed:.1f} GiB with {settings}")
     if needed > memory:
-        console.say(
-            "          less still: policy.lora={r: 16}, fewer train.tokens_per_batch, a shorter data.max_length"
-        )
-    length = length_that_fits(config, plan, seen, memory)
+        shorter = "generate.max_tokens" if config.train.on_samples else "data.max_length"
+        console.say(f"          less still: policy.lora={{r: 16}}, fewer train.tokens_per_batch, a shorter {shorter}")
+    length = None if config.train.on_samples else length_that_fits(config, plan, seen, memory)
     if length:
         one = f"one long {UNITS[plan.data][:-1]}"
         console.say(f"          or with data.max_length={length}: {one} takes the memory, {seen.longest:,} tokens")
-    return {"fits_on_devices": _show_devices(config, plan, seen, memory), "fits_with_max_length": length}
+    return {"fits_on_devices": _show_devices(config, seen, memory), "fits_with_max_length": length}
 
 
-def _show_devices(config: Config, plan: Plan, seen: Outlook, memory: float) -> int | None:
+def _show_devices(config: Config, seen: Outlook, memory: float) -> int | None:
     """Say on how many devices it fits as it is; returns how many."""
     # processors of one machine share its memory: more of them do not hold more
     if seen.kind == "cpu" or seen.devices >= DEVICES[-1]:
         return None
     try:
-        found = devices_that_fit(config, plan, seen, memory)
+        found = devices_that_fit(config, seen, memory)
     except ConfigError as refused:
         console.say(f"          on more devices, as it is, not at all: {refused}")
         return None

@@ -13,11 +13,13 @@ from safetensors import safe_open
 
 from pipeline.artifacts.runs import RUNS
 from pipeline.config.experiment import Config
+from pipeline.engines.vllm.engine import concurrent
 from pipeline.hardware import device_kind, memory_gib
 from pipeline.models.configuration import read_config
 from pipeline.models.locate import locate
 from pipeline.models.weights import loaded_files
 from pipeline.planning.outlook import Outlook, again, of_process
+from pipeline.planning.sampled import Sampled
 from pipeline.precompute.plan import Plan
 from pipeline.training.inputs.batches import tokens_in_a_pass
 from pipeline.training.policies import precision_of
@@ -40,19 +42,24 @@ class Disk:
     pairs: int
     store: int
     free: int
+    samples: int = 0
 
     @property
     def total(self) -> int:
         """All that is written."""
-        return self.checkpoints + self.model + self.pairs + self.store
+        return self.checkpoints + self.model + self.pairs + self.store + self.samples
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens per second on one device of this machine, and the products of matrices per second that they rest on (FLOP/s)."""
+    """Tokens per second on one device of this machine, and the products of matrices per second that they rest on (FLOP/s).
+
+    A token that is sampled waits for all weights to be read, beside as many others as are sampled at once.
+    """
 
     scoring: float
     training: float
+    sampling: float
     products: float
 
 
@@ -65,27 +72,39 @@ def parameters_in(directory: Path) -> int:
     return count
 
 
-def disk(config: Config, plan: Plan, seen: Outlook) -> Disk:
-    """What the three stages write for `config`, without samples and reports, which are small beside it."""
+def disk(config: Config, plan: Plan, seen: Outlook, sampled: Sampled | None = None) -> Disk:
+    """What the stages write for `config`, without stage three's samples and reports, which are small beside it.
+
+    `sampled`: what a training on samples has of them, as long as they can be.
+    """
     parameters = parameters_in(locate(config.policy))
     state = seen.devices * seen.training.optimizer if seen.training else 8 * parameters
     # an adapter's weights are half of what AdamW keeps of them
     learning = state // 2 if config.policy.lora else parameters * (4 if config.policy.dtype == "float32" else 2)
     # the new one is whole before an old one is removed
-    logps = sum(count * _OF_A_PAIR[split] for split, count in plan.pairs.splits.items())
+    logps = 0 if sampled else sum(count * _OF_A_PAIR[split] for split, count in plan.pairs.splits.items())
     checkpoints = (config.train.save_total_limit + 1) * (learning + state + logps)
     merged = config.policy.lora is None or config.policy.lora.merge
     responses = plan.pairs.response_tokens
     working = sum(file.stat().st_size for file in Path(plan.pairs.directory.name).iterdir())
     missing = len(plan.missing) * _BESIDE_A_SCORE + 4 * int(responses[plan.missing].sum(dtype=np.int64))
+    if sampled:
+        missing = sampled.to_score * _BESIDE_A_SCORE + 4 * sampled.responses_to_score
     place = next(path for path in (RUNS, *RUNS.parents) if path.exists())
     return Disk(
         checkpoints=checkpoints,
         model=parameters * _saved_width(config, seen.kind) * int(merged),
-        pairs=working + 4 * int(responses.sum(dtype=np.int64)),
+        pairs=working + (0 if sampled else 4 * int(responses.sum(dtype=np.int64))),
         store=missing,
         free=shutil.disk_usage(place).free,
+        samples=_of_samples(sampled) if sampled else 0,
     )
+
+
+def _of_samples(sampled: Sampled) -> int:
+    """Ids in a shard and in rollouts.parquet, where two log-probabilities stand beside each, and a prompt's ids."""
+    responses = sampled.samples * sampled.max_tokens
+    return 4 * (4 * responses + sampled.each * int(sampled.prompts.sum()))
 
 
 def speeds(config: Config, plan: Plan) -> Speeds:
@@ -100,6 +119,9 @@ def speeds(config: Config, plan: Plan) -> Speeds:
         # a forward pass is two operations per parameter and token, a backward pass four
         scoring=_OF_PRODUCTS["scoring"] * products[scored_in] / (2 * scored),
         training=_OF_PRODUCTS["training"] * products[trained_in] / ((8 if again else 6) * trained),
+        sampling=min(
+            _OF_PRODUCTS["scoring"] * products[scored_in] / (2 * scored), concurrent() * _reads(scored, scored_in)
+        ),
         products=products[trained_in],
     )
 
@@ -131,6 +153,19 @@ def _saved_width(config: Config, kind: str) -> int:
         return 2 if policy.save_dtype == "auto" and policy.dtype == "bfloat16" else 4
     base = read_config(locate(policy))
     return 4 if "float32" in str(base.get("dtype") or base.get("torch_dtype") or "float32") else 2
+
+
+def _reads(parameters: int, dtype: torch.dtype) -> float:
+    """How often per second as many numbers are read from this machine's memory."""
+    numbers = torch.ones(2**26, dtype=dtype, device=device_kind())
+    fastest = min(_seconds(numbers) for _ in range(3))
+    return len(numbers) / parameters / fastest
+
+
+def _seconds(numbers: torch.Tensor) -> float:
+    started = time.perf_counter()
+    numbers.max().item()
+    return time.perf_counter() - started
 
 
 def _products_per_second(dtype: torch.dtype) -> float:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.experiment import Config
+from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
 from pipeline.models.locate import locate
-from pipeline.planning.scoring import Scoring, scoring_memory
+from pipeline.planning.sampled import Sampled
+from pipeline.planning.scoring import Scoring, sampling_memory, scoring_memory
 from pipeline.planning.training import Held, simulate_step
 from pipeline.precompute.plan import Plan
+from pipeline.rollouts.write import on_policy
 from pipeline.training.inputs.batches import tokens_in_a_pass
 from pipeline.training.parallel.sharded import must_be_shardable
 from pipeline.training.parallel.world import World
@@ -37,10 +40,40 @@ def of_process(tensors: int, kind: str) -> float:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """What a training reads: `tokens` of each example, `longest` of what one pass must take whole, `responses` tokens in all that
+    predict one, and how many examples are trained on.
+    """
+
+    tokens: np.ndarray
+    longest: int
+    responses: int
+    train: int
+
+
+def examples_of(plan: Plan) -> Examples:
+    """Pairs or groups, each read as a tree."""
+    trees = plan.pairs.tree_tokens
+    responses = int(plan.pairs.response_tokens.sum(dtype=np.int64))
+    return Examples(trees, int(trees.max()), responses, plan.pairs.splits.get("train", 0))
+
+
+def examples_of_samples(sampled: Sampled, train: TrainConfig, kind: str) -> Examples:
+    """Prompts with their samples, all of them as long as they can be: a pass takes as many of a prompt's samples as fit, and reads
+    the prompt once for these.
+    """
+    prompts, each = sampled.prompts, sampled.max_tokens - 1
+    together = np.clip((tokens_in_a_pass(train, kind) - prompts) // max(1, each), 1, sampled.each)
+    tokens = prompts * -(-sampled.each // together) + sampled.each * each
+    return Examples(tokens, sampled.longest - 1, sampled.samples * sampled.max_tokens, len(prompts))
+
+
+@dataclass(frozen=True)
 class Outlook:
     """Predicted for each of `devices` of `kind` that train together: memory of training and of scoring, tokens and steps.
 
-    `training` None: not predicted, for the reason `unpredicted`; `scoring` None: nothing is left to score, or can be.
+    `training` None: not predicted, for the reason `unpredicted`; `scoring` None: nothing is left to score, or can be; `sampling`
+    None: nothing is left to sample.
     `accumulated`: a step is more than one forward pass, so that gradients stand beside all but the first.
     """
 
@@ -56,6 +89,8 @@ class Outlook:
     scoring_tokens: int
     longest: int
     scored_share: float
+    examples: Examples
+    sampling: Scoring | None
 
     @property
     def training_gib(self) -> float:
@@ -66,6 +101,11 @@ class Outlook:
     def scoring_gib(self) -> float:
         """Peak of a scoring engine's device."""
         return (self.scoring.total / 2**30 if self.scoring else 0.0) + _ENGINE_GIB[self.kind]
+
+    @property
+    def sampling_gib(self) -> float:
+        """Peak of the sampling engine's device; on a GPU at least."""
+        return (self.sampling.total / 2**30 if self.sampling else 0.0) + _ENGINE_GIB[self.kind]
 
 
 def on_a_gpu(config: Config) -> Config:
@@ -78,17 +118,25 @@ def on_a_gpu(config: Config) -> Config:
     return config.model_copy(update={"train": train, "reference": reference})
 
 
-def outlook(config: Config, plan: Plan, kind: str | None = None, devices: int = 1) -> Outlook:
-    """Predict what `config` takes on each of `devices` of `kind` (None: this machine's) that train together."""
+def outlook(
+    config: Config, plan: Plan, kind: str | None = None, devices: int = 1, sampled: Sampled | None = None
+) -> Outlook:
+    """Predict what `config` takes on each of `devices` of `kind` (None: this machine's) that train together.
+
+    `sampled`: what a training on samples has them of, in place of the plan's pairs.
+    """
     kind = kind or device_kind()
-    trees, responses = _tree_tokens(plan)
-    size, share = pairs_per_step(config.train), float(responses / trees.sum())
-    train_pairs = plan.pairs.splits.get("train", 0)
-    steps = total_steps(train_pairs, config.train)
-    tokens, accumulated = _of_a_pass(config, plan, kind, devices)
+    examples = examples_of_samples(sampled, config.train, kind) if sampled else examples_of(plan)
+    size, share = pairs_per_step(config.train), min(1.0, float(examples.responses / examples.tokens.sum()))
+    steps = total_steps(examples.train, config.train)
+    tokens, accumulated = _of_a_pass(config, examples, kind, devices)
     base = locate(config.policy)
     scoring = None
-    if len(plan.missing) and not plan.imported:
+    if sampled and sampled.to_score:
+        numerics = sampled.policy.numerics
+        base_of_policy = sampled.policy.paths.merged
+        scoring = scoring_memory(config.reference, base_of_policy, numerics.dtype, sampled.longest, numerics.device)
+    elif not sampled and len(plan.missing) and not plan.imported:
         numerics = plan.identity.numerics
         scoring = scoring_memory(
             config.reference, plan.reference.paths.merged, numerics.dtype, plan.longest_missing, numerics.device
@@ -107,11 +155,19 @@ def outlook(config: Config, plan: Plan, kind: str | None = None, devices: int = 
         tokens_per_pass=tokens,
         accumulated=accumulated,
         steps=steps,
-        training_tokens=int(trees.mean() * size * steps),
-        scoring_tokens=0 if plan.imported else plan.missing_tokens,
-        longest=int(trees.max()),
+        training_tokens=int(examples.tokens.mean() * size * steps),
+        scoring_tokens=sampled.tokens_to_score if sampled else 0 if plan.imported else plan.missing_tokens,
+        longest=examples.longest,
         scored_share=share,
+        examples=examples,
+        sampling=_sampling(config, sampled) if sampled and sampled.missing else None,
     )
+
+
+def _sampling(config: Config, sampled: Sampled) -> Scoring:
+    settings = on_policy(config, sampled.policy.numerics.dtype)
+    trusts_code = config.policy.trust_remote_code
+    return sampling_memory(sampled.policy.paths.merged, settings.dtype, sampled.longest, trusts_code=trusts_code)
 
 
 # what makes a training smaller, in the order in which it is tried
@@ -162,7 +218,7 @@ def again(config: Config, seen: Outlook, tokens: int) -> Held:
     )
 
 
-def devices_that_fit(config: Config, plan: Plan, seen: Outlook, gib: float) -> tuple[int, float] | None:
+def devices_that_fit(config: Config, seen: Outlook, gib: float) -> tuple[int, float] | None:
     """The fewest of DEVICES, more than now, on each of which training takes `gib` or less, and what it takes there; None if it
     takes more on all of them. Raises ConfigError for what many devices do not train.
     """
@@ -171,7 +227,7 @@ def devices_that_fit(config: Config, plan: Plan, seen: Outlook, gib: float) -> t
     # each takes less than the one before it, but for models so small that parts are mostly filling
     while low < high:
         middle = (low + high) // 2
-        needed = _on(config, plan, seen, more[middle])
+        needed = _on(config, seen, more[middle])
         if needed <= gib:
             found, high = (more[middle], needed), middle
         else:
@@ -179,8 +235,8 @@ def devices_that_fit(config: Config, plan: Plan, seen: Outlook, gib: float) -> t
     return found
 
 
-def _on(config: Config, plan: Plan, seen: Outlook, devices: int) -> float:
-    tokens, accumulated = _of_a_pass(config, plan, seen.kind, devices)
+def _on(config: Config, seen: Outlook, devices: int) -> float:
+    tokens, accumulated = _of_a_pass(config, seen.examples, seen.kind, devices)
     there = replace(seen, devices=devices, accumulated=accumulated)
     return of_process(again(config, there, tokens).total, seen.kind)
 
@@ -194,15 +250,9 @@ def _refused(content: dict[str, Any], change: dict[str, dict[str, Any]], devices
     return False
 
 
-def _tree_tokens(plan: Plan) -> tuple[np.ndarray, int]:
-    """Tokens that each pair or group is read as, and those of all responses."""
-    return plan.pairs.tree_tokens, int(plan.pairs.response_tokens.sum(dtype=np.int64))
-
-
-def _of_a_pass(config: Config, plan: Plan, kind: str, devices: int) -> tuple[int, bool]:
+def _of_a_pass(config: Config, examples: Examples, kind: str, devices: int) -> tuple[int, bool]:
     """Tokens of a forward pass on each of `devices`, and whether a step is more than one."""
-    trees, _ = _tree_tokens(plan)
     # the pairs of a step are those of all devices
-    share = trees.mean() * pairs_per_step(config.train) / devices
-    most = max(trees.max(), tokens_in_a_pass(config.train, kind))
-    return int(max(trees.max(), min(most, share))), bool(share > most)
+    share = examples.tokens.mean() * pairs_per_step(config.train) / devices
+    most = max(examples.longest, tokens_in_a_pass(config.train, kind))
+    return int(max(examples.longest, min(most, share))), bool(share > most)

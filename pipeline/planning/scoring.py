@@ -1,4 +1,4 @@
-"""How much memory stage one's engine holds on one device, by the rules that size it."""
+"""How much memory the engines that score and that sample hold on one device, by the rules that size them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.transformers import TOKENS_PER_BATCH
-from pipeline.engines.vllm.engine import kv_cache_bytes_per_token
+from pipeline.engines.vllm.engine import concurrent, kv_cache_bytes_per_token
 from pipeline.engines.vllm.scorer import batched_tokens
 from pipeline.models.configuration import text_config
 
@@ -49,6 +49,16 @@ def scoring_memory(reference: ReferenceConfig, base: Path, dtype: str, longest: 
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layers = batched * width * (4 * config.hidden_size + 3 * wide // ranks)
     return Scoring(_weights(base, width) // ranks, cache, 2 * rows * config.vocab_size * 4, layers)
+
+
+def sampling_memory(base: Path, dtype: str, longest: int, *, trusts_code: bool) -> Scoring:
+    """What sampling sequences of up to `longest` tokens holds here; on a GPU the cache takes what is free, this or more."""
+    config = text_config(base, trusts_code=trusts_code)
+    width, rows = 4 if dtype == "float32" else 2, concurrent()
+    cache = max(2**29, int(1.1 * kv_cache_bytes_per_token(config, dtype) * (longest + 1) * rows))
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layers = max(4096, longest + 1) * width * (4 * config.hidden_size + 3 * wide)
+    return Scoring(_weights(base, width), cache, 2 * rows * config.vocab_size * 4, layers)
 
 
 def _weights(base: Path, width: int) -> int:

@@ -92,10 +92,12 @@ def simulate_step(
 
     `kind`: the device that the step computes as, "cpu" or "cuda"; `devices`: as many train together, each a pass of its own.
     `accumulated`: gradients of an earlier pass are there. Raises ConfigError for what is not simulated: bases of 4 bits, reward
-    models, and on several devices what they do not train.
+    and value models, and on several devices what they do not train.
     """
-    if config.policy.load_in_4bit or config.train.objective != "preference":
-        raise ConfigError("memory is predicted for the preference objective and bases of 16 or 32 bits alone")
+    if config.policy.load_in_4bit or config.train.of_scores:
+        raise ConfigError(
+            "memory is predicted for policies with bases of 16 or 32 bits alone, not for models of scores"
+        )
     if devices > 1:
         must_be_shardable(config, World(0, devices))
     from torch._subclasses.fake_tensor import FakeTensorMode

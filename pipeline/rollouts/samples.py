@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def shards_of(weights: str, prompts: Sequence[Prompt], settings: GenerateConfig,
     """The prompts in shards of `size`, in order."""
     parts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     return [Shard(part, samples_key(weights, part, settings)) for part in parts]
+
+
+def kept_by(shard: Shard) -> Run | None:
+    """A run that has the shard's samples; None if they would have to be made."""
+    for path in sorted(RUNS.glob(f"*/{shard.samples_in(Run(RUNS)).relative_to(RUNS)}")):
+        run = Run(path.parent.parent)
+        with suppress(DataError):  # damaged: made again
+            if read_about(path).get("key") == shard.key and len(shard.samples(run)):
+                return run
+    return None
 
 
 def make_samples(

@@ -49,7 +49,7 @@ class Scores:
 
         Raises RefscoreError if the store cannot be written, CheckError for scores that cannot be true.
         """
-        missing = self._missing()
+        missing = self.missing()
         if not missing:
             listener.say(f"scores    of {whose}: every sample is in the store; no engine is started")
             return
@@ -112,7 +112,7 @@ class Scores:
     def _key(self, request: Request) -> bytes:
         return score_key(self.reference_id, request.prompt_ids, request.response_ids)
 
-    def _missing(self) -> dict[str, dict[bytes, Request]]:
+    def missing(self) -> dict[str, dict[bytes, Request]]:
         """By shard, what the store lacks of it; shards that lack nothing are left out."""
         keys = [key for shard in self.shards for key in self.keys(shard).values()]
         lookup = self._store.lookup(pa.array(keys, pa.binary(32)))

@@ -49,7 +49,7 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     What any run made under the same settings is used again. Raises ConfigError if models, judge or prompts do not fit together,
     CheckError if nothing is left to learn from, RefscoreError if the store cannot be written.
     """
-    reference, policy = _open_both(config, listener)
+    reference, policy = open_both(config, listener)
     settings = judge_of_texts(config, config.rollout.judge)
     made_by = (vocabulary_digest(reference.tokenizer), chat_template_digest(reference.tokenizer))
     # opened before anything is generated: what is wrong with it is said at once
@@ -58,7 +58,7 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     found, digests = read_prompts(config.data, reference.tokenizer)
     prompts = found[: config.rollout.prompts]
     generate = on_policy(config, reference.numerics.dtype)
-    fitting = _fitting(prompts, policy, generate)
+    fitting = fitting_prompts(prompts, policy, generate)
     critic = open_critic(config, reference.numerics.dtype, vocabulary_digest(reference.tokenizer))
     if critic is not None:
         critic.must_read(max(len(one.ids) for one in fitting) + generate.max_tokens)
@@ -131,7 +131,8 @@ def policy_as_reference(reference: ReferenceConfig, config: Config) -> Reference
     return reference.model_copy(update={**stands, "adapter": None})
 
 
-def _open_both(config: Config, listener: Listener) -> tuple[OpenedReference, OpenedReference]:
+def open_both(config: Config, listener: Listener = SILENT) -> tuple[OpenedReference, OpenedReference]:
+    """The reference and the policy. Raises ConfigError if they have not one vocabulary."""
     reference = open_for_new(config.reference, listener)
     policy = open_for_new(policy_as_reference(reference.config, config))
     if vocabulary_digest(policy.tokenizer) != vocabulary_digest(reference.tokenizer):
@@ -142,7 +143,7 @@ def _open_both(config: Config, listener: Listener) -> tuple[OpenedReference, Ope
     return reference, policy
 
 
-def _fitting(prompts: list[Prompt], policy: OpenedReference, settings: GenerateConfig) -> list[Prompt]:
+def fitting_prompts(prompts: list[Prompt], policy: OpenedReference, settings: GenerateConfig) -> list[Prompt]:
     """The prompts that leave room for a response. Raises ConfigError if none does."""
     limit = position_limit(policy.paths.base)
     # one position more is what the engine is started with

@@ -119,19 +119,19 @@ def test_what_many_devices_do_not_train_is_not_proposed_for_them(tmp_path, tiny_
     assert seen.training is None
     assert "training on 2 devices does not know train.activation_offloading" in seen.unpredicted
     with pytest.raises(ConfigError, match=r"does not know train\.activation_offloading"):
-        devices_that_fit(config, plan, outlook(config, plan, "cuda"), 0.0)
+        devices_that_fit(config, outlook(config, plan, "cuda"), 0.0)
 
 
 def test_the_fewest_devices_that_fit_are_found(tmp_path, tiny_model, monkeypatch):
     config, plan = of(tmp_path, tiny_model)
     seen = outlook(config, plan, "cuda")
     two = of_process(outlook(config, plan, "cuda", 2).training.total, "cuda")
-    assert devices_that_fit(config, plan, seen, two) == (2, two)
-    assert devices_that_fit(config, plan, seen, 0.5) is None
+    assert devices_that_fit(config, seen, two) == (2, two)
+    assert devices_that_fit(config, seen, 0.5) is None
     monkeypatch.setattr(outlooks, "_on", lambda config, plan, seen, devices: 64 / devices)
     for gib, found in ((9, (8, 8)), (100, (2, 32)), (1, (64, 1)), (0.9, None)):
-        assert devices_that_fit(config, plan, seen, gib) == found
-    assert devices_that_fit(config, plan, outlook(config, plan, "cuda", 4), 100) == (8, 8)
+        assert devices_that_fit(config, seen, gib) == found
+    assert devices_that_fit(config, outlook(config, plan, "cuda", 4), 100) == (8, 8)
 
 
 def answer_of(where, *arguments):
