@@ -33,6 +33,10 @@ CHANGES = {
     "train.discopop_tau": (1.0, {"train.loss_type": "discopop"}),
     "train.simpo_gamma": (2.0, {"train.loss_type": "simpo"}),
     "train.cpo_alpha": (0.1, {"train.loss_type": "cpo"}),
+    "train.rpo_eta": (2.0, {"train.loss_type": "rpo_sq"}),
+    "train.desirable_weight": (2.0, {"train.loss_type": "bco"}),
+    "train.undesirable_weight": (2.0, {"train.loss_type": "bco"}),
+    "train.margin_scale": (2.0, {"train.objective": "reward"}),
     "train.layout": ("separate", {}),
     "train.precision": ("bfloat16", {}),
     "train.optimizer": ("adafactor", {}),
@@ -93,7 +97,8 @@ def test_every_section_is_walked():
 def ground(tmp_path_factory, tiny_model):
     """A directory with scored pairs, and a memory of what runs without a change gave."""
     where = tmp_path_factory.mktemp("options")
-    data = write_rows(where / "preferences.jsonl", preference_rows(14))
+    rows = [{**row, "margin": 0.5 + number % 3} for number, row in enumerate(preference_rows(14))]
+    data = write_rows(where / "preferences.jsonl", rows)
     train = {"max_steps": 3, "save_steps": 0, "eval_steps": 0}
     config = experiment(where, tiny_model, data, train=train)
     # several held-out pairs, so that how they are grouped shows
