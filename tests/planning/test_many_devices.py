@@ -128,7 +128,7 @@ def test_the_fewest_devices_that_fit_are_found(tmp_path, tiny_model, monkeypatch
     two = of_process(outlook(config, plan, "cuda", 2).training.total, "cuda")
     assert devices_that_fit(config, seen, two) == (2, two)
     assert devices_that_fit(config, seen, 0.5) is None
-    monkeypatch.setattr(outlooks, "_on", lambda config, plan, seen, devices: 64 / devices)
+    monkeypatch.setattr(outlooks, "_on", lambda config, seen, devices: 64 / devices)
     for gib, found in ((9, (8, 8)), (100, (2, 32)), (1, (64, 1)), (0.9, None)):
         assert devices_that_fit(config, seen, gib) == found
     assert devices_that_fit(config, outlook(config, plan, "cuda", 4), 100) == (8, 8)
