@@ -112,7 +112,9 @@ class PolicyGradientConfig(Section):
     )
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference")
     kl_in: Literal["loss", "reward"] | None = Field(
-        None, description="where the KL goes: k3 per token in the loss, or the samples' log-ratio off their reward"
+        None,
+        description="where the KL goes: k3 per token in the loss, or the samples' log-ratio off their reward; by reward rounds "
+        "lead to DPO's policy, by loss near it",
     )
     value_temperature: float = Field(
         0.5, gt=0, description="a2po: temperature of the soft maximum of a prompt's rewards"

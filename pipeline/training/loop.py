@@ -158,7 +158,7 @@ class Loop:
             path = self.directories.directory / "not_finite.json"
             durable.write_json(path, {"step": number, "problem": str(stop), "pair_ids": stop.pair_ids})
             metrics = self.directories.metrics
-            self.listener.say(f"step {number}: the pairs are kept in {path}; metrics up to here in {metrics}")
+            self.listener.say(f"step {number}: the {stop.unit}s are kept in {path}; metrics up to here in {metrics}")
             raise
         return values
 

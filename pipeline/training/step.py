@@ -33,15 +33,15 @@ Note = Callable[[Sequence[int], torch.Tensor], None]
 class NotFinite(CheckError):
     """A loss or a gradient that is not finite, with the pairs, or other examples, of its step."""
 
-    def __init__(self, what: str, value: float, pair_ids: list[str], *, taken: bool) -> None:
+    def __init__(self, what: str, value: float, pair_ids: list[str], unit: str = "pair", *, taken: bool) -> None:
         outcome = (
             "the step was taken inside the backward pass, so the weights in memory are spoiled and not saved. The same command "
             "goes on after the last checkpoint. Lower train.learning_rate, or set train.optimizer_in_backward=false"
             if taken
             else "training stops before it spoils the weights. Lower train.learning_rate or train.max_grad_norm"
         )
-        super().__init__(f"the {what} is {value}: {outcome}; the pairs of the step are {', '.join(pair_ids)}")
-        self.pair_ids = pair_ids
+        super().__init__(f"the {what} is {value}: {outcome}; the {unit}s of the step are {', '.join(pair_ids)}")
+        self.pair_ids, self.unit = pair_ids, unit
 
 
 @contextmanager
@@ -104,7 +104,8 @@ def must_be_finite(values: Mapping[str, float], examples: Examples, rows: Sequen
     for name, value in values.items():
         if name in MUST_BE_FINITE and not math.isfinite(value):
             ids = [examples.ids[row] for row in rows]
-            raise NotFinite(MUST_BE_FINITE[name], value, ids, taken=train.optimizer_in_backward)
+            unit = objective_of(train).unit
+            raise NotFinite(MUST_BE_FINITE[name], value, ids, unit, taken=train.optimizer_in_backward)
 
 
 @torch.no_grad()

@@ -365,3 +365,19 @@ def test_the_soft_maximum_lies_between_mean_and_maximum():
 def test_settings_that_nothing_would_read_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         PolicyGradientConfig(**settings)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_does_not_count_may_have_run_away(variant):
+    """No number of times infinity is nothing: a sample that was cut off and is a hundred nats away leaves loss and gradient as they were."""
+    kl = {} if VARIANTS[variant].advantage is None else {"kl_coef": 0.1, "kl_in": "loss"}
+    settings = PolicyGradientConfig(variant=variant, **kl)
+    lengths, policy, *others = case(2, masked=True)
+    first, second = int(lengths[0]), int(lengths[0] + lengths[1])
+    away = policy.copy()
+    away[first:second] += 120.0
+    before, after = ours(settings, (lengths, policy, *others)), ours(settings, (lengths, away, *others))
+    assert after[0] == before[0]
+    assert np.isfinite(after[1]).all()
+    assert after[1] == pytest.approx(before[1])
+    assert after[2] == before[2]

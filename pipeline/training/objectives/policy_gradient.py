@@ -160,6 +160,8 @@ def policy_gradient_loss(
     `beta`: the temperature of the variants that regress on rewards. A sample of weight 0 has no loss, and no tokens to divide by.
     """
     facts = settings.facts
+    # what does not count may have run away, and no number of times infinity is nothing
+    x = x._replace(policy_N=torch.where(x.weights_S[x.sample_N] > 0, x.policy_N, x.behaviour_N))
     log_ratio_N = x.policy_N - x.behaviour_N
     gap_N = None if x.reference_N is None else x.policy_N - x.reference_N
     clipped = None
