@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=tuple(STAGES), help="one stage of all runs, in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--methods", nargs="+", default=[method.name for method in METHODS], metavar="NAME")
+    parser.add_argument("--picture", default="docs/frontier.svg", help="where the picture goes")
     given = parser.parse_args()
     choose(given.seeds, given.methods)
     if given.stage:
@@ -93,7 +94,7 @@ def main() -> None:
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"stage {name} failed")
     best = best_of_n()
-    report(best, (time.monotonic() - begun) / 60)
+    report(best, (time.monotonic() - begun) / 60, given.picture)
 
 
 def choose(seeds: list[int], methods: list[str]) -> None:
@@ -104,7 +105,7 @@ def choose(seeds: list[int], methods: list[str]) -> None:
         sys.exit(f"no such method: {', '.join(methods)}")
 
 
-def report(best: dict[int, dict[str, float]], minutes: float) -> None:
+def report(best: dict[int, dict[str, float]], minutes: float, picture: str) -> None:
     """Print the tables, write the picture."""
     measured = {key: measure(run, "policy") for key, run in runs()}
     measured[REFERENCE, 0.0, 0] = measure(next(runs())[1], REFERENCE)
@@ -114,8 +115,8 @@ def report(best: dict[int, dict[str, float]], minutes: float) -> None:
         markdown_table(("method", "beta", "KL, nats", "true reward", "independent judge"), table(measured, best)), "\n"
     )
     print(markdown_table(("method", "area, true reward", "area, independent judge"), areas(measured)))
-    draw(measured, best)
-    print("\ndocs/frontier.svg")
+    draw(measured, best, picture)
+    print(f"\n{picture}")
 
 
 def runs() -> Iterator[tuple[Key, Run]]:
@@ -365,7 +366,7 @@ def interval_of(seeds: list[np.ndarray]) -> str:
     return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def draw(measured: dict[Key, Measured], best: dict[int, dict[str, float]]) -> None:
+def draw(measured: dict[Key, Measured], best: dict[int, dict[str, float]], picture: str) -> None:
     """Both judges side by side: a dot per run, a line per method through its betas' means."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -392,7 +393,7 @@ def draw(measured: dict[Key, Measured], best: dict[int, dict[str, float]]) -> No
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "refscore"}):
-        figure.savefig("docs/frontier.svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(picture, metadata={"Date": None, "Creator": None})
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
