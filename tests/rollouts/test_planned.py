@@ -48,18 +48,19 @@ def test_what_is_there_is_counted_before_and_after(place, config_of):
     assert foresee(config_of("rollout.prompts=8")).made == 24
     (shard, *_) = sorted((place.run() / "rollouts").glob("samples-*.parquet"))
     content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) // 2] + b"\0" * 40 + content[len(content) // 2 + 40 :])
+    shard.write_bytes(content[:8] + b"\0" * 40 + content[48:])
     assert foresee(config_of()).made == 24
 
 
 def test_a_step_is_that_of_the_longest_samples_that_there_can_be(place, config_of):
-    config = config_of("train.tokens_per_batch=64")
+    config = config_of("train.tokens_per_batch=40")
     sampled = foresee(config)
     examples = examples_of_samples(sampled, config.train, "cpu")
     assert (examples.train, examples.longest) == (12, sampled.prompts.max() + 11)
     for prompt, tokens in zip(sampled.prompts, examples.tokens, strict=True):
-        beside = min(3, max(1, (64 - prompt) // 11))
+        beside = min(3, max(1, (40 - prompt) // 11))
         assert tokens == prompt * np.ceil(3 / beside) + 3 * 11
+    assert len(set(examples.tokens - sampled.prompts)) > 1
     # with room for all, a prompt is read once
     wide = examples_of_samples(sampled, config_of("train.tokens_per_batch=4096").train, "cpu")
     assert (wide.tokens == sampled.prompts + 33).all()
@@ -82,7 +83,7 @@ def test_disk_is_what_a_rollout_leaves_there(place, config_of):
     written = sum(file.stat().st_size for file in [run / "rollouts.parquet", *run.glob("rollouts/samples-*")])
     assert written == pytest.approx(predicted.samples, rel=0.6)
     store = sum(file.stat().st_size for file in (place.where / "data/store").rglob("scores-*.parquet"))
-    assert store == pytest.approx(predicted.store, rel=0.7)
+    assert store == pytest.approx(predicted.store, rel=0.4)
     after = foresee(config)
     assert disk(config, plan, outlook(config, plan, "cpu", 1, after), after).store == 0
 
