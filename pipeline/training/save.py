@@ -17,6 +17,7 @@ from pipeline.artifacts.runs import Run, versions
 from pipeline.config.experiment import Config
 from pipeline.config.losses import data_of, reference_free
 from pipeline.config.sections import changed
+from pipeline.config.training import TrainConfig
 from pipeline.forward.trees import Tree
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.models.configuration import read_config
@@ -196,6 +197,12 @@ def put_in_place(temporary: Path, directory: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _tag(train: TrainConfig) -> str:
+    """What the Hub's search finds the model by: its objective, or the loss of responses and lists."""
+    named_by_loss = train.objective == "preference" and data_of(train) != "pairs"
+    return train.loss_type[0].replace("_", "-") if named_by_loss else _TAGS[train.objective]
+
+
 def model_card(config: Config, run: str, reference_id: str, pairs: int, results: dict[str, float | None]) -> str:
     """The model card: base, data, settings and results of this run; it may be published, so no path of this machine is in it."""
     from huggingface_hub import ModelCardData
@@ -206,7 +213,7 @@ def model_card(config: Config, run: str, reference_id: str, pairs: int, results:
         pipeline_tag=objective.pipeline_tag,
         tags=[
             "refscore",
-            _TAGS[train.objective] if data_of(train) == "pairs" else train.loss_type[0].replace("_", "-"),
+            _tag(train),
         ],
         base_model=base if "/" in base and not base.startswith("embedded:") else None,
     )

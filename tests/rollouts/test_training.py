@@ -101,6 +101,7 @@ def test_a_policy_learns_what_is_rewarded_and_says_how_far_it_moved(sampled):
     assert np.mean(gains) > 0
     card = (sampled.run() / "model/README.md").read_text()
     assert "trained by policy gradient on" in card
+    assert "- policy-gradient" in card
     assert "samples per prompt" in card
 
 
