@@ -2,12 +2,13 @@
 alone.
 
 The split is by prompt, as for pairs. A response may have another prompt's response beside it, by which KTO's baseline is
-measured: that of the nearest earlier row with another prompt, or of the nearest later one if there is none. A training row's is
-of the training split.
+measured: that of the nearest earlier row with another prompt and the same label, so that it is measured on good and bad ones as
+the data has them; with any label if there is none, or of the nearest later row. A training row's is of the training split.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -167,18 +168,23 @@ class _Recent:
 
 @dataclass
 class _Neighbours:
-    """Which response of another prompt stands beside a row: memory holds two rows for each split."""
+    """Which response of another prompt stands beside a row: memory holds two rows for each split, and two for each label in it."""
 
-    splits: dict[str, _Recent] = field(default_factory=lambda: {"train": _Recent(), "eval": _Recent()})
+    _recent: dict[tuple[str, bool | None], _Recent] = field(default_factory=lambda: defaultdict(_Recent))
 
     def add(self, row: ResponseRow) -> None:
         """Note a row."""
-        self.splits[row.split].add(row)
+        # if good and bad take turns, the nearest of all would always be a bad one
+        for label in {row.preference.label, None}:
+            self._recent[row.split, label].add(row)
 
     def beside(self, row: ResponseRow) -> ResponseRow | None:
-        """The newest row of the same split with another prompt; a held-out row may have one of the training split."""
-        found = self.splits[row.split].beside(row)
-        return found or (self.splits["train"].beside(row) if row.split == "eval" else None)
+        """The newest row of the same split with another prompt, of the same label if there is one; a held-out row may have one of
+        the training split.
+        """
+        splits = ["train"] if row.split == "train" else ["eval", "train"]
+        places = [self._recent[split, label] for split in splits for label in (row.preference.label, None)]
+        return next(filter(None, (place.beside(row) for place in places)), None)
 
 
 def _beside_others(groups: Iterator[list[ResponseRow] | Dropped], limit: int) -> Iterator[list[ResponseRow] | Dropped]:

@@ -240,6 +240,20 @@ def test_beside_a_response_stands_that_of_the_nearest_other_prompt():
     assert more[:10] == found
 
 
+@pytest.mark.parametrize("good_first", [True, False])
+def test_good_and_bad_ones_stand_beside_responses_as_the_data_has_them(good_first):
+    """Of pairs, and of rows in which good and bad take turns, the nearest other one is always the second."""
+    rows = [labelled(f"{n}?", f"r{n}{label}", label=label) for n in range(6) for label in (good_first, not good_first)]
+    _, found = stream(*rows, mismatched=True)
+    good = {one.preference.chosen: one.preference.label for one in found[::2]}
+    beside = [good[one.preference.chosen] for one in found[1::2]]
+    assert beside.count(True) in (5, 6, 7)
+    assert by_prompt(found)[4:6] == [
+        ("2?", f"r2{good_first}", f"r1{good_first}"),
+        ("2?", f"r2{not good_first}", f"r1{not good_first}"),
+    ]
+
+
 def test_a_training_row_has_no_held_out_response_beside_it():
     rows = [labelled(f"{n // 2}?", f"r{n}") for n in range(60)]
     _, found = stream(*rows, mismatched=True, eval_fraction=0.3)
