@@ -120,9 +120,15 @@ class ResponseStream:
                 left_out.append(Dropped(*where, "identical_responses", f"response {number}: equal token ids"))
             else:
                 kept.append(item)
-        if len(kept) > 1:
+        scores = {item.preference.score for item in kept}
+        if len(kept) > 1 and len(scores) > 1:
             yield kept
             yield from left_out
+        elif len(kept) > 1:
+            # of the others, the best or the worst was left out
+            first, words = kept[0].preference, f"the {len(kept)} responses that are left have one score"
+            why = "; ".join(f"{item.reason} {item.detail}".strip() for item in left_out)
+            yield Dropped(first.source, first.row, "equal_scores", f"{words} ({why})")
         elif not kept and len({item.reason for item in left_out}) == 1:
             yield left_out[0]
         else:

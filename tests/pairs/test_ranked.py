@@ -184,6 +184,15 @@ def test_a_response_that_is_too_long_leaves_the_list_and_one_alone_is_no_list():
     assert stream.read == {"d.jsonl": 2}
 
 
+def test_a_list_whose_better_responses_are_too_long_says_nothing_more():
+    row = ranked(5, 3, 3) | {"responses": ["b" * 200, "a", "c"]}
+    found, (one,), stream = groups(row, ranked(1, 2), max_length=60)
+    assert found == [["r1", "r0"]]
+    assert (one.row, one.reason) == (0, "equal_scores")
+    assert one.detail.startswith("the 2 responses that are left have one score (too_long response 1, from the best: ")
+    assert stream.read == {"d.jsonl": 2}
+
+
 def test_a_list_shares_its_prompt_and_its_held_out_prompts():
     Path("e.jsonl").write_bytes(lines(ranked(1, 2, prompt="Who?")))
     found, dropped, _ = groups(ranked(1, 2, prompt="Who?"), ranked(3, 2), eval_path="e.jsonl")
