@@ -54,6 +54,11 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     made_by = (vocabulary_digest(reference.tokenizer), chat_template_digest(reference.tokenizer))
     # opened before anything is generated: what is wrong with it is said at once
     judge = open_judge(settings, JudgeContext(run.verdicts, config.judge, made_by, listener))
+    if judge.reward is None and config.rollout.samples < 2:
+        raise ConfigError(
+            f"judge {judge.name} plays the samples of a prompt against each other, and rollout.samples=1 makes one of each: take "
+            "two or more, or a judge of single responses (rollout.judge)"
+        )
     rewarder = Rewarder(judge, judge_key(settings, config.judge), asks_a_model(settings))
     found, digests = read_prompts(config.data, reference.tokenizer)
     prompts = found[: config.rollout.prompts]

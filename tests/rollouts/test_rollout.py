@@ -217,6 +217,13 @@ def test_a_judge_of_duels_gives_the_mean_of_the_duels_in_the_group(place):
         assert group["reward"].to_list() == pytest.approx(expected)
 
 
+def test_a_judge_of_duels_needs_two_samples_and_says_so_before_any_is_made(place):
+    said = place.rollout("rollout.judge='panel:[rule:contains=dog, rule:contains=dog]'", "rollout.samples=1", code=2)
+    assert "rollout.samples=1 makes one of each: take two or more" in said
+    assert place.told == []
+    place.rollout("rollout.samples=1")
+
+
 def test_a_reward_model_is_loaded_once_for_all_shards_and_its_weights_name_its_rewards(place, monkeypatch, tiny_model):
     loads = []
     inner = pipeline.judges.reward_model.with_transformers
