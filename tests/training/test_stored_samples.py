@@ -247,8 +247,11 @@ def test_samples_are_read_for_the_loss_that_is_asked_for(tmp_path):
     for variant, words in (
         ("clip", "samples   6 of 2 prompts; 2 samples of equal rewards left out"),
         ("reinforce_pp", "samples   8 of 3 prompts"),
+        # which of them is better is not said, but how far the policy may go
+        ("clip train.policy_gradient.kl_coef=0.1", "samples   8 of 3 prompts"),
+        ("rloo train.policy_gradient.kl_coef=0.1", "samples   8 of 3 prompts"),
     ):
-        settings = ["train.objective=policy_gradient", f"train.policy_gradient.variant={variant}"]
+        settings = ["train.objective=policy_gradient", *f"train.policy_gradient.variant={variant}".split()]
         config = load_overrides({"data": {"path": "x"}, "policy": {"model": "x"}}, settings)
         assert load_inputs(config, run).words == words
 

@@ -137,8 +137,9 @@ def load_rollouts(path: Path, settings: PolicyGradientConfig, *, for_critic: boo
     """Read rollouts.parquet for a loss with `settings`, or for a critic of that; what is read stays on disk, memory-mapped.
 
     Left out, and counted: samples without a reward, prompts with fewer than two samples that have one, and prompts whose samples
-    all have the same reward, unless advantages are measured over the step; for a critic, or by its values, only the first. Raises
-    DataError if scores do not fit their tokens, if the samples of a prompt do not stand together, or if none teaches.
+    all have the same reward, unless advantages are measured over the step or a KL to the reference counts; for a critic, or by its
+    values, only the first. Raises DataError if scores do not fit their tokens, if the samples of a prompt do not stand together, or
+    if none teaches.
     """
     needed = _Needed(settings, for_critic)
     kept_columns = (*_KEPT, "values") if needed.values else _KEPT
@@ -209,8 +210,11 @@ class _Needed:
 
     @property
     def equal(self) -> bool:
-        """Prompts whose samples all have the same reward teach something."""
-        return self.alone or self.settings.facts.advantage == "batch"
+        """Prompts whose samples all have the same reward teach something: what the step's others are worth, or to stay near the
+        reference.
+        """
+        settings = self.settings
+        return self.alone or settings.facts.advantage == "batch" or settings.kl_coef > 0
 
 
 @dataclass
