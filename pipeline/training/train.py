@@ -29,6 +29,7 @@ from pipeline.models.locate import locate
 from pipeline.progress import SILENT, Listener
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_policy_logps
 from pipeline.training.checks import health
+from pipeline.training.checks.export import CHECKED
 from pipeline.training.checks.gate import check_gate
 from pipeline.training.checks.ratios import check_ratios
 from pipeline.training.inputs.batches import Examples, tokens_in_a_pass
@@ -151,12 +152,14 @@ def _train(config: Config, run: Run, restart: bool, listener: Listener, world: W
     results = {f"eval_{name}": metrics.last(f"eval_{name}") for name in TRAIN_METRICS}
     world.once(lambda: _say_health(loop))
     card = model_card(config, run.name, about["reference_id"], len(pairs), results)
+    # of a prompt with many samples a few, as training never reads more in a pass than fit one
+    compared = objective_of(config.train).parts(pairs, range(min(CHECKED, len(pairs))))[0].trees
     if shards is not None and can_export_parts(policy):
-        differences = Exports(policy, shards, base, config, run, world).save(card, tokenizer, pairs.trees)
+        differences = Exports(policy, shards, base, config, run, world).save(card, tokenizer, compared)
     else:
         if shards is not None:
             policy = _whole(shards, policy, world, lambda: load_policy(base, config, tokenizer, pairs.ends, "host"))
-        differences = world.once(lambda: save_policy(policy, base, config, run, card, tokenizer, pairs.trees))
+        differences = world.once(lambda: save_policy(policy, base, config, run, card, tokenizer, compared))
     world.once(lambda: _finish(loop, steps, policy, base, results, differences))
     return Trained(steps, results)
 

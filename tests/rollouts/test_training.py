@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import pipeline.training.save
 from pipeline.artifacts.schemas import ROLLOUTS
 from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.config.rollouts import PolicyGradientConfig
@@ -139,6 +140,18 @@ def test_a_resumed_training_is_the_one_that_was_not_interrupted(sampled):
     assert "resuming after step 2" in train(sampled, "train.save_total_limit=3")
     for name, weight in weights(sampled).items():
         assert torch.equal(weight, weights(sampled, "whole")[name]), name
+
+
+def test_what_was_saved_is_compared_on_samples_and_not_on_whole_groups(sampled, monkeypatch):
+    """A prompt may have more samples than a device holds at once."""
+    read, inner = [], pipeline.training.save.outputs_of
+    monkeypatch.setattr(
+        pipeline.training.save,
+        "outputs_of",
+        lambda model, trees, *rest: read.append(trees) or inner(model, trees, *rest),
+    )
+    train(sampled)
+    assert [[len(tree.branches) for tree in trees] for trees in read] == [[1, 1, 1, 1]] * 2
 
 
 def test_another_loss_on_the_same_samples_makes_nothing_anew(sampled, monkeypatch):

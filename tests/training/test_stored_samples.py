@@ -261,11 +261,11 @@ def test_samples_are_read_for_the_loss_that_is_asked_for(tmp_path):
 
 def test_ratios_are_measured_of_the_prompts_that_are_asked_for(tmp_path):
     rollouts = load_rollouts(stored(tmp_path), PolicyGradientConfig())
-    same = measure_ratios(OneDistribution(BEHAVIOUR), rollouts, 3, "float32")
+    same = measure_ratios(OneDistribution(BEHAVIOUR), rollouts, 3, "float32", TrainConfig())
     assert same["passed"]
     assert (same["samples"], same["tokens"]) == (8, 21)
     assert same["ratio_mean"] == pytest.approx(1)
-    other = measure_ratios(OneDistribution(POLICY), rollouts, 2, "float32")
+    other = measure_ratios(OneDistribution(POLICY), rollouts, 2, "float32", TrainConfig())
     log_ratios = np.concatenate([(POLICY - BEHAVIOUR)[one["response_ids"]] for one in SAMPLES[:5]])
     assert not other["passed"]
     assert (other["samples"], other["tokens"]) == (5, 16)
@@ -273,6 +273,24 @@ def test_ratios_are_measured_of_the_prompts_that_are_asked_for(tmp_path):
     assert other["ratio_max"] == pytest.approx(np.exp(log_ratios).max(), rel=1e-5)
     assert other["kl"] == pytest.approx((np.exp(log_ratios) - 1 - log_ratios).mean(), rel=1e-4)
     assert other["max_absolute_difference"] == pytest.approx(np.abs(log_ratios).max(), rel=1e-5)
+
+
+def test_ratios_are_measured_in_passes_as_long_as_those_of_training(tmp_path):
+    """A prompt may have more samples than a device holds at once."""
+    rollouts = load_rollouts(stored(tmp_path), PolicyGradientConfig())
+    found, passes = [], []
+
+    class Noting(OneDistribution):
+        def __call__(self, trees):
+            passes[-1].append(self.tokens(trees))
+            return super().__call__(trees)
+
+    for budget in (None, 12):
+        passes.append([])
+        train = TrainConfig(tokens_per_batch=budget)
+        found.append(measure_ratios(Noting(POLICY), rollouts, 3, "float32", train))
+    assert found[0] == pytest.approx(found[1])
+    assert max(passes[1]) <= 12 < max(passes[0])
 
 
 @pytest.fixture

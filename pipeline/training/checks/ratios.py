@@ -12,10 +12,12 @@ import torch
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
+from pipeline.config.training import TrainConfig
 from pipeline.errors import CheckError
 from pipeline.models.identity import identify_model, weights_digest
 from pipeline.precompute.agreement import TOLERANCES
 from pipeline.progress import Listener
+from pipeline.training.inputs.batches import micro_batches
 from pipeline.training.inputs.rollouts import Rollouts
 from pipeline.training.parallel.world import ALONE, World
 from pipeline.training.policies import Policy, precision_of
@@ -24,17 +26,20 @@ _PROMPTS = 8
 
 
 @torch.no_grad()
-def measure_ratios(forward: Any, rollouts: Rollouts, prompts: int, numerics: str) -> dict[str, object]:
-    """Compare the policy's logps of the first prompts' samples with those stored of the model that wrote them.
+def measure_ratios(
+    forward: Any, rollouts: Rollouts, prompts: int, numerics: str, train: TrainConfig
+) -> dict[str, object]:
+    """Compare the policy's logps of the first prompts' samples with those stored of the model that wrote them, in forward passes
+    as long as those of training.
 
     `numerics` names the coarser of the two arithmetics (a key of TOLERANCES). Differences are policy minus stored, nats per token;
     `kl` is the k3 estimate of what lies between the two models, per token.
     """
     examples = rollouts.one_by_one
     differences = []
-    for row in range(prompts):
-        found = forward([rollouts.trees[row]])[0]
-        stored = [examples.logps(number, "logps") for number in rollouts.of(row)]
+    for group in micro_batches(forward, examples, range(int(rollouts.starts[prompts])), train):
+        found = [branches[0] for branches in forward([examples.trees[number] for number in group])]
+        stored = [examples.logps(number, "logps") for number in group]
         differences += [
             own.double().cpu().numpy() - theirs.astype(np.float64) for own, theirs in zip(found, stored, strict=True)
         ]
@@ -77,7 +82,7 @@ def check_ratios(
     policy.model.eval()
     precise = precision_of(config) == torch.float32 and about.get("dtype") == "float32"
     figures = measure_ratios(
-        policy.forward, rollouts, min(_PROMPTS, len(rollouts)), "float32" if precise else "bfloat16"
+        policy.forward, rollouts, min(_PROMPTS, len(rollouts)), "float32" if precise else "bfloat16", config.train
     )
     reason = None
     if weights_digest(base) != about["policy"]["weights_digest"]:
