@@ -35,7 +35,7 @@ def main(run: Run, again: Run, *, check_only: bool) -> None:
         return
     _must_be_a_repetition(run, again, config)
     done = finished_stages(run)
-    for stage in (stage for stage in ("precompute", "train", "eval") if stage in done):
+    for stage in (stage for stage in ("precompute", "rollout", "train", "eval") if stage in done):
         step(stage, run.config, again.name, [])
     console.say("")
     for sentence in same_outcome(run, again):

@@ -61,6 +61,15 @@ def is_trained(run: Run) -> bool:
     return made and "train" in finished_stages(run)
 
 
+def about_reference(run: Run) -> dict[str, Any]:
+    """What the run's table says of the model that its examples were scored under: digests of model, vocabulary and template.
+
+    Of a training on samples that is rollouts.parquet, as the policy stands for the reference in a table without scores.
+    """
+    about = read_about(run.scored)
+    return about if about.get("scored", True) else read_about(run.rollouts) or about
+
+
 def checkpoints_of(run: Run) -> list[tuple[Path, int]]:
     """The run's checkpoints and their bytes."""
     return [(path, size_of(path)) for path in sorted(run.checkpoints.glob("step_*"))]

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.artifacts.runs import Run, finished_stages, read_saved_config
 from pipeline.artifacts.schemas import JUDGEMENTS
+from pipeline.artifacts.states import about_reference
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.judges import IMPLICIT
 from pipeline.evaluation.frontier import Point, gain_of, point_of
@@ -146,7 +147,7 @@ def frontier_points(runs: Sequence[Run]) -> tuple[list[Point], str | None]:
 
 def _references(runs: Sequence[Run]) -> dict[str, str | None]:
     """Digest of the model that each run's data was scored with, whatever the arithmetic; None if it is not known."""
-    return {run.name: read_about(run.scored).get("model") for run in runs}
+    return {run.name: about_reference(run).get("model") for run in runs}
 
 
 def _opponents(runs: Sequence[Run]) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipeline.artifacts.digests import files_sha256
 from pipeline.artifacts.runs import Run, finished_stages, git_commit, read_json, versions
 from pipeline.artifacts.schemas import METRICS, PAIRS, RESPONSES, SAMPLES
+from pipeline.artifacts.states import about_reference
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.config.judges import IMPLICIT
@@ -60,7 +61,7 @@ def changed_since(run: Run, config: Config) -> Changed:
         elif now != then.get(name):
             changed.inputs.append(f"data {name}: its bytes are not those that the run read")
     done = finished_stages(run)
-    _model(changed, "reference", config.reference, about)
+    _model(changed, "reference", config.reference, about_reference(run))
     # training reads the policy's texts as pairs.parquet has them: no template
     policy = {"model": done.get("train", {}).get("policy"), "vocabulary": about.get("vocabulary")}
     _model(changed, "policy", config.policy, policy if policy["model"] else {})

@@ -179,13 +179,19 @@ def _digest_in_use(about: dict[str, object], config: Config, path: Path) -> obje
 
 @one_writer
 def write_pairs(
-    plan: Plan, config: Config, run: Run, *, scored: bool = True, quarantined: Mapping[bytes, str] | None = None
+    plan: Plan,
+    config: Config,
+    run: Run,
+    *,
+    scored: bool = True,
+    quarantined: Mapping[bytes, str] | None = None,
+    asked: Config | None = None,
 ) -> None:
     """Join scores from the store and write pairs.parquet or responses.parquet, dropped.parquet, config.yaml and provenance.json.
 
     A run has one of the two tables: the other, of an earlier configuration, is removed. `quarantined`: what `score` returned; its
-    pairs are dropped as not_finite. Raises CheckError if a score is not in the
-    store.
+    pairs are dropped as not_finite. `asked`: what the run was asked for, if that is not `config`, in which its policy may stand for
+    the reference. Raises CheckError if a score is not in the store.
     """
     about = about_pairs(plan, config, scored=scored)
     table, other = (run.pairs, run.responses) if plan.pairs.of_pairs else (run.responses, run.pairs)
@@ -198,7 +204,7 @@ def write_pairs(
         plan.store.register(run.directory)
     record(
         run,
-        config,
+        asked or config,
         "precompute",
         reference_id=plan.identity.reference_id,
         reference=plan.identity.described(),
@@ -226,7 +232,7 @@ def write_unscored(
     for line in [*plan.lines(scored=False), *remarks(plan)]:
         listener.say(line)
     if not plan_only:
-        write_pairs(plan, without_reference(config), run, scored=False)
+        write_pairs(plan, without_reference(config), run, scored=False, asked=config)
         table = table_of(run, config)
         listener.say(f"{table.stem:9} {table}")
 

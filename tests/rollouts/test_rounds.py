@@ -5,11 +5,15 @@ import json
 import polars as pl
 import pytest
 
+import stages.compare
 import stages.iterate
+import stages.repeat
+import stages.sweep
 from pipeline.artifacts.runs import Run
+from pipeline.evaluation.compare import unlike
 from pipeline.report.sections import sections
 from pipeline.rollouts.rounds import write_rounds
-from tests.conftest import refscore_here
+from tests.conftest import make_tiny_model, refscore_here
 from tests.report.evaluations import figures, typed
 
 OBJECTIVE = ("--set", "train.objective=policy_gradient")
@@ -35,6 +39,46 @@ def test_every_round_is_rollout_and_train_and_the_next_one_starts_from_its_polic
     told.clear()
     refscore_here(place.where, *arguments, "--set", "generate.next_reference=previous")
     assert 'reference.model="data/runs/it-r1/model"' in told[2][2]
+
+
+def test_a_sweep_of_variants_samples_before_it_trains(place, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages.sweep, "step", lambda stage, _, name, settings: told.append((stage, name)))
+    monkeypatch.setattr(stages.compare, "main", lambda *_: None)
+    axis = ("--set", "train.policy_gradient.variant=grpo,rloo")
+    refscore_here(place.where, "sweep", "--config", place.config, "--run", "sw", *OBJECTIVE, *axis)
+    assert told == [(stage, f"sw-variant{name}") for name in ("grpo", "rloo") for stage in ("rollout", "train", "eval")]
+    told.clear()
+    refscore_here(place.where, "sweep", "--config", place.config, "--run", "sw", "--set", "train.beta=0.1,0.2")
+    assert [stage for stage, _ in told] == ["precompute", "train", "eval"] * 2
+
+
+def test_a_training_on_samples_is_repeated_with_its_samples(place, monkeypatch):
+    monkeypatch.setattr(
+        stages.repeat,
+        "step",
+        lambda stage, path, run, _: refscore_here(place.where, stage, "--config", path, "--run", run),
+    )
+    place.rollout(OBJECTIVE[1])
+    refscore_here(place.where, "train", "--config", place.config, "--run", "r", *OBJECTIVE)
+    place.told.clear()
+    said = refscore_here(place.where, "repeat", "r")
+    assert place.told == []
+    assert "losses at most 0 apart" in said
+    assert "weights   the same bytes (model/model.safetensors)" in said
+    assert place.rows("r-again").equals(place.rows("r"))
+
+
+def test_the_reference_of_a_training_on_samples_is_what_scored_them_and_not_its_policy(place, tiny_model):
+    """As in every later round, whose policy is another model."""
+    other = make_tiny_model(place.where / "other", seed=1)
+    place.rollout(OBJECTIVE[1], f"policy.model={other}")
+    assert "nothing differs" in refscore_here(place.where, "repeat", "r", "--check")
+    refscore_here(place.where, "precompute", "--config", place.config, "--run", "pairs")
+    runs = [Run(place.run(name)) for name in ("r", "pairs")]
+    assert not [sentence for sentence in unlike(runs) if "different references" in sentence]
+    place.rollout(OBJECTIVE[1], f"policy.model={other}", f"reference.model={other}", run="s")
+    assert [sentence for sentence in unlike([runs[0], Run(place.run("s"))]) if "different references" in sentence]
 
 
 PPO = ("--set", "train.policy_gradient.variant=ppo")
