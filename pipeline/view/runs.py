@@ -7,8 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.artifacts.runs import Run, read_json, read_saved_config
-from pipeline.artifacts.states import runs_here, state_of
-from pipeline.artifacts.tables import read_about
+from pipeline.artifacts.states import about_reference, runs_here, state_of
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.evaluation.compare import differences, differing_settings, reached, unlike
 from pipeline.evaluation.rates.paired import Paired
@@ -24,7 +23,7 @@ def runs_list() -> dict[str, Any]:
     found = []
     for run in runs_here():
         state = state_of(run)
-        reference = str(read_about(run.scored).get("model", ""))[:12]
+        reference = str(about_reference(run).get("model", ""))[:12]
         found.append({**asdict(state), "writer": state.writer is not None, "reference": reference})
     return {"runs": found}
 

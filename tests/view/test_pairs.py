@@ -4,13 +4,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts.schemas import JUDGEMENTS, KL, PAIRS, SAMPLES
+from pipeline.artifacts.schemas import JUDGEMENTS, KL, METRICS, PAIRS, RESPONSE_METRICS, SAMPLES
 from pipeline.artifacts.tables import read_table, write_table
 from pipeline.errors import DataError
 from pipeline.view import answers, pairs, pieces
 from pipeline.view.answers import answer
 from pipeline.view.pairs import dropped, pairs_index, pairs_page
 from pipeline.view.training import training
+from tests.conftest import ROOT
 from tests.view.runs import TOPICS, make_run, write_dropped, write_metrics, write_pairs
 
 
@@ -176,6 +177,13 @@ def test_a_training_says_how_far_it_came_and_since_when_something_looked_wrong()
     assert "below chance" in found["findings"][0]["sentence"]
     write_metrics(run, 6)
     assert answer("runs/one/training.json")["step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_logged_metric_has_a_picture():
+    script = (ROOT / "pipeline/view/static/training.js").read_text(encoding="utf-8")
+    # nothing that is held out has samples or values
+    never = {f"eval_{name}" for name in RESPONSE_METRICS if name != "kl"}
+    assert [name for name in METRICS.names if name not in {"step", *never} and f'"{name}"' not in script] == []
 
 
 def test_nothing_but_finite_numbers_goes_into_json():

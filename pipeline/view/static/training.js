@@ -9,9 +9,16 @@ const GROUPS = [
   ["Reward accuracy", [["training", "rewards/accuracies"], ["held-out pairs", "eval_rewards/accuracies"]]],
   ["Rewards", [["chosen", "rewards/chosen"], ["rejected", "rewards/rejected"], ["chosen, held out", "eval_rewards/chosen"], ["rejected, held out", "eval_rewards/rejected"]]],
   ["Log-probabilities, nats per response", [["chosen", "logps/chosen"], ["rejected", "logps/rejected"], ["chosen, held out", "eval_logps/chosen"], ["rejected, held out", "eval_logps/rejected"]]],
+  ["Rewards of samples", [["mean", "reward"], ["standard deviation within a prompt", "reward_std"]]],
+  ["KL, nats", [["to what wrote the samples, per token", "kl/behaviour"], ["to the reference", "kl"], ["to the reference, held out", "eval_kl"]]],
+  ["Ratio to what wrote the samples", [["mean", "ratio/mean"], ["highest", "ratio/max"]]],
+  ["Share of ratios that were clipped", [["all", "clip_ratio/region_mean"], ["from below", "clip_ratio/low_mean"], ["from above", "clip_ratio/high_mean"]]],
+  ["Values", [["mean", "value/mean"]]],
+  ["Variance of returns that values explain", [["training", "value/explained_variance"]]],
   ["Norm of the gradient", [["training", "grad_norm"]]],
   ["Learning rate", [["training", "learning_rate"]]],
   ["Tokens per second", [["training", "tokens_per_second"]]],
+  ["Seconds per step", [["training", "step_seconds"]]],
   ["Peak memory, GiB", [["training", "peak_memory_gib"]]],
 ];
 
