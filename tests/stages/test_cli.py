@@ -17,6 +17,7 @@ COMMANDS = [
     ("plan",),
     ("train",),
     ("eval",),
+    ("rollout",),
     ("list",),
     ("rm",),
     ("prune",),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.artifacts.schemas import RESPONSES
 from pipeline.artifacts.tables import read_table, write_table
 from pipeline.config.training import TrainConfig
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.forward.logps import forward_of
 from pipeline.training.inputs.pairs import load_pairs
 from pipeline.training.inputs.responses import load_responses
@@ -247,8 +247,10 @@ def test_margins_that_are_not_there_are_a_sentence(place, tiny_model):
     sigmoid = ("--set", "train.loss_type=sigmoid")
     refscore_here(place.where, "precompute", "--config", config, "--run", "r", *sigmoid)
     reward = ("--set", "train.objective=reward", "--set", "train.margin_scale=1")
-    said = refscore_here(place.where, "train", "--config", config, "--run", "r", *sigmoid, *reward, code=2)
-    assert "has no margin, which train.margin_scale reads" in said
+    said = refscore_here(place.where, "train", "--config", config, "--run", "r", *sigmoid, *reward, code=3)
+    assert "12 of 12 pairs do not say how much better chosen is" in said
+    with pytest.raises(ConfigError, match="has no margin, which the test reads"):
+        load_pairs(place.run("r") / "pairs.parquet", "train", margins="the test")
 
 
 def test_scores_that_do_not_fit_are_told(place):
