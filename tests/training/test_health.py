@@ -68,6 +68,17 @@ def test_ln_2_means_nothing_to_other_losses():
     assert findings(stuck, TrainConfig(loss_type="ipo"), 40) == []
 
 
+def test_what_is_no_pair_is_not_told_of_pairs():
+    labelled = TrainConfig(loss_type="kto")
+    (finding,) = findings(rows(eval_rewards__accuracies=lambda _: 0.4), labelled, 40)
+    assert "Of the held-out responses 0.40 lie on their label's side" in finding.sentence
+    for train in (labelled, TrainConfig(loss_type="plackett_luce")):
+        (finding,) = findings(rows(rewards__chosen=lambda done: -4 * done), train, 40)
+        assert "a higher train.beta, or fewer steps hold it" in finding.sentence
+    (finding,) = findings(rows(rewards__chosen=lambda done: -4 * done), TRAIN, 40)
+    assert "an sft term" in finding.sentence
+
+
 def test_lengths_that_explode_are_named_with_the_falling_reward():
     falling = rows(rewards__chosen=lambda done: -2 * done)
     (sentence,) = length_words(falling, 300.0, 100.0)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.config.losses import data_of
 from pipeline.config.training import TrainConfig
 
 # before this share of the steps is done nothing is said
@@ -35,8 +36,8 @@ def findings(rows: Sequence[Row], train: TrainConfig, steps: int) -> list[Findin
     recent = done[-max(4, len(done) // 4) :]
     sentences = {
         "stuck": _stuck(recent, train),
-        "below chance": _chance(rows, recent),
-        "displaced": _displaced(done, recent),
+        "below chance": _chance(rows, recent, train),
+        "displaced": _displaced(done, recent, train),
         "gradient norms": _norms(recent),
         "overfitted": _overfit(rows),
     }
@@ -69,11 +70,17 @@ def _stuck(recent: Sequence[Row], train: TrainConfig) -> str | None:
     return None
 
 
-def _chance(rows: Sequence[Row], recent: Sequence[Row]) -> str | None:
+def _chance(rows: Sequence[Row], recent: Sequence[Row], train: TrainConfig) -> str | None:
     held_out = [row["eval_rewards/accuracies"] for row in rows if row.get("eval_rewards/accuracies") is not None]
     name, accuracy = "held-out", held_out[-1] if len(held_out) > 1 else None
     if accuracy is None:
         name, accuracy = "training", _mean(recent, "rewards/accuracies")
+    if accuracy < 0.5 and data_of(train) == "responses":
+        return (
+            f"Of the {name} responses {accuracy:.2f} lie on their label's side of the baseline, less than half: is the learning "
+            "rate too high, are good and bad swapped, or has one label too little weight (train.desirable_weight, "
+            "train.undesirable_weight)?"
+        )
     if accuracy < 0.5:
         return (
             f"The {name} reward accuracy is {accuracy:.2f}, below chance: are chosen and rejected swapped, is the "
@@ -82,13 +89,16 @@ def _chance(rows: Sequence[Row], recent: Sequence[Row]) -> str | None:
     return None
 
 
-def _displaced(done: Sequence[Row], recent: Sequence[Row]) -> str | None:
+def _displaced(done: Sequence[Row], recent: Sequence[Row], train: TrainConfig) -> str | None:
     chosen, margin = _mean(recent, "rewards/chosen"), _mean(recent, "rewards/margins")
+    # a loss of pairs goes with no other data
+    means = (
+        "fewer steps or an sft term (train.loss_type=[sigmoid,sft])" if data_of(train) == "pairs" else "or fewer steps"
+    )
     if chosen < -1 and chosen < _mean(done[:4], "rewards/chosen") and margin > 0:
         return (
             f"The chosen responses became less likely too (reward {chosen:.2f} at a margin of {margin:.2f}): likelihood "
-            "moves to responses that are in no pair. Watch lengths and loops; a higher train.beta, fewer steps or an sft "
-            "term (train.loss_type=[sigmoid,sft]) hold it."
+            f"moves to responses that are in no pair. Watch lengths and loops; a higher train.beta, {means} hold it."
         )
     return None
 
