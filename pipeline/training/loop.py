@@ -169,11 +169,16 @@ class Loop:
         values = evaluate(self.policy.forward, self.held_out, self.config.train, self.logps.note, self.world)
         self.logps.keep_evaluation(step)
         self.policy.model.train()
+        # held-out responses of one label have no margin
+        values = {name: value for name, value in values.items() if name == "loss" or math.isfinite(value)}
         self.metrics.add(step, values, prefix="eval_")
-        self.listener.say(
-            f"step {step}: held-out loss {values['loss']:.4f}, margin {values['rewards/margins']:.3f}, "
-            f"accuracy {values['rewards/accuracies']:.3f}"
-        )
+        shown = {
+            "loss": "held-out loss {:.4f}",
+            "rewards/margins": "margin {:.3f}",
+            "rewards/accuracies": "accuracy {:.3f}",
+        }
+        said = [form.format(values[name]) for name, form in shown.items() if name in values]
+        self.listener.say(f"step {step}: {', '.join(said)}")
 
     def _say_findings(self, kinds_said: set[str]) -> None:
         """Say what looks wrong, each kind once."""

@@ -1,5 +1,6 @@
 """Training on labelled responses, ranked lists and margins: from the data to the policy, the same however a step is cut."""
 
+import json
 import shutil
 
 import numpy as np
@@ -199,6 +200,21 @@ def test_a_step_of_one_label_has_no_figures_of_the_other(place, tiny_model):
     metrics = pl.read_parquet(place.run("kto") / "metrics.parquet").filter(pl.col("loss").is_not_null())
     assert metrics["rewards/rejected"].null_count() > 0
     assert not metrics["rewards/chosen"].is_nan().any()
+
+
+def test_held_out_responses_of_one_label_end_no_training(place):
+    run = place.scored("kto")
+    held_out = write_rows(place.where / "held.jsonl", [{**row, "label": False} for row in labelled(3)])
+    settings = (f"data.eval_path={held_out}", "data.eval_fraction=0")
+    sets = [part for setting in settings for part in ("--set", setting)]
+    refscore_here(place.where, "precompute", "--config", "kto.yaml", "--run", "kto", *sets)
+    said = place.train("kto", *settings)
+    assert "held-out loss" in said
+    assert "nan" not in said
+    results = json.loads((run / "provenance.json").read_text())["stages"]["train"]["results"]
+    assert (results["eval_rewards/chosen"], results["eval_rewards/margins"]) == (None, None)
+    assert np.isfinite(results["eval_loss"])
+    assert "nothing to train" in place.train("kto", *settings)
 
 
 def test_a_list_of_two_is_a_pair(place, tiny_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,17 +58,19 @@ class Metrics:
         return [values for _, values in sorted(self._rows.items())]
 
     def last(self, name: str) -> float | None:
-        """The newest value of a column."""
-        return next(
-            (self._rows[step][name] for step in sorted(self._rows, reverse=True) if name in self._rows[step]), None
-        )
+        """The newest value of a column; None if that is no number."""
+        return next(iter(reversed(self._column(name))), None)
 
     def first(self, name: str) -> float | None:
-        """The oldest value of a column."""
-        return next((self._rows[step][name] for step in sorted(self._rows) if name in self._rows[step]), None)
+        """The oldest value of a column; None if that is no number."""
+        return next(iter(self._column(name)), None)
 
     def close(self) -> None:
         """Write what is left and close the trackers."""
         self.flush()
         for tracker in self._trackers:
             tracker.close()
+
+    def _column(self, name: str) -> list[float | None]:
+        values = [row[name] for row in self.rows() if name in row]
+        return [value if math.isfinite(value) else None for value in values]
