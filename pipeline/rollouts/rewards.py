@@ -112,7 +112,8 @@ def make_rewards(shards: Sequence[Shard], rewarder: Rewarder, run: Run, costs: C
                 for row, reward in zip(rows, next(rewards), strict=True)
             ]
             key = rewarder.rewards_of(shard)
-            write_table(rewarder.rewards_in(run, shard), pa.Table.from_pylist(given, schema=REWARDS), {"key": key})
+            about = {"key": key, "responses": shard.responses(run)}
+            write_table(rewarder.rewards_in(run, shard), pa.Table.from_pylist(given, schema=REWARDS), about)
             costs.add("reward", key, seconds)
 
 
@@ -142,7 +143,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _is_judged(run: Run, rewarder: Rewarder, shard: Shard) -> bool:
     path = rewarder.rewards_in(run, shard)
     return (
-        fetched(run, path, rewarder.rewards_of(shard), REWARDS)
+        fetched(run, path, rewarder.rewards_of(shard), REWARDS, shard.responses(run))
         and not rewarder.rewards(run, shard)["reward"].null_count
     )
 

@@ -50,6 +50,11 @@ class Shard:
         """SAMPLES' rows, those of a prompt one after the other. Raises DataError if they are not there."""
         return read_table(self.samples_in(run), SAMPLES)
 
+    def responses(self, run: Run) -> str:
+        """Digest of what the run's samples say: an engine that batches otherwise may sample otherwise under the same key."""
+        table = self.samples(run)
+        return digest({name: table[name].to_pylist() for name in ("prompt_id", "sample", "response_ids")})
+
 
 def samples_key(weights: str, prompts: Sequence[Prompt], settings: GenerateConfig) -> str:
     """Digest of all that decides the samples of a model whose weights' digest is `weights`: equal keys, equal samples."""
@@ -110,10 +115,14 @@ def make_samples(
     listener.say(f"samples   {wanted} made")
 
 
-def fetched(run: Run, path: Path, key: str, schema: pa.Schema) -> bool:
-    """Whether the file at `path`, in the run's shards, is there, whole and of this key; a copy of any run's is put there."""
+def fetched(run: Run, path: Path, key: str, schema: pa.Schema, responses: str | None = None) -> bool:
+    """Whether the file at `path`, in the run's shards, is there, whole and of this key; a copy of any run's is put there.
+
+    `responses`: digest of the samples that it must be of. A file that does not say so is one from before it did.
+    """
     for here in (path, *sorted(RUNS.glob(f"*/{run.rollout_shards.name}/{path.name}"))):
-        if read_about(here).get("key") != key:
+        about = read_about(here)
+        if about.get("key") != key or about.get("responses", responses) != responses:
             continue
         try:
             table = read_table(here, schema)

@@ -107,7 +107,9 @@ def why_other_critic(key: str | None, config: Config, dtype: str) -> str | None:
 def make_values(shards: Sequence[Shard], critic: Critic, run: Run, costs: Costs, listener: Listener) -> None:
     """Write the values that no run has; loads nothing if that is none. Raises CheckError if one is no number."""
     missing = [
-        shard for shard in shards if not fetched(run, critic.values_in(run, shard), critic.values_of(shard), VALUES)
+        shard
+        for shard in shards
+        if not fetched(run, critic.values_in(run, shard), critic.values_of(shard), VALUES, shard.responses(run))
     ]
     if not missing:
         listener.say(f"values    of {critic.name}: all made before; no model is loaded")
@@ -127,7 +129,7 @@ def make_values(shards: Sequence[Shard], critic: Critic, run: Run, costs: Costs,
             columns = [pa.array([name[side] for name, _ in named], VALUES.field(side).type) for side in (0, 1)]
             table = pa.Table.from_arrays([*columns, list_column(values, VALUES.field("values").type)], schema=VALUES)
             key = critic.values_of(shard)
-            write_table(critic.values_in(run, shard), table, {"key": key})
+            write_table(critic.values_in(run, shard), table, {"key": key, "responses": shard.responses(run)})
             tokens = sum(map(len, requests))
             costs.add("value", key, time.monotonic() - started, tokens)
             ticker.advance_tokens(len(requests), tokens)

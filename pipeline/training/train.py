@@ -261,7 +261,7 @@ def _finish(
         if before is not None and after is not None:
             say(f"held-out  {label} {before:.4f} -> {after:.4f}")
     if (moved := metrics.last("kl/behaviour")) is not None:
-        say(f"moved     {moved:.4f} nats per token from the model that wrote the samples")
+        say(f"moved     {moved:.4f} nats per token from the model that wrote the samples, before the last step")
     if policy.adapted is not None:
         say(f"adapter   {run.adapter}")
     if run.model.is_dir():

@@ -5,6 +5,7 @@ from itertools import groupby
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -13,8 +14,8 @@ import pipeline.judges.reward_model
 import pipeline.rollouts.write
 import tests.engines.sampling
 from pipeline.artifacts.runs import Run
-from pipeline.artifacts.schemas import ROLLOUTS
-from pipeline.artifacts.tables import read_table
+from pipeline.artifacts.schemas import ROLLOUTS, SAMPLES
+from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.config.files import load_config
 from pipeline.engines.protocol import Request
@@ -183,6 +184,23 @@ def test_a_judge_that_failed_is_asked_again_about_that_shard(place, monkeypatch)
     place.rollout()
     assert asked[3:] == [12]
     assert place.about()["counts"]["judge_failed"] == 0
+
+
+def test_rewards_of_another_run_are_not_taken_for_samples_that_say_something_else(place):
+    """As engines that batch otherwise write: the key says what was asked for, not what came."""
+    place.rollout("rollout.prompts=4")
+    shutil.copytree(place.run() / "rollouts", place.run("s") / "rollouts")
+    (samples,) = (place.run("s") / "rollouts").glob("samples-*.parquet")
+    table = read_table(samples, SAMPLES)
+    others = table.to_pylist()
+    for row, other in zip(others, table.to_pylist()[::-1], strict=True):
+        row |= {name: other[name] for name in ("response", "response_ids", "finish_reason", "tokens")}
+    write_table(samples, pa.Table.from_pylist(others, schema=SAMPLES), read_about(samples))
+    place.rollout("rollout.prompts=4", run="s")
+    assert place.told == []
+    rows = place.rows("s")
+    assert rows["reward"].to_list() == [float("dog" in text) for text in rows["response"]]
+    assert rows["reward"].to_list() != place.rows()["reward"].to_list()
 
 
 def test_a_judge_that_gives_no_reward_at_all_is_said(place, monkeypatch):
