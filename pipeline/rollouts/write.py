@@ -185,7 +185,11 @@ def _about(config: Config, digests: dict[str, str], rows: Rows, settings_of: Gen
         "judge_key": rewarder.key,
     }
     return {
-        "key": digest(made_from, {"samples": [shard.key for shard in rows.shards]}, rows.counts.described()),
+        "key": digest(
+            made_from,
+            {"samples": [[shard.key, shard.responses(rows.run)] for shard in rows.shards]},
+            rows.counts.described(),
+        ),
         "policy": {"weights_digest": policy.identity.model.weights_digest, "model": policy.identity.model.digest},
         **made_from,
         "model": reference.identity.model.digest,
