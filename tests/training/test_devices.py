@@ -62,7 +62,7 @@ CASES = {
         }
     },
     # compared with what all responses of a step make together; some processes read none of them that counts
-    "kto": {"train": {"loss_type": ["kto"]}},
+    "kto": {"train": {"loss_type": ["kto"], "learning_rate": 1e-5}},
     "bco_few": {"train": {**ONE_PAIR, "loss_type": ["bco"], "desirable_weight": 1.5, "learning_rate": 1e-5}},
     "lists": {"train": {"loss_type": ["plackett_luce"]}},
     "policy_few": {
@@ -190,7 +190,8 @@ def test_many_processes_train_what_one_does(place, case, size):
     assert {name for name in measured if one[name].is_null().all()} == unread
     for name in set(measured) - unread:
         # a ratio has the digits of a token's log-probability, which is far from 0
-        digits = max(within, 1e-5) if name.startswith("ratio/") else within
+        # and a divergence of whole responses those of their sums
+        digits = max(within, 1e-5) if name.startswith("ratio/") or name.endswith("kl") else within
         assert ((one[name] - many[name]).abs() / one[name].abs().clip(1)).max() <= digits, name
         assert one[name].is_null().equals(many[name].is_null()), name
     assert one["loss"].n_unique() > 3
