@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.training.objectives.ranked import plackett_luce_loss, rpo_bwd_kl_loss, rpo_fwd_kl_loss, rpo_sq_loss
-from pipeline.training.objectives.unpaired import bco_loss, counted_in, kto_loss, no_mean
+from pipeline.training.objectives.unpaired import bco_loss, kto_loss
 from tests.theory.test_dpo import BETA, RESPONSES, distribution, optimum
 
 
@@ -164,7 +164,7 @@ def fixed_point_of_bco(reference, good_share, weights=(1.0, 1.0), rounds=12):
     """A policy that is BCO's minimiser with its own mean reward as delta."""
     policy = reference
     for _ in range(rounds):
-        delta = counted_in(no_mean(), BETA * (policy - reference)).mean
+        delta = (BETA * (policy - reference)).mean().detach()
         policy = trained(
             policy,
             lambda p, delta=delta: expected_of_labels(bco_loss, p, reference, delta, good_share, weights),
@@ -179,7 +179,7 @@ def test_bco_has_its_fixed_point_at_the_optimum_of_the_objective():
     best, share = optimum(reference, rewards), torch.sigmoid(rewards)
     assert total_variation(fixed_point_of_bco(reference, share), best) < 1e-2
     # there the slope is none; with any other delta it is some
-    delta = counted_in(no_mean(), BETA * (best - reference)).mean
+    delta = (BETA * (best - reference)).mean().detach()
     for other, stays in ((0.0, True), (0.3, False)):
         logits = best.clone().requires_grad_()
         expected_of_labels(bco_loss, logits.log_softmax(0), reference, delta + other, share).backward()

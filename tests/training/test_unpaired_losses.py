@@ -8,15 +8,26 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from pipeline.training.inputs.responses import RunningMean
 from pipeline.training.objectives.unpaired import (
-    RunningMean,
     bco_loss,
-    counted_in,
     kl_baseline,
     kto_loss,
     measured_responses,
-    no_mean,
 )
+
+
+def baseline(policy, reference):
+    """KTO's, as training sums it up."""
+    return kl_baseline((policy - reference).sum(), torch.tensor(float(len(policy))))
+
+
+def mean_of(rewards):
+    """BCO's mean reward, as training keeps it."""
+    running = RunningMean()
+    running.add(float(rewards.detach().double().sum()), len(rewards))
+    return torch.tensor(running.mean, dtype=torch.float64)
+
 
 ROWS, WIDTH, VOCABULARY = 9, 7, 11
 LABELS = {
@@ -105,7 +116,7 @@ def test_kto_is_trls(sequences, labels, beta, weights):
     gradient = torch.autograd.grad(loss, sequences.logits)[0]
     logps = sequences.logits[:, :, :-1].log_softmax(-1).gather(3, sequences.ids[:, :, 1:, None])[..., 0]
     policy = (logps * sequences.mask[:, :, 1:]).sum(-1)
-    z0 = kl_baseline(policy[1], sequences.reference[1])
+    z0 = baseline(policy[1], sequences.reference[1])
     good = torch.tensor(labels)
     mine = kto_loss(
         policy[0],
@@ -138,11 +149,12 @@ def test_bco_is_trls_over_several_steps(labels):
         match_underlying_distribution=False,
         running=RunningMoments(SimpleNamespace(use_distributed=False)),
     )
-    good, running = torch.tensor(labels), no_mean()
+    good, running = torch.tensor(labels), RunningMean()
     for step in range(4):
         policy, reference = draw(step)[:2] + step
-        running = counted_in(running, trainer.beta * (policy - reference))
-        mine = bco_loss(policy, reference, good, running.mean, beta=trainer.beta)
+        running.add(float((trainer.beta * (policy - reference)).sum()), len(policy))
+        delta_of = torch.tensor(running.mean, dtype=torch.float64)
+        mine = bco_loss(policy, reference, good, delta_of, beta=trainer.beta)
         losses, chosen, rejected, delta = BCOTrainer.bco_loss(
             trainer, policy[good], policy[~good], reference[good], reference[~good], None, None
         )
@@ -151,7 +163,7 @@ def test_bco_is_trls_over_several_steps(labels):
         torch.testing.assert_close(mine.rewards[order].double(), torch.cat([chosen, rejected]), atol=1e-6, rtol=0)
         assert float(running.mean) == pytest.approx(float(delta), abs=1e-6)
         assert float(mine.baseline) == pytest.approx(float(delta), abs=1e-6)
-    assert float(running.responses) == pytest.approx(trainer.running.count)
+    assert float(running.count) == pytest.approx(trainer.running.count)
 
 
 # --- the papers' formulas, float64
@@ -176,7 +188,7 @@ def test_kto_and_its_gradient_are_the_papers(labels, shift):
     mismatched.requires_grad_()
     good, weights = torch.tensor(labels), (0.8, 1.7)
     expected = papers_kto(policy, reference, good, mismatched, mismatched_reference, 0.3, weights)
-    z0 = kl_baseline(mismatched, mismatched_reference)
+    z0 = baseline(mismatched, mismatched_reference)
     terms = kto_loss(policy, reference, good, z0, beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1])
     torch.testing.assert_close(terms.losses.double(), expected, atol=1e-6, rtol=0)
     wanted = torch.autograd.grad(expected.mean(), policy)[0]
@@ -197,8 +209,7 @@ def test_bco_and_its_gradient_are_the_papers(labels):
     delta = rewards.detach().mean()
     expected = torch.where(good, -1.5 * logsigmoid(rewards - delta), -0.4 * logsigmoid(delta - rewards))
     wanted = torch.autograd.grad(expected.mean(), policy)[0]
-    running = counted_in(no_mean(), rewards)
-    terms = bco_loss(policy, reference, good, running.mean, beta=0.3, desirable_weight=1.5, undesirable_weight=0.4)
+    terms = bco_loss(policy, reference, good, mean_of(rewards), beta=0.3, desirable_weight=1.5, undesirable_weight=0.4)
     torch.testing.assert_close(terms.losses.double(), expected, atol=1e-6, rtol=0)
     terms.losses.mean().backward()
     torch.testing.assert_close(policy.grad, wanted, atol=1e-7, rtol=1e-5)
@@ -211,10 +222,8 @@ def test_bco_and_its_gradient_are_the_papers(labels):
 def test_the_baseline_is_the_mean_and_no_less_than_0():
     """The mean is bounded, not its terms: 3 and -2 give 0.5, -3 and 2 give 0."""
     zero = torch.zeros(2, dtype=torch.float64)
-    assert float(kl_baseline(torch.tensor([3.0, -2.0], dtype=torch.float64), zero)) == 0.5
-    assert float(kl_baseline(torch.tensor([-3.0, 2.0], dtype=torch.float64), zero)) == 0.0
-    with pytest.raises(ValueError, match="at least one mismatched response"):
-        kl_baseline(zero[:0], zero[:0])
+    assert float(baseline(torch.tensor([3.0, -2.0], dtype=torch.float64), zero)) == 0.5
+    assert float(baseline(torch.tensor([-3.0, 2.0], dtype=torch.float64), zero)) == 0.0
 
 
 def test_hand_values():
@@ -249,35 +258,31 @@ def test_hand_values():
     between = kto_loss(policy[:1], reference[:1], good[:1], torch.tensor(3.0, dtype=torch.float64), beta=0.2)
     assert shown(between, policy[:1], good[:1])["rewards/accuracies"] == 0.0
     # delta = 0.1: rewards of 0.4 and -0.2 are 0.3 on their side
-    terms = bco_loss(policy, reference, good, counted_in(no_mean(), torch.tensor([0.4, -0.2])).mean, beta=0.2)
+    terms = bco_loss(policy, reference, good, mean_of(torch.tensor([0.4, -0.2])), beta=0.2)
     torch.testing.assert_close(terms.losses, torch.full((2,), math.log(1 + math.exp(-0.3))))
 
 
 def test_a_running_mean_counts_every_response_alike():
-    """Steps of different sizes, one empty: the mean of all at once; and going on from numbers is going on."""
+    """Steps of different sizes, one empty: the mean of all at once."""
     rewards = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    running = no_mean()
-    assert running.mean.dtype == running.responses.dtype == torch.float64
+    running = RunningMean()
+    assert running.mean == 0.0
     for part in rewards.split([1, 0, 6, 3]):
-        running = counted_in(running, part)
-    assert float(running.mean) == pytest.approx(float(rewards.mean()), abs=1e-12)
-    assert float(running.responses) == 10
-    before = counted_in(no_mean(), rewards[:7])
-    again = RunningMean(*torch.tensor([float(before.mean), float(before.responses)], dtype=torch.float64))
-    assert torch.equal(counted_in(again, rewards[7:]).mean, counted_in(before, rewards[7:]).mean)
-    assert float(counted_in(no_mean(), rewards[:0]).mean) == 0.0
+        running.add(float(part.sum()), len(part))
+    assert running.mean == pytest.approx(float(rewards.mean()), abs=1e-12)
+    assert running.count == 10
 
 
 def test_one_response_is_a_step():
     policy, reference, mismatched, mismatched_reference = draw(2, rows=1, shift=20.0)
     for good in (torch.tensor([True]), torch.tensor([False])):
-        z0 = kl_baseline(mismatched, mismatched_reference)
+        z0 = baseline(mismatched, mismatched_reference)
         terms = kto_loss(policy, reference, good, z0, beta=0.1)
         assert terms.losses.shape == (1,)
         assert 0 < float(terms.losses) < 1
         # its own reward is the mean
-        running = counted_in(no_mean(), 0.1 * (policy - reference))
-        assert bco_loss(policy, reference, good, running.mean, beta=0.1).losses.item() == pytest.approx(math.log(2))
+        delta = mean_of(0.1 * (policy - reference))
+        assert bco_loss(policy, reference, good, delta, beta=0.1).losses.item() == pytest.approx(math.log(2))
 
 
 def test_long_responses_keep_their_digits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
+from pipeline.training.inputs.pairs import Stored
 
 
 def starts_of(ids: Sequence[str]) -> np.ndarray:
@@ -71,3 +73,27 @@ def tree_of(prompt: pa.ListScalar, response: pa.ListScalar) -> Tree:
     """One response as a tree of its own."""
     ids, branch = (row.values.to_numpy().tolist() for row in (prompt, response))
     return Tree(ids, (branch,))
+
+
+class GroupedTrees(Sequence[Tree]):
+    """Trees of a prompt with all responses of its group, made when they are asked for.
+
+    `columns`: prompt and response ids of every response; those of group `row` are rows `starts[row]` to `starts[row + 1]`.
+    """
+
+    def __init__(self, columns: Sequence[pa.ChunkedArray], starts: np.ndarray) -> None:
+        self._alone: Sequence[Tree] = Stored(columns, tree_of)
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> Tree: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Tree]: ...
+    def __getitem__(self, row: int | slice) -> Tree | list[Tree]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        alone = [self._alone[number] for number in range(int(self._starts[row]), int(self._starts[row + 1]))]
+        return Tree(alone[0].trunk, tuple(tree.branches[0] for tree in alone))

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +20,14 @@ from pipeline.artifacts.schemas import RESPONSES
 from pipeline.artifacts.tables import read_groups
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
-from pipeline.training.inputs.grouped import ends_of, in_whole_groups, longest_of, must_fit, starts_of, tree_of
-from pipeline.training.inputs.pairs import Stored
+from pipeline.training.inputs.grouped import (
+    GroupedTrees,
+    ends_of,
+    in_whole_groups,
+    longest_of,
+    must_fit,
+    starts_of,
+)
 
 _AGAIN = "run 'refscore precompute' again"
 _IDS = ("prompt_ids", "response_ids")
@@ -69,7 +74,7 @@ class Responses:
 
     def __post_init__(self) -> None:
         # made once: every step asks for it many times
-        object.__setattr__(self, "_trees", _Trees(self))
+        object.__setattr__(self, "_trees", GroupedTrees([self.table[name] for name in _IDS], self.starts))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,27 +92,6 @@ class Responses:
         """The reference's logps of every token of the example's responses, float32."""
         column = self.table["ref_response_token_logps"]
         return [column[number].values.to_numpy(zero_copy_only=False) for number in self.of(row)]
-
-
-class _Trees(Sequence[Tree]):
-    """Trees of groups, made when they are asked for."""
-
-    def __init__(self, responses: Responses) -> None:
-        self._responses = responses
-        self._alone: Sequence[Tree] = Stored([responses.table[name] for name in _IDS], tree_of)
-
-    def __len__(self) -> int:
-        return len(self._responses)
-
-    @overload
-    def __getitem__(self, row: int) -> Tree: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Tree]: ...
-    def __getitem__(self, row: int | slice) -> Tree | list[Tree]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        alone = [self._alone[number] for number in self._responses.of(row)]
-        return Tree(alone[0].trunk, tuple(tree.branches[0] for tree in alone))
 
 
 def load_responses(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,19 @@ from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.config.rollouts import PolicyGradientConfig
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
-from pipeline.training.inputs.grouped import ends_of, in_whole_groups, longest_of, must_fit, starts_of, tree_of
+from pipeline.training.inputs.grouped import (
+    GroupedTrees,
+    ends_of,
+    in_whole_groups,
+    longest_of,
+    must_fit,
+    starts_of,
+    tree_of,
+)
 from pipeline.training.inputs.pairs import Stored
 
-_KEPT = ("prompt_ids", "response_ids", "logps", "ref_logps")
+_IDS = ("prompt_ids", "response_ids")
+_KEPT = (*_IDS, "logps", "ref_logps")
 _AGAIN = "run 'refscore rollout' again"
 
 
@@ -55,7 +64,7 @@ class Rollouts:
     @property
     def trees(self) -> Sequence[Tree]:
         """The token ids of each prompt with its samples."""
-        return _Trees(self)
+        return GroupedTrees([self.samples[name] for name in _IDS], self.starts)
 
     @property
     def one_by_one(self) -> Samples:
@@ -88,33 +97,12 @@ class Weighed(NamedTuple):
     tokens: float
 
 
-class _Trees(Sequence[Tree]):
-    """Trees of prompts with all of their samples, made when they are asked for."""
-
-    def __init__(self, rollouts: Rollouts) -> None:
-        self._rollouts, self._one_by_one = rollouts, rollouts.one_by_one.trees
-
-    def __len__(self) -> int:
-        return len(self._rollouts)
-
-    @overload
-    def __getitem__(self, row: int) -> Tree: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Tree]: ...
-    def __getitem__(self, row: int | slice) -> Tree | list[Tree]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        alone = [self._one_by_one[number] for number in self._rollouts.of(row)]
-        return Tree(alone[0].trunk, tuple(tree.branches[0] for tree in alone))
-
-
 class Samples:
     """The samples of rollouts, by their numbers; see `pipeline.training.inputs.batches.Examples`."""
 
     def __init__(self, rollouts: Rollouts) -> None:
         self._rollouts = rollouts
-        columns = [rollouts.samples[name] for name in ("prompt_ids", "response_ids")]
-        self.trees: Sequence[Tree] = Stored(columns, tree_of)
+        self.trees: Sequence[Tree] = Stored([rollouts.samples[name] for name in _IDS], tree_of)
         self.longest, self.ends = rollouts.longest, rollouts.ends
 
     def __len__(self) -> int:

@@ -23,8 +23,8 @@ from pipeline.forward.logps import Forward
 from pipeline.forward.transfer import to_device
 from pipeline.training.inputs.rollouts import Rollouts, Samples
 from pipeline.training.objectives.advantages import targets_of, token_advantages
+from pipeline.training.objectives.common import CausalPolicy, OfSamples
 from pipeline.training.objectives.measured import Found, Measured, mean_over
-from pipeline.training.objectives.preference import Preference
 
 
 class SampleLogps(NamedTuple):
@@ -73,17 +73,12 @@ class Step:
     normalisers: Normalisers
 
 
-class PolicyGradient(Preference):
-    """See `pipeline.training.objectives.objective.Objective`; loaded, read and exported as the policy of preferences is."""
+class PolicyGradient(OfSamples, CausalPolicy):
+    """See `pipeline.training.objectives.objective.Objective`."""
 
-    unit = "prompt"
     in_words = "by policy gradient"
 
-    def parts(self, examples: Rollouts, rows: Sequence[int]) -> tuple[Samples, list[int]]:  # type: ignore[override]
-        """See `Objective.parts`: the samples of the step's prompts."""
-        return examples.one_by_one, [number for row in rows for number in examples.of(row)]
-
-    def whole(self, examples: Rollouts, rows: Sequence[int], train: TrainConfig) -> Step:  # type: ignore[override]
+    def whole(self, examples: Rollouts, rows: Sequence[int], train: TrainConfig) -> Step:
         """See `Objective.whole`."""
         settings, step = train.policy_gradient, examples.weighed(rows, train.policy_gradient)
         targets: Sequence[float | np.ndarray]
@@ -100,7 +95,7 @@ class PolicyGradient(Preference):
             normalisers=Normalisers(step.tokens, float(step.samples), float(examples.max_tokens)),
         )
 
-    def measured(  # type: ignore[override]
+    def measured(
         self, forward: Forward, examples: Samples, group: Sequence[int], train: TrainConfig, whole: Step
     ) -> Found:
         """See `Objective.measured`."""

@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.config.training import TrainConfig
-from pipeline.forward.logps import Forward, forward_of
+from pipeline.forward.logps import Forward
 from pipeline.forward.transfer import to_device
-from pipeline.models.load import load_causal_lm
 from pipeline.training.inputs.pairs import Pairs
+from pipeline.training.objectives.common import CausalPolicy, OfPairs
 from pipeline.training.objectives.losses import LossTerms, PairLogps, preference_loss, weighted_sums, wpo_weight
-from pipeline.training.objectives.measured import Found, mean_chosen_tokens, measured_pairs
-from pipeline.training.parallel.world import World
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pipeline.training.objectives.measured import Found, measured_pairs
 
 
-class Preference:
+class Preference(OfPairs, CausalPolicy):
     """See `pipeline.training.objectives.objective.Objective`."""
 
-    adapter_task = "CAUSAL_LM"
-    pipeline_tag = "text-generation"
-    unit = "pair"
     in_words = "with preference optimization"
-
-    def load(
-        self,
-        base: Path,
-        config: Config,
-        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002  # the protocol's
-        ends: set[int],  # noqa: ARG002  # the protocol's
-        precision: torch.dtype,
-        **options: Any,
-    ) -> PreTrainedModel:
-        """See `Objective.load`."""
-        # frozen weights need no more digits than they were saved with
-        frozen = config.policy.lora and precision == torch.bfloat16
-        learning = getattr(torch, config.policy.dtype)
-        return load_causal_lm(base, config.policy, "auto" if frozen else learning, **options)
-
-    def load_again(self, directory: Path, config: Config, like: PreTrainedModel, **options: Any) -> PreTrainedModel:  # noqa: ARG002
-        """See `Objective.load_again`."""
-        return load_causal_lm(directory, config.policy, torch.float32, **options)
-
-    def forward_of(
-        self,
-        model: PreTrainedModel,
-        layout: str,
-        precision: torch.dtype,
-        device: torch.device | None = None,
-        *,
-        whole: bool = True,
-    ) -> Forward:
-        """See `Objective.forward_of`."""
-        return forward_of(model, layout, precision, device, whole=whole)
-
-    def parts(self, examples: Pairs, rows: Sequence[int]) -> tuple[Pairs, Sequence[int]]:
-        """See `Objective.parts`."""
-        return examples, rows
-
-    def whole(self, examples: Pairs, rows: Sequence[int], train: TrainConfig) -> float:  # noqa: ARG002  # the protocol's
-        """See `Objective.whole`."""
-        return mean_chosen_tokens(examples, rows)
-
-    def before(
-        self,
-        forward: Any,  # noqa: ARG002  # the protocol's
-        examples: Any,  # noqa: ARG002
-        rows: Sequence[int],  # noqa: ARG002
-        train: TrainConfig,  # noqa: ARG002
-        whole: Any,
-        world: World,  # noqa: ARG002
-        *,
-        learning: bool,  # noqa: ARG002
-    ) -> Any:
-        """See `Objective.before`: nothing."""
-        return whole
 
     def measured(
         self, forward: Forward, examples: Pairs, group: Sequence[int], train: TrainConfig, whole: float

@@ -14,11 +14,11 @@ from pipeline.config.training import TrainConfig
 from pipeline.forward.logps import Forward
 from pipeline.forward.transfer import to_device
 from pipeline.training.inputs.responses import Responses
+from pipeline.training.objectives.common import AtOnce, CausalPolicy
 from pipeline.training.objectives.losses import LossTerms
 from pipeline.training.objectives.measured import Found, Measured, mean_over, measured_pairs
-from pipeline.training.objectives.preference import Preference
 from pipeline.training.objectives.ranked import best_and_worst, plackett_luce_loss
-from pipeline.training.objectives.unpaired import ResponseTerms, bco_loss, kto_loss, measured_responses
+from pipeline.training.objectives.unpaired import ResponseTerms, bco_loss, kl_baseline, kto_loss, measured_responses
 from pipeline.training.parallel.plan import passes
 from pipeline.training.parallel.world import World
 
@@ -30,14 +30,16 @@ class Baselines(NamedTuple):
     delta: torch.Tensor
 
 
-class OfResponses(Preference):
-    """What labelled responses and lists have in common."""
+class OfResponses(CausalPolicy):
+    """A step is made of labelled responses, or of lists."""
 
-    def whole(self, examples: Responses, rows: Sequence[int], train: TrainConfig) -> None:  # type: ignore[override]  # nothing
-        """See `Objective.whole`."""
+    in_words = "with preference optimization"
 
-    def parts(self, examples: Responses, rows: Sequence[int]) -> tuple[Responses, Sequence[int]]:  # type: ignore[override]
-        """See `Objective.parts`."""
+    def whole(self, examples: Responses, rows: Sequence[int], train: TrainConfig) -> None:
+        """See `Objective.whole`: nothing."""
+
+    def parts(self, examples: Responses, rows: Sequence[int]) -> tuple[Responses, Sequence[int]]:
+        """See `Objective.parts`: the examples themselves."""
         return examples, rows
 
 
@@ -64,8 +66,7 @@ class Labelled(OfResponses):
         """
         z0, delta = torch.zeros(2, dtype=torch.float64)
         if "kto" in train.loss_type and examples.mismatched is not None:
-            total, count = _summed_ratios(forward, examples.mismatched, rows, train, world)
-            z0 = (total / count).clamp(min=0)
+            z0 = kl_baseline(*_summed_ratios(forward, examples.mismatched, rows, train, world))
         if "bco" in train.loss_type:
             if learning:
                 total, count = _summed_ratios(forward, examples, rows, train, world)
@@ -73,7 +74,7 @@ class Labelled(OfResponses):
             delta = delta + examples.running.mean
         return Baselines(z0, delta)
 
-    def measured(  # type: ignore[override]
+    def measured(
         self, forward: Forward, examples: Responses, group: Sequence[int], train: TrainConfig, whole: Baselines
     ) -> Found:
         """See `Objective.measured`."""
@@ -96,12 +97,12 @@ class Labelled(OfResponses):
         return Found(losses, Measured({**found.means, **kl}))
 
 
-class Lists(OfResponses):
+class Lists(AtOnce, OfResponses):
     """See `pipeline.training.objectives.objective.Objective`; every example is a prompt's list, best first."""
 
     unit = "list"
 
-    def measured(  # type: ignore[override]
+    def measured(
         self,
         forward: Forward,
         examples: Responses,

@@ -25,10 +25,10 @@ from pipeline.forward.logps import Hidden, hidden_states_of
 from pipeline.forward.transfer import to_device
 from pipeline.forward.trees import Tree, merge
 from pipeline.training.inputs.pairs import Pairs
+from pipeline.training.objectives.common import OfPairs
 from pipeline.training.objectives.losses import LossTerms, bradley_terry_loss
-from pipeline.training.objectives.measured import Found, mean_chosen_tokens, measured_pairs
+from pipeline.training.objectives.measured import Found, measured_pairs
 from pipeline.training.objectives.preference import margins_of
-from pipeline.training.parallel.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,13 +62,11 @@ def _with_one_more(trees: Sequence[Tree]) -> list[Tree]:
     return [Tree(tree.trunk, tuple((*branch, 0) for branch in tree.branches)) for tree in trees]
 
 
-class RewardModel:
-    """See `pipeline.training.objectives.objective.Objective`."""
+class Classifier:
+    """A one-label sequence classifier over the layers of a policy."""
 
     adapter_task = "SEQ_CLS"
     pipeline_tag = "text-classification"
-    unit = "pair"
-    in_words = "as a reward model"
 
     def load(
         self,
@@ -96,6 +94,12 @@ class RewardModel:
         )
         return model
 
+
+class RewardModel(OfPairs, Classifier):
+    """See `pipeline.training.objectives.objective.Objective`."""
+
+    in_words = "as a reward model"
+
     def forward_of(
         self,
         model: PreTrainedModel,
@@ -107,28 +111,6 @@ class RewardModel:
     ) -> Rewards:
         """See `Objective.forward_of`."""
         return rewards_of(model, layout, precision, device)
-
-    def parts(self, examples: Pairs, rows: Sequence[int]) -> tuple[Pairs, Sequence[int]]:
-        """See `Objective.parts`."""
-        return examples, rows
-
-    def whole(self, examples: Pairs, rows: Sequence[int], train: TrainConfig) -> float:  # noqa: ARG002  # the protocol's
-        """See `Objective.whole`."""
-        return mean_chosen_tokens(examples, rows)
-
-    def before(
-        self,
-        forward: Any,  # noqa: ARG002  # the protocol's
-        examples: Any,  # noqa: ARG002
-        rows: Sequence[int],  # noqa: ARG002
-        train: TrainConfig,  # noqa: ARG002
-        whole: Any,
-        world: World,  # noqa: ARG002
-        *,
-        learning: bool,  # noqa: ARG002
-    ) -> Any:
-        """See `Objective.before`: nothing."""
-        return whole
 
     def measured(
         self, forward: Rewards, examples: Pairs, group: Sequence[int], train: TrainConfig, whole: float

@@ -27,25 +27,16 @@ class ResponseTerms(NamedTuple):
     baseline: torch.Tensor
 
 
-class RunningMean(NamedTuple):
-    """The mean reward of all responses so far, and how many they were: float64 scalars. A training that goes on needs both."""
-
-    mean: torch.Tensor
-    responses: torch.Tensor
-
-
 # --- KTO
 
 
-def kl_baseline(policy_B: torch.Tensor, reference_B: torch.Tensor) -> torch.Tensor:
-    """z0 = max(0, mean rho) of mismatched responses, each the response to another prompt: nats, float64 scalar, detached.
+def kl_baseline(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """z0 = max(0, mean rho) of a step's mismatched responses, each the response to another prompt: nats, float64 scalar, detached.
 
-    A biased estimate of KL(policy || reference) that needs no samples, as in KTO, section 4.1. The mean is over all mismatched
-    responses of a step, and the bound 0 is that of the mean. Raises ValueError if there is none.
+    A biased estimate of KL(policy || reference) that needs no samples, as in KTO, section 4.1. `total`: the sum of their rho, of
+    all forward passes and processes; the bound 0 is that of the mean, not of its terms.
     """
-    if not len(policy_B):
-        raise ValueError("a baseline needs at least one mismatched response")
-    return (policy_B - reference_B).double().mean().clamp(min=0).detach()
+    return (total.double() / count).clamp(min=0).detach()
 
 
 def kto_loss(
@@ -75,21 +66,6 @@ def kto_loss(
 # --- BCO
 
 
-def no_mean(device: torch.device | None = None) -> RunningMean:
-    """The running mean of nothing: 0, as the first step's own mean replaces it."""
-    return RunningMean(*torch.zeros(2, dtype=torch.float64, device=device))
-
-
-def counted_in(running: RunningMean, rewards_B: torch.Tensor) -> RunningMean:
-    """The running mean after the rewards beta * rho of one more step; every response of all steps counts alike.
-
-    The mean that TRL's BCOTrainer keeps; its variance, which no loss reads, is not kept.
-    """
-    rewards = rewards_B.detach().double()
-    responses = running.responses + len(rewards)
-    return RunningMean((running.mean * running.responses + rewards.sum()) / responses.clamp(min=1), responses)
-
-
 def bco_loss(
     policy_B: torch.Tensor,
     reference_B: torch.Tensor,
@@ -103,7 +79,7 @@ def bco_loss(
     """The loss -weight log sigmoid(s (beta rho - delta)): s = 1 and desirable_weight if good, s = -1 and undesirable_weight if bad.
 
     BCO, Jung et al. 2024 (2404.04656): a classifier whose logit is the reward less its mean, and an upper bound of DPO's loss.
-    `delta` is the mean of a `RunningMean`: in training one that has counted this step's rewards, in an evaluation training's.
+    `delta` is the mean reward of all responses that training has seen, this step's included; an evaluation adds none to it.
 
     With delta the mean reward of the data, the fixed point is DPO's optimum, pi_ref exp(r / beta) / Z with r the log-odds of
     good, if these log-odds are 0 on average. If they are not, it is another one, or none: weights whose ratio, desirable over

@@ -23,8 +23,9 @@ from pipeline.forward.transfer import to_device
 from pipeline.forward.values import Values, values_of
 from pipeline.training.inputs.rollouts import Rollouts, Samples
 from pipeline.training.objectives.advantages import token_returns
+from pipeline.training.objectives.common import OfSamples
 from pipeline.training.objectives.measured import Found, Measured, mean_over
-from pipeline.training.objectives.reward_model import RewardModel, has_head
+from pipeline.training.objectives.reward_model import Classifier, has_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,10 +46,9 @@ class Returns:
     spread: float
 
 
-class ValueModel(RewardModel):
+class ValueModel(OfSamples, Classifier):
     """See `pipeline.training.objectives.objective.Objective`; loaded and exported as a reward model is."""
 
-    unit = "prompt"
     in_words = "as a value model"
 
     def load(
@@ -66,7 +66,7 @@ class ValueModel(RewardModel):
             torch.nn.init.zeros_(model.score.weight)
         return model
 
-    def forward_of(  # type: ignore[override]
+    def forward_of(
         self,
         model: PreTrainedModel,
         layout: str,
@@ -78,11 +78,7 @@ class ValueModel(RewardModel):
         """See `Objective.forward_of`."""
         return values_of(model, layout, precision, device)
 
-    def parts(self, examples: Rollouts, rows: Sequence[int]) -> tuple[Samples, list[int]]:  # type: ignore[override]
-        """See `Objective.parts`: the samples of the step's prompts."""
-        return examples.one_by_one, [number for row in rows for number in examples.of(row)]
-
-    def whole(self, examples: Rollouts, rows: Sequence[int], train: TrainConfig) -> Returns:  # type: ignore[override]
+    def whole(self, examples: Rollouts, rows: Sequence[int], train: TrainConfig) -> Returns:
         """See `Objective.whole`."""
         settings = train.policy_gradient
         step = examples.weighed(rows, settings)
@@ -99,7 +95,7 @@ class ValueModel(RewardModel):
             spread=float(((every - every.mean()) ** 2).sum()),
         )
 
-    def measured(  # type: ignore[override]
+    def measured(
         self,
         forward: Values,
         examples: Samples,
