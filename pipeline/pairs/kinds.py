@@ -140,7 +140,7 @@ def must_serve(name: str, form: Form, wanted: Data | None, lists: Lists) -> None
         losses = " or ".join(loss for loss, facts in LOSS_FACTS.items() if facts.data == "responses")
         raise DataError(
             f"{name}: the file is unpaired data as KTO learns from (one response a row, with a label), which makes no "
-            f"{UNITS[wanted]}: train.loss_type={losses} learn from it, and train.objective=policy_gradient from its prompts; where "
+            f"{UNITS[wanted]}: train.loss_type={losses} learn from it, and train.objective=policy_gradient from its prompts; if "
             "pairs are needed, make one row of prompt, chosen and rejected of a response that is wanted and one that is not"
         )
     if form.kind == "ranked" and wanted == "responses" and lists == "all_pairs":

@@ -1,5 +1,5 @@
 """Pairs on disk: an experiment's tokenised pairs as a Parquet file of row groups, so that memory does not grow with rows; or its
-responses, where a loss learns from these, or its prompts.
+responses, if a loss learns from these, or its prompts.
 
 Owns the working file between reading the data and writing pairs.parquet or responses.parquet: the same columns, without scores.
 What stays in memory is a few numbers per row. The file is deleted when its `PairTable` is garbage-collected.

@@ -49,7 +49,7 @@ def length_that_keeps(lengths: np.ndarray, share: float) -> int:
 def _left_out(config: Config, plan: Plan) -> list[str]:
     pairs = plan.pairs
     read = pairs.read
-    # many responses to one prompt are no fault where prompts are read alone
+    # many responses to one prompt are no fault if prompts are read alone
     drops = {name: drop.count for name, drop in pairs.drops.items() if plan.data != "prompts" or name != "duplicate"}
     dropped = sum(drops.values())
     if dropped <= _MANY_DROPPED * read:

@@ -102,7 +102,7 @@ def disk(config: Config, plan: Plan, seen: Outlook, sampled: Sampled | None = No
 
 
 def _of_samples(sampled: Sampled) -> int:
-    """Ids in a shard and in rollouts.parquet, where two log-probabilities stand beside each, and a prompt's ids."""
+    """Ids in a shard and in rollouts.parquet, beside each of which two log-probabilities stand, and a prompt's ids."""
     responses = sampled.samples * sampled.max_tokens
     return 4 * (4 * responses + sampled.each * int(sampled.prompts.sum()))
 

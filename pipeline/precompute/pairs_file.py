@@ -48,7 +48,7 @@ def inputs_digest(config: Config) -> str:
 
 
 def _digest_with(data: dict[str, Any], reference: ReferenceConfig) -> str:
-    # a field that was added later counts where it says something
+    # a field that was added later counts if it says something
     data = {name: value for name, value in data.items() if name != "lists" or value != "best_worst"}
     fields = {"model", "revision", "adapter", "engine", "dtype", *(["imported_by"] if reference.imported_by else [])}
     return digest(data, reference.model_dump(mode="json", include=fields))

@@ -139,7 +139,7 @@ class Plan:
         return self.pairs.row(number)
 
     def name(self, number: int) -> str:
-        """What a row is called where it is at fault."""
+        """What a row is called if it is at fault."""
         row = self.row(number)
         return f"pair {row['pair_id']}" if self.pairs.of_pairs else f"group {row['group_id']}"
 

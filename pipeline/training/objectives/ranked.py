@@ -36,7 +36,7 @@ def plackett_luce_loss(
 
 
 def best_and_worst(values_N: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Values of the first and the last response of every list, [2, G], where lists are in order, best first."""
+    """Values of the first and the last response of every list, [2, G]; lists are in order, best first."""
     lists = torch.split(values_N, list(sizes))
     return torch.stack([torch.stack([values[0], values[-1]]) for values in lists], dim=1)
 
