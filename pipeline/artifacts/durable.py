@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_beside(path)
     try:
         with explaining_disk(path):
-            _make(path.parent)
+            make_directory(path.parent)
             yield temporary
             flush(temporary)
             temporary.replace(path)
@@ -58,7 +58,8 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _make(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Make the directory and those above it, if they are not there. Raises RefscoreError if it cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, GenerateConfig, ReferenceConfig
@@ -49,6 +50,8 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     What any run made under the same settings is used again. Raises ConfigError if models, judge or prompts do not fit together,
     CheckError if nothing is left to learn from, RefscoreError if the store cannot be written.
     """
+    # said now, not after the first samples
+    durable.make_directory(run.rollout_shards)
     reference, policy = open_both(config, listener)
     settings = judge_of_texts(config, config.rollout.judge)
     made_by = (vocabulary_digest(reference.tokenizer), chat_template_digest(reference.tokenizer))

@@ -371,3 +371,10 @@ def test_held_out_prompts_are_there_for_stage_three(place):
     pairs = pl.read_parquet(place.run() / "pairs.parquet")
     assert set(pairs["split"]) == {"train", "eval"}
     assert not set(pairs.filter(pl.col("split") == "eval")["prompt"]) & set(place.rows()["prompt"])
+
+
+def test_a_place_that_cannot_be_made_is_said_before_anything_is_sampled(place):
+    place.run().mkdir(parents=True)
+    (place.run() / "rollouts").write_text("a file")
+    assert "rollouts cannot be made" in place.rollout(code=1)
+    assert place.told == []
