@@ -63,7 +63,8 @@ def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpo
         return checkpoint
     saved = read_json(run.training).get("config", {})
     now = trained_fields(config)
-    fields = "; ".join(differing_fields(saved, now)) or "the data, the reference's scores or the policy's weights"
+    others = "the samples or their rewards" if config.train.on_samples else "the data or the reference's scores"
+    fields = "; ".join(differing_fields(saved, now)) or f"{others}, or the policy's weights"
     raise ConfigError(
         f"run {run.name!r} already holds a training with other settings ({fields}). "
         "Give this one a name of its own (--run NAME), or replace the old one (--restart)"

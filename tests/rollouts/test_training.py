@@ -391,3 +391,11 @@ def test_samples_that_were_cut_off_can_be_kept_from_teaching(sampled):
     assert whole.normalisers.tokens == sum(
         length for length, cut_off in zip(lengths, rollouts.cut_off, strict=True) if not cut_off
     )
+
+
+def test_other_rewards_of_the_same_settings_are_another_training(sampled):
+    train(sampled)
+    path = sampled.run() / "rollouts.parquet"
+    write_table(path, read_table(path, ROLLOUTS), read_about(path) | {"key": "other samples"})
+    said = train(sampled, code=2)
+    assert "already holds a training with other settings (the samples or their rewards, or the policy's weights)" in said
