@@ -147,14 +147,16 @@ def test_kto_and_bco_are_what_their_formulas_say_of_the_stored_numbers(place, ti
         return 1 / (1 + np.exp(-x))
 
     beta, up, down = 0.5, 1.5, 0.7
-    z0 = max(0.0, float(np.mean(others)))
+    # a policy that has moved towards the mismatched responses: a baseline of 0 would hide how it is made
+    examples, shift = table_of(run, "kto"), 1.5 - float(np.mean(others))
+    examples.mismatched.ref_sums[:] -= shift
+    z0 = 1.5
     kto = [up * (1 - sigmoid(beta * (r - z0))) if good else down * (1 - sigmoid(beta * (z0 - r))) for r, good in own]
     delta = (4.0 + sum(beta * r for r, _ in own)) / (10 + len(own))
     bco = [
         -up * np.log(sigmoid(beta * r - delta)) if good else -down * np.log(sigmoid(delta - beta * r))
         for r, good in own
     ]
-    examples = table_of(run, "kto")
     for loss, expected in (("kto", kto), ("bco", bco)):
         train = TrainConfig(loss_type=[loss], beta=beta, desirable_weight=up, undesirable_weight=down)
         examples.running.total, examples.running.count = 4.0, 10.0
