@@ -398,4 +398,6 @@ def test_other_rewards_of_the_same_settings_are_another_training(sampled):
     path = sampled.run() / "rollouts.parquet"
     write_table(path, read_table(path, ROLLOUTS), read_about(path) | {"key": "other samples"})
     said = train(sampled, code=2)
-    assert "already holds a training with other settings (the samples or their rewards, or the policy's weights)" in said
+    assert (
+        "already holds a training with other settings (the samples or their rewards, or the policy's weights)" in said
+    )
