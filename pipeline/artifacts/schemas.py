@@ -94,6 +94,11 @@ DROPPED = pa.schema(
         pa.field("rejected_ids", _ids, metadata=_LATER),
     ]
 )
+# sequences that have no score yet: what an engine is asked for
+MISSING = pa.schema(
+    [("key", pa.binary(32)), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))]
+)
+
 SCORES = pa.schema(
     [
         pa.field("key", pa.binary(32), nullable=False),

@@ -8,13 +8,15 @@ learns from these, to responses.parquet.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.tables import arrays_of
+from pipeline.artifacts.schemas import MISSING
+from pipeline.artifacts.tables import arrays_of, list_column
 from pipeline.config.experiment import Config
 from pipeline.config.losses import Data, data_of, margins, mismatched, sums_do_not_do
 from pipeline.engines.protocol import Request
@@ -148,6 +150,46 @@ class Plan:
         number, side = divmod(position, len(self.sides))
         row = self.row(number)
         return Request(row["prompt_ids"], row[f"{self.sides[side]}_ids"])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that were planned together. `missing`: MISSING's rows, one for each sequence that the store lacks and no earlier window
+    had, in the order of the data; `share`: of the sources' bytes that are read by now, 0 to 1.
+    """
+
+    missing: pa.Table
+    share: float
+
+
+class Planning:
+    """Planning as a stream: what the store lacks of the first rows is known before the last row is read."""
+
+    def __init__(self, config: Config, reference: OpenedReference | None = None) -> None:
+        self._config, self.reference = config, reference or open_reference(config.reference)
+        self._plan: Plan | None = None
+
+    def windows(self) -> Iterator[Window]:
+        """Each window as soon as its rows are read; raises what `make_plan` raises."""
+        plan = self.plan()
+        sides = len(plan.sides)
+        for first, table in plan.pairs.groups(plan.pairs.ids):
+            low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
+            positions = plan.missing[low:high]
+            prompts, *responses = (arrays_of(table, name) for name in plan.pairs.ids)
+            places = [divmod(position, sides) for position in positions.tolist()]
+            columns = [
+                plan.keys.take(pa.array(positions)),
+                list_column([prompts[row - first] for row, _ in places], MISSING.field("prompt_ids").type),
+                list_column([responses[side][row - first] for row, side in places], MISSING.field("response_ids").type),
+            ]
+            yield Window(pa.table(columns, schema=MISSING), (first + len(table)) / len(plan.pairs))
+
+    def plan(self) -> Plan:
+        """The whole plan: reads what is left to read, and asks the store for all of it now."""
+        if self._plan is None:
+            self._plan = make_plan(self._config, self.reference)
+        return self._plan
 
 
 def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
