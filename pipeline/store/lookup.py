@@ -25,6 +25,7 @@ from pipeline.errors import RefscoreError
 from pipeline.store.places import Patience, Place
 from pipeline.store.shard import (
     Unsound,
+    computed_by,
     key_words,
     open_shard,
     published_at,
@@ -65,6 +66,14 @@ class Lookup:
     def held_as_sums(self) -> np.ndarray:
         """Like `held`, of the keys whose row has a sum and no values per token."""
         return self.held_by([shard for shard, sums in zip(self._shards, self._sums_only, strict=True) if sums])
+
+    def held_from_adopted(self) -> dict[str, np.ndarray]:
+        """Like `held`, of the keys whose row an adopted reference computed, by the id of that reference."""
+        shards: dict[str, list[Path]] = {}
+        for shard, by in zip(self._shards, self._computed_by, strict=True):
+            if by:
+                shards.setdefault(by, []).append(shard)
+        return {by: positions for by, theirs in shards.items() if len(positions := self.held_by(theirs))}
 
     def found(self) -> pl.DataFrame:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
@@ -114,6 +123,7 @@ class Lookup:
         self._shards: list[Path] = []
         self._place_of: list[Place] = []
         self._sums_only: list[bool] = []
+        self._computed_by: list[str | None] = []
         self._order: list[tuple[int, str]] = []
         self._shard = np.full(len(self._firsts), -1, dtype=np.int32)
         self._row = np.zeros(len(self._firsts), dtype=np.int32)
@@ -135,9 +145,10 @@ class Lookup:
             words = key_words(file.read(columns=["key"]))
             if len(words) != file.metadata.num_rows:
                 raise Unsound(f"{len(words)} keys in {file.metadata.num_rows} rows")
-            published, sums = published_at(file), sums_only(file)
+            published, sums, by = published_at(file), sums_only(file), computed_by(file)
         self._shards.append(shard)
         self._sums_only.append(sums)
+        self._computed_by.append(by)
         self._place_of.append(place)
         self._order.append((published, shard.name))
         self._note(len(self._shards) - 1, words)

@@ -26,6 +26,8 @@ from pipeline.errors import RefscoreError, first_line
 SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
 # what a shard says of itself if its rows have no values per token
 SUMS_ONLY = "sums_only"
+# what a shard says of itself if its rows were taken over from a reference that was adopted: that reference's id
+COMPUTED_BY = "computed_by"
 # relative to the sum: far above the rounding of a sum in float64, far below what a changed float32 makes
 _SUM_TOLERANCE = 1e-11
 
@@ -82,6 +84,12 @@ def published_at(file: pq.ParquetFile) -> int:
 def sums_only(file: pq.ParquetFile) -> bool:
     """Whether an open shard says that it holds sums of responses, and no values of tokens."""
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
+
+
+def computed_by(file: pq.ParquetFile) -> str | None:
+    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
+    said = about_in(file.schema_arrow).get(COMPUTED_BY)
+    return said if isinstance(said, str) else None
 
 
 def shard_problem(file: pq.ParquetFile, table: pa.Table) -> str | None:

@@ -32,7 +32,7 @@ from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace, Place, is_url
 from pipeline.store.registrations import register
 from pipeline.store.remote_places import RemotePlace
-from pipeline.store.shard import SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
+from pipeline.store.shard import COMPUTED_BY, SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
 
 # a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
 _TRIES = 3
@@ -52,6 +52,7 @@ class Store:
 
     def __init__(self, places: Sequence[str], reference: ReferenceIdentity) -> None:
         self.reference = reference
+        self._named = tuple(places)
         self.places = [
             open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
         ]
@@ -59,6 +60,10 @@ class Store:
     def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
         """Where each of `keys` stands; reads the shards' keys. Raises RefscoreError if a place or shard may not be read."""
         return Lookup(self.places, keys)
+
+    def of(self, reference: ReferenceIdentity) -> Store:
+        """The scores of another reference at the same places."""
+        return Store(self._named, reference)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""
@@ -72,12 +77,17 @@ class Store:
         self.publish_table(_table(rows), [dict(circumstances or {})])
 
     def publish_table(
-        self, table: pa.Table, circumstances: Sequence[Mapping[str, str]] = (), published: int | None = None
+        self,
+        table: pa.Table,
+        circumstances: Sequence[Mapping[str, str]] = (),
+        published: int | None = None,
+        computed_by: str | None = None,
     ) -> str:
         """Publish rows that are in SCORES' form already; returns the shard's name.
 
-        `published` is when the rows were first published, by default now. Rows of imported scores may have empty lists of values,
-        all or none of them. Raises like `publish`, and CheckError if a key stands twice.
+        `published` is when the rows were first published, by default now; `computed_by` the id of an adopted reference that
+        computed them. Rows of imported scores may have empty lists of values, all or none of them. Raises like `publish`, and
+        CheckError if a key stands twice.
         """
         sums = self.reference.numerics.engine == IMPORTED and _without_values(table)
         _must_be_true(table, sums=sums)
@@ -86,6 +96,7 @@ class Store:
             "published": time.time_ns() if published is None else published,
             "circumstances": [dict(circumstance) for circumstance in circumstances],
             **({SUMS_ONLY: True} if sums else {}),
+            **({COMPUTED_BY: computed_by} if computed_by else {}),
         }
         for _ in range(_TRIES):
             try:
