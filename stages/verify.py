@@ -20,7 +20,7 @@ from pipeline.precompute.verify import Sample, draw_sample, judge, problems
 from pipeline.store.identity import IMPORTED
 from stages import console
 
-_SHOWN = {
+SHOWN = {
     "mean_signed_difference": "mean signed",
     "mean_absolute_difference": "mean",
     "max_absolute_difference": "max",
@@ -101,11 +101,11 @@ def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[st
     of = f"{sample.rows} {sample.unit}, {figures['tokens']} response tokens"
     console.table(
         f"minus transformers float32, {of}; nats per token, margins in nats",
-        ["scores", *_SHOWN.values(), "tokens/s"],
+        ["scores", *SHOWN.values(), "tokens/s"],
         [
             [
                 name,
-                *(f"{values[key]:.2g}" for key in _SHOWN),
+                *(f"{values[key]:.2g}" for key in SHOWN),
                 f"{values['tokens_per_second']:.0f}" if name != "stored" else "",
             ]
             for name, values in {"stored": figures, **measured}.items()

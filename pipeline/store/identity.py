@@ -112,7 +112,9 @@ def identify(
     return ReferenceIdentity(identify_model(directory, adapter, trusts_code=trusts_code), numerics)
 
 
-def score_key(reference_id: str, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
+def score_key(
+    reference_id: str, prompt_ids: Sequence[int] | np.ndarray, response_ids: Sequence[int] | np.ndarray
+) -> bytes:
     """The 32 bytes under which the logps of `response_ids` after `prompt_ids` are stored.
 
     sha256 of: "refscore-key", version (u8), reference_id (32 bytes), and both id lists, each as its length (u64) and

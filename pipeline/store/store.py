@@ -113,6 +113,17 @@ class Store:
             "is something else tidying this directory?"
         )
 
+    def note(self, name: str, content: Any) -> None:
+        """Keep JSON beside the scores in the first place, durably, in place of what stood under that name.
+
+        Raises RefscoreError if the place refuses.
+        """
+        place = self.places[0]
+        with durable.explaining_disk(Path(place.name)):
+            self._describe()
+            place.remove(name)
+            _publish_json(place, name, content)
+
     def register(self, run: Path) -> None:
         """Leave word, in every directory of the store that can be written, that `run` uses this reference."""
         for place in self.places:
@@ -124,10 +135,8 @@ class Store:
         place = self.places[0]
         with durable.explaining_disk(Path(place.name), table.nbytes):
             temporary = durable.temporary_beside(place.workspace() / "scores.parquet")
-            described = temporary.with_name(f"{temporary.name}.json")
             try:
-                described.write_text(json.dumps(self.reference.described(), indent=2) + "\n", encoding="utf-8")
-                place.publish(described, "reference.json")
+                self._describe()
                 durable.reached("publish: reference described")
                 write_parquet(temporary, table, about)
                 durable.reached("publish: written")
@@ -139,9 +148,11 @@ class Store:
                 place.publish(temporary, name)
             finally:
                 temporary.unlink(missing_ok=True)
-                described.unlink(missing_ok=True)
         durable.reached("publish: done")
         return name
+
+    def _describe(self) -> None:
+        _publish_json(self.places[0], "reference.json", self.reference.described())
 
 
 def open_place(place: str, reference_id: str, *, first: bool) -> Place:
@@ -161,6 +172,16 @@ def read_reference(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("numerics"), dict):
         raise DataError(f"{file} describes no reference: the next precompute writes it anew")
     return content
+
+
+def _publish_json(place: Place, name: str, content: Any) -> None:
+    temporary = durable.temporary_beside(place.workspace() / name)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        durable.flush(temporary)
+        place.publish(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _table(rows: Sequence[Scored]) -> pa.Table:
