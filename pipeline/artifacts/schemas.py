@@ -8,6 +8,8 @@ _ids = pa.list_(pa.int32())
 _logps = pa.list_(pa.float32())
 # marks a column that files of an earlier version lack; it reads as null
 _LATER = {b"later": b"true"}
+# marks whole numbers whose bytes are stored apart, as those of floats are: the first of them are all alike
+SPLIT = b"split"
 
 # of a table, raised if a reader of before would misread it; a column that is added needs no new format
 FORMAT_KEY = b"refscore_format"
@@ -107,6 +109,16 @@ SCORES = pa.schema(
         pa.field("logps", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
         pa.field("logp", pa.float64(), nullable=False),
     ]
+)
+# logps in units of -2^-12 nats; see pipeline.store.fixed_point
+ROUNDED_SCORES = SCORES.set(
+    SCORES.get_field_index("logps"),
+    pa.field(
+        "logps",
+        pa.list_(pa.field("element", pa.int32(), nullable=False)),
+        nullable=False,
+        metadata={SPLIT: b"true"},
+    ),
 )
 SCORED = pa.schema(
     [

@@ -50,6 +50,10 @@ def must_be_adoptable(adopted: ReferenceIdentity, by: ReferenceIdentity) -> None
             f"{name} was imported by {adopted.numerics.imported_by!r}: to train on these scores set reference.engine=imported, "
             "'refscore verify' then compares a sample"
         )
+    if adopted.numerics.logps and not by.numerics.logps:
+        raise ConfigError(
+            f"{name} keeps logps in fixed point, and this configuration asks for exact ones: set reference.logps=fixed_point"
+        )
     if adopted.model != by.model:
         numerics = {"numerics": by.numerics.described()}
         words = "; ".join(differences({**adopted.described(), **numerics}, by.described()))

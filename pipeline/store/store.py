@@ -27,6 +27,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
+from pipeline.store.fixed_point import FIXED_POINT, rounded
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace, Place, is_url
@@ -90,7 +91,8 @@ class Store:
         CheckError if a key stands twice.
         """
         sums = self.reference.numerics.engine == IMPORTED and _without_values(table)
-        _must_be_true(table, sums=sums)
+        rounds = self.reference.numerics.logps == FIXED_POINT
+        _must_be_true(table, sums=sums, rounded=rounds)
         about = {
             "reference_id": self.reference.reference_id,
             "published": time.time_ns() if published is None else published,
@@ -100,7 +102,7 @@ class Store:
         }
         for _ in range(_TRIES):
             try:
-                return self._publish(table, about)
+                return self._publish(rounded(table) if rounds else table, about)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -202,8 +204,8 @@ def _without_values(table: pa.Table) -> bool:
     return len(table) > 0 and not pc.max(pc.list_value_length(table["logps"])).as_py()
 
 
-def _must_be_true(table: pa.Table, *, sums: bool) -> None:
-    if problem := (sums_problem if sums else rows_problem)(table):
+def _must_be_true(table: pa.Table, *, sums: bool, rounded: bool) -> None:
+    if problem := sums_problem(table) if sums else rows_problem(table, rounded=rounded):
         raise CheckError(f"refusing to store a score that cannot be true: {problem}")
     words = key_words(table)
     if len(np.unique(words, axis=0)) != len(words):

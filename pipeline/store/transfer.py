@@ -23,6 +23,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.tables import about_in
 from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError, first_line
 from pipeline.progress import SILENT, Listener
+from pipeline.store.fixed_point import FIXED_POINT
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.places import Place, is_url
 from pipeline.store.shard import (
@@ -201,10 +202,14 @@ def _read(shard: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def _unfit(shard: Path, identity: ReferenceIdentity) -> str | None:
-    """Why a sound shard may not stand for a reference: only of scores that were imported may sums be all that is known."""
+    """Why a sound shard may not stand for a reference: only of scores that were imported may sums be all that is known, and only
+    where the reference says so may values be rounded.
+    """
     with open_shard(shard) as file:
         if sums_only(file) and identity.numerics.engine != IMPORTED:
             return "it holds sums only, and its reference's scores are of tokens"
+        if file.rounded and identity.numerics.logps != FIXED_POINT:
+            return "it holds logps in fixed point, and its reference's are exact"
     return None
 
 
