@@ -84,6 +84,8 @@ REWARDS = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("rewar
 VALUES = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("values", _logps)])
 # what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
 IMPORTED_BY = "imported_by"
+# and if its values per token were rounded: by how many nats at most. Their sums are of the values before that
+ROUNDING = "rounding"
 DROPPED = pa.schema(
     [
         ("source", pa.string()),

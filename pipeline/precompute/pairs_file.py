@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS, RESPONSES
+from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS, RESPONSES, ROUNDING
 from pipeline.artifacts.tables import in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
@@ -28,6 +28,7 @@ from pipeline.pairs.splits import source_digests
 from pipeline.precompute.join import dropped_with, rows_left_out, write_joined
 from pipeline.precompute.plan import Plan, make_plan, serve_adopted
 from pipeline.progress import SILENT, Listener
+from pipeline.store.fixed_point import FIXED_POINT, LARGEST_ERROR
 from pipeline.store.shard import COMPUTED_BY
 
 # data.max_length where a configuration gave none, up to version 0.1
@@ -164,6 +165,7 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
         **({} if made_for == _AS_PAIRS else made_for),
         **({"margins": plan.pairs.margins} if plan.pairs.margins else {}),
         **({IMPORTED_BY: plan.identity.numerics.imported_by} if plan.imported and scored else {}),
+        **({ROUNDING: LARGEST_ERROR} if plan.identity.numerics.logps == FIXED_POINT and scored else {}),
     }
 
 

@@ -87,6 +87,23 @@ def test_training_takes_over_what_was_adopted(tmp_path, config, old):
     assert "gate      passed" in said
 
 
+def test_other_commands_take_over_what_was_adopted(tmp_path, config, old):
+    refscore_here(tmp_path, "store", "adopt", old, "--config", config)
+    said = refscore_here(tmp_path, "store", "explain", "--config", config)
+    assert f"0 hits, 24 adopted from {old[:12]}, 0 misses" in said
+    said = refscore_here(tmp_path, "store", "explain", "--config", config, "--row", 3)
+    assert f"0 hits, 2 adopted from {old[:12]}, 0 misses" in said
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in preference_rows(14)]
+    asked = write_rows(tmp_path / "responses.jsonl", [*rows, rows[0]])
+    out = tmp_path / "scores.parquet"
+    said = refscore_here(tmp_path, "score", asked, "--out", out, "--config", config)
+    assert "15 rows: 0 hits, 12 adopted, 2 scored, 0 with a problem" in said
+    scores = pl.read_parquet(tmp_path / "scores.parquet")
+    pairs = pl.read_parquet(tmp_path / "data/runs/old/pairs.parquet")
+    known = dict(zip(pairs["chosen"], pairs["ref_chosen_logps"], strict=True))
+    assert [known[row["response"]] for row in rows[:12]] == scores["logp"][:12].to_list()
+
+
 def test_what_the_earlier_engine_never_scored_is_scored(tmp_path, tiny_model, config, old):
     refscore_here(tmp_path, "store", "adopt", old, "--config", config)
     more = experiment(tmp_path, tiny_model, write_rows(tmp_path / "more.jsonl", preference_rows(15)))
