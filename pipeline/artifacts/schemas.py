@@ -84,7 +84,10 @@ REWARDS = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("rewar
 VALUES = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("values", _logps)])
 # what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
 IMPORTED_BY = "imported_by"
-# and if its values per token were rounded: by how many nats at most. Their sums are of the values before that
+# what a shard says of itself if its rows were taken over from an adopted reference: that reference's id; pairs.parquet: of how many
+# sequences that is so, by id
+COMPUTED_BY = "computed_by"
+# what pairs.parquet says of itself if its values per token were rounded: by how many nats at most; their sums were not
 ROUNDING = "rounding"
 DROPPED = pa.schema(
     [

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS, RESPONSES, ROUNDING
+from pipeline.artifacts.schemas import COMPUTED_BY, DROPPED, IMPORTED_BY, PAIRS, RESPONSES, ROUNDING
 from pipeline.artifacts.tables import in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
@@ -29,7 +29,6 @@ from pipeline.precompute.join import dropped_with, rows_left_out, write_joined
 from pipeline.precompute.plan import Plan, make_plan, serve_adopted
 from pipeline.progress import SILENT, Listener
 from pipeline.store.fixed_point import FIXED_POINT, LARGEST_ERROR
-from pipeline.store.shard import COMPUTED_BY
 
 # data.max_length where a configuration gave none, up to version 0.1
 _ONCE_DEFAULT_LENGTH = 1024

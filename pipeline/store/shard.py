@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.schemas import ROUNDED_SCORES, SCORES
+from pipeline.artifacts.schemas import COMPUTED_BY, ROUNDED_SCORES, SCORES
 from pipeline.artifacts.tables import about_in
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.fixed_point import LARGEST_ERROR, LOWEST, restored
@@ -27,8 +27,6 @@ from pipeline.store.fixed_point import LARGEST_ERROR, LOWEST, restored
 SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
 # what a shard says of itself if its rows have no values per token
 SUMS_ONLY = "sums_only"
-# what a shard says of itself if its rows were taken over from a reference that was adopted: that reference's id
-COMPUTED_BY = "computed_by"
 # relative to the sum: far above the rounding of a sum in float64, far below what a changed float32 makes
 _SUM_TOLERANCE = 1e-11
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.schemas import COMPUTED_BY, SCORES
 from pipeline.artifacts.tables import list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.fixed_point import FIXED_POINT, rounded
@@ -33,7 +33,7 @@ from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace, Place, is_url
 from pipeline.store.registrations import register
 from pipeline.store.remote_places import RemotePlace
-from pipeline.store.shard import COMPUTED_BY, SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
+from pipeline.store.shard import SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
 
 # a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
 _TRIES = 3

@@ -72,6 +72,9 @@ def test_after_an_update_nothing_is_scored_again(tmp_path, config, old, monkeypa
     assert read_about(runs / "new/pairs.parquet")["computed_by"] == {old: 24}
     assert "computed_by" not in read_about(runs / "old/pairs.parquet")
     assert pl.read_parquet(runs / "new/pairs.parquet").equals(pl.read_parquet(runs / "old/pairs.parquet"))
+    refscore_here(tmp_path, "export", "--run", "new", "--format", "jsonl", "--to", "exported")
+    card = (tmp_path / "exported/README.md").read_text()
+    assert f"by refscore; 24 sequences by another version of the engine, reference `{old}`. Its id" in card
     # what was taken over is there now, and sound; it is said where it comes from
     assert "24 hits, 0 misses" in refscore_here(tmp_path, "precompute", "--config", config, "--plan")
     assert "0 damaged" in refscore_here(tmp_path, "store", "verify")
