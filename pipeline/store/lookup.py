@@ -122,7 +122,7 @@ class Lookup:
         self._shards: list[Path] = []
         self._place_of: list[Place] = []
         self._sums_only: list[bool] = []
-        self._computed_by: list[str | None] = []
+        self._computed_by: list[str] = []
         self._order: list[tuple[int, str]] = []
         self._shard = np.full(len(self._firsts), -1, dtype=np.int32)
         self._row = np.zeros(len(self._firsts), dtype=np.int32)

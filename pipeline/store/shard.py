@@ -112,10 +112,10 @@ def sums_only(file: OpenShard) -> bool:
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
 
 
-def computed_by(file: OpenShard) -> str | None:
-    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
+def computed_by(file: OpenShard) -> str:
+    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is; else nothing."""
     said = about_in(file.schema_arrow).get(COMPUTED_BY)
-    return said if isinstance(said, str) else None
+    return said if isinstance(said, str) else ""
 
 
 def shard_problem(file: OpenShard, table: pa.Table) -> str | None:
