@@ -10,10 +10,13 @@ itself, and its lists of values are empty. In every other shard an empty list is
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +37,18 @@ class Unsound(Exception):
     """A shard that could not be read, or rows of it that cannot be true; the message says what was seen."""
 
 
+@dataclass(frozen=True)
+class ShardFacts:
+    """What decides, beside its keys, which rows of a shard a reader gets: its name, its number of rows, when it was published, and
+    whether it holds sums only.
+    """
+
+    name: str
+    rows: int
+    published: int
+    sums_only: bool
+
+
 def digest_in(name: str) -> str | None:
     """The sha256 that a shard's name promises."""
     promised = SHARD.fullmatch(name)
@@ -47,22 +62,30 @@ def sha256_now(path: Path) -> str:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """Every file whose name is a shard's name, damaged or not; dangling links are skipped."""
-    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
+    """Every file whose name is a shard's name, damaged or not, but no dangling link; none in a directory that is not there."""
+    try:
+        with os.scandir(directory) as entries:
+            # told by the directory itself, unless it is a link: no file is looked at
+            return sorted(
+                directory / entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file()
+            )
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager
-def open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
-    """The shard as a Parquet file with SCORES' schema, page checksums verified.
+def open_shard(shard: Path, file: BinaryIO | None = None) -> Iterator[pq.ParquetFile]:
+    """The shard as a Parquet file with SCORES' schema, page checksums verified; its bytes are read from `file`, if that is given.
 
     Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file
     that is gone; RefscoreError for one that this user may not read.
     """
     try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            if not file.schema_arrow.remove_metadata().equals(SCORES):
+        # of bytes that come from afar a row group's are asked for together
+        with pq.ParquetFile(file or shard, page_checksum_verification=True, pre_buffer=file is not None) as opened:
+            if not opened.schema_arrow.remove_metadata().equals(SCORES):
                 raise Unsound("it has another schema")
-            yield file
+            yield opened
     except (Unsound, FileNotFoundError):
         raise
     except PermissionError:
@@ -82,6 +105,11 @@ def published_at(file: pq.ParquetFile) -> int:
 def sums_only(file: pq.ParquetFile) -> bool:
     """Whether an open shard says that it holds sums of responses, and no values of tokens."""
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
+
+
+def facts_of(name: str, file: pq.ParquetFile) -> ShardFacts:
+    """What is to be known of an open shard."""
+    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file))
 
 
 def shard_problem(file: pq.ParquetFile, table: pa.Table) -> str | None:
