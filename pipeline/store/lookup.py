@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.schemas import SCORES
-from pipeline.errors import RefscoreError
+from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import IndexFile, WrongIndex
 from pipeline.store.index.matching import equal_pairs
 from pipeline.store.places import NotThere, Patience, Place
@@ -140,7 +140,8 @@ class Lookup:
             return
         words, found = self._words[self._firsts[wanted]], _Candidates()
         listing = place.listed(listed_within)
-        covering, uncovered = place.indexes.covering(listing.indexes, listing.shards)
+        with self._settled(place):
+            covering, uncovered = place.indexes.covering(listing.indexes, listing.shards)
         for one in covering:
             with self._settled(place, index=one.file):
                 positions, numbers, rows = one.file.find(words)
@@ -175,8 +176,10 @@ class Lookup:
             yield
             return
         except NotThere as gone:
-            # a compaction removed shards, whose rows it had published anew, or an index was merged
+            # a compaction removed shards, whose rows it had published anew
             self._patience.again(f"{place.name}/{gone.name}", str(gone))
+        except FileNotFoundError as gone:
+            self._patience.again(f"an index at {place.name}", first_line(gone))
         except Unsound as unsound:
             self._examine(place, shard, str(unsound))
         except WrongIndex as wrong:

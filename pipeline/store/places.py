@@ -27,7 +27,7 @@ from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
 from pipeline.store.index.indexes import FOLDER, Files, Indexes
-from pipeline.store.shard import check_shard, digest_in, open_shard, sha256_now, shard_files
+from pipeline.store.shard import Unsound, check_shard, digest_in, open_shard, sha256_now, shard_files
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +84,8 @@ class Place(Files, Protocol):
         """A shard; see `pipeline.store.shard.open_shard`. Raises NotThere."""
         ...
 
-    def shards(self) -> list[Path]:
-        """Local paths of every shard whose bytes are those that were published; damaged ones are set aside.
-
-        Raises RefscoreError if the place is not there or cannot be read.
-        """
+    def whole(self, shard: str) -> AbstractContextManager[Path]:
+        """A local file with a shard's bytes, which are those that were published. Raises NotThere; Unsound if they are not."""
         ...
 
     def examine(self, shard: str, problem: str) -> bool:
@@ -186,14 +183,12 @@ class LocalPlace:
         except FileNotFoundError:
             raise NotThere(shard) from None
 
-    def shards(self) -> list[Path]:
-        """See `Place.shards`."""
-        patience = Patience()
-        while True:
-            try:
-                return [self.directory / name for name in self.sound(self.listed().shards)]
-            except NotThere as gone:
-                patience.again(str(self.directory / gone.name), str(gone))
+    @contextmanager
+    def whole(self, shard: str) -> Iterator[Path]:
+        """See `Place.whole`: the shard itself."""
+        if not self.sound([shard]):
+            raise Unsound("its bytes are not those that were published")
+        yield self.directory / shard
 
     def examine(self, shard: str, problem: str) -> bool:
         """See `Place.examine`."""
@@ -290,7 +285,7 @@ class LocalPlace:
 
 def _index_files(directory: Path) -> list[str]:
     try:
-        return sorted(path.name for path in directory.iterdir() if INDEX.fullmatch(path.name))
+        return sorted(path.name for path in directory.iterdir() if INDEX.fullmatch(path.name) and path.is_file())
     except OSError:
         return []  # there is none, or none that this user may see: shards are read instead
 

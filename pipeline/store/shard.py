@@ -10,13 +10,13 @@ itself, and its lists of values are empty. In every other shard an empty list is
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +74,7 @@ def shard_files(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def open_shard(shard: Path, file: BinaryIO | None = None) -> Iterator[pq.ParquetFile]:
+def open_shard(shard: Path, file: io.RawIOBase | None = None) -> Iterator[pq.ParquetFile]:
     """The shard as a Parquet file with SCORES' schema, page checksums verified; its bytes are read from `file`, if that is given.
 
     Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file

@@ -95,7 +95,10 @@ class Indexes:
         self._writable = True
 
     def covering(self, names: Collection[str], shards: Sequence[str]) -> tuple[list[Covering], list[str]]:
-        """How `shards` are covered by the index files called `names`, each by one; and those that none covers."""
+        """How `shards` are covered by the index files called `names`, each by one; and those that none covers.
+
+        Raises FileNotFoundError if a file is gone.
+        """
         self._opened = {name: file for name in names if (file := self._opened.get(name) or self._open(name))}
         left, covering = set(shards), []
         for file in sorted(self._opened.values(), key=lambda file: (-file.size, file.name)):
@@ -135,7 +138,9 @@ class Indexes:
     def _open(self, name: str) -> IndexFile | None:
         try:
             file = IndexFile(name, self._place.bytes_of(f"{FOLDER}/{name}"))
-        except OSError as error:  # merged meanwhile, or not to be read
+        except FileNotFoundError:
+            raise
+        except OSError as error:
             log.debug("the index %s/%s is not used (%s)", self._place.name, name, first_line(error))
             return None
         except WrongIndex as wrong:
