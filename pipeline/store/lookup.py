@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import IndexFile, WrongIndex
 from pipeline.store.index.matching import equal_pairs
 from pipeline.store.places import NotThere, Patience, Place
-from pipeline.store.shard import ShardFacts, Unsound, facts_of, key_words, rows_problem, sums_problem, words_of
+from pipeline.store.shard import OpenShard, ShardFacts, Unsound, facts_of, key_words, shard_problem, words_of
 
 # readings of one shard that fail although it is sound when it is read whole: what lies between is to blame, and is named
 _DOUBTS = 3
@@ -75,6 +74,12 @@ class Lookup:
         """Like `held`, of the keys whose row has a sum and no values per token."""
         return self._held_by([shard.facts.sums_only for shard in self._shards])
 
+    def held_from_adopted(self) -> dict[str, np.ndarray]:
+        """Like `held`, of the keys whose row an adopted reference computed, by the id of that reference."""
+        of_shards = [shard.facts.computed_by for shard in self._shards]
+        held = {by: self._held_by([by == other for other in of_shards]) for by in dict.fromkeys(of_shards) if by}
+        return {by: positions for by, positions in held.items() if len(positions)}
+
     def found(self) -> pl.DataFrame:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
         return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *(table for _, table in self.rows(self.held))]))
@@ -113,7 +118,7 @@ class Lookup:
                 for these, table in _read(file, rows, ours):
                     if not np.array_equal(key_words(table), self._words[positions[indices[these]]]):
                         raise untrue("a row has another key than its place says")
-                    if problem := (sums_problem if shard.facts.sums_only else rows_problem)(table):
+                    if problem := shard_problem(file, table):
                         raise Unsound(problem)
                     yield indices[these], table
 
@@ -234,7 +239,7 @@ def _keys_of(place: Place, shard: str) -> tuple[ShardFacts, np.ndarray]:
     return facts, words
 
 
-def _read(file: pq.ParquetFile, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+def _read(file: OpenShard, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
     """The rows numbered `rows[ours]` (ascending) of a shard, row group by row group, each part with its share of `ours`."""
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     ends = np.cumsum(sizes)

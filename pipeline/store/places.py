@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pyarrow.parquet as pq
-
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
 from pipeline.store.index.indexes import FOLDER, Files, Indexes
-from pipeline.store.shard import Unsound, check_shard, digest_in, open_shard, sha256_now, shard_files
+from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_files
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +78,7 @@ class Place(Files, Protocol):
         """
         ...
 
-    def opened(self, shard: str) -> AbstractContextManager[pq.ParquetFile]:
+    def opened(self, shard: str) -> AbstractContextManager[OpenShard]:
         """A shard; see `pipeline.store.shard.open_shard`. Raises NotThere."""
         ...
 
@@ -107,6 +105,10 @@ class Place(Files, Protocol):
 
     def workspace(self) -> Path:
         """A local directory in which to write what will be published."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """What stands under a name. Raises FileNotFoundError if nothing does, RefscoreError if it may not be read."""
         ...
 
 
@@ -175,7 +177,7 @@ class LocalPlace:
         ]
 
     @contextmanager
-    def opened(self, shard: str) -> Iterator[pq.ParquetFile]:
+    def opened(self, shard: str) -> Iterator[OpenShard]:
         """See `Place.opened`."""
         try:
             with open_shard(self.directory / shard) as file:
@@ -235,11 +237,6 @@ class LocalPlace:
         file.replace(final)
         self._listing = None
 
-    def remove(self, name: str) -> None:
-        """See `Files.remove`."""
-        (self.directory / name).unlink()
-        self._listing = None
-
     def why_not_writable(self) -> str | None:
         """See `Place.why_not_writable`: by writing, as rights alone do not tell of read-only mounts."""
         place = _nearest_existing(self.directory)
@@ -255,6 +252,25 @@ class LocalPlace:
         """See `Place.workspace`: the same directory, as a link cannot cross file systems."""
         self.directory.mkdir(parents=True, exist_ok=True)
         return self.directory
+
+    def read(self, name: str) -> bytes:
+        """See `Place.read`."""
+        try:
+            return (self.directory / name).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
+
+    def remove(self, name: str) -> None:
+        """See `Files.remove`."""
+        self._listing = None
+        try:
+            (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise RefscoreError(
+                f"{self.directory / name} cannot be removed ({error.strerror}): mend its rights"
+            ) from None
 
     def _must_be_readable(self) -> None:
         """An absent or unreadable place must not pass for an empty one: everything would be scored again."""

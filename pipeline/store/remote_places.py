@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline.artifacts import durable
 from pipeline.artifacts.shelf import Shelf
 from pipeline.errors import ConfigError, RefscoreError, first_line
@@ -26,7 +24,7 @@ from pipeline.store.index.index_file import INDEX
 from pipeline.store.index.indexes import FOLDER, Indexes
 from pipeline.store.pieces import PIECE, NotFetched, Pieces
 from pipeline.store.places import Listing, NotThere
-from pipeline.store.shard import SHARD, Unsound, check_shard, digest_in, open_shard
+from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ class RemotePlace:
         return [name for name in shards if name not in self._unsound]
 
     @contextmanager
-    def opened(self, shard: str) -> Iterator[pq.ParquetFile]:
+    def opened(self, shard: str) -> Iterator[OpenShard]:
         """See `Place.opened`: what is read of it is fetched."""
         pieces = self._pieces(shard, shard)
         try:
@@ -170,6 +168,19 @@ class RemotePlace:
         """See `Place.workspace`: the local cache."""
         self._cache.mkdir(parents=True, exist_ok=True)
         return self._cache
+
+    def read(self, name: str) -> bytes:
+        """See `Place.read`."""
+        self._files.invalidate_cache()
+        try:
+            content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be read ({first_line(error)}): check the network and the credentials in the environment"
+            ) from None
+        return content
 
     def _list(self) -> dict[str, dict[str, Any]]:
         """What lies below the reference and in its folder of indexes, by its name there."""

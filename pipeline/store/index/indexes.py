@@ -64,7 +64,7 @@ class Files(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file. Raises OSError or RefscoreError."""
+        """Remove what stands under a name, if anything does. Raises RefscoreError if it may not be removed."""
         ...
 
     def workspace(self) -> Path:
@@ -291,9 +291,7 @@ def _alone(place: Files) -> Iterator[bool]:
 def _removed(place: Files, name: str) -> bool:
     try:
         place.remove(f"{FOLDER}/{name}")
-    except FileNotFoundError:
-        return True
-    except (OSError, RefscoreError) as error:
+    except RefscoreError as error:
         log.debug("the index %s/%s is not removed (%s)", place.name, name, first_line(error))
         return False
     return True
