@@ -12,7 +12,7 @@ A key that stands more than once has the row that was published first, by the pu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,9 +70,10 @@ class Lookup:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
         return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *(table for _, table in self.rows(self.held))]))
 
-    def held_by(self, shards: list[Path]) -> np.ndarray:
-        """Like `held`, of the keys whose row stands in one of `shards`."""
-        numbers = [number for number, shard in enumerate(self._shards) if shard in set(shards)]
+    def held_by(self, shards: Iterable[Path]) -> np.ndarray:
+        """Like `held`, of the keys whose row stands in one of `shards`, which are told by their names."""
+        names = {shard.name for shard in shards}
+        numbers = [number for number, shard in enumerate(self._shards) if shard.name in names]
         positions: np.ndarray = np.sort(self._firsts[np.isin(self._shard, numbers)])
         return positions
 

@@ -7,12 +7,19 @@ and the next publication of the same name replaces it.
 from __future__ import annotations
 
 import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import file_sha256
 from pipeline.errors import ConfigError, RefscoreError, first_line
-from pipeline.store.places import LocalPlace, Patience, set_aside_if_damaged
+from pipeline.store.places import Entry, LocalPlace, Patience, set_aside_if_damaged
 from pipeline.store.shard import SHARD, check_shard, digest_in, sha256_now
 
 log = logging.getLogger(__name__)
@@ -102,6 +109,30 @@ class RemotePlace:
         self._cache.mkdir(parents=True, exist_ok=True)
         return self._cache
 
+    def read(self, name: str) -> bytes:
+        """See `Place.read`."""
+        self._files.invalidate_cache()
+        try:
+            content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be read ({first_line(error)}): check the network and the credentials in the environment"
+            ) from None
+        return content
+
+    def remove(self, name: str) -> None:
+        """See `Place.remove`."""
+        try:
+            self._files.rm_file(f"{self._root}/{name}")
+        except FileNotFoundError:
+            return
+        except Exception as error:  # noqa: BLE001  # likewise
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be removed ({first_line(error)}): check the network and your rights"
+            ) from None
+
     def _names(self) -> list[str]:
         try:
             self._files.invalidate_cache()
@@ -109,10 +140,13 @@ class RemotePlace:
         except FileNotFoundError:
             return []
         except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
-            raise RefscoreError(
-                f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
-                "credentials in the environment, or leave this place out of reference.store"
-            ) from None
+            raise self._unlisted(error) from None
+
+    def _unlisted(self, error: Exception) -> RefscoreError:
+        return RefscoreError(
+            f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
+            "credentials in the environment, or leave this place out of reference.store"
+        )
 
     def _local(self, name: str) -> Path | None:
         """The checked copy in the cache, fetched if need be; None for an object whose own bytes are damaged."""
@@ -167,6 +201,107 @@ class RemotePlace:
         if held != content:
             log.warning("%s was damaged: the same content, published again, takes its place", path)
         return held == content
+
+    def open(self, name: str) -> BinaryIO:
+        """See `Place.open`: what is asked for is fetched, and nothing around it."""
+        with self._explaining(name, "read"):
+            file: BinaryIO = self._files.open(f"{self._root}/{name}", "rb", cache_type="none")
+            return file
+
+    def local(self, name: str, folder: Path) -> Path:
+        """See `Place.local`: a copy."""
+        with self._explaining(name, "read"):
+            self._files.get_file(f"{self._root}/{name}", str(folder / name))
+        return folder / name
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`: one request for each thousand objects."""
+        self._files.invalidate_cache()
+        try:
+            found = self._files.find(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise self._unlisted(error) from None
+        start = len(self._root) + 1
+        return sorted(
+            (Entry(path[start:], int(details.get("size") or 0), _changed(details)) for path, details in found.items()),
+            key=attrgetter("name"),
+        )
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        with self._explaining(name, "written"):
+            self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See `Place.create`: put-if-absent. Where that is not known, of two at one moment both are told that it was theirs."""
+        path = f"{self._root}/{name}"
+        with self._explaining(name, "written"):
+            try:
+                self._files.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except NotImplementedError:
+                self._files.invalidate_cache()
+                if self._files.exists(path):
+                    return False
+                self._files.pipe_file(path, content)
+        return True
+
+    def set_aside(self, name: str) -> str | None:
+        """See `Place.set_aside`: the object is fetched. One that was replaced meanwhile stays."""
+        path, aside = f"{self._root}/{name}", f"{self._root}/corrupt/{name}"
+        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+            with self._explaining(name, "read"):
+                before = self._known_by(path)
+            problem = check_shard(self.local(name, Path(folder)))
+        if problem is None:
+            return None
+        self._unsound.add(name)
+        try:
+            if self._known_by(path) == before:
+                self._files.cp_file(path, aside)
+                self._files.rm_file(path)
+                log.warning("%s: %s; set aside in %s/corrupt, its rows count as not scored", name, problem, self._url)
+        except Exception as error:  # noqa: BLE001  # likewise
+            log.warning(
+                "%s/%s: %s; it cannot be moved (%s), its rows count as not scored",
+                self._url,
+                name,
+                problem,
+                first_line(error),
+            )
+        return problem
+
+    def _known_by(self, path: str) -> str:
+        """What an object is known by while it does not change."""
+        self._files.invalidate_cache()
+        known: str = self._files.ukey(path)
+        return known
+
+    @contextmanager
+    def _explaining(self, name: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, RefscoreError):
+            raise
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be {what} ({first_line(error)}): check the network, your rights and the credentials in "
+                "the environment"
+            ) from None
+
+
+def _changed(details: dict[str, Any]) -> float:
+    """When an object changed, in seconds since 1970; now if the place does not say."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        said = details.get(name)
+        if isinstance(said, datetime):
+            return said.timestamp()
+        if isinstance(said, int | float):
+            return float(said)
+    return time.time()
 
 
 class _NotFetched(Exception):

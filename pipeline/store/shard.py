@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -52,17 +53,18 @@ def shard_files(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
-    """The shard as a Parquet file with SCORES' schema, page checksums verified.
+def open_shard(shard: Path, file: BinaryIO | None = None) -> Iterator[pq.ParquetFile]:
+    """The shard as a Parquet file with SCORES' schema, page checksums verified; its bytes are read from `file`, if that is given.
 
     Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file
     that is gone; RefscoreError for one that this user may not read.
     """
     try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            if not file.schema_arrow.remove_metadata().equals(SCORES):
+        # of bytes that come from afar a row group's are asked for together
+        with pq.ParquetFile(file or shard, page_checksum_verification=True, pre_buffer=file is not None) as opened:
+            if not opened.schema_arrow.remove_metadata().equals(SCORES):
                 raise Unsound("it has another schema")
-            yield file
+            yield opened
     except (Unsound, FileNotFoundError):
         raise
     except PermissionError:

@@ -54,11 +54,8 @@ def described_references(store: str) -> dict[str, ReferenceIdentity]:
     """
     files, root = _opened(store)
     try:
-        if files.isfile(root):
-            raise DataError(f"store {store} is a file: name the directory that holds the references")
-        names = [_last(path) for path in files.ls(root, detail=False)]
         found = {}
-        for name in filter(_REFERENCE.fullmatch, sorted(names)):
+        for name in reference_names(store):
             try:
                 identity = _identity(files.cat_file(f"{root}/{name}/reference.json"))
                 if identity and identity.reference_id == name:
@@ -72,13 +69,28 @@ def described_references(store: str) -> dict[str, ReferenceIdentity]:
                     name,
                     first_line(error),
                 )
-    except FileNotFoundError:
-        raise DataError(f"store {store} does not exist: check its name") from None
     except RefscoreError:
         raise
     except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
         raise _unlisted(store, error) from None
     return found
+
+
+def reference_names(store: str) -> list[str]:
+    """What at a place, a directory or a URL, is named like a reference, sorted. Raises as `described_references` does."""
+    files, root = _opened(store)
+    try:
+        if files.isfile(root):
+            raise DataError(f"store {store} is a file: name the directory that holds the references")
+        return sorted(filter(_REFERENCE.fullmatch, map(_last, files.ls(root, detail=False))))
+    except FileNotFoundError:
+        raise DataError(
+            f"store {store} does not exist: check its name; 'refscore precompute' makes the first of reference.store"
+        ) from None
+    except RefscoreError:
+        raise
+    except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
+        raise _unlisted(store, error) from None
 
 
 def copy_shards(

@@ -20,7 +20,6 @@ from pipeline.artifacts.schemas import SCORES
 from pipeline.models.identity import ModelIdentity
 from pipeline.store.compaction import compact
 from pipeline.store.identity import Numerics, ReferenceIdentity
-from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
 from tests.benchmarks.stages import measure
 
@@ -86,8 +85,8 @@ def run(step: str, where: Path, size: int) -> None:
         rows = store.lookup(keys[:20_000]).found()
         assert abs(len(rows) - 10_000) < 500
     else:
-        directory = where / REFERENCE.reference_id
-        assert compact(directory, shard_files(directory)[:8]) == 8 * per_shard(size)
+        names = [shard.name for shard in store.places[0].shards()[:8]]
+        assert compact(store, names) == 8 * per_shard(size)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_gc_says_then_does(where, monkeypatch):
     # younger than a day it is spared: somebody may be scoring
     assert "used by no run" not in refscore_here(where, "store", "gc")
     later = time.time() + 2 * 24 * 3600
-    for module in ("registrations", "compaction"):
+    for module in ("registrations", "retention"):
         monkeypatch.setattr(f"pipeline.store.{module}.time.time", lambda: later)
     said = refscore_here(where, "store", "gc")
     assert "used by no run" in said
