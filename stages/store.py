@@ -96,16 +96,19 @@ def compact(store: str) -> None:
 def verify(store: str) -> None:
     """Check every shard whole. Raises CheckError if some were damaged; those are set aside."""
     bad = checked = 0
-    for place in references(store).values():
-        for entry in shard_entries(place.entries()):
-            try:
-                problem = place.set_aside(entry.name)
-            except FileNotFoundError:
-                continue  # merged into another meanwhile
-            checked += 1
-            if problem:
-                bad += 1
-                console.say(f"{place.name}/{entry.name}: {problem}")
+    for reference_id, place in references(store).items():
+        shards = shard_entries(place.entries())
+        with console.working.progress(f"{reference_id[:12]} shards", len(shards)) as ticker:
+            for entry in shards:
+                try:
+                    problem = place.set_aside(entry.name)
+                except FileNotFoundError:
+                    continue  # merged into another meanwhile
+                checked += 1
+                if problem:
+                    bad += 1
+                    console.say(f"{place.name}/{entry.name}: {problem}")
+                ticker.advance(1, f"{bad} damaged")
     console.say(f"{checked} shards checked, {bad} damaged")
     if bad:
         raise CheckError(

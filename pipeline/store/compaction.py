@@ -27,16 +27,14 @@ from pipeline.artifacts.tables import about_in
 from pipeline.errors import DataError, RefscoreError
 from pipeline.store.claims import claimed, claiming
 from pipeline.store.identity import ReferenceIdentity
+from pipeline.store.inventory import REQUESTS, shard_entries
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import Entry, Place
-from pipeline.store.shard import SHARD, Unsound, check_shard, open_shard, published_at, shard_problem
+from pipeline.store.shard import Unsound, check_shard, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
 
 SMALL_BYTES = 32 * 2**20
 MERGED_BYTES = 256 * 2**20
-
-# footers that are asked for at once
-_REQUESTS = 16
 
 
 def identified(store: str, reference_id: str) -> Store:
@@ -66,14 +64,10 @@ def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
     """Small shards that could be one, in the order in which they were published, without those that other processes claim."""
     entries = list(entries)
     taken = claimed(place, entries)
-    small = [
-        entry
-        for entry in entries
-        if SHARD.fullmatch(entry.name) and entry.bytes < SMALL_BYTES and entry.name not in taken
-    ]
+    small = [entry for entry in shard_entries(entries) if entry.bytes < SMALL_BYTES and entry.name not in taken]
     if len(small) < 2:
         return []
-    with ThreadPoolExecutor(_REQUESTS) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         said = pool.map(lambda entry: _said(place, entry.name), small)
     alike: dict[str, list[tuple[int, Entry]]] = {}
     for entry, (published, kind) in zip(small, said, strict=True):

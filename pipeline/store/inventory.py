@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ from pipeline.store.places import Entry, Place
 from pipeline.store.shard import SHARD, Unsound, open_shard, words_of
 from pipeline.store.store import open_place, read_reference
 from pipeline.store.transfer import reference_names
+
+# of a place at once
+REQUESTS = 16
 
 
 @dataclass(frozen=True)
@@ -40,30 +45,31 @@ def references(store: str) -> dict[str, Place]:
     return {name: place for name, place in places.items() if is_described(place)}
 
 
+def is_described(place: Place) -> bool:
+    """Whether a place says which reference it holds."""
+    try:
+        place.open("reference.json").close()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def holding(reference_id: str, place: Place) -> Holding:
     """What a place has of a reference. Reads keys and numbers of tokens of every shard, not the scores."""
     numerics, problem = _numerics(place)
-    firsts: list[np.ndarray] = [np.empty(0, np.uint64)]
-    tokens: list[np.ndarray] = [np.empty(0, np.int32)]
-    shards, size, damaged = 0, 0, 0
-    for entry in shard_entries(place.entries()):
-        try:
-            with place.open(entry.name) as bytes_, open_shard(Path(entry.name), bytes_) as file:
-                table = file.read(columns=["key", "prompt_tokens", "response_tokens"])
-        except FileNotFoundError:
-            continue
-        except Unsound:
-            damaged += 1
-            continue
-        # a quarter of the memory of whole keys; of 50 million some two begin alike once in ten thousand stores
-        firsts.append(words_of(table["key"].combine_chunks())[:, 0].copy())
-        tokens.append(table["prompt_tokens"].to_numpy() + table["response_tokens"].to_numpy())
-        shards, size = shards + 1, size + entry.bytes
-    sequences, total = _distinct(np.concatenate(firsts), np.concatenate(tokens))
+    shards = shard_entries(place.entries())
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        read = [
+            (entry, rows) for entry, rows in zip(shards, pool.map(partial(_rows, place), shards), strict=True) if rows
+        ]
+    keys = np.concatenate([np.empty(0, np.uint64), *(rows.keys for _, rows in read)])
+    tokens = np.concatenate([np.empty(0, np.int32), *(rows.tokens for _, rows in read)])
+    sequences, total = _distinct(keys, tokens)
     problems = [problem] if problem else []
-    if damaged:
+    if damaged := sum(rows.damaged for _, rows in read):
         problems.append(f"{place.name}: {damaged} shards cannot be read: 'refscore store verify' sets them aside")
-    return Holding(reference_id, place.name, numerics, sequences, total, shards, size, problems)
+    sound = [entry.bytes for entry, rows in read if not rows.damaged]
+    return Holding(reference_id, place.name, numerics, sequences, total, len(sound), sum(sound), problems)
 
 
 def shard_entries(entries: Iterable[Entry]) -> list[Entry]:
@@ -79,13 +85,27 @@ def is_imported(place: Place) -> bool:
         return False
 
 
-def is_described(place: Place) -> bool:
-    """Whether a place says which reference it holds."""
+@dataclass(frozen=True)
+class _Rows:
+    """Of the rows of a shard: the first eight bytes of their keys, and their numbers of tokens. None of a damaged one."""
+
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    damaged: bool = True
+
+
+def _rows(place: Place, entry: Entry) -> _Rows | None:
+    """None of a shard that is gone."""
     try:
-        place.open("reference.json").close()
+        with place.open(entry.name) as content, open_shard(Path(entry.name), content) as file:
+            table = file.read(columns=["key", "prompt_tokens", "response_tokens"])
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    except Unsound:
+        return _Rows()
+    # a quarter of the memory of whole keys; of 50 million some two begin alike once in ten thousand stores
+    keys = words_of(table["key"].combine_chunks())[:, 0].copy()
+    return _Rows(keys, table["prompt_tokens"].to_numpy() + table["response_tokens"].to_numpy(), damaged=False)
 
 
 def _distinct(keys: np.ndarray, tokens: np.ndarray) -> tuple[int, int]:

@@ -19,15 +19,13 @@ from pathlib import Path
 from pipeline.artifacts import durable
 from pipeline.errors import ConfigError
 from pipeline.store.claims import FOLDER as CLAIMS
-from pipeline.store.inventory import references, shard_entries
+from pipeline.store.inventory import REQUESTS, references, shard_entries
 from pipeline.store.places import Entry, Place, is_url
 from pipeline.store.registrations import DAY, registered
 
 _PERIODS = {"h": 3600, "d": DAY, "w": 7 * DAY}
 _SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DESCRIPTION = "reference.json"
-# objects that are removed at once
-_REQUESTS = 16
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def remove(removal: Removal) -> None:
     Raises RefscoreError if the place refuses; what is left then is left.
     """
     place = removal.part.place
-    with ThreadPoolExecutor(_REQUESTS) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         list(pool.map(place.remove, (entry.name for entry in removal.entries if entry.name != _DESCRIPTION)))
     if removal.whole and {entry.name for entry in place.entries()} <= {_DESCRIPTION}:
         place.remove(_DESCRIPTION)
