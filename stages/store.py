@@ -9,6 +9,7 @@ from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import CheckError, DataError, RefscoreError
 from pipeline.precompute.explain import explain as why
 from pipeline.precompute.plan import make_plan
+from pipeline.store.adoption import recorded
 from pipeline.store.compaction import compact_small, groups_of, identified
 from pipeline.store.inventory import holding, is_imported, references, shard_entries
 from pipeline.store.places import Entry
@@ -21,7 +22,7 @@ from stages import console
 def ls(store: str) -> None:
     """A row for each reference."""
     used, last = uses_of_references()
-    rows, found, problems = [], [], list[str]()
+    rows, found, adoptions, problems = [], [], list[str](), list[str]()
     for reference_id, place in references(store).items():
         contents = holding(reference_id, place)
         registrations = [run.name for run in registered(place, place.entries()) if run.in_use()]
@@ -39,10 +40,19 @@ def ls(store: str) -> None:
             ]
         )
         problems += contents.problems
-        found.append({**asdict(contents), "last_used": last.get(reference_id) or None, "runs": names})
+        adopted = recorded(place, reference_id)
+        adoptions += [f"{reference_id[:12]} {adoption.words}" for adoption in adopted.values()]
+        found.append(
+            {
+                **asdict(contents),
+                "last_used": last.get(reference_id) or None,
+                "runs": names,
+                "adopted_from": sorted(adopted),
+            }
+        )
     console.table(store, ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows)
-    for problem in problems:
-        console.say(problem)
+    for line in [*adoptions, *problems]:
+        console.say(line)
     console.answer({"store": store, "references": found})
 
 
