@@ -10,11 +10,11 @@ from pipeline.errors import CheckError, DataError, RefscoreError
 from pipeline.precompute.explain import explain as why
 from pipeline.precompute.plan import make_plan
 from pipeline.store.adoption import recorded
-from pipeline.store.compaction import compact_small, groups_of, identified
-from pipeline.store.inventory import holding, is_imported, references, shard_entries
 from pipeline.store.places import Entry
 from pipeline.store.registrations import registered
-from pipeline.store.retention import Removal, Rules, bytes_of, parts_of, removals_by, remove
+from pipeline.store.tidying.compaction import compact_small, groups_of, identified
+from pipeline.store.tidying.inventory import holding, is_imported, references, shard_entries
+from pipeline.store.tidying.retention import Removal, Rules, bytes_of, parts_of, removals_by, remove
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from stages import console
 

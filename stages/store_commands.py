@@ -70,7 +70,7 @@ def store_gc(
 ) -> None:
     """Leftovers, damaged shards that were set aside, what is unused or too old or too much; changes nothing without --apply."""
     from pipeline.errors import ConfigError
-    from pipeline.store.retention import Rules, bytes_in, seconds_in
+    from pipeline.store.tidying.retention import Rules, bytes_in, seconds_in
     from stages import store as stage
 
     if even_used and not quota:

@@ -21,8 +21,8 @@ from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.precompute.plan import Plan, make_plan
-from pipeline.store.inventory import is_described, references
 from pipeline.store.store import read_reference
+from pipeline.store.tidying.inventory import is_described, references
 
 Row = dict[str, Any]
 # tensors that are named one by one; another model differs in all of them

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from pipeline.artifacts.schemas import SCORES
 from pipeline.models.identity import ModelIdentity
-from pipeline.store.compaction import compact
 from pipeline.store.identity import Numerics, ReferenceIdentity
 from pipeline.store.store import Store
+from pipeline.store.tidying.compaction import compact
 from tests.benchmarks.stages import measure
 
 REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))

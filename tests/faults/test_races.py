@@ -12,7 +12,7 @@ import traceback
 import pyarrow as pa
 import pytest
 
-from pipeline.store.compaction import compact
+from pipeline.store.tidying.compaction import compact
 from tests.faults.conftest import EVERYTHING, found_numbers, open_store, oracle, shard_names
 
 KILLS = 100 if EVERYTHING else 8

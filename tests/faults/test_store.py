@@ -14,15 +14,15 @@ import polars as pl
 import pytest
 
 from pipeline.artifacts.schemas import SCORES
-from pipeline.store.compaction import compact, groups_of
-from pipeline.store.retention import Rules, parts_of, removals_by
 from pipeline.store.shard import shard_files
+from pipeline.store.tidying.compaction import compact, groups_of
+from pipeline.store.tidying.retention import Rules, parts_of, removals_by
 from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle, shard_names
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = "".join(
     (ROOT / "pipeline" / "store" / name).read_text()
-    for name in ("store.py", "places.py", "compaction.py", "remote_places.py")
+    for name in ("store.py", "places.py", "tidying/compaction.py", "remote_places.py")
 )
 POINTS = re.findall(r'reached\("((?:publish|compact): [^"]+)"\)', SOURCE)
 PUBLISH = list(dict.fromkeys(point for point in POINTS if point.startswith("publish")))
@@ -67,7 +67,7 @@ def test_a_compaction_killed_anywhere_loses_nothing(tmp_path, case, point):
     for start in range(0, 60, 10):
         open_store(where).publish([oracle(n) for n in range(start, start + 12)])
     done = child(
-        "from pipeline.store.compaction import compact\nfrom tests.faults.conftest import shard_names\n"
+        "from pipeline.store.tidying.compaction import compact\nfrom tests.faults.conftest import shard_names\n"
         "die_at(sys.argv[2])\nwhere = Path(sys.argv[1])\ncompact(open_store(where), shard_names(where))",
         where, point,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def test_readers_find_every_key_while_compactions_run(tmp_path, case):
     for start in range(0, 200, 5):
         open_store(where).publish([oracle(n) for n in range(start, start + 5)])
     code = (
-        "from pipeline.store.compaction import compact\nfrom tests.faults.conftest import open_store, shard_names\n"
+        "from pipeline.store.tidying.compaction import compact\nfrom tests.faults.conftest import open_store, shard_names\n"
         "d = Path(sys.argv[1])\n"
         "while len(shard_names(d)) > 1: compact(open_store(d), shard_names(d)[:3])\n"
     )

@@ -9,10 +9,10 @@ import pytest
 from pipeline.artifacts.schemas import ROUNDED_SCORES, SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError
-from pipeline.store.compaction import compact
 from pipeline.store.fixed_point import LOWEST, UNIT, restored, rounded
 from pipeline.store.shard import Unsound, check_shard, open_shard, rows_problem, sha256_now, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from tests.store.test_store import REFERENCE, keys, scored
 

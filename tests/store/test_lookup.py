@@ -7,11 +7,11 @@ import pytest
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import RefscoreError
 from pipeline.models.identity import ModelIdentity
-from pipeline.store.compaction import compact
 from pipeline.store.identity import Numerics, ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.shard import sha256_now, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
 
 REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
 

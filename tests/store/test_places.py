@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.store import places, registrations
-from pipeline.store.compaction import compact
-from pipeline.store.retention import Rules, parts_of, removals_by
 from pipeline.store.shard import sha256_now, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
+from pipeline.store.tidying.retention import Rules, parts_of, removals_by
 from tests.store.test_store import REFERENCE, keys, scored
 
 

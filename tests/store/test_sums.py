@@ -10,12 +10,12 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError, DataError
-from pipeline.store.compaction import compact, groups_of
 from pipeline.store.identity import ReferenceIdentity, imported_numerics
-from pipeline.store.inventory import holding
 from pipeline.store.places import LocalPlace
 from pipeline.store.shard import check_shard, sha256_now, shard_files, sums_problem
 from pipeline.store.store import Store
+from pipeline.store.tidying.compaction import compact, groups_of
+from pipeline.store.tidying.inventory import holding
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from tests.store.test_store import REFERENCE, keys, scored
 

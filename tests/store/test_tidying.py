@@ -14,13 +14,14 @@ import pytest
 from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import CheckError, ConfigError, RefscoreError
-from pipeline.store import compaction, registrations, retention
-from pipeline.store.claims import FOLDER, claimed, claiming
-from pipeline.store.compaction import compact, compact_small, groups_of, identified
-from pipeline.store.inventory import holding, references, shard_entries
+from pipeline.store import registrations
 from pipeline.store.registrations import DAY, registered
-from pipeline.store.retention import Rules, bytes_in, parts_of, removals_by, remove, seconds_in
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying import compaction, retention
+from pipeline.store.tidying.claims import FOLDER, claimed, claiming
+from pipeline.store.tidying.compaction import compact, compact_small, groups_of, identified
+from pipeline.store.tidying.inventory import holding, references, shard_entries
+from pipeline.store.tidying.retention import Rules, bytes_in, parts_of, removals_by, remove, seconds_in
 from stages import store as stage
 from tests.store.test_remote_places import bucket, server  # noqa: F401  # fixtures
 from tests.store.test_store import REFERENCE, keys, scored
@@ -514,7 +515,8 @@ def test_what_another_process_claims_is_left_to_it(where):
 
 CLAIMING = """
 import sys
-from pipeline.store.claims import claiming
+from pipeline.store.tidying import compaction, retention
+from pipeline.store.tidying.claims import claiming
 from pipeline.store.places import LocalPlace
 from pathlib import Path
 with claiming(LocalPlace(Path(sys.argv[1])), ["a", "b"]):
@@ -573,8 +575,8 @@ def test_a_directory_that_is_described_as_another_is_not_merged(where, capsys):
 
 COMPACTING = """
 import sys
-from pipeline.store import compaction
-from pipeline.store.compaction import compact_small
+from pipeline.store.tidying import compaction
+from pipeline.store.tidying.compaction import compact_small
 from tests.store.test_store import REFERENCE
 from pipeline.store.store import Store
 compaction.MERGED_BYTES = int(sys.argv[2])

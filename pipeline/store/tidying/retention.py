@@ -18,10 +18,10 @@ from pathlib import Path
 
 from pipeline.artifacts import durable
 from pipeline.errors import ConfigError
-from pipeline.store.claims import FOLDER as CLAIMS
-from pipeline.store.inventory import REQUESTS, references, shard_entries
 from pipeline.store.places import Entry, Place, is_url
 from pipeline.store.registrations import DAY, registered
+from pipeline.store.tidying.claims import FOLDER as CLAIMS
+from pipeline.store.tidying.inventory import REQUESTS, references, shard_entries
 
 _PERIODS = {"h": 3600, "d": DAY, "w": 7 * DAY}
 _SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

@@ -25,13 +25,13 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import about_in
 from pipeline.errors import DataError, RefscoreError
-from pipeline.store.claims import claimed, claiming
 from pipeline.store.identity import ReferenceIdentity
-from pipeline.store.inventory import REQUESTS, shard_entries
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import Entry, Place
 from pipeline.store.shard import Unsound, check_shard, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
+from pipeline.store.tidying.claims import claimed, claiming
+from pipeline.store.tidying.inventory import REQUESTS, shard_entries
 
 SMALL_BYTES = 32 * 2**20
 MERGED_BYTES = 256 * 2**20
