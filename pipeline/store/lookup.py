@@ -15,7 +15,7 @@ name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,8 @@ class Lookup:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
         return pl.DataFrame(pa.concat_tables([SCORES.empty_table(), *(table for _, table in self.rows(self.held))]))
 
-    def held_by(self, shards: list[Path]) -> np.ndarray:
-        """Like `held`, of the keys whose row stands in one of `shards`."""
+    def held_by(self, shards: Iterable[Path]) -> np.ndarray:
+        """Like `held`, of the keys whose row stands in one of `shards`, which are told by their names."""
         names = {shard.name for shard in shards}
         return self._held_by([shard.facts.name in names for shard in self._shards])
 

@@ -15,17 +15,18 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
 from pipeline.store.index.indexes import FOLDER, Files, Indexes
-from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_files
+from pipeline.store.shard import OpenShard, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,15 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENO
 def is_url(place: str) -> bool:
     """Whether a store's place is a URL and no local path."""
     return "://" in place
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file at a place: its name below the place, its bytes, and when it changed (seconds since 1970)."""
+
+    name: str
+    bytes: int
+    changed: float
 
 
 @dataclass(frozen=True)
@@ -82,10 +92,6 @@ class Place(Files, Protocol):
         """A shard; see `pipeline.store.shard.open_shard`. Raises NotThere."""
         ...
 
-    def whole(self, shard: str) -> AbstractContextManager[Path]:
-        """A local file with a shard's bytes, which are those that were published. Raises NotThere; Unsound if they are not."""
-        ...
-
     def examine(self, shard: str, problem: str) -> bool:
         """Look at a shard anew, every byte, as `problem` was seen in it; whether it is sound.
 
@@ -109,6 +115,36 @@ class Place(Files, Protocol):
 
     def read(self, name: str) -> bytes:
         """What stands under a name. Raises FileNotFoundError if nothing does, RefscoreError if it may not be read."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """What stands under a name, to be read in any order. Raises FileNotFoundError if nothing does, RefscoreError if it may not
+        be read.
+        """
+        ...
+
+    def local(self, name: str, folder: Path) -> Path:
+        """A local file with the bytes that stand under a name: the file itself, or a copy in `folder`. Raises like `open`."""
+        ...
+
+    def entries(self) -> list[Entry]:
+        """Everything that lies here, at any depth, by name. Raises RefscoreError if it cannot be listed."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a small file under a name, whatever stands there. Raises RefscoreError if it may not be written."""
+        ...
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Like `write`, of a name under which nothing may stand yet; whether nothing did."""
+        ...
+
+    def set_aside(self, name: str) -> str | None:
+        """Look at a shard anew, every byte of it, and move a damaged one to `corrupt/`, where no reader looks.
+
+        Returns what is wrong with it, None if it is sound. Raises FileNotFoundError if it is gone, RefscoreError if it may not be
+        read.
+        """
         ...
 
 
@@ -152,7 +188,7 @@ class LocalPlace:
         if self._listing is None or not self._listing.young(within):
             self._must_be_readable()
             moment = time.monotonic()
-            shards = [shard.name for shard in shard_files(self.directory) if shard.name not in self._unsound]
+            shards = [name for name in shard_names(self.directory) if name not in self._unsound]
             self._listing = Listing(shards, _index_files(self.directory / FOLDER), moment)
         return self._listing
 
@@ -184,13 +220,6 @@ class LocalPlace:
                 yield file
         except FileNotFoundError:
             raise NotThere(shard) from None
-
-    @contextmanager
-    def whole(self, shard: str) -> Iterator[Path]:
-        """See `Place.whole`: the shard itself."""
-        if not self.sound([shard]):
-            raise Unsound("its bytes are not those that were published")
-        yield self.directory / shard
 
     def examine(self, shard: str, problem: str) -> bool:
         """See `Place.examine`."""
@@ -263,10 +292,14 @@ class LocalPlace:
             raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
 
     def remove(self, name: str) -> None:
-        """See `Files.remove`."""
+        """See `Files.remove`; directories that are empty then are removed too."""
+        path = self.directory / name
         self._listing = None
         try:
-            (self.directory / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in (path.parent, *path.parent.parents)[: len(Path(name).parts)]:
+                    folder.rmdir()
         except OSError as error:
             raise RefscoreError(
                 f"{self.directory / name} cannot be removed ({error.strerror}): mend its rights"
@@ -297,6 +330,60 @@ class LocalPlace:
                 f"store {self.directory} cannot be listed ({error.strerror or first_line(error)}): mend its rights, or leave "
                 "it out of reference.store"
             ) from None
+
+    def open(self, name: str) -> BinaryIO:
+        """See `Place.open`."""
+        try:
+            return (self.directory / name).open("rb")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
+
+    def local(self, name: str, folder: Path) -> Path:  # noqa: ARG002  # nothing is copied
+        """See `Place.local`: the file itself."""
+        self.open(name).close()
+        return self.directory / name
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`. A link counts as what it leads to; one to nothing, or to a directory, is left out."""
+        self._must_be_readable()
+        found = []
+        for folder, _, names in os.walk(self.directory):
+            for path in (Path(folder) / name for name in names):
+                # what is removed meanwhile is not there
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    found.append(Entry(path.relative_to(self.directory).as_posix(), status.st_size, status.st_mtime))
+        return sorted(found, key=attrgetter("name"))
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        with durable.replacing(self.directory / name) as temporary:
+            temporary.write_bytes(content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See `Place.create`."""
+        path = self.directory / name
+        with durable.explaining_disk(path):
+            while True:
+                durable.make_directory(path.parent)
+                try:
+                    with path.open("xb") as file:
+                        file.write(content)
+                except FileExistsError:
+                    return False
+                except FileNotFoundError:
+                    continue  # the directory was empty, and another process removed it
+                return True
+
+    def set_aside(self, name: str) -> str | None:
+        """See `Place.set_aside`."""
+        problem = set_aside_if_damaged(self.directory / name)
+        if problem:
+            self._unsound.add(name)
+            self._listing = None
+        return problem
 
 
 def _index_files(directory: Path) -> list[str]:

@@ -13,9 +13,11 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.shelf import Shelf
@@ -23,7 +25,7 @@ from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX
 from pipeline.store.index.indexes import FOLDER, Indexes
 from pipeline.store.pieces import PIECE, NotFetched, Pieces
-from pipeline.store.places import Listing, NotThere
+from pipeline.store.places import Entry, Listing, NotThere
 from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard
 
 log = logging.getLogger(__name__)
@@ -85,34 +87,21 @@ class RemotePlace:
                 raise NotThere(shard, str(pieces.failure)) from None
             raise
 
-    @contextmanager
-    def whole(self, shard: str) -> Iterator[Path]:
-        """See `Place.whole`: a copy, for the moment."""
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY, dir=self._cache) as directory:
-            path = Path(directory) / shard
+    def examine(self, shard: str, problem: str) -> bool:
+        """See `Place.examine`: the object is fetched anew, and if it is sound its pieces are."""
+        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
             try:
-                with durable.explaining_disk(path):
-                    self._files.get_file(f"{self._root}/{shard}", str(path))
-            except RefscoreError:
-                raise
-            except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-                raise NotThere(shard, first_line(error)) from None
+                path = self.local(shard, Path(folder))
+            except (FileNotFoundError, RefscoreError) as error:
+                log.debug("%s cannot be fetched (%s)", shard, first_line(error))
+                return False
             if damage := check_shard(path):
                 self._unsound.add(shard)
                 self._listing = None
                 log.warning("the object %s/%s is damaged (%s): its rows count as not scored", self._url, shard, damage)
-                raise Unsound(damage)
-            yield path
-
-    def examine(self, shard: str, problem: str) -> bool:
-        """See `Place.examine`: the object is fetched anew, and its pieces with it."""
-        try:
-            with self.whole(shard) as path:
-                log.debug("%s: %s, but it is sound when fetched again", shard, problem)
-                self._keep(shard, path)
-        except (NotThere, Unsound):
-            return False
+                return False
+            log.debug("%s: %s, but it is sound when fetched again", shard, problem)
+            self._keep(shard, path)
         return True
 
     def publish(self, file: Path, name: str) -> None:
@@ -133,23 +122,15 @@ class RemotePlace:
 
     def put(self, file: Path, name: str) -> None:
         """See `Files.put`."""
-        try:
-            self._files.put_file(str(file), f"{self._root}/{name}")
-        except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-            raise RefscoreError(f"{name} cannot be put to {self._url} ({first_line(error)})") from None
         self._listing = None
+        with self._explaining(name, "written"):
+            self._files.put_file(str(file), f"{self._root}/{name}")
 
     def remove(self, name: str) -> None:
         """See `Files.remove`."""
-        try:
-            self._files.rm_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return
-        except Exception as error:  # noqa: BLE001  # likewise
-            raise RefscoreError(
-                f"{self._url}/{name} cannot be removed ({first_line(error)}): check the network and your rights"
-            ) from None
         self._listing = None
+        with suppress(FileNotFoundError), self._explaining(name, "removed"):
+            self._files.rm_file(f"{self._root}/{name}")
 
     def why_not_writable(self) -> str | None:
         """See `Place.why_not_writable`: by writing an empty object, always the same one: some may write and not delete."""
@@ -196,11 +177,14 @@ class RemotePlace:
         except FileNotFoundError:
             return found
         except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
-            raise RefscoreError(
-                f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
-                "credentials in the environment, or leave this place out of reference.store"
-            ) from None
+            raise self._unlisted(error) from None
         return found
+
+    def _unlisted(self, error: Exception) -> RefscoreError:
+        return RefscoreError(
+            f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
+            "credentials in the environment, or leave this place out of reference.store"
+        )
 
     def _pieces(self, name: str, called: str) -> Pieces:
         def fetch(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -254,3 +238,105 @@ class RemotePlace:
         if held != content:
             log.warning("%s was damaged: the same content, published again, takes its place", path)
         return held == content
+
+    def open(self, name: str) -> BinaryIO:
+        """See `Place.open`: what is asked for is fetched, and nothing around it."""
+        with self._explaining(name, "read"):
+            file: BinaryIO = self._files.open(f"{self._root}/{name}", "rb", cache_type="none")
+            return file
+
+    def local(self, name: str, folder: Path) -> Path:
+        """See `Place.local`: a copy."""
+        with self._explaining(name, "read"):
+            self._files.get_file(f"{self._root}/{name}", str(folder / name))
+        return folder / name
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`: one request for each thousand objects."""
+        self._files.invalidate_cache()
+        try:
+            found = self._files.find(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise self._unlisted(error) from None
+        start = len(self._root) + 1
+        return sorted(
+            (Entry(path[start:], int(details.get("size") or 0), _changed(details)) for path, details in found.items()),
+            key=attrgetter("name"),
+        )
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        with self._explaining(name, "written"):
+            self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See `Place.create`: put-if-absent. Where that is not known, of two at one moment both are told that it was theirs."""
+        path = f"{self._root}/{name}"
+        with self._explaining(name, "written"):
+            try:
+                self._files.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except NotImplementedError:
+                self._files.invalidate_cache()
+                if self._files.exists(path):
+                    return False
+                self._files.pipe_file(path, content)
+        return True
+
+    def set_aside(self, name: str) -> str | None:
+        """See `Place.set_aside`: the object is fetched. One that was replaced meanwhile stays."""
+        path, aside = f"{self._root}/{name}", f"{self._root}/corrupt/{name}"
+        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+            with self._explaining(name, "read"):
+                before = self._known_by(path)
+            problem = check_shard(self.local(name, Path(folder)))
+        if problem is None:
+            return None
+        self._unsound.add(name)
+        self._listing = None
+        try:
+            if self._known_by(path) == before:
+                self._files.cp_file(path, aside)
+                self._files.rm_file(path)
+                log.warning("%s: %s; set aside in %s/corrupt, its rows count as not scored", name, problem, self._url)
+        except Exception as error:  # noqa: BLE001  # likewise
+            log.warning(
+                "%s/%s: %s; it cannot be moved (%s), its rows count as not scored",
+                self._url,
+                name,
+                problem,
+                first_line(error),
+            )
+        return problem
+
+    def _known_by(self, path: str) -> str:
+        """What an object is known by while it does not change."""
+        self._files.invalidate_cache()
+        known: str = self._files.ukey(path)
+        return known
+
+    @contextmanager
+    def _explaining(self, name: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, RefscoreError):
+            raise
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be {what} ({first_line(error)}): check the network, your rights and the credentials in "
+                "the environment"
+            ) from None
+
+
+def _changed(details: dict[str, Any]) -> float:
+    """When an object changed, in seconds since 1970; now if the place does not say."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        said = details.get(name)
+        if isinstance(said, datetime):
+            return said.timestamp()
+        if isinstance(said, int | float):
+            return float(said)
+    return time.time()

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -89,21 +90,24 @@ class OpenShard:
         return restored(table) if self.rounded else table
 
 
-def shard_files(directory: Path) -> list[Path]:
+def shard_names(directory: Path) -> list[str]:
     """Every file whose name is a shard's name, damaged or not, but no dangling link; none in a directory that is not there."""
     try:
         with os.scandir(directory) as entries:
             # told by the directory itself, unless it is a link: no file is looked at
-            return sorted(
-                directory / entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file()
-            )
+            return sorted(entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file())
     except FileNotFoundError:
         return []
 
 
+def shard_files(directory: Path) -> list[Path]:
+    """The paths of `shard_names`."""
+    return [directory / name for name in shard_names(directory)]
+
+
 @contextmanager
-def open_shard(shard: Path, file: io.RawIOBase | None = None) -> Iterator[OpenShard]:
-    """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified; its bytes are those of `file`, if
+def open_shard(shard: Path, file: io.RawIOBase | BinaryIO | None = None) -> Iterator[OpenShard]:
+    """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified. Its bytes are read from `file`, if
     that is given.
 
     Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file

@@ -15,7 +15,6 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import list_column
 from pipeline.errors import RefscoreError
-from pipeline.store.compaction import compact
 from pipeline.store.index import index_file, indexes
 from pipeline.store.index.index_file import (
     IndexFile,
@@ -29,6 +28,7 @@ from pipeline.store.index.index_file import (
 from pipeline.store.index.matching import equal_pairs, runs_of
 from pipeline.store.shard import ShardFacts, facts_of, open_shard, shard_files, words_of
 from pipeline.store.store import Store
+from pipeline.store.tidying.compaction import compact
 from tests.conftest import ROOT
 from tests.store.test_store import REFERENCE
 
@@ -137,7 +137,7 @@ class World:
         names = sorted(self.contents[number])
         group = self.draw.sample(names, min(len(names), self.draw.randint(2, 5)))
         before, there = self.answer_at(number), {path.name for path in shard_files(self.directory(number))}
-        compact(self.directory(number), [self.directory(number) / name for name in sorted(group)])
+        compact(Store([self.places[number]], REFERENCE), sorted(group))
         left = {path.name for path in shard_files(self.directory(number))}
         merged = {name: content for name, content in self.contents[number].items() if name in left}
         for name in left - there:
@@ -362,7 +362,7 @@ def test_an_index_that_lies_where_it_cannot_be_removed_is_believed_once(store, t
 def test_an_index_of_removed_shards_is_passed_over_and_goes(store):
     truth = filled(store)
     (before,) = index_files(store)
-    compact(store.places[0].directory, shard_files(store.places[0].directory))
+    compact(store, [path.name for path in shard_files(store.places[0].directory)])
     assert len(shard_files(store.places[0].directory)) == 1
     assert found_in(again(store), truth) == len(truth)
     store.publish_table(table_of([b"1" * 32], 90))
