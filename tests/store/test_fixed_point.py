@@ -9,10 +9,10 @@ import pytest
 from pipeline.artifacts.schemas import ROUNDED_SCORES, SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError
-from pipeline.store.compaction import compact
 from pipeline.store.fixed_point import LOWEST, UNIT, restored, rounded
 from pipeline.store.shard import Unsound, check_shard, open_shard, rows_problem, sha256_now, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from tests.store.test_store import REFERENCE, keys, scored
 
@@ -126,7 +126,7 @@ def test_published_again_it_is_the_same_bit_for_bit(store, tmp_path):
 def test_merged_and_copied_it_is_the_same(store, tmp_path):
     before = held(store)
     directory = store.places[0].directory
-    compact(directory, shard_files(directory))
+    compact(store, [shard.name for shard in shard_files(directory)])
     (merged,) = shard_files(directory)
     with open_shard(merged) as file:
         assert file.rounded
