@@ -1,0 +1,163 @@
+"""However a plan is made, its tables are those of the first version that made them row by row in one process."""
+
+import gzip
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config.files import load_config
+from pipeline.config.losses import LOSS_FACTS
+from pipeline.pairs import table as pair_table
+from pipeline.precompute import join
+from pipeline.precompute.join import write_joined
+from pipeline.precompute.plan import make_plan
+from pipeline.store.identity import score_key
+from tests.conftest import experiment, preference_rows, write_rows
+
+KTO = {"data": "responses", "mismatched": True}
+BCO, LISTS = {"data": "responses"}, {"data": "lists"}
+
+
+def pairs(number, begin=0):
+    """Pairs with everything that a row of one may have, some of them no pairs, some of them twice."""
+    rows = []
+    for at, row in enumerate(preference_rows(begin + number)[begin:]):
+        row["topic"] = ("rice", "mats")[at % 2]
+        if at % 5 == 0:
+            row |= {"chosen_score": at % 7, "rejected_score": 1.5, "rejected_cut_off": True}
+        if at % 7 == 1:
+            row |= {"margin": 0.25, "provenance": {"judge": f"judge {at % 3}"}, "extra": 1}
+        if at % 11 == 3:
+            row["rejected"] = row["chosen"]
+        if at % 11 == 4:
+            row["chosen"] = "Never say <|end|> or <|user|>."
+        if at % 13 == 5:
+            row["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["prompt"]}]
+        if at % 17 == 6:
+            row["chosen"] = "long " * 100
+        if at % 17 == 7:
+            row.pop("chosen")
+        rows.append(row)
+    return [*rows, *rows[2:5]]
+
+
+def unpaired(number):
+    return [
+        {"prompt": f"How do I cook rice number {at // 2}?", "response": f"Boil it {at % 9} times.", "label": at % 3 > 0}
+        for at in range(number)
+    ] + [{"prompt": "Who?", "response": "", "label": True}]
+
+
+def ranked(number):
+    return [
+        {
+            "prompt": f"Who is {at}?",
+            "responses": [f"I am {at}.", f"You, {at}, are.", "Nobody.", ""][: 2 + at % 3],
+            "scores": [3, 2, 2, 1][: 2 + at % 3] if at % 5 else [1, 1, 1, 1][: 2 + at % 3],
+        }
+        for at in range(number)
+    ]
+
+
+def several_files():
+    """A folder with files of four kinds, and held-out pairs whose prompts some of them repeat."""
+    rows = pairs(90)
+    write_rows(Path("many/a.jsonl"), rows[:20])
+    pq.write_table(pa.Table.from_pylist(preference_rows(50)[30:]), "many/b.parquet", row_group_size=6)
+    Path("many/c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[40:60]).encode()))
+    Path("many/d.json").write_text(json.dumps(rows[60:]))
+    write_rows(Path("held.jsonl"), [*preference_rows(90)[80:], *preference_rows(35)[28:]])
+    return ["many"]
+
+
+def one_file(rows):
+    return lambda: [str(write_rows(Path("d.jsonl"), rows))]
+
+
+# what a case is made of, what its loss reads, its settings, and the digest of what was made of it
+CASES = {
+    "pairs": (one_file(pairs(60)), {}, {}, "7287169ccce6d471"),
+    "pairs, cut": (
+        one_file(pairs(60)),
+        {},
+        {"too_long": "truncate_response", "max_length": 64, "max_rows": 41},
+        "6843b71e0985833a",
+    ),
+    "pairs, control tokens act": (
+        one_file(pairs(60)),
+        {},
+        {"special_tokens": "parse", "eval_fraction": 0.4},
+        "0b1d4f87b68ecd19",
+    ),
+    "pairs, plain text": (one_file(preference_rows(30)), {}, {"template": "none"}, "779abb6857e0d388"),
+    "pairs of several files": (several_files, {}, {"eval_path": "held.jsonl"}, "fe713c044f6ba31e"),
+    "pairs of several sources": (lambda: [*several_files(), "held.jsonl"], {}, {"max_rows": 33}, "571c6cd60d5dbdda"),
+    "pairs of lists": (one_file(ranked(30)), {}, {"lists": "all_pairs"}, "9da0477d7695ee18"),
+    "lists": (one_file(ranked(30)), LISTS, {}, "5bb39bd6adb45a67"),
+    "lists of pairs": (one_file(pairs(60)), LISTS, {}, "641e87bef40d221b"),
+    "lists, held out": (
+        lambda: [str(write_rows(Path("d.jsonl"), ranked(30))), str(write_rows(Path("e.jsonl"), ranked(34)[20:]))],
+        LISTS,
+        {"eval_path": "e.jsonl"},
+        "04908dd2f65b3db9",
+    ),
+    "responses": (one_file(unpaired(60)), BCO, {}, "8fba268ca3f93b25"),
+    "responses beside others": (one_file(unpaired(60)), KTO, {}, "ac1e37597a114b22"),
+    "responses of pairs beside others": (one_file(pairs(60)), KTO, {"max_length": 64}, "dc9fcb323457a7f4"),
+    "prompts": (one_file(unpaired(60)), {"data": "prompts"}, {}, "1abc3e35596f6ebd"),
+}
+
+
+def config_of(case, model, *settings):
+    make, _, data, _ = CASES[case]
+    path = experiment(Path.cwd(), model, Path("unused"))
+    texts = {"data.path": json.dumps(make()), **{f"data.{name}": value for name, value in data.items()}}
+    return load_config(path, [*(f"{name}={value}" for name, value in texts.items()), *settings])
+
+
+def digest(plan) -> str:
+    """Of everything that a plan says of its rows."""
+    table, write = plan.pairs, Path("written.parquet")
+    write_joined(write, plan, {}, scored=False)
+    said = {
+        "rows": pq.read_table(write).to_pylist(),
+        "dropped": table.dropped_table().to_pylist(),
+        "figures": [table.formats, table.read, table.splits, table.cut_off, table.judges, table.margins],
+        "more": [
+            table.labels,
+            table.unread,
+            table.control,
+            table.sides,
+            [(k, v.count) for k, v in table.drops.items()],
+        ],
+        "lengths": [table.prompt_tokens.tolist(), table.response_tokens.tolist(), table.group_of.tolist()],
+        "missing": plan.missing.tolist(),
+        "lines": [line for line in plan.lines() if not line.startswith("reference")],
+    }
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+@pytest.fixture
+def learns(monkeypatch):
+    """Makes the default loss one that learns from a case's kind of data."""
+    before = LOSS_FACTS["sigmoid"]
+    return lambda case: monkeypatch.setitem(LOSS_FACTS, "sigmoid", replace(before, **CASES[case][1]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_is_the_same(tiny_model, learns, case, monkeypatch):
+    learns(case)
+    plan = make_plan(config_of(case, tiny_model))
+    assert digest(plan) == CASES[case][-1]
+    reference_id, rows = plan.identity.reference_id, pa.concat_tables(table for _, table in plan.pairs.groups())
+    wanted = [
+        score_key(reference_id, row["prompt_ids"], row[f"{side}_ids"])
+        for row in rows.to_pylist()
+        for side in plan.sides
+    ]
+    assert plan.keys.to_pylist() == wanted
