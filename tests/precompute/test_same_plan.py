@@ -12,8 +12,6 @@ import pytest
 
 from pipeline.config.files import load_config
 from pipeline.config.losses import LOSS_FACTS
-from pipeline.pairs import table as pair_table
-from pipeline.precompute import join
 from pipeline.precompute.join import write_joined
 from pipeline.precompute.plan import make_plan
 from pipeline.store.identity import score_key
