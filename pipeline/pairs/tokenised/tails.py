@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class _Cut(NamedTuple):
-    """Where the tails of a row's texts begin: `token` stands there, the last of `count` in the prompt."""
+    """Where the tails of a row's texts begin: `token` stands there, the last of `times` in the prompt."""
 
     at: int
     token: int
-    count: int
+    times: int
 
 
 class Tails:
@@ -60,7 +60,7 @@ class Tails:
     def _joined(self, ids: list[list[int]], texts: list[str], cut: _Cut | None) -> list[list[int]]:
         prompt, *others = ids
         # a name that is no token where it stands, or a token that no name stands for, would move the cut
-        if cut is not None and prompt.count(cut.token) == cut.count and all(tail[0] == cut.token for tail in others):
+        if cut is not None and prompt.count(cut.token) == cut.times and all(tail[0] == cut.token for tail in others):
             head = prompt[: len(prompt) - 1 - prompt[::-1].index(cut.token)]
             return [prompt, *(head + tail for tail in others)]
         self.whole += 1
