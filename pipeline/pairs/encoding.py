@@ -19,6 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import DataConfig
+from pipeline.config.losses import Data
 from pipeline.errors import ConfigError
 from pipeline.models.control_tokens import control_tokens, encode_text
 from pipeline.pairs.messages import Message, texts_in
@@ -72,6 +73,10 @@ class Encoder:
     def limit(self) -> int:
         """Tokens that prompt and response may have together."""
         return self._limit
+
+    def of(self, wanted: Data) -> Callable[[Iterable[Preference | Dropped]], Iterator[Encoded | Dropped]]:
+        """How rows are encoded for a loss that learns from `wanted`."""
+        return {"pairs": self.both, "prompts": self.prompts}.get(wanted, self.chosen)
 
     def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         """Every row in order, with chosen and rejected; responses of equal ids are no pair."""

@@ -100,14 +100,14 @@ class ResponseStream:
         neighbours.end()
 
     def _groups(self) -> Iterator[list[ResponseRow] | Dropped]:
-        wanted, alone = self.wanted, self.wanted == "prompts"
-        units = self._sources.units(self._encoder.prompts if alone else self._encoder.chosen)
+        wanted = self.wanted
+        units = self._sources.units(self._encoder.of(wanted))
         found = ((role, group) for role, unit in units for group in groups_of(unit, wanted))
         for one in select(found, self._data, wanted):
             if isinstance(one, Dropped):
                 yield one
                 continue
-            kind = PROMPT if alone else RESPONSE
+            kind = PROMPT if wanted == "prompts" else RESPONSE
             yield [
                 ResponseRow(one.group_id, one.split, kind, said.preference, said.prompt_ids, *(said.responses or [[]]))
                 for said in one.group

@@ -218,22 +218,26 @@ def prompt_text(prompt: list[Message]) -> str:
 
 def digest_of(prompt_ids: Sequence[int]) -> bytes:
     """What a prompt is known by, and its split decided by: a digest of its token ids."""
-    return hashlib.sha256(b"refscore-prompt" + ids_as_bytes(prompt_ids)).digest()
+    return _prompt_digest(ids_as_bytes(prompt_ids))
+
+
+def _prompt_digest(ids: bytes) -> bytes:
+    return hashlib.sha256(b"refscore-prompt" + ids).digest()
 
 
 def digests_of(group: Group, wanted: Data, rule: str) -> tuple[bytes, bytes]:
     """What a row is known by: the digest of its prompt (32 bytes), and that of its token ids and the rule of its split (16)."""
-    lists = [group[0].prompt_ids, *(response for one in group for response in one.responses)]
+    lists = [ids_as_bytes(ids) for ids in (group[0].prompt_ids, *(ids for one in group for ids in one.responses))]
     if wanted == "pairs":
         what = b"refscore-pair\x01"
     else:
         what, label = b"refscore-group\x01", group[0].preference.label
-        lists.append([] if label is None else [int(label)])
+        lists.append(b"" if label is None else ids_as_bytes([int(label)]))
     state = hashlib.sha256(what)
     for ids in lists:
-        state.update(len(ids).to_bytes(8, "little") + ids_as_bytes(ids))
+        state.update((len(ids) // 4).to_bytes(8, "little") + ids)
     state.update(rule.encode())
-    return digest_of(group[0].prompt_ids), state.digest()[:16]
+    return _prompt_digest(lists[0]), state.digest()[:16]
 
 
 def as_bytes(digests: Sequence[tuple[bytes, bytes]]) -> tuple[np.ndarray, np.ndarray]:
