@@ -12,6 +12,9 @@ import pytest
 
 from pipeline.config.files import load_config
 from pipeline.config.losses import LOSS_FACTS
+from pipeline.pairs import table
+from pipeline.pairs.reading import ranges
+from pipeline.pairs.tokenised import assembly, making, part
 from pipeline.precompute.join import write_joined
 from pipeline.precompute.plan import make_plan
 from pipeline.store.identity import score_key
@@ -67,7 +70,9 @@ def several_files():
     rows = pairs(90)
     write_rows(Path("many/a.jsonl"), rows[:20])
     pq.write_table(pa.Table.from_pylist(preference_rows(50)[30:]), "many/b.parquet", row_group_size=6)
-    Path("many/c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[40:60]).encode()))
+    Path("many/c.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows[40:60]).encode(), mtime=0)
+    )
     Path("many/d.json").write_text(json.dumps(rows[60:]))
     write_rows(Path("held.jsonl"), [*preference_rows(90)[80:], *preference_rows(35)[28:]])
     return ["many"]
@@ -120,20 +125,20 @@ def config_of(case, model, *settings):
 
 def digest(plan) -> str:
     """Of everything that a plan says of its rows."""
-    table, write = plan.pairs, Path("written.parquet")
+    made, write = plan.pairs, Path("written.parquet")
     write_joined(write, plan, {}, scored=False)
     said = {
         "rows": pq.read_table(write).to_pylist(),
-        "dropped": table.dropped_table().to_pylist(),
-        "figures": [table.formats, table.read, table.splits, table.cut_off, table.judges, table.margins],
+        "dropped": made.dropped_table().to_pylist(),
+        "figures": [made.formats, made.read, made.splits, made.cut_off, made.judges, made.margins],
         "more": [
-            table.labels,
-            table.unread,
-            table.control,
-            table.sides,
-            [(k, v.count) for k, v in table.drops.items()],
+            made.labels,
+            made.unread,
+            made.control,
+            made.sides,
+            [(k, v.count) for k, v in made.drops.items()],
         ],
-        "lengths": [table.prompt_tokens.tolist(), table.response_tokens.tolist(), table.group_of.tolist()],
+        "lengths": [made.prompt_tokens.tolist(), made.response_tokens.tolist(), made.group_of.tolist()],
         "missing": plan.missing.tolist(),
         "lines": [line for line in plan.lines() if not line.startswith("reference")],
     }
@@ -147,15 +152,39 @@ def learns(monkeypatch):
     return lambda case: monkeypatch.setitem(LOSS_FACTS, "sigmoid", replace(before, **CASES[case][1]))
 
 
+@pytest.fixture(params=["whole files", "ranges"])
+def _ranges(request, monkeypatch):
+    """Files in one piece and one window, or in many."""
+    if request.param == "ranges":
+        monkeypatch.setattr(ranges, "RANGE_BYTES", 1500)
+        monkeypatch.setattr(assembly, "WINDOW", 8)
+        monkeypatch.setattr(part, "BLOCK", 4)
+        monkeypatch.setattr(table, "BLOCK", 4)
+        monkeypatch.setattr(assembly, "BLOCK", 4)
+
+
+@pytest.mark.usefixtures("_ranges")
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_is_the_same(tiny_model, learns, case, monkeypatch):
+def test_a_plan_is_the_same_the_first_time_and_the_second(tiny_model, learns, case, monkeypatch):
     learns(case)
     plan = make_plan(config_of(case, tiny_model))
     assert digest(plan) == CASES[case][-1]
-    reference_id, rows = plan.identity.reference_id, pa.concat_tables(table for _, table in plan.pairs.groups())
+    reference_id, rows = plan.identity.reference_id, pa.concat_tables(rows for _, rows in plan.pairs.groups())
     wanted = [
         score_key(reference_id, row["prompt_ids"], row[f"{side}_ids"])
         for row in rows.to_pylist()
         for side in plan.sides
     ]
     assert plan.keys.to_pylist() == wanted
+    # nothing is tokenised again
+    monkeypatch.setattr(making, "_make", lambda *_: pytest.fail("made again"))
+    again = make_plan(config_of(case, tiny_model))
+    assert (digest(again), again.keys) == (CASES[case][-1], plan.keys)
+
+
+@pytest.mark.parametrize("case", ["pairs of several sources", "responses of pairs beside others"])
+def test_processes_make_the_same_plan(tiny_model, learns, case, monkeypatch):
+    learns(case)
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 4000)
+    monkeypatch.setattr(making, "_make", lambda *_: pytest.fail("made in this process"))
+    assert digest(make_plan(config_of(case, tiny_model, "data.workers=2"))) == CASES[case][-1]

@@ -89,7 +89,7 @@ class Assembly:
         self.table = PairTable(self._sources.formats, self._sources.digests, directory, wanted)
         self._directory = Path(directory.name)
         self._asked: deque[_Asked] = deque()
-        self._next_row = self._next_block = self._groups = self._units = self._whole = 0
+        self._next_row = self._next_block = self._groups = self._given = self._whole = 0
 
     def windows(self) -> Iterator[tuple[int, int, float]]:
         """The first row and the end of each window of the table, and the share of the sources' bytes that are read by then.
@@ -158,7 +158,7 @@ class Assembly:
         asked.source.unread = list(dict.fromkeys([*asked.source.unread, *said["unread"]]))
         for name, count in said["control"].items():
             self.table.control[name] = self.table.control.get(name, 0) + count
-        self._units += said["units"]
+        self._given += len(np.unique(rows.row))
         self._whole += said["whole"]
 
     def _take(
@@ -283,7 +283,7 @@ class Assembly:
 
     def _end(self) -> None:
         table, sources = self.table, self._sources
-        sources.end(self._units)
+        sources.end(self._given)
         if self._neighbours:
             self._neighbours.end()
         table.read, table.unread = sum(sources.read.values()), dict(sources.unread)

@@ -93,7 +93,8 @@ class Maker:
         made = Made(piece, self._directory / f"{name}.parquet", None)
         if sides_of(piece.wanted):
             made = Made(piece, made.part, self._directory / f"{name}.{self._how.reference_id}.keys")
-        if all(self._is_kept(path) for path in (made.part, made.keys) if path):
+        kept = [self._is_kept(path) for path in (made.part, made.keys) if path]
+        if all(kept):
             return made, None
         if self._workers == 1 or not isinstance(piece.range, Range):
             with _one_processor():
@@ -126,7 +127,8 @@ class Maker:
                     return False
                 try:
                     pq.read_metadata(kept)
-                    _same_file(kept, path)
+                    with _whole_or_absent(path) as unfinished:
+                        _same_file(kept, unfinished)
                 except (pa.ArrowException, OSError) as error:
                     log.debug("%s cannot be used (%s)", kept, error)
                     return False
@@ -165,7 +167,7 @@ def _make(made: Made, how: How, tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextmanager
 def _whole_or_absent(path: Path) -> Iterator[Path]:
-    """A path to write; on a clean exit it takes `path`'s place. What is written goes with this process's table, so none is flushed."""
+    """A path to write; on a clean exit it takes `path`'s place. It goes with this process, so that nothing is flushed."""
     unfinished = durable.temporary_beside(path)
     yield unfinished
     unfinished.rename(path)

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,13 +62,17 @@ class Piece:
 
     def key(self, tokenizer: str, positions: int | None) -> str:
         """What the part is known by: a digest of all that decides its content. `tokenizer` is one of everything it does."""
-        versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")}
         data = self.data.model_dump(mode="json", exclude=_OF_OTHERS)
         endings = self.range.file.suffixes[-2:] if isinstance(self.range, Range) else []
         form = {"kind": self.form.kind, "form": self.form.format, "endings": endings, "refscore": __version__}
-        made_by = {"format": _FORMAT, "versions": versions, "tokenizer": tokenizer, "positions": positions}
+        made_by = {"format": _FORMAT, "versions": _versions(), "tokenizer": tokenizer, "positions": positions}
         made_of = {"digest": self.digest, "part": self.range.part, "wanted": self.wanted, "rule": split_rule(self.data)}
         return json_sha256(made_by | made_of | form | {"data": data})
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")}
 
 
 def sides_of(wanted: Data) -> tuple[str, ...]:
@@ -93,20 +98,13 @@ def write_part(path: Path, piece: Piece, tokenizer: PreTrainedTokenizerBase, pos
     """Tokenise a piece's rows. Raises DataError if they cannot be read."""
     part = Part(piece.name, piece.digest, piece.range.rows, list)
     source = Source(piece.name, piece.digest, [Reading(part, piece.form)], piece.data, piece.wanted)
-    encoder, schema, units = Encoder(piece.data, tokenizer, positions), schema_of(piece.wanted), 0
-
-    def groups() -> Iterator[Group | Dropped]:
-        nonlocal units
-        for unit in encoded_units(source.units(), encoder.of(piece.wanted)):
-            units += 1
-            yield from groups_of(unit, piece.wanted)
-
-    rows = _rows(groups(), piece)
+    encoder, schema = Encoder(piece.data, tokenizer, positions), schema_of(piece.wanted)
+    units = encoded_units(source.units(), encoder.of(piece.wanted))
+    rows = _rows((group for unit in units for group in groups_of(unit, piece.wanted)), piece)
     with parquet_writer(path, schema) as writer:
         while block := list(islice(rows, BLOCK)):
             writer.write_table(pa.Table.from_pylist(block, schema))
-        said = {"read": source.read, "units": units, "unread": source.unread}
-        said |= {"control": encoder.control, "whole": encoder.whole}
+        said = {"read": source.read, "unread": source.unread, "control": encoder.control, "whole": encoder.whole}
         writer.add_key_value_metadata({_SAID: json.dumps(said)})
 
 
