@@ -23,7 +23,7 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import Data, data_of, margins, mismatched, sums_do_not_do
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference, open_reference
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
@@ -179,6 +179,7 @@ class Planning:
         self._read: list[tuple[int, int, float]] = []
         self._store = Store(config.reference.store, self.reference.identity)
         self._plan: Plan | None = None
+        self._failed: RefscoreError | None = None
 
     def windows(self) -> Iterator[Window]:
         """Each window as soon as its rows are read; raises what `make_plan` raises."""
@@ -206,7 +207,13 @@ class Planning:
             number += 1
 
     def _has_more(self) -> bool:
-        more = list(islice(self._reading, 1))
+        if self._failed:
+            raise self._failed
+        try:
+            more = list(islice(self._reading, 1))
+        except RefscoreError as error:
+            self._failed = error
+            raise
         self._read += more
         return bool(more)
 

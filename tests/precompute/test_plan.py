@@ -326,10 +326,14 @@ def test_the_whole_plan_may_be_asked_for_between_windows(config):
 def test_what_cannot_be_read_is_said_behind_the_windows_before_it(config):
     path = write_rows(Path(config.data.path[0]), preference_rows(20))
     path.write_text(path.read_text() + "{broken\n")
-    windows = Planning(config).windows()
+    planning = Planning(config)
+    windows = planning.windows()
     assert len(next(windows).missing)
     with pytest.raises(DataError, match=r"line 21, column 2: not valid JSON"):
         list(windows)
+    # of rows that were not all read there is no plan
+    with pytest.raises(DataError, match="line 21"):
+        planning.plan()
     write_rows(path, [{"prompt": f"{at}?", "chosen": "", "rejected": "x"} for at in range(20)])
-    with pytest.raises(DataError, match=r"no pair is left to train on .* 20 x empty_response"):
+    with pytest.raises(DataError, match=r"no pair is left to train on from .*\(20 x empty_response\)"):
         list(Planning(config).windows())
