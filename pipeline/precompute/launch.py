@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import DataError, RefscoreError
-from pipeline.precompute.plan import Plan
+from pipeline.precompute.plan import Plan, serve_adopted
 from pipeline.precompute.score import score_missing
 from pipeline.progress import SILENT, Listener, duration
 
@@ -20,6 +20,7 @@ def score(plan: Plan, directory: Path | None = None, listener: Listener = SILENT
     written, DataError if scores are imported and some are missing, CheckError for scores that cannot be true. What was
     published before an error or Ctrl-C stays.
     """
+    serve_adopted(plan)
     if not len(plan.missing):
         whose = f", {plan.identity.numerics.words}" if plan.imported else ""
         listener.say(f"nothing to score: every sequence is in the store{whose}; no engine is started")

@@ -29,15 +29,13 @@ from pipeline.models.configuration import position_limit
 from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.pairs.kinds import UNITS
 from pipeline.pairs.sources import read_for
-from pipeline.pairs.table import PairTable
+from pipeline.pairs.table import GROUP, PairTable
 from pipeline.pairs.tokenised.assembly import Assembly, bytes_of
 from pipeline.pairs.tokenised.making import How
 from pipeline.pairs.tokenised.seen import DigestSet
+from pipeline.store.adoption import adoptions, held_by_adopted, serve_from_adopted
 from pipeline.store.identity import IMPORTED, ReferenceIdentity, keys_of
 from pipeline.store.store import Store
-
-# sequences whose token ids are read together
-_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
     `keys` has an entry for each side of each row of `pairs`, chosen then rejected of a pair, of which `sequences` differ;
-    `missing` are positions in it, ascending, one for each absent key. `held_as_sums`: sequences of which a sum was imported, and
+    `missing` are positions in it, ascending, one for each absent key, but for those that references hold which were adopted: by
+    their ids these are `adopted`, and are published when scoring begins. `held_as_sums`: sequences of which a sum was imported, and
     no values per token.
     """
 
@@ -56,6 +55,7 @@ class Plan:
     keys: pa.FixedSizeBinaryArray
     sequences: int
     missing: np.ndarray
+    adopted: dict[str, np.ndarray]
     held_as_sums: int
     vocabulary: str
     template: str
@@ -69,6 +69,11 @@ class Plan:
     def imported(self) -> bool:
         """Whether the scores are others', so that none can be computed."""
         return self.identity.numerics.engine == IMPORTED
+
+    @property
+    def absent(self) -> np.ndarray:
+        """Positions, ascending, of what has no score under this reference yet: `missing`, and what is `adopted`."""
+        return np.sort(np.concatenate([self.missing, *self.adopted.values()]))
 
     @property
     def missing_tokens(self) -> int:
@@ -104,14 +109,15 @@ class Plan:
         if not scored:
             return lines
         lines.append(f"reference {self.identity.reference_id[:12]}  {self.identity.numerics.words}")
-        known = self.sequences - len(self.missing)
+        known = self.sequences - len(self.absent)
         if self.imported:
             sums = f", {self.held_as_sums} by their sum alone" if self.held_as_sums else ""
             lines.append(f"store     {self.sequences} sequences: {known} imported{sums}, {len(self.missing)} missing")
         else:
             lines.append(
-                f"store     {self.sequences} sequences: {known} hits, {len(self.missing)} misses, "
-                f"{self.missing_tokens} tokens to score"
+                f"store     {self.sequences} sequences: {known} hits, "
+                + "".join(f"{len(held)} adopted from {adopted[:12]}, " for adopted, held in self.adopted.items())
+                + f"{len(self.missing)} misses, {self.missing_tokens} tokens to score"
             )
         return lines
 
@@ -189,7 +195,8 @@ class Planning:
             # a key that an earlier window had is that window's
             new = np.flatnonzero(asked.add(bytes_of(keys)))
             missing = new[self._store.lookup(keys.take(pa.array(new))).missing]
-            yield Window(self._requests(first, keys, missing), share)
+            groups = [table for _, table in _groups_of(self._assembly.table, keys, missing, first)]
+            yield Window(pa.concat_tables([MISSING.empty_table(), *groups]), share)
 
     def plan(self) -> Plan:
         """The whole plan: reads what is left to read, and asks the store for all of it now."""
@@ -217,34 +224,12 @@ class Planning:
         self._read += more
         return bool(more)
 
-    def _requests(self, first: int, keys: pa.FixedSizeBinaryArray, missing: np.ndarray) -> pa.Table:
-        """MISSING's rows for positions in `keys`, which are those of the table's rows from `first` on."""
-        pairs = self._assembly.table
-        numbers, sides = missing // max(1, len(pairs.sides)), missing % max(1, len(pairs.sides))
-        tables = []
-        for low in range(0, len(missing), _AT_ONCE):
-            at = slice(low, low + _AT_ONCE)
-            # ascending, as positions are
-            begin, last = int(numbers[at][0]), int(numbers[at][-1])
-            table = pairs.rows(first + begin, first + last + 1, pairs.ids)
-            prompts, *responses = (arrays_of(table, name) for name in pairs.ids)
-            places = (numbers[at] - begin).tolist()
-            columns = [
-                keys.take(pa.array(missing[at])),
-                list_column([prompts[place] for place in places], MISSING.field("prompt_ids").type),
-                list_column(
-                    [responses[side][place] for place, side in zip(places, sides[at].tolist(), strict=True)],
-                    MISSING.field("response_ids").type,
-                ),
-            ]
-            tables.append(pa.table(columns, schema=MISSING))
-        return pa.concat_tables(tables) if tables else MISSING.empty_table()
-
     def _planned(self) -> Plan:
         config, reference, pairs = self._config, self.reference, self._assembly.table
         _must_say_margins(config, pairs)
         keys = self._assembly.keys(0, len(pairs))
         lookup = self._store.lookup(keys)
+        adopted = _adopted(self._store, pairs, keys, lookup.missing)
         plan = Plan(
             reference=reference,
             data=self._data,
@@ -252,7 +237,8 @@ class Planning:
             store=self._store,
             keys=keys,
             sequences=len(lookup.missing) + len(lookup.held),
-            missing=lookup.missing,
+            missing=np.setdiff1d(lookup.missing, np.concatenate([lookup.missing[:0], *adopted.values()])),
+            adopted=adopted,
             held_as_sums=len(lookup.held_as_sums),
             vocabulary=vocabulary_digest(reference.tokenizer),
             template=chat_template_digest(reference.tokenizer),
@@ -286,6 +272,48 @@ def _assembly(config: Config, reference: OpenedReference, data: Data) -> Assembl
     )
     beside = data == "responses" and mismatched(config.train)
     return Assembly(config.data, data, how, reference.tokenizer, mismatched=beside)
+
+
+def _adopted(
+    store: Store, pairs: PairTable, keys: pa.FixedSizeBinaryArray, absent: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Those of the positions `absent` that references hold which were adopted, by their ids."""
+    if not adoptions(store):
+        return {}
+    held: dict[str, list[np.ndarray]] = {}
+    for positions, missing in _groups_of(pairs, keys, absent):
+        for adopted, found in held_by_adopted(store, missing).items():
+            held.setdefault(adopted, []).append(positions[found])
+    return {adopted: np.concatenate(parts) for adopted, parts in held.items()}
+
+
+def _groups_of(
+    pairs: PairTable, keys: pa.FixedSizeBinaryArray, positions: np.ndarray, begin: int = 0
+) -> Iterator[tuple[np.ndarray, pa.Table]]:
+    """Row group by row group: those of `positions` in it, and their rows of MISSING. `keys`, of which these are positions,
+    ascending, are those of the rows from `begin` on.
+    """
+    sides = len(pairs.sides)
+    groups, begins = np.unique(positions // max(1, sides * GROUP), return_index=True)
+    for group, here in zip(groups.tolist(), np.split(positions, begins[1:]), strict=False):
+        first = begin + group * GROUP
+        table = pairs.rows(first, min(first + GROUP, len(pairs)), pairs.ids)
+        prompts, *responses = (arrays_of(table, name) for name in pairs.ids)
+        places = [divmod(position, sides) for position in (here - sides * group * GROUP).tolist()]
+        columns = [
+            keys.take(pa.array(here)),
+            list_column([prompts[row] for row, _ in places], MISSING.field("prompt_ids").type),
+            list_column([responses[side][row] for row, side in places], MISSING.field("response_ids").type),
+        ]
+        yield here, pa.table(columns, schema=MISSING)
+
+
+def serve_adopted(plan: Plan) -> None:
+    """Publish what adopted references hold of the plan; what turns out damaged is missing the next time."""
+    adopted = np.sort(np.concatenate([plan.missing[:0], *plan.adopted.values()]))
+    if len(adopted):
+        for _, missing in _groups_of(plan.pairs, plan.keys, adopted):
+            serve_from_adopted(plan.store, missing)
 
 
 def _must_say_margins(config: Config, pairs: PairTable) -> None:

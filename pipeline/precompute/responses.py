@@ -7,7 +7,7 @@ store. A row that cannot be scored keeps its place, with its problem instead of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.schemas import SCORED
+from pipeline.artifacts.schemas import MISSING, SCORED
 from pipeline.config.experiment import Config
 from pipeline.engines.protocol import Request, Scorer, must_compute
 from pipeline.engines.quarantine import score_each
@@ -32,6 +32,7 @@ from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.rows import open_rows
 from pipeline.pairs.splits import prompt_text
 from pipeline.precompute.score import check_scores
+from pipeline.store.adoption import serve_from_adopted
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
@@ -57,7 +58,7 @@ class RowScorer:
         self._scorer: Scorer | None = None
         self._longest = 0
         self._quarantined: dict[bytes, str] = {}
-        self.hits = self.scored = self.dropped = 0
+        self.hits = self.adopted = self.scored = self.dropped = 0
 
     def __enter__(self) -> Self:
         return self
@@ -86,8 +87,13 @@ class RowScorer:
         wanted_keys = pa.array([key for key in keys if key is not None], pa.binary(32))
         lookup = self._store.lookup(wanted_keys)
         self.hits += len(lookup.held)
-        if missing := wanted_keys.take(pa.array(lookup.missing)).to_pylist():
-            self._score(dict(zip(keys, requests, strict=True)), missing)
+        if len(lookup.missing):
+            by_key = dict(zip(keys, requests, strict=True))
+            missing = _missing(by_key, wanted_keys.take(pa.array(lookup.missing)).to_pylist())
+            left = serve_from_adopted(self._store, missing)
+            self.adopted += len(missing) - len(left)
+            if len(left):
+                self._score(by_key, left["key"].to_pylist())
             lookup = self._store.lookup(wanted_keys)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
@@ -127,6 +133,12 @@ class RowScorer:
             self._store.publish(rows, circumstances())
         self.scored += len(rows)
         self._quarantined |= quarantined
+
+
+def _missing(requests: Mapping[bytes | None, Request | None], keys: Sequence[bytes]) -> pa.Table:
+    asked = [request for key in keys if (request := requests[key]) is not None]
+    ids = [[request.prompt_ids for request in asked], [request.response_ids for request in asked]]
+    return pa.table([pa.array(keys, pa.binary(32)), *ids], schema=MISSING)
 
 
 def preference_of(source: str, number: int, row: Row) -> Preference | Dropped:

@@ -25,12 +25,12 @@ from pipeline.errors import RefscoreError
 from pipeline.store.places import Patience, Place
 from pipeline.store.shard import (
     Unsound,
+    computed_by,
     key_words,
     open_shard,
     published_at,
-    rows_problem,
+    shard_problem,
     sums_only,
-    sums_problem,
     words_of,
 )
 
@@ -65,6 +65,14 @@ class Lookup:
     def held_as_sums(self) -> np.ndarray:
         """Like `held`, of the keys whose row has a sum and no values per token."""
         return self.held_by([shard for shard, sums in zip(self._shards, self._sums_only, strict=True) if sums])
+
+    def held_from_adopted(self) -> dict[str, np.ndarray]:
+        """Like `held`, of the keys whose row an adopted reference computed, by the id of that reference."""
+        shards: dict[str, list[Path]] = {}
+        for shard, by in zip(self._shards, self._computed_by, strict=True):
+            if by:
+                shards.setdefault(by, []).append(shard)
+        return {by: positions for by, theirs in shards.items() if len(positions := self.held_by(theirs))}
 
     def found(self) -> pl.DataFrame:
         """Scores of all keys that are held: SCORES' columns, one row a key, in no order."""
@@ -103,10 +111,10 @@ class Lookup:
         for shard in np.unique(shards[shards >= 0]):
             ours = order[slice(*np.searchsorted(shards, [shard, shard + 1], sorter=order))]
             with _named(self._place_of[shard], self._shards[shard]):
-                for these, table in _read(self._shards[shard], rows, ours):
+                for these, table, problem in _read(self._shards[shard], rows, ours):
                     if not np.array_equal(key_words(table), self._words[positions[indices[these]]]):
                         raise Unsound("a row has another key than its place says")
-                    if problem := (sums_problem if self._sums_only[shard] else rows_problem)(table):
+                    if problem:
                         raise Unsound(problem)
                     yield indices[these], table
 
@@ -114,6 +122,7 @@ class Lookup:
         self._shards: list[Path] = []
         self._place_of: list[Place] = []
         self._sums_only: list[bool] = []
+        self._computed_by: list[str | None] = []
         self._order: list[tuple[int, str]] = []
         self._shard = np.full(len(self._firsts), -1, dtype=np.int32)
         self._row = np.zeros(len(self._firsts), dtype=np.int32)
@@ -135,9 +144,10 @@ class Lookup:
             words = key_words(file.read(columns=["key"]))
             if len(words) != file.metadata.num_rows:
                 raise Unsound(f"{len(words)} keys in {file.metadata.num_rows} rows")
-            published, sums = published_at(file), sums_only(file)
+            published, sums, by = published_at(file), sums_only(file), computed_by(file)
         self._shards.append(shard)
         self._sums_only.append(sums)
+        self._computed_by.append(by)
         self._place_of.append(place)
         self._order.append((published, shard.name))
         self._note(len(self._shards) - 1, words)
@@ -198,8 +208,10 @@ def _named(place: Place, shard: Path) -> Iterator[None]:
         raise _Gone(shard) from None
 
 
-def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """The rows numbered `rows[ours]` (ascending) of a shard, row group by row group, each part with its share of `ours`."""
+def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table, str | None]]:
+    """The rows numbered `rows[ours]` (ascending) of a shard, row group by row group, each part with its share of `ours`, and with
+    why it cannot be true.
+    """
     with open_shard(shard) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         ends = np.cumsum(sizes)
@@ -207,7 +219,8 @@ def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.
         for group in np.unique(groups):
             these = ours[groups == group]
             within = rows[these] - (ends[group] - sizes[group])
-            yield these, file.read_row_group(group).take(pa.array(within))
+            table = file.read_row_group(group).take(pa.array(within))
+            yield these, table, shard_problem(file, table)
 
 
 def _distinct(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

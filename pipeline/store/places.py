@@ -69,6 +69,14 @@ class Place(Protocol):
         """A local directory in which to write what will be published."""
         ...
 
+    def read(self, name: str) -> bytes:
+        """What stands under a name. Raises FileNotFoundError if nothing does, RefscoreError if it may not be read."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove what stands under a name, if anything does. Raises RefscoreError if it may not be removed."""
+        ...
+
 
 class Patience:
     """Bounded retries, counted per name: waits a little longer each time, then raises RefscoreError."""
@@ -176,6 +184,24 @@ class LocalPlace:
         """See `Place.workspace`: the same directory, as a link cannot cross file systems."""
         self.directory.mkdir(parents=True, exist_ok=True)
         return self.directory
+
+    def read(self, name: str) -> bytes:
+        """See `Place.read`."""
+        try:
+            return (self.directory / name).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
+
+    def remove(self, name: str) -> None:
+        """See `Place.remove`."""
+        try:
+            (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise RefscoreError(
+                f"{self.directory / name} cannot be removed ({error.strerror}): mend its rights"
+            ) from None
 
     def _must_be_readable(self) -> None:
         """An absent or unreadable place must not pass for an empty one: everything would be scored again."""

@@ -102,6 +102,30 @@ class RemotePlace:
         self._cache.mkdir(parents=True, exist_ok=True)
         return self._cache
 
+    def read(self, name: str) -> bytes:
+        """See `Place.read`."""
+        self._files.invalidate_cache()
+        try:
+            content: bytes = self._files.cat_file(f"{self._root}/{name}")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be read ({first_line(error)}): check the network and the credentials in the environment"
+            ) from None
+        return content
+
+    def remove(self, name: str) -> None:
+        """See `Place.remove`."""
+        try:
+            self._files.rm_file(f"{self._root}/{name}")
+        except FileNotFoundError:
+            return
+        except Exception as error:  # noqa: BLE001  # likewise
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be removed ({first_line(error)}): check the network and your rights"
+            ) from None
+
     def _names(self) -> list[str]:
         try:
             self._files.invalidate_cache()

@@ -52,6 +52,7 @@ CHANGES = {
         {"reference.engine": "imported", "reference.imported_by": "a", "reference.store": "others"},
     ),
     "reference.dtype": ("bfloat16", {}),
+    "reference.logps": ("fixed_point", {"reference.dtype": "bfloat16"}),
     "reference.store": ("elsewhere", {}),
     "reference.workers": (2, {}),
     "reference.launcher": ("ray", {}),
@@ -154,6 +155,11 @@ def test_without_a_change_nothing_changes(ground, monkeypatch):
         ({"reference.engine_args": "{max_num_seqs: 7}"}, "need reference.engine=vllm"),
         ({**ON_VLLM, "reference.engine_args": "{dtype: float16}"}, "dtype is set by the field dtype"),
         ({"reference.device": "cuda"}, "reference.device is cuda and no GPU is here"),
+        ({"reference.logps": "fixed_point"}, "a hundred times more than arithmetic in float32 does"),
+        (
+            {"reference.engine": "imported", "reference.imported_by": "a", "reference.logps": "fixed_point"},
+            "imported ones are kept as they came",
+        ),
         ({"reference.model": "tests/tiny", "reference.trust_remote_code": "true"}, "as a full 40-digit commit"),
     ],
 )
