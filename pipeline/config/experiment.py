@@ -81,6 +81,16 @@ class DataConfig(Section):
     )
     too_long: Literal["drop", "truncate_response"] = Field("drop", description="what happens to longer pairs")
     max_rows: int | None = Field(None, ge=1, description="read at most this many rows of each source")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="processes that tokenise, each on a processor of its own; default: one for every 16 MiB of data, at most as "
+        "many as there are processors",
+    )
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide what the rows become."""
+        return self.model_dump(mode="json", exclude={"workers"})
 
 
 class ReferenceConfig(Section):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import DataError, first_line
-from pipeline.pairs.reading.json_rows import Row, json_rows, jsonl_rows
+from pipeline.pairs.reading.json_rows import Row, json_rows, jsonl_rows, jsonl_rows_between
 from pipeline.pairs.reading.misnamed import HEAD, must_be_text
 from pipeline.pairs.reading.table_rows import csv_rows, parquet_rows
 
@@ -36,8 +36,11 @@ def suffix_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
-def file_rows(path: Path, place: Path | None = None) -> Iterator[Row]:
-    """Every row of a file in order. Raises DataError, which names `place` if given, for whatever is broken in it."""
+def file_rows(path: Path, place: Path | None = None, part: tuple[int, int] | None = None) -> Iterator[Row]:
+    """Every row of a file in order, or of a part of it: row groups of Parquet, or bytes of JSONL, from and to.
+
+    Raises DataError, which names `place` if given, for whatever is broken in it.
+    """
     suffix, place = suffix_of(path), place or path
     if suffix is None:
         raise DataError(
@@ -46,9 +49,12 @@ def file_rows(path: Path, place: Path | None = None) -> Iterator[Row]:
         )
     try:
         if suffix == ".parquet":
-            yield from parquet_rows(path, place)
+            yield from parquet_rows(path, place, range(*part) if part else None)
             return
         with _opened(path, place) as content:
+            if part:
+                yield from jsonl_rows_between(content, place, *part)
+                return
             yield from _TEXTS[suffix](content, place)
     except (EOFError, zlib.error) as error:
         raise DataError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,11 +25,37 @@ class _KeyTwice(ValueError):
     """A key that stands twice in one object."""
 
 
-def jsonl_rows(lines: BinaryIO, path: Path) -> Iterator[Row]:
-    """A row for each line that is not blank."""
-    for number, line in enumerate(lines, start=1):
+def jsonl_rows(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterator[Row]:
+    """A row for each line that is not blank; `first` is the number of the first line."""
+    for number, line in enumerate(lines, start=first):
         if line.strip(b" \t\r\n\xef\xbb\xbf" if number == 1 else b" \t\r\n"):
             yield _must_be_object(_decoded(path, line, number), f"{path}, line {number}")
+
+
+def jsonl_rows_between(file: BinaryIO, path: Path, begin: int, end: int) -> Iterator[Row]:
+    """A row for each line that is not blank and that begins at one of the bytes `begin` to `end`."""
+    if begin:
+        file.seek(begin - 1)
+        file.readline()
+    start = file.tell()
+    try:
+        # whatever its number is, it is not the first of the file
+        yield from jsonl_rows(_lines(file, end), path, first=2 if begin else 1)
+    except DataError:
+        # lines are counted when somebody wants to know, as all before would have to be read
+        file.seek(0)
+        before = sum(file.read(min(_PIECE, start - at)).count(b"\n") for at in range(0, start, _PIECE))
+        for _ in jsonl_rows(_lines(file, end), path, before + 1):
+            pass
+        raise
+
+
+def _lines(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """The lines from here on that begin before byte `end`."""
+    at = file.tell()
+    while at < end and (line := file.readline()):
+        at += len(line)
+        yield line
 
 
 def json_rows(content: BinaryIO, path: Path) -> Iterator[Row]:
