@@ -33,7 +33,7 @@ from pipeline.pairs.table import GROUP, PairTable
 from pipeline.pairs.tokenised.assembly import Assembly, bytes_of
 from pipeline.pairs.tokenised.making import How
 from pipeline.pairs.tokenised.seen import DigestSet
-from pipeline.store.adoption import adoptions, held_by_adopted, serve_from_adopted
+from pipeline.store.adoption import held_by_adopted, serve_from_adopted
 from pipeline.store.identity import IMPORTED, ReferenceIdentity, keys_of
 from pipeline.store.store import Store
 
@@ -278,13 +278,11 @@ def _adopted(
     store: Store, pairs: PairTable, keys: pa.FixedSizeBinaryArray, absent: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Those of the positions `absent` that references hold which were adopted, by their ids."""
-    if not adoptions(store):
-        return {}
-    held: dict[str, list[np.ndarray]] = {}
-    for positions, missing in _groups_of(pairs, keys, absent):
-        for adopted, found in held_by_adopted(store, missing).items():
-            held.setdefault(adopted, []).append(positions[found])
-    return {adopted: np.concatenate(parts) for adopted, parts in held.items()}
+
+    def keys_under(reference_id: str, positions: np.ndarray) -> pa.FixedSizeBinaryArray:
+        return pa.concat_arrays([keys_of(reference_id, missing) for _, missing in _groups_of(pairs, keys, positions)])
+
+    return held_by_adopted(store, absent, keys_under)
 
 
 def _groups_of(
