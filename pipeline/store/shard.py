@@ -149,7 +149,7 @@ def computed_by(file: OpenShard) -> str:
 
 def facts_of(name: str, file: OpenShard) -> ShardFacts:
     """What is to be known of an open shard."""
-    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file) or "")
+    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file))
 
 
 def shard_problem(file: OpenShard, table: pa.Table) -> str | None:
