@@ -22,8 +22,8 @@ from pipeline.artifacts.tables import arrays_of
 from pipeline.errors import DataError, first_line
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import Place
-from pipeline.store.shard import Unsound, computed_by, open_shard
+from pipeline.store.places import NotThere, Place
+from pipeline.store.shard import Unsound, computed_by
 from pipeline.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -120,11 +120,11 @@ def revoke(store: Store, adopted: str) -> int:
         raise DataError(f"{place.name} records no adoption of {adopted[:12]}: name its place first in reference.store")
     _record(store, {other: adoption for other, adoption in first.items() if other != adopted})
     rows = 0
-    for shard in place.shards():
+    for shard in place.listed().shards:
         # one that is gone or damaged by now is nobody's
-        with suppress(FileNotFoundError, Unsound), open_shard(shard) as file:
+        with suppress(NotThere, Unsound), place.opened(shard) as file:
             if computed_by(file) == adopted:
-                place.remove(shard.name)
+                place.remove(shard)
                 rows += file.metadata.num_rows
     return rows
 

@@ -10,9 +10,12 @@ itself, and its lists of values are empty. In every other shard an empty list is
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +37,19 @@ _SUM_TOLERANCE = 1e-11
 
 class Unsound(Exception):
     """A shard that could not be read, or rows of it that cannot be true; the message says what was seen."""
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What is to be known of a shard beside its keys, without opening it: its name and number of rows, and what it says of itself.
+    `computed_by` is "" if no other reference did.
+    """
+
+    name: str
+    rows: int
+    published: int
+    sums_only: bool
+    computed_by: str
 
 
 def digest_in(name: str) -> str | None:
@@ -75,12 +91,19 @@ class OpenShard:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """Every file whose name is a shard's name, damaged or not; dangling links are skipped."""
-    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
+    """Every file whose name is a shard's name, damaged or not, but no dangling link; none in a directory that is not there."""
+    try:
+        with os.scandir(directory) as entries:
+            # told by the directory itself, unless it is a link: no file is looked at
+            return sorted(
+                directory / entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file()
+            )
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager
-def open_shard(shard: Path, file: BinaryIO | None = None) -> Iterator[OpenShard]:
+def open_shard(shard: Path, file: BinaryIO | io.RawIOBase | None = None) -> Iterator[OpenShard]:
     """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified. Its bytes are read from `file`, if
     that is given.
 
@@ -119,6 +142,11 @@ def computed_by(file: OpenShard) -> str | None:
     """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
     said = about_in(file.schema_arrow).get(COMPUTED_BY)
     return said if isinstance(said, str) else None
+
+
+def facts_of(name: str, file: OpenShard) -> ShardFacts:
+    """What is to be known of an open shard."""
+    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file) or "")
 
 
 def shard_problem(file: OpenShard, table: pa.Table) -> str | None:

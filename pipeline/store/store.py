@@ -59,9 +59,11 @@ class Store:
             open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
         ]
 
-    def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
-        """Where each of `keys` stands; reads the shards' keys. Raises RefscoreError if a place or shard may not be read."""
-        return Lookup(self.places, keys)
+    def lookup(self, keys: pa.FixedSizeBinaryArray, *, listed_within: float = 0) -> Lookup:
+        """Where each of `keys` stands, in shards that were listed at most `listed_within` seconds ago: who asks often need not list
+        as often, and may miss what others published since. Raises RefscoreError if a place or shard may not be read.
+        """
+        return Lookup(self.places, keys, listed_within=listed_within)
 
     def of(self, reference: ReferenceIdentity) -> Store:
         """The scores of another reference at the same places."""

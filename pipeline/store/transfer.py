@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError, f
 from pipeline.progress import SILENT, Listener
 from pipeline.store.fixed_point import FIXED_POINT
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
-from pipeline.store.places import Place, is_url
+from pipeline.store.places import NotThere, Place, is_url
 from pipeline.store.shard import (
     Unsound,
     check_shard,
@@ -110,16 +111,17 @@ def copy_shards(
     copies = []
     for identity in identities:
         copied = Copied(identity.reference_id)
-        held = _held(target, identity.reference_id)
         origin = open_place(source, identity.reference_id, first=False)
         destination = open_place(target, identity.reference_id, first=True)
-        shards = origin.shards()
+        shards, held = origin.listed().shards, set(destination.sound(destination.listed().shards))
         with listener.progress(f"{identity.reference_id[:12]} shards", len(shards)) as ticker:
             for shard in shards:
-                if shard.name in held:
+                if shard in held:
                     copied.there += 1
                 else:
-                    _copy_shard(shard, destination, identity, copied)
+                    with _whole(origin, shard, copied) as path:
+                        if path:
+                            _copy_shard(path, destination, identity, copied)
                 ticker.advance(1, f"{copied.rows:,} sequences")
         copies.append(copied)
     return copies
@@ -140,14 +142,30 @@ def copy_rows(
     wanted = keys.take(pa.array(there.missing))
     if not len(wanted):
         return copied
-    shards = open_place(source, identity.reference_id, first=False).shards()
+    origin = open_place(source, identity.reference_id, first=False)
+    shards = origin.listed().shards
     with listener.progress(f"{identity.reference_id[:12]} shards", len(shards)) as ticker:
         for shard in shards:
             if not len(wanted):
                 break
-            wanted = _copy_wanted(wanted, shard, destination, copied)
+            with _whole(origin, shard, copied) as path:
+                wanted = _copy_wanted(wanted, path, destination, copied) if path else wanted
             ticker.advance(1, f"{copied.rows:,} sequences")
     return copied
+
+
+@contextmanager
+def _whole(origin: Place, shard: str, copied: Copied) -> Iterator[Path | None]:
+    """A local file with a shard's bytes; None if they are not sound, which is noted. Raises RefscoreError if it is gone."""
+    with ExitStack() as stack:
+        path = None
+        try:
+            path = stack.enter_context(origin.whole(shard))
+        except Unsound as problem:
+            copied.unsound[shard] = str(problem)
+        except NotThere as gone:
+            raise _gone(Path(origin.name) / shard, gone) from None
+        yield path
 
 
 def _copy_wanted(
@@ -229,21 +247,6 @@ def _gone(shard: Path, error: Exception) -> RefscoreError:
     return RefscoreError(
         f"{shard} cannot be copied ({first_line(error)}): run the same command again, which copies the rest"
     )
-
-
-def _held(store: str, reference_id: str) -> set[str]:
-    """Names of the shards that a place holds of a reference: at a URL what is listed, nothing is fetched; here those whose
-    bytes are what their names promise.
-    """
-    if not is_url(store):
-        return {shard.name for shard in open_place(store, reference_id, first=True).shards()}
-    files, root = _opened(store)
-    try:
-        return {_last(path) for path in files.ls(f"{root}/{reference_id}", detail=False)}
-    except FileNotFoundError:
-        return set()
-    except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-        raise _unlisted(store, error) from None
 
 
 def _opened(store: str) -> tuple[Any, str]:

@@ -100,7 +100,7 @@ def test_a_shard_that_does_not_say_so_is_damaged(tmp_path):
     store.publish_table(sums_of(ROWS[3:]))
     shard = forged(tmp_path / IMPORTED.reference_id, sums_of(ROWS[:3]), {})
     assert "0 values for" in check_shard(shard)
-    assert LocalPlace(tmp_path / IMPORTED.reference_id).examine(shard, "") is False
+    assert LocalPlace(tmp_path / IMPORTED.reference_id).examine(shard.name, "") is False
 
 
 def test_sums_are_merged_with_sums_alone(tmp_path):

@@ -10,9 +10,9 @@ Memory holds the keys of one merged shard, and one row group.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.artifacts.tables import about_in
 from pipeline.errors import DataError, RefscoreError
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import Entry, Place
+from pipeline.store.places import Entry, NotThere, Place
 from pipeline.store.shard import Unsound, check_shard, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
 from pipeline.store.tidying.claims import claimed, claiming
@@ -68,9 +68,10 @@ def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
     if len(small) < 2:
         return []
     with ThreadPoolExecutor(REQUESTS) as pool:
-        said = pool.map(lambda entry: _said(place, entry.name), small)
+        said = zip(small, pool.map(lambda entry: _said(place, entry.name), small), strict=True)
+        there = [(entry, *facts) for entry, facts in said if facts]
     alike: dict[str, list[tuple[int, Entry]]] = {}
-    for entry, (published, kind) in zip(small, said, strict=True):
+    for entry, published, kind in there:
         alike.setdefault(kind, []).append((published, entry))
     in_order = (sorted(shards, key=lambda one: (one[0], one[1].name)) for shards in alike.values())
     return [group for shards in in_order for group in _filled([entry for _, entry in shards]) if len(group) > 1]
@@ -82,8 +83,8 @@ def compact(store: Store, names: Sequence[str]) -> int | None:
     None if fewer than two are there and sound, or if another process works at them.
     """
     place = store.places[0]
-    with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
-        shards = _sound(place, names, Path(folder))
+    with ExitStack() as at_hand:
+        shards = _sound(place, names, at_hand)
         durable.reached("compact: checked")
         if len(shards) < 2:
             return None
@@ -111,21 +112,23 @@ class _Shard:
     keys: pa.FixedSizeBinaryArray
 
 
-def _sound(place: Place, names: Sequence[str], folder: Path) -> list[_Shard]:
+def _sound(place: Place, names: Sequence[str], at_hand: ExitStack) -> list[_Shard]:
     """Those of the shards that are sound, in the order in which they were published; damaged ones are set aside."""
     shards = []
     for name in names:
         try:
-            path = place.local(name, folder)
-            if check_shard(path) is not None:
-                place.set_aside(name)
-                continue
+            path = at_hand.enter_context(place.whole(name))
+            if problem := check_shard(path):
+                raise Unsound(problem)
             with open_shard(path) as file:
                 keys = file.read(columns=["key"])["key"].combine_chunks()
                 about = about_in(file.schema_arrow)
                 shards.append(_Shard(path, path.stat().st_size, published_at(file), about, keys))
-        except (FileNotFoundError, Unsound):
+        except (NotThere, FileNotFoundError):
             continue  # another process was here
+        except Unsound:
+            with suppress(FileNotFoundError):
+                place.set_aside(name)
     return sorted(shards, key=lambda shard: (shard.published, shard.path.name))
 
 
@@ -163,8 +166,8 @@ def _parts(shards: list[_Shard], kept: np.ndarray) -> Iterator[pa.Table]:
             raise Unsound("it is gone") from None
 
 
-def _said(place: Place, name: str) -> tuple[int, str]:
-    """When a shard was published, and what it says of itself that others must say too, to be merged with it."""
+def _said(place: Place, name: str) -> tuple[int, str] | None:
+    """When a shard was published, and what it says of itself that others must say too, to be merged with it; None if it is gone."""
     try:
         with place.open(name) as content, open_shard(Path(name), content) as file:
             about = about_in(file.schema_arrow)
@@ -172,8 +175,10 @@ def _said(place: Place, name: str) -> tuple[int, str]:
                 {word: said for word, said in about.items() if word not in ("published", "circumstances")},
                 sort_keys=True,
             )
-    except (Unsound, FileNotFoundError):
-        return 0, ""  # set aside, or passed over, if it is merged
+    except FileNotFoundError:
+        return None
+    except Unsound:
+        return 0, ""  # set aside if it is merged
 
 
 def _filled(shards: list[Entry]) -> list[list[str]]:
