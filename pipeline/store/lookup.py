@@ -111,13 +111,13 @@ class Lookup:
         for number in np.unique(shards[shards >= 0]):
             ours = order[slice(*np.searchsorted(shards, [number, number + 1], sorter=order))]
             shard = self._shards[number]
-            name, untrue = shard.facts.name, Unsound if shard.index is None else WrongIndex
+            name = shard.facts.name
             with self._settled(shard.place, name, shard.index), shard.place.opened(name) as file:
                 if facts_of(name, file) != shard.facts:
-                    raise untrue(f"{name} is not what was said of it")
+                    raise _Misled("a shard is not what was said of it")
                 for these, table in _read(file, rows, ours):
                     if not np.array_equal(key_words(table), self._words[positions[indices[these]]]):
-                        raise untrue("a row has another key than its place says")
+                        raise _Misled("a row has another key than its place says")
                     if problem := shard_problem(file, table):
                         raise Unsound(problem)
                     yield indices[these], table
@@ -147,7 +147,7 @@ class Lookup:
         listing = place.listed(listed_within)
         with self._settled(place):
             covering, uncovered = place.indexes.covering(listing.indexes, listing.shards)
-        for one in covering:
+        for one in [one for one in covering if one.ours.any()]:
             with self._settled(place, index=one.file):
                 positions, numbers, rows = one.file.find(words)
             ours = one.ours[numbers]
@@ -185,11 +185,11 @@ class Lookup:
             self._patience.again(f"{place.name}/{gone.name}", str(gone))
         except FileNotFoundError as gone:
             self._patience.again(f"an index at {place.name}", first_line(gone))
-        except Unsound as unsound:
-            self._examine(place, shard, str(unsound))
-        except WrongIndex as wrong:
-            if index is not None:
-                place.indexes.refuse(index, str(wrong), lies=bool(shard))
+        except (WrongIndex, _Misled, Unsound) as problem:
+            if index is None or type(problem) is Unsound:
+                self._examine(place, shard, str(problem))
+            else:
+                place.indexes.refuse(index, str(problem), lies=isinstance(problem, _Misled))
         raise _Again
 
     def _examine(self, place: Place, shard: str, problem: str) -> None:
@@ -204,6 +204,10 @@ class Lookup:
 
 class _Again(Exception):
     """What was read cannot be relied on: the places are to be asked again."""
+
+
+class _Misled(Unsound):
+    """A shard has not what it should have at some place: if an index said so, that is wrong, else the shard."""
 
 
 class _Candidates:

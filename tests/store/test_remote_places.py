@@ -308,7 +308,7 @@ def large(number):
 
 
 def test_of_a_large_shard_those_row_groups_are_fetched_that_are_asked_for(bucket, monkeypatch, tmp_path, requests):
-    monkeypatch.setattr("pipeline.store.store.write_parquet", in_small_groups)
+    monkeypatch.setattr("pipeline.artifacts.tables._AT_ONCE", 8)
     monkeypatch.setattr(pieces, "PIECE", 2**14)
     Store([bucket], REFERENCE).publish([large(number) for number in range(64)])
     files, (path,) = objects(bucket)
@@ -324,13 +324,6 @@ def test_of_a_large_shard_those_row_groups_are_fetched_that_are_asked_for(bucket
     fetched = sum(piece.stat().st_size for piece in remote_places.CACHE.glob("scores-*"))
     # every row group's keys, and the values of one
     assert fetched < size / 2
-
-
-def in_small_groups(path, table, about=None):
-    from pipeline.artifacts.tables import parquet_writer
-
-    with parquet_writer(path, table.schema, about) as writer:
-        writer.write_table(table, row_group_size=8)
 
 
 def test_a_cache_that_is_smaller_than_what_is_read_evicts_and_all_is_found(bucket, monkeypatch, tmp_path):
