@@ -407,6 +407,9 @@ def test_groups_are_of_neighbours_in_time_and_no_larger_than_they_may(where, mon
     with_times = {name: pq_about(store, name)["published"] for group in groups for name in group}
     assert [len(group) for group in groups] == [2, 2, 2]
     assert [name for group in groups for name in group] == sorted(with_times, key=with_times.get)
+    monkeypatch.setattr(compaction, "MERGED_BYTES", 2**40)
+    monkeypatch.setattr(compaction, "MERGED_ROWS", 10)
+    assert [len(group) for group in groups_of(store.places[0], store.places[0].entries())] == [3, 3]
     monkeypatch.setattr(compaction, "SMALL_BYTES", 10)
     assert groups_of(store.places[0], store.places[0].entries()) == []
 
