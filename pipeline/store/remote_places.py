@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -87,34 +87,21 @@ class RemotePlace:
                 raise NotThere(shard, str(pieces.failure)) from None
             raise
 
-    @contextmanager
-    def whole(self, shard: str) -> Iterator[Path]:
-        """See `Place.whole`: a copy, for the moment."""
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY, dir=self._cache) as directory:
-            path = Path(directory) / shard
+    def examine(self, shard: str, problem: str) -> bool:
+        """See `Place.examine`: the object is fetched anew, and if it is sound its pieces are."""
+        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
             try:
-                with durable.explaining_disk(path):
-                    self._files.get_file(f"{self._root}/{shard}", str(path))
-            except RefscoreError:
-                raise
-            except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-                raise NotThere(shard, first_line(error)) from None
+                path = self.local(shard, Path(folder))
+            except (FileNotFoundError, RefscoreError) as error:
+                log.debug("%s cannot be fetched (%s)", shard, first_line(error))
+                return False
             if damage := check_shard(path):
                 self._unsound.add(shard)
                 self._listing = None
                 log.warning("the object %s/%s is damaged (%s): its rows count as not scored", self._url, shard, damage)
-                raise Unsound(damage)
-            yield path
-
-    def examine(self, shard: str, problem: str) -> bool:
-        """See `Place.examine`: the object is fetched anew, and its pieces with it."""
-        try:
-            with self.whole(shard) as path:
-                log.debug("%s: %s, but it is sound when fetched again", shard, problem)
-                self._keep(shard, path)
-        except (NotThere, Unsound):
-            return False
+                return False
+            log.debug("%s: %s, but it is sound when fetched again", shard, problem)
+            self._keep(shard, path)
         return True
 
     def publish(self, file: Path, name: str) -> None:
@@ -135,23 +122,15 @@ class RemotePlace:
 
     def put(self, file: Path, name: str) -> None:
         """See `Files.put`."""
-        try:
-            self._files.put_file(str(file), f"{self._root}/{name}")
-        except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-            raise RefscoreError(f"{name} cannot be put to {self._url} ({first_line(error)})") from None
         self._listing = None
+        with self._explaining(name, "written"):
+            self._files.put_file(str(file), f"{self._root}/{name}")
 
     def remove(self, name: str) -> None:
         """See `Files.remove`."""
-        try:
-            self._files.rm_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return
-        except Exception as error:  # noqa: BLE001  # likewise
-            raise RefscoreError(
-                f"{self._url}/{name} cannot be removed ({first_line(error)}): check the network and your rights"
-            ) from None
         self._listing = None
+        with suppress(FileNotFoundError), self._explaining(name, "removed"):
+            self._files.rm_file(f"{self._root}/{name}")
 
     def why_not_writable(self) -> str | None:
         """See `Place.why_not_writable`: by writing an empty object, always the same one: some may write and not delete."""
@@ -266,6 +245,12 @@ class RemotePlace:
             file: BinaryIO = self._files.open(f"{self._root}/{name}", "rb", cache_type="none")
             return file
 
+    def local(self, name: str, folder: Path) -> Path:
+        """See `Place.local`: a copy."""
+        with self._explaining(name, "read"):
+            self._files.get_file(f"{self._root}/{name}", str(folder / name))
+        return folder / name
+
     def entries(self) -> list[Entry]:
         """See `Place.entries`: one request for each thousand objects."""
         self._files.invalidate_cache()
@@ -305,11 +290,9 @@ class RemotePlace:
         """See `Place.set_aside`: the object is fetched. One that was replaced meanwhile stays."""
         path, aside = f"{self._root}/{name}", f"{self._root}/corrupt/{name}"
         with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
-            copy = Path(folder) / name
             with self._explaining(name, "read"):
                 before = self._known_by(path)
-                self._files.get_file(path, str(copy))
-            problem = check_shard(copy)
+            problem = check_shard(self.local(name, Path(folder)))
         if problem is None:
             return None
         self._unsound.add(name)

@@ -90,20 +90,23 @@ class OpenShard:
         return restored(table) if self.rounded else table
 
 
-def shard_files(directory: Path) -> list[Path]:
+def shard_names(directory: Path) -> list[str]:
     """Every file whose name is a shard's name, damaged or not, but no dangling link; none in a directory that is not there."""
     try:
         with os.scandir(directory) as entries:
             # told by the directory itself, unless it is a link: no file is looked at
-            return sorted(
-                directory / entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file()
-            )
+            return sorted(entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file())
     except FileNotFoundError:
         return []
 
 
+def shard_files(directory: Path) -> list[Path]:
+    """The paths of `shard_names`."""
+    return [directory / name for name in shard_names(directory)]
+
+
 @contextmanager
-def open_shard(shard: Path, file: BinaryIO | io.RawIOBase | None = None) -> Iterator[OpenShard]:
+def open_shard(shard: Path, file: io.RawIOBase | BinaryIO | None = None) -> Iterator[OpenShard]:
     """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified. Its bytes are read from `file`, if
     that is given.
 
@@ -138,15 +141,15 @@ def sums_only(file: OpenShard) -> bool:
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
 
 
-def computed_by(file: OpenShard) -> str | None:
-    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
+def computed_by(file: OpenShard) -> str:
+    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is; else nothing."""
     said = about_in(file.schema_arrow).get(COMPUTED_BY)
-    return said if isinstance(said, str) else None
+    return said if isinstance(said, str) else ""
 
 
 def facts_of(name: str, file: OpenShard) -> ShardFacts:
     """What is to be known of an open shard."""
-    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file) or "")
+    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file))
 
 
 def shard_problem(file: OpenShard, table: pa.Table) -> str | None:

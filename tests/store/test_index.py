@@ -362,7 +362,7 @@ def test_an_index_that_lies_where_it_cannot_be_removed_is_believed_once(store, t
 def test_an_index_of_removed_shards_is_passed_over_and_goes(store):
     truth = filled(store)
     (before,) = index_files(store)
-    compact(store, [shard.name for shard in shard_files(store.places[0].directory)])
+    compact(store, [path.name for path in shard_files(store.places[0].directory)])
     assert len(shard_files(store.places[0].directory)) == 1
     assert found_in(again(store), truth) == len(truth)
     store.publish_table(table_of([b"1" * 32], 90))

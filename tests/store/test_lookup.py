@@ -198,9 +198,8 @@ def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
 def test_a_shard_that_is_listed_and_never_there_is_an_error_that_names_it(store, monkeypatch):
     key = some_keys(0)[0]
     store.publish([row(key)])
-    (shard,) = shards(store)
     place = Counting(store.places[0], True)
-    monkeypatch.setattr("pipeline.store.places.shard_files", lambda _: [shard.with_name("scores-gone.parquet")])
+    monkeypatch.setattr("pipeline.store.places.shard_names", lambda _: ["scores-gone.parquet"])
     monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
     with pytest.raises(RefscoreError, match=r"scores-gone\.parquet is listed but cannot be read, 6 times"):
         Lookup([place], array([key]))

@@ -146,7 +146,7 @@ def test_a_file_that_is_listed_for_ever_and_never_there_is_an_error(store, monke
     ghost = directory(store) / f"scores-{'0' * 64}.parquet"
     waited = []
     monkeypatch.setattr(places.time, "sleep", waited.append)
-    monkeypatch.setattr(places, "shard_files", lambda _: [ghost])
+    monkeypatch.setattr(places, "shard_names", lambda _: [ghost.name])
     with pytest.raises(RefscoreError, match="listed but cannot be read"):
         store.lookup(keys(scored(1)))
     assert waited == sorted(waited)

@@ -14,9 +14,8 @@ import pytest
 from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import CheckError, ConfigError, RefscoreError
-from pipeline.store import registrations, remote_places
+from pipeline.store import registrations
 from pipeline.store.registrations import DAY, registered
-from pipeline.store.shard import check_shard
 from pipeline.store.store import Scored, Store
 from pipeline.store.tidying import compaction, retention
 from pipeline.store.tidying.claims import FOLDER, claimed, claiming
@@ -70,7 +69,7 @@ def values(store, row):
     return found["logps"][0].to_numpy().tolist() if len(found) else None
 
 
-def test_files_of_a_place(where):
+def test_files_of_a_place(where, tmp_path):
     place = Store([where], REFERENCE).places[0]
     assert place.entries() == []
     place.write("runs/a.json", b"first")
@@ -83,10 +82,13 @@ def test_files_of_a_place(where):
     with place.open("runs/a.json") as file:
         file.seek(2)
         assert file.read(3) == b"con"
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    assert place.local("runs/a.json", tmp_path).read_bytes() == b"second"
     place.remove("runs/a.json")
     place.remove("runs/a.json")
     assert [entry.name for entry in place.entries()] == ["claims/b"]
-    for asked in (place.read, place.open, place.set_aside):
+    for asked in (place.read, place.open, lambda name: place.local(name, tmp_path), place.set_aside):
         with pytest.raises(FileNotFoundError):
             asked("runs/a.json")
 
@@ -172,12 +174,14 @@ def test_an_object_that_is_replaced_while_it_is_looked_at_stays(bucket, monkeypa
     (name,) = shards(store)
     sound = store.places[0].read(name)
     damage(store, name)
+    check = store.places[0].local
 
-    def published_anew_meanwhile(path):
+    def published_anew_meanwhile(name, folder):
+        path = check(name, folder)
         store.places[0].write(name, sound + b"!")
-        return check_shard(path)
+        return path
 
-    monkeypatch.setattr(remote_places, "check_shard", published_anew_meanwhile)
+    monkeypatch.setattr(store.places[0], "local", published_anew_meanwhile)
     assert store.places[0].set_aside(name)
     assert store.places[0].read(name) == sound + b"!"
     assert not [name for name in names(store) if name.startswith("corrupt/")]

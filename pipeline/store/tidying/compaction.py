@@ -10,9 +10,9 @@ Memory holds the keys of one merged shard, and one row group.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.artifacts.tables import about_in
 from pipeline.errors import DataError, RefscoreError
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import Entry, NotThere, Place
+from pipeline.store.places import Entry, Place
 from pipeline.store.shard import Unsound, check_shard, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
 from pipeline.store.tidying.claims import claimed, claiming
@@ -82,8 +82,8 @@ def compact(store: Store, names: Sequence[str]) -> int | None:
     None if fewer than two are there and sound, or if another process works at them.
     """
     place = store.places[0]
-    with ExitStack() as at_hand:
-        shards = _sound(place, names, at_hand)
+    with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+        shards = _sound(place, names, Path(folder))
         durable.reached("compact: checked")
         if len(shards) < 2:
             return None
@@ -111,23 +111,21 @@ class _Shard:
     keys: pa.FixedSizeBinaryArray
 
 
-def _sound(place: Place, names: Sequence[str], at_hand: ExitStack) -> list[_Shard]:
+def _sound(place: Place, names: Sequence[str], folder: Path) -> list[_Shard]:
     """Those of the shards that are sound, in the order in which they were published; damaged ones are set aside."""
     shards = []
     for name in names:
         try:
-            path = at_hand.enter_context(place.whole(name))
-            if problem := check_shard(path):
-                raise Unsound(problem)
+            path = place.local(name, folder)
+            if check_shard(path) is not None:
+                place.set_aside(name)
+                continue
             with open_shard(path) as file:
                 keys = file.read(columns=["key"])["key"].combine_chunks()
                 about = about_in(file.schema_arrow)
                 shards.append(_Shard(path, path.stat().st_size, published_at(file), about, keys))
-        except (NotThere, FileNotFoundError):
+        except (FileNotFoundError, Unsound):
             continue  # another process was here
-        except Unsound:
-            with suppress(FileNotFoundError):
-                place.set_aside(name)
     return sorted(shards, key=lambda shard: (shard.published, shard.path.name))
 
 
