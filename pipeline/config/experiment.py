@@ -48,8 +48,8 @@ class DataConfig(Section):
     """Preference data, how it becomes token ids, and the split."""
 
     path: Annotated[OneOrMore, BeforeValidator(_dash)] = Field(
-        description="files (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), patterns like data/*.jsonl, folders, Hub data set ids, "
-        "or - for standard input; one or a list"
+        description="files (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), patterns like data/*.jsonl, folders, all three here or at "
+        "a URL (s3://...), Hub data set ids, or - for standard input; one or a list"
     )
     eval_path: Annotated[str | None, BeforeValidator(_dash)] = Field(
         None, description="held-out pairs from here instead of from `path`"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 from pipeline.pairs.reading.files import file_rows
 from pipeline.pairs.reading.json_rows import Row
+from pipeline.pairs.reading.remote import File, RemoteFile
 
 # about as much as ten thousand pairs, which take a process some seconds
 RANGE_BYTES = 16 * 2**20
@@ -21,8 +21,8 @@ RANGE_BYTES = 16 * 2**20
 class Range:
     """A range of a file, which messages call `place`: `part` as `file_rows` takes it, or all of the file. `bytes`: its size."""
 
-    file: Path
-    place: Path
+    file: File
+    place: File
     bytes: int
     part: tuple[int, int] | None = None
 
@@ -40,9 +40,9 @@ class Everything:
     part: None = None
 
 
-def ranges_of(file: Path, place: Path) -> list[Range]:
+def ranges_of(file: File, place: File) -> list[Range]:
     """The ranges of a file, in order."""
-    size = file.stat().st_size if file.is_file() else 0
+    size = file.size if isinstance(file, RemoteFile) else file.stat().st_size if file.is_file() else 0
     cuts = {".jsonl": _of_lines, ".ndjson": _of_lines, ".parquet": _of_groups}.get(file.suffix.lower())
     edges = cuts(file, size) if cuts and size > RANGE_BYTES else []
     if len(edges) < 3:
@@ -51,17 +51,18 @@ def ranges_of(file: Path, place: Path) -> list[Range]:
     return [Range(file, place, int((end - begin) * share), (begin, end)) for begin, end in pairwise(edges)]
 
 
-def _of_lines(_: Path, size: int) -> list[int]:
+def _of_lines(_: File, size: int) -> list[int]:
     count = -(-size // RANGE_BYTES)
     return [size * number // count for number in range(count + 1)]
 
 
-def _of_groups(file: Path, _: int) -> list[int]:
+def _of_groups(file: File, _: int) -> list[int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(file)
+        with file.open("rb") as opened:
+            metadata = pq.read_metadata(opened)
     except (pa.ArrowException, OSError):
         return []  # whoever reads it says what is wrong
     edges, filled = [0], 0
