@@ -26,7 +26,7 @@ from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
 from pipeline.store.index.indexes import FOLDER, Files, Indexes
-from pipeline.store.shard import OpenShard, check_shard, digest_in, open_shard, sha256_now, shard_names
+from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,10 @@ class Place(Files, Protocol):
         """A shard; see `pipeline.store.shard.open_shard`. Raises NotThere."""
         ...
 
+    def whole(self, shard: str) -> AbstractContextManager[Path]:
+        """A local file with a shard's bytes, which are those that were published. Raises NotThere; Unsound if they are not."""
+        ...
+
     def examine(self, shard: str, problem: str) -> bool:
         """Look at a shard anew, every byte, as `problem` was seen in it; whether it is sound.
 
@@ -121,10 +125,6 @@ class Place(Files, Protocol):
         """What stands under a name, to be read in any order. Raises FileNotFoundError if nothing does, RefscoreError if it may not
         be read.
         """
-        ...
-
-    def local(self, name: str, folder: Path) -> Path:
-        """A local file with the bytes that stand under a name: the file itself, or a copy in `folder`. Raises like `open`."""
         ...
 
     def entries(self) -> list[Entry]:
@@ -221,6 +221,13 @@ class LocalPlace:
         except FileNotFoundError:
             raise NotThere(shard) from None
 
+    @contextmanager
+    def whole(self, shard: str) -> Iterator[Path]:
+        """See `Place.whole`: the shard itself."""
+        if not self.sound([shard]):
+            raise Unsound("its bytes are not those that were published")
+        yield self.directory / shard
+
     def examine(self, shard: str, problem: str) -> bool:
         """See `Place.examine`."""
         try:
@@ -293,8 +300,8 @@ class LocalPlace:
 
     def remove(self, name: str) -> None:
         """See `Files.remove`; directories that are empty then are removed too."""
-        path = self.directory / name
         self._listing = None
+        path = self.directory / name
         try:
             path.unlink(missing_ok=True)
             with suppress(OSError):
@@ -339,11 +346,6 @@ class LocalPlace:
             raise
         except OSError as error:
             raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
-
-    def local(self, name: str, folder: Path) -> Path:  # noqa: ARG002  # nothing is copied
-        """See `Place.local`: the file itself."""
-        self.open(name).close()
-        return self.directory / name
 
     def entries(self) -> list[Entry]:
         """See `Place.entries`. A link counts as what it leads to; one to nothing, or to a directory, is left out."""

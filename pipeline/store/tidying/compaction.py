@@ -10,9 +10,9 @@ Memory holds the keys of one merged shard, and one row group.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,15 @@ from pipeline.artifacts.tables import about_in
 from pipeline.errors import DataError, RefscoreError
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import Entry, Place
+from pipeline.store.places import Entry, NotThere, Place
 from pipeline.store.shard import Unsound, check_shard, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
 from pipeline.store.tidying.claims import claimed, claiming
 from pipeline.store.tidying.inventory import REQUESTS, shard_entries
 
 SMALL_BYTES = 32 * 2**20
-MERGED_BYTES = 256 * 2**20
+# of a merged shard at most; its keys are held in memory
+MERGED_BYTES, MERGED_ROWS = 256 * 2**20, 2**20
 
 
 def identified(store: str, reference_id: str) -> Store:
@@ -68,12 +69,11 @@ def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
     if len(small) < 2:
         return []
     with ThreadPoolExecutor(REQUESTS) as pool:
-        said = pool.map(lambda entry: _said(place, entry.name), small)
-    alike: dict[str, list[tuple[int, Entry]]] = {}
-    for entry, (published, kind) in zip(small, said, strict=True):
-        alike.setdefault(kind, []).append((published, entry))
-    in_order = (sorted(shards, key=lambda one: (one[0], one[1].name)) for shards in alike.values())
-    return [group for shards in in_order for group in _filled([entry for _, entry in shards]) if len(group) > 1]
+        there = [one for one in pool.map(partial(_looked_at, place), small) if one]
+    alike: dict[str, list[_Small]] = {}
+    for one in sorted(there, key=lambda one: (one.published, one.name)):
+        alike.setdefault(one.kind, []).append(one)
+    return [group for shards in alike.values() for group in _filled(shards) if len(group) > 1]
 
 
 def compact(store: Store, names: Sequence[str]) -> int | None:
@@ -82,8 +82,8 @@ def compact(store: Store, names: Sequence[str]) -> int | None:
     None if fewer than two are there and sound, or if another process works at them.
     """
     place = store.places[0]
-    with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
-        shards = _sound(place, names, Path(folder))
+    with ExitStack() as at_hand:
+        shards = _sound(place, names, at_hand)
         durable.reached("compact: checked")
         if len(shards) < 2:
             return None
@@ -111,21 +111,23 @@ class _Shard:
     keys: pa.FixedSizeBinaryArray
 
 
-def _sound(place: Place, names: Sequence[str], folder: Path) -> list[_Shard]:
+def _sound(place: Place, names: Sequence[str], at_hand: ExitStack) -> list[_Shard]:
     """Those of the shards that are sound, in the order in which they were published; damaged ones are set aside."""
     shards = []
     for name in names:
         try:
-            path = place.local(name, folder)
-            if check_shard(path) is not None:
-                place.set_aside(name)
-                continue
+            path = at_hand.enter_context(place.whole(name))
+            if problem := check_shard(path):
+                raise Unsound(problem)
             with open_shard(path) as file:
                 keys = file.read(columns=["key"])["key"].combine_chunks()
                 about = about_in(file.schema_arrow)
                 shards.append(_Shard(path, path.stat().st_size, published_at(file), about, keys))
-        except (FileNotFoundError, Unsound):
+        except (NotThere, FileNotFoundError):
             continue  # another process was here
+        except Unsound:
+            with suppress(FileNotFoundError):
+                place.set_aside(name)
     return sorted(shards, key=lambda shard: (shard.published, shard.path.name))
 
 
@@ -163,28 +165,41 @@ def _parts(shards: list[_Shard], kept: np.ndarray) -> Iterator[pa.Table]:
             raise Unsound("it is gone") from None
 
 
-def _said(place: Place, name: str) -> tuple[int, str]:
-    """When a shard was published, and what it says of itself that others must say too, to be merged with it."""
+@dataclass(frozen=True)
+class _Small:
+    """A small shard: what its footer says; `kind` is what others must say of themselves too to be merged with it."""
+
+    name: str
+    bytes: int
+    rows: int
+    published: int
+    kind: str
+
+
+def _looked_at(place: Place, entry: Entry) -> _Small | None:
+    """None if it is gone."""
     try:
-        with place.open(name) as content, open_shard(Path(name), content) as file:
-            about = about_in(file.schema_arrow)
-            return published_at(file), json.dumps(
-                {word: said for word, said in about.items() if word not in ("published", "circumstances")},
-                sort_keys=True,
+        with place.open(entry.name) as content, open_shard(Path(entry.name), content) as file:
+            about = about_in(file.schema_arrow).items()
+            kind = json.dumps(
+                [[word, said] for word, said in sorted(about) if word not in ("published", "circumstances")]
             )
-    except (Unsound, FileNotFoundError):
-        return 0, ""  # set aside, or passed over, if it is merged
+            return _Small(entry.name, entry.bytes, file.metadata.num_rows, published_at(file), kind)
+    except FileNotFoundError:
+        return None
+    except Unsound:
+        return _Small(entry.name, entry.bytes, 0, 0, "")  # set aside if it is merged
 
 
-def _filled(shards: list[Entry]) -> list[list[str]]:
+def _filled(shards: list[_Small]) -> list[list[str]]:
     groups: list[list[str]] = []
-    filled = 0
+    size = rows = 0
     for shard in shards:
-        if not groups or filled + shard.bytes > MERGED_BYTES:
+        if not groups or size + shard.bytes > MERGED_BYTES or rows + shard.rows > MERGED_ROWS:
             groups.append([])
-            filled = 0
+            size = rows = 0
         groups[-1].append(shard.name)
-        filled += shard.bytes
+        size, rows = size + shard.bytes, rows + shard.rows
     return groups
 
 
