@@ -110,14 +110,20 @@ def adopt(store: Store, adoption: Adoption) -> None:
     _record(store, first | {adoption.adopted.reference_id: adoption})
 
 
-def revoke(store: Store, adopted: str) -> int:
-    """Take back the adoption of the reference with the id `adopted`, and what was taken over from it; returns those rows.
+def revoke(store: Store, prefix: str) -> tuple[str, int]:
+    """Take back the adoption of the reference whose id begins with `prefix`, and what was taken over from it; its id, and how many
+    rows these were.
 
-    The adopted reference keeps its scores. Raises DataError if the first place records no such adoption.
+    The adopted reference keeps its scores. Raises DataError if the first place records no such adoption, or more than one.
     """
     first = recorded(place := store.places[0], store.reference.reference_id)
-    if adopted not in first:
-        raise DataError(f"{place.name} records no adoption of {adopted[:12]}: name its place first in reference.store")
+    found = [adopted for adopted in first if adopted.startswith(prefix)]
+    if len(found) != 1:
+        raise DataError(
+            f"{place.name} records {len(found)} adoptions of references whose id begins with {prefix!r}: 'refscore store ls' lists "
+            "them; the place that records one is to be first in reference.store"
+        )
+    adopted = found[0]
     _record(store, {other: adoption for other, adoption in first.items() if other != adopted})
     rows = 0
     for shard in place.listed().shards:
@@ -126,7 +132,7 @@ def revoke(store: Store, adopted: str) -> int:
             if computed_by(file) == adopted:
                 place.remove(shard)
                 rows += file.metadata.num_rows
-    return rows
+    return adopted, rows
 
 
 def held_by_adopted(store: Store, missing: pa.Table) -> dict[str, np.ndarray]:

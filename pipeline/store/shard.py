@@ -141,15 +141,15 @@ def sums_only(file: OpenShard) -> bool:
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
 
 
-def computed_by(file: OpenShard) -> str | None:
-    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
+def computed_by(file: OpenShard) -> str:
+    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is; else nothing."""
     said = about_in(file.schema_arrow).get(COMPUTED_BY)
-    return said if isinstance(said, str) else None
+    return said if isinstance(said, str) else ""
 
 
 def facts_of(name: str, file: OpenShard) -> ShardFacts:
     """What is to be known of an open shard."""
-    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file) or "")
+    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file))
 
 
 def shard_problem(file: OpenShard, table: pa.Table) -> str | None:

@@ -85,7 +85,7 @@ class Store:
         table: pa.Table,
         circumstances: Sequence[Mapping[str, str]] = (),
         published: int | None = None,
-        computed_by: str | None = None,
+        computed_by: str = "",
     ) -> str:
         """Publish rows that are in SCORES' form already; returns the shard's name.
 
