@@ -88,7 +88,7 @@ bench-memory-host: .venv/.test ## a billion weights in 1, 2 and 4 processes: mem
 bench-balance: .venv/.test ## how evenly tokens are shared out among processes; no model runs
 	@.venv/bin/python -m tests.benchmarks.balance
 
-bench-store: .venv/.test ## the store with two million sequences: planning, reading, joining, and objects at a URL
+bench-store: .venv/.test ## the store with two million sequences, or SEQUENCES=: plans, opening, a join, requests to S3
 	@.venv/bin/python -m tests.benchmarks.store
 
 bench-tidy: .venv/.test ## ls, verify, gc and compact on a store of two million sequences in a thousand shards
