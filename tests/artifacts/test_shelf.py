@@ -1,9 +1,11 @@
 """A shelf stays within its bytes, spares what is in use by any process that lives, and never shows half a file."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -148,6 +150,25 @@ def test_making_makes_once(shelf):
         with shelf.making("a", lambda path: made.append(path.write_bytes(b"a"))) as path:
             assert path.read_bytes() == b"a"
     assert len(made) == 1
+
+
+def test_no_use_begins_while_another_removes(shelf):
+    put(shelf, "a")
+    seen = []
+
+    def use():
+        with shelf.using("a") as path:
+            seen.append(path)
+
+    with (shelf.directory / ".shelf" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        user = threading.Thread(target=use)
+        user.start()
+        user.join(0.2)
+        assert user.is_alive()
+        (shelf.directory / "a").unlink()
+    user.join()
+    assert seen == [None]
 
 
 def test_a_failed_put_leaves_nothing(shelf):
