@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # rows that the tokenizer gets at once: it spreads them over all processors
-_CHUNK = 2000
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
