@@ -67,18 +67,15 @@ def precompute(
     run: RunOption = None,
     set_: SetOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show what would be scored; loads no model.")] = False,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="i/n: score the i-th of n parts into the store, nothing else.")
-    ] = None,
 ) -> None:
     """Stage 1: score chosen and rejected under the reference model; writes pairs.parquet."""
     resolved, opened = _open(config, run, set_)
-    # neither a plan nor a part of the scores writes anything into the run
-    alone = ending.interruptible if plan or shard is not None else partial(ending.working_on, opened)
+    # a plan writes nothing into the run
+    alone = ending.interruptible if plan else partial(ending.working_on, opened)
     with alone(ending.from_the_store):
         from stages import precompute as stage
 
-        stage.main(resolved, opened, plan_only=plan, shard=shard)
+        stage.main(resolved, opened, plan_only=plan)
 
 
 @app.command()

@@ -7,9 +7,8 @@ learns from these, to responses.parquet.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -259,18 +258,3 @@ def keys_of(reference_id: str, table: pa.Table) -> pa.FixedSizeBinaryArray:
         for response in responses
     ]
     return pa.array(keys, pa.binary(32))
-
-
-def part_of(plan: Plan, number: int, parts: int) -> Plan:
-    """The plan with what is missing in one of `parts` parts: decided by the prompt's ids, so siblings are in one part."""
-    kept: list[int] = []
-    sides = len(plan.sides)
-    for first, table in plan.pairs.groups(["prompt_ids"]):
-        low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
-        prompts = arrays_of(table, "prompt_ids") if low < high else []
-        kept += [
-            position
-            for position in plan.missing[low:high].tolist()
-            if zlib.crc32(prompts[position // sides - first].tobytes()) % parts == number
-        ]
-    return replace(plan, missing=np.asarray(kept, dtype=np.int64))

@@ -1,6 +1,5 @@
 """One sequence without a finite score is left out by name; the job goes on, and its exit code says so."""
 
-import contextlib
 import math
 
 import polars as pl
@@ -69,24 +68,6 @@ def test_the_job_goes_on_and_the_exit_code_says_so(tmp_path, config):
     assert "run one dropped the row as not_finite" in refscore_here(
         tmp_path, "store", "explain", "--config", config, "--row", 3
     )
-
-
-def test_in_parts_the_joining_run_says_it_too(tmp_path, config):
-    spoiled = parts_with_it(tmp_path, config)
-    for part in range(2):
-        arguments = ["precompute", "--config", config, "--run", "one", "--shard", f"{part}/2"]
-        refscore_here(tmp_path, *arguments, code=4 if part in spoiled else 0)
-    check(tmp_path, refscore_here(tmp_path, "precompute", "--config", config, "--run", "one", code=4))
-
-
-def parts_with_it(where, config):
-    from pipeline.config.files import load_config
-    from pipeline.precompute.plan import make_plan, part_of
-
-    with contextlib.chdir(where):
-        plan = make_plan(load_config(config, []))
-        bad = {2 * 3 + 1, 2 * 6}
-        return [part for part in range(2) if bad & set(part_of(plan, part, 2).missing.tolist())]
 
 
 def test_workers_say_it_too(tmp_path, config, all_processors):
