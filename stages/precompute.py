@@ -10,20 +10,32 @@ from functools import partial
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
+from pipeline.engines.protocol import must_compute
 from pipeline.engines.reference import open_reference
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, ConfigError
 from pipeline.pairs.kinds import UNITS
 from pipeline.planning.cautions import warnings_of
 from pipeline.precompute.launch import Outcome, score, score_windows
+from pipeline.precompute.many.claimed import write_job
+from pipeline.precompute.many.job import Job
 from pipeline.precompute.pairs_file import table_of, write_pairs, write_unscored
 from pipeline.precompute.plan import Plan, Planning, Window
+from pipeline.precompute.score import shards_of, target_of
+from pipeline.store.adoption import serve_from_adopted
 from stages import console
 from stages.hashing import hash_weights
 
 
-def main(config: Config, run: Run, *, plan_only: bool) -> None:
-    """Plan, and score meanwhile what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written."""
+def main(config: Config, run: Run, *, plan_only: bool, plan_to: str | None = None) -> None:
+    """Plan, and score meanwhile what the store lacks; join; write. With `plan_only` the plan is shown and nothing is written.
+
+    `plan_to`: what is missing is written there instead, for processes of `refscore score-missing`.
+    """
     if reference_free(config.train):
+        if plan_to:
+            raise ConfigError(
+                "--plan-to: this training compares nothing with the reference, so nothing is to be scored"
+            )
         write_unscored(config, run, console.working, plan_only=plan_only, remarks=partial(warnings_of, config))
         if config.train.on_samples:
             console.say("          the table has the held-out prompts, without scores, for 'refscore eval'")
@@ -34,6 +46,16 @@ def main(config: Config, run: Run, *, plan_only: bool) -> None:
     reference = open_reference(config.reference)
     hash_weights(reference)
     planning = Planning(config, reference)
+    if plan_to:
+        must_compute(reference.numerics)
+        job, target = Job(plan_to), target_of(reference)
+        missing = (serve_from_adopted(target.store, window.missing) for window in _with_the_plan(planning, config))
+        sequences = write_job(reference, job, shards_of(reference, missing))
+        console.say(f"job       {plan_to}: {sequences} sequences to score")
+        console.say(
+            f"next      'refscore score-missing {plan_to}' with the same configuration, in as many processes as there are devices"
+        )
+        return
     if plan_only or reference.config.imported_by:
         plan = planning.plan()
         _say(plan, config)

@@ -43,17 +43,12 @@ class Growing:
 
     def score(self, sequences: Sequence[Request]) -> list[np.ndarray]:
         """See `Scorer.score`."""
-        longest = max(map(len, sequences))
-        scorer = self._scorer if longest <= self._longest else None
-        return (scorer or self.start(longest)).score(sequences)
+        return self.ready(max(map(len, sequences))).score(sequences)
 
-    def close(self) -> None:
-        """See `Scorer.close`."""
-        self._scorer = None
-        self._stack.close()
-
-    def start(self, longest: int) -> Scorer:
-        """Start the engine for sequences of `longest` tokens, and of more if the limit, or what is usual, is more."""
+    def ready(self, longest: int) -> Scorer:
+        """The engine, started if it is not, or is too small for a sequence of `longest` tokens."""
+        if self._scorer is not None and longest <= self._longest:
+            return self._scorer
         started, name = time.monotonic(), self._reference.config.engine
         if self._scorer is None:
             self._listener.say(f"starting {name} ...")
@@ -66,3 +61,8 @@ class Growing:
         self._listener.say(f"engine ready after {duration(time.monotonic() - started)}")
         self._on_ready()
         return scorer
+
+    def close(self) -> None:
+        """See `Scorer.close`; the next sequence starts it again."""
+        self._scorer = None
+        self._stack.close()

@@ -78,8 +78,7 @@ class Ahead(Generic[_T]):
             end = error
         finally:
             # what the iterator holds, processes for instance, ends with it
-            if isinstance(self._items, Iterator) and hasattr(self._items, "close"):
-                self._items.close()
+            getattr(self._items, "close", lambda: None)()
         self._hand_over(False, end)
 
     def _hand_over(self, is_item: bool, drawn: _T | BaseException | None) -> bool:  # noqa: FBT001  # half of a pair

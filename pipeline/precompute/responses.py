@@ -6,9 +6,7 @@ store. A row that cannot be scored keeps its place, with its problem instead of 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +16,8 @@ import pyarrow as pa
 
 from pipeline.artifacts.schemas import SCORED
 from pipeline.config.experiment import Config
-from pipeline.engines.protocol import Request, Scorer, must_compute
+from pipeline.engines.growing import Growing
+from pipeline.engines.protocol import Request, must_compute
 from pipeline.engines.quarantine import score_each
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
@@ -53,9 +52,7 @@ class RowScorer:
         self._encoder = Encoder(config.data, reference.tokenizer, self._positions)
         self.identity: ReferenceIdentity = reference.identity
         self._store = Store(config.reference.store, self.identity)
-        self._stack = ExitStack()
-        self._scorer: Scorer | None = None
-        self._longest = 0
+        self._engine = Growing(reference, config.data.max_length)
         self._quarantined: dict[bytes, str] = {}
         self.hits = self.scored = self.dropped = 0
 
@@ -63,7 +60,7 @@ class RowScorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._engine.close()
 
     def tables(self, source: Path) -> Iterator[pa.Table]:
         """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there."""
@@ -109,20 +106,11 @@ class RowScorer:
             return Dropped(item.source, item.row, "not_finite", self._quarantined[key])
         return encoded
 
-    def _rounded(self, longest: int) -> int:
-        # up, so that a row that is a little longer than those before it starts no engine anew
-        return min(1 << (longest - 1).bit_length(), self._positions or sys.maxsize)
-
     def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
-        longest = max(len(request) for request in requests.values() if request is not None)
-        if self._scorer is None or longest > self._longest:
-            self._stack.close()
-            self._longest = self._config.data.max_length or self._rounded(longest)
-            self._scorer = self._stack.enter_context(self._reference.start(self._longest))
         asked = [(key, request) for key in missing if (request := requests[key]) is not None]
         asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
         sequences = [request for _, request in asked]
-        rows, quarantined = check_scores([key for key, _ in asked], sequences, score_each(self._scorer, sequences))
+        rows, quarantined = check_scores([key for key, _ in asked], sequences, score_each(self._engine, sequences))
         if rows:
             self._store.publish(rows, circumstances())
         self.scored += len(rows)

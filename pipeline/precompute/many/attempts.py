@@ -51,8 +51,8 @@ class Attempt:
         self._tell(state=_PUBLISHING)
 
     def failed(self) -> None:
-        """It failed: the next one need not wait until this process counts as dead."""
-        self._tell(state=_FAILED)
+        """It failed, if the engine had it: the next one need not wait until this process counts as dead."""
+        self._tell(state=_FAILED if self.note.get("state") == _SCORING else _GIVEN_UP)
 
     def give_up(self) -> None:
         """Leave the group to others; nothing is wrong with it."""

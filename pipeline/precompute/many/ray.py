@@ -66,7 +66,7 @@ class ScoringActor:
                     f"a Ray worker finds reference {here[:12]} where {wanted['reference_id'][:12]} is to be scored"
                 )
             engine = Growing(opened, wanted["limit"])
-            self._engine_thread.submit(engine.start, wanted["longest"]).result()
+            self._engine_thread.submit(engine.ready, wanted["longest"]).result()
             self._job = Job(wanted["job"])
             self._worker = Worker(self._job, target_of(opened), engine)
         except RefscoreError as error:
@@ -169,7 +169,7 @@ def _groups(place: str) -> Any:
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    class Groups(Datasource):
+    class Groups(Datasource):  # type: ignore[misc]  # Ray's types are not read
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:  # noqa: ARG002  # Ray's names
             nothing_known = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(lambda: names_of_groups(Job(place)), nothing_known)]

@@ -27,7 +27,7 @@ from pipeline.errors import RefscoreError, first_line
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.precompute.many.attempts import Attempt
 from pipeline.precompute.many.job import Job, Result
-from pipeline.precompute.score import Target, requests_in, tokens_in
+from pipeline.precompute.score import Target, lengths_in, requests_in, tokens_in
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ _IN_A_ROW = 3
 _HANGS_AFTER = {"cpu": 240.0, "cuda": 30.0}
 # seconds more for an engine that keeps Python from running
 _GRACE = 60.0
-LAST_HANG = durable.CACHE / "last-hang.txt"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Worker:
             rows = rows.take(pa.array(self._target.store.lookup(rows["key"].combine_chunks()).missing))
             bad = _prompts_at(whole, attempt.failed_at)
             every = len(attempt.failed_at) > _MOST_FAILURES
-            fails = [every or prompt.tobytes() in bad for prompt in arrays_of(rows, "prompt_ids")]
+            fails = [every or prompt in bad for prompt in _prompts(rows)]
             why = f"a worker died, hung or broke down while it scored this prompt, {len(attempt.failed_at)} times with its group"
             left_out = {key.hex(): why for key in rows.filter(pa.array(fails, pa.bool_()))["key"].to_pylist()}
             rows = rows.filter(pa.array([not one for one in fails], pa.bool_()))
@@ -82,6 +81,9 @@ class Worker:
         """
         scores: list[np.ndarray] = []
         try:
+            if len(group.rows):
+                with answering(self._seconds, group.attempt):
+                    self._engine.ready(int(lengths_in(group.rows).max()))
             for first, part in _parts(group):
                 group.attempt.scores(first)
                 with answering(self._seconds, group.attempt):
@@ -126,10 +128,11 @@ def minutes_until_it_hangs(reference: ReferenceConfig) -> float:
 def answering(seconds: float, attempt: Attempt) -> Iterator[None]:
     """End this process if the block takes longer: an engine that hangs can be stopped in no other way.
 
-    Where it hung is written to LAST_HANG.
+    Where it hung is written to a file in data/cache.
     """
-    durable.make_directory(LAST_HANG.parent)
-    with LAST_HANG.open("w", encoding="utf-8") as file:
+    path = durable.CACHE / f"hung-{os.getpid()}.txt"
+    durable.make_directory(path.parent)
+    with path.open("w", encoding="utf-8") as file:
         timer = threading.Timer(seconds, _end, [seconds, attempt, file])
         timer.daemon = True
         timer.start()
@@ -140,6 +143,7 @@ def answering(seconds: float, attempt: Attempt) -> Iterator[None]:
         finally:
             timer.cancel()
             faulthandler.cancel_dump_traceback_later()
+            path.unlink(missing_ok=True)
 
 
 def _end(seconds: float, attempt: Attempt, file: TextIO) -> None:
@@ -147,7 +151,7 @@ def _end(seconds: float, attempt: Attempt, file: TextIO) -> None:
     log.error(
         "the engine has not answered for %.0f minutes and counts as hung: this process ends, and what it had in hand is scored "
         "again (%s says where it hung; reference.hangs_after is how long one waits)",
-        seconds / 60, LAST_HANG,
+        seconds / 60, file.name,
     )  # fmt: skip
     attempt.failed()
     os._exit(1)
@@ -155,7 +159,7 @@ def _end(seconds: float, attempt: Attempt, file: TextIO) -> None:
 
 def _prompts_at(whole: pa.Table, rows: list[int | None]) -> set[bytes]:
     at = [row for row in rows if row is not None]
-    return {prompt.tobytes() for prompt in arrays_of(whole.take(pa.array(at, pa.int64())), "prompt_ids")}
+    return set(_prompts(whole.take(pa.array(at, pa.int64()))))
 
 
 def _parts(group: InHand) -> Iterator[tuple[int | None, pa.Table]]:
@@ -164,11 +168,15 @@ def _parts(group: InHand) -> Iterator[tuple[int | None, pa.Table]]:
         yield None, group.rows
         return
     first_of: dict[bytes, int] = {}
-    for row, prompt in enumerate(arrays_of(group.whole, "prompt_ids")):
-        first_of.setdefault(prompt.tobytes(), row)
+    for row, prompt in enumerate(_prompts(group.whole)):
+        first_of.setdefault(prompt, row)
     of_prompt: dict[bytes, list[int]] = {}
-    for row, prompt in enumerate(arrays_of(group.rows, "prompt_ids")):
-        of_prompt.setdefault(prompt.tobytes(), []).append(row)
+    for row, prompt in enumerate(_prompts(group.rows)):
+        of_prompt.setdefault(prompt, []).append(row)
     # responses to a prompt stand together, so rows stay in order
     for prompt, rows in of_prompt.items():
         yield first_of[prompt], group.rows.take(rows)
+
+
+def _prompts(table: pa.Table) -> list[bytes]:
+    return [prompt.tobytes() for prompt in arrays_of(table, "prompt_ids")]
