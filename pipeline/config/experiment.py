@@ -153,6 +153,11 @@ class ReferenceConfig(Section):
         description="price of one device per hour, any currency: progress and `refscore plan` say what scoring costs",
     )
 
+    @property
+    def in_actors(self) -> bool:
+        """Whether what is missing is scored by actors of Ray, and not in this process."""
+        return self.workers > 1 or self.launcher == "ray"
+
 
 class GenerateConfig(Section):
     """Sampling: held-out prompts for stage three, training prompts for new pairs."""

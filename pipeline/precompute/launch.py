@@ -79,7 +79,7 @@ def score_windows(
         told = _Told(target, outcome, ticker)
         shards = shards_of(reference, told.still_missing(chain([first], windows)))
         try:
-            if reference.config.workers > 1 or reference.config.launcher == "ray":
+            if reference.config.in_actors:
                 from pipeline.precompute.many import ray as cluster
 
                 listener.say(f"starting {reference.config.engine} in {reference.config.workers} Ray actors ...")

@@ -30,11 +30,13 @@ from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.rows import open_rows
 from pipeline.pairs.splits import prompt_text
-from pipeline.precompute.score import check_scores
+from pipeline.precompute.launch import score_windows
+from pipeline.precompute.plan import Window
+from pipeline.precompute.score import check_scores, table_of
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
-_PART = 8192
+_AT_ONCE = 8192
 
 
 class RowScorer:
@@ -63,33 +65,49 @@ class RowScorer:
         self._engine.close()
 
     def tables(self, source: Path) -> Iterator[pa.Table]:
-        """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there."""
+        """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there.
+
+        Actors of Ray score all that is missing before the first part is read back, from `source` once more.
+        """
+        by_actors: set[bytes] = set()
+        if self._reference.config.in_actors:
+            windows = self._windows(source, by_actors)
+            outcome = score_windows(self._reference, windows, limit=self._config.data.max_length)
+            self._quarantined |= outcome.quarantined
+        for part in self._parts(source):
+            yield self._scored(part, by_actors)
+
+    def _windows(self, source: Path, seen: set[bytes]) -> Iterator[Window]:
+        """What the store lacks of the file; `seen` gets its keys."""
+        for part in self._parts(source):
+            missing = {
+                key: part.requests[key]
+                for key in part.wanted.take(pa.array(self._store.lookup(part.wanted).missing)).to_pylist()
+                if key not in seen
+            }
+            seen |= missing.keys()
+            yield Window(table_of(missing), 0)
+
+    def _parts(self, source: Path) -> Iterator[_Part]:
         rows, _ = open_rows(str(source), self._config.data)
         numbered = enumerate(rows())
-        while part := list(islice(numbered, _PART)):
-            yield self._part(str(source), part)
+        while part := list(islice(numbered, _AT_ONCE)):
+            items = [preference_of(str(source), number, row) for number, row in part]
+            yield _Part(items, list(self._encoder.chosen(items)), self.identity.reference_id)
 
-    def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
-        items = [preference_of(source, number, row) for number, row in part]
-        encoded = list(self._encoder.chosen(items))
-        requests = [
-            None if isinstance(encoding, Dropped) else Request(encoding.prompt_ids, encoding.responses[0])
-            for encoding in encoded
-        ]
-        keys = [
-            None if request is None else score_key(self.identity.reference_id, request.prompt_ids, request.response_ids)
-            for request in requests
-        ]
-        wanted_keys = pa.array([key for key in keys if key is not None], pa.binary(32))
-        lookup = self._store.lookup(wanted_keys)
-        self.hits += len(lookup.held)
-        if missing := wanted_keys.take(pa.array(lookup.missing)).to_pylist():
-            self._score(dict(zip(keys, requests, strict=True)), missing)
-            lookup = self._store.lookup(wanted_keys)
+    def _scored(self, part: _Part, by_actors: set[bytes]) -> pa.Table:
+        lookup = self._store.lookup(part.wanted)
+        known = by_actors & set(part.wanted.take(pa.array(lookup.held)).to_pylist())
+        self.hits, self.scored = self.hits + len(lookup.held) - len(known), self.scored + len(known)
+        by_actors -= known
+        missing = part.wanted.take(pa.array(lookup.missing)).to_pylist()
+        if asked := {key: part.requests[key] for key in missing if key not in self._quarantined}:
+            self._score(asked)
+            lookup = self._store.lookup(part.wanted)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
             scored_row(item, self._or_quarantined(item, encoding, key), scores.get(key))
-            for item, encoding, key in zip(items, encoded, keys, strict=True)
+            for item, encoding, key in zip(part.items, part.encoded, part.keys, strict=True)
         ]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)
@@ -106,15 +124,32 @@ class RowScorer:
             return Dropped(item.source, item.row, "not_finite", self._quarantined[key])
         return encoded
 
-    def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
-        asked = [(key, request) for key in missing if (request := requests[key]) is not None]
-        asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
-        sequences = [request for _, request in asked]
-        rows, quarantined = check_scores([key for key, _ in asked], sequences, score_each(self._engine, sequences))
+    def _score(self, asked: dict[bytes, Request]) -> None:
+        keys = sorted(asked, key=lambda key: (list(asked[key].prompt_ids), -len(asked[key])))
+        sequences = [asked[key] for key in keys]
+        rows, quarantined = check_scores(keys, sequences, score_each(self._engine, sequences))
         if rows:
             self._store.publish(rows, circumstances())
         self.scored += len(rows)
         self._quarantined |= quarantined
+
+
+class _Part:
+    """Rows as they are encoded, and the sequences that have a score by their keys; `keys` has None for a row without."""
+
+    def __init__(self, items: list[Preference | Dropped], encoded: list[Encoded | Dropped], reference_id: str) -> None:
+        self.items, self.encoded = items, encoded
+        self.keys: list[bytes | None] = []
+        self.requests: dict[bytes, Request] = {}
+        for encoding in encoded:
+            if isinstance(encoding, Dropped):
+                self.keys.append(None)
+                continue
+            request = Request(encoding.prompt_ids, encoding.responses[0])
+            key = score_key(reference_id, request.prompt_ids, request.response_ids)
+            self.keys.append(key)
+            self.requests[key] = request
+        self.wanted = pa.array(list(self.requests), pa.binary(32))
 
 
 def preference_of(source: str, number: int, row: Row) -> Preference | Dropped:

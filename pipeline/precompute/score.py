@@ -6,7 +6,7 @@ the last shard that was published. While a shard is in the engine the next one i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +155,15 @@ def requests_in(table: pa.Table) -> list[Request]:
     """The sequences of MISSING's rows."""
     columns = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
     return [Request(prompt, response) for prompt, response in zip(*columns, strict=True)]
+
+
+def table_of(requests: Mapping[bytes, Request]) -> pa.Table:
+    """Sequences by their keys as MISSING's rows."""
+    ids = [[list(getattr(one, name)) for one in requests.values()] for name in ("prompt_ids", "response_ids")]
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip([list(requests), *ids], MISSING, strict=True)],
+        schema=MISSING,
+    )
 
 
 def lengths_in(table: pa.Table) -> np.ndarray:

@@ -8,6 +8,10 @@ import pytest
 from pipeline.precompute.overlap import Ahead, overlapped
 
 
+class Broken(Exception):
+    pass
+
+
 def run(items, score=lambda item: item, put_away=lambda item, scores: None):
     kept = []
 
@@ -17,7 +21,7 @@ def run(items, score=lambda item: item, put_away=lambda item, scores: None):
 
     try:
         overlapped(items, score, keep)
-    except BaseException as error:
+    except (Broken, KeyboardInterrupt) as error:
         return kept, error
     return kept, None
 
@@ -56,10 +60,6 @@ def test_the_engine_stays_in_the_thread_that_calls():
     )
     assert threads["score"] == {threading.get_ident()}
     assert threads["put away"].isdisjoint(threads["score"])
-
-
-class Broken(Exception):
-    pass
 
 
 def fail(*_):

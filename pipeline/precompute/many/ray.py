@@ -196,6 +196,8 @@ def names_of_groups(job: Job) -> Iterator[pa.Table]:
 @contextmanager
 def _cluster(config: ReferenceConfig) -> Iterator[Any]:
     """Ray, started here unless it is or a cluster is to be used; what was started here is stopped."""
+    # it speaks before its loggers can be told not to
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
