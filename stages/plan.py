@@ -84,8 +84,9 @@ def main(
 
 def _of_data(plan: Plan, sampled: Sampled | None) -> dict[str, Any]:
     pairs, sequences, misses = plan.pairs, plan.sequences, len(plan.missing)
+    adopted = {reference: len(held) for reference, held in plan.adopted.items()}
     if sampled:
-        sequences, misses = sampled.models * sampled.samples, sampled.to_score
+        sequences, misses, adopted = sampled.models * sampled.samples, sampled.to_score, {}
     return {
         "reference_id": plan.identity.reference_id,
         "data": pairs.formats,
@@ -94,7 +95,8 @@ def _of_data(plan: Plan, sampled: Sampled | None) -> dict[str, Any]:
         **({"labels": pairs.labels} if pairs.labels else {}),
         "dropped": {reason: drop.count for reason, drop in pairs.drops.items()},
         "sequences": sequences,
-        "hits": sequences - misses,
+        "hits": sequences - misses - sum(adopted.values()),
+        **({"adopted": adopted} if adopted else {}),
         "misses": misses,
         **({"samples": sampled.samples, "samples_made": sampled.made} if sampled else {}),
     }

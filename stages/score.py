@@ -36,7 +36,10 @@ def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> Non
                 rows += len(table)
                 nats += sum(value for value in table["logp"].to_pylist() if value is not None)
                 tokens += sum(len(ids) for ids in table["response_ids"].to_pylist() if ids is not None)
-                console.say(f"{rows} rows: {scorer.hits} hits, {scorer.scored} scored, {scorer.dropped} with a problem")
+                adopted = f"{scorer.adopted} adopted, " if scorer.adopted else ""
+                console.say(
+                    f"{rows} rows: {scorer.hits} hits, {adopted}{scorer.scored} scored, {scorer.dropped} with a problem"
+                )
     mean = f", {nats / tokens:.4f} nats per token" if tokens else ""
     _must_be_finite(scorer.not_finite, out)
     console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - started)})")

@@ -11,11 +11,13 @@ from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.errors import CheckError, DataError, first_line
 from pipeline.precompute.explain import explain as why
 from pipeline.precompute.plan import make_plan
+from pipeline.store.adoption import recorded
 from pipeline.store.compaction import compact, look
 from pipeline.store.inventory import bytes_of, holdings, is_imported, references
 from pipeline.store.places import set_aside_if_damaged
 from pipeline.store.registrations import registered
 from pipeline.store.shard import shard_files
+from pipeline.store.store import open_place
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from stages import console
 
@@ -23,7 +25,7 @@ from stages import console
 def ls(store: str) -> None:
     """A row for each reference."""
     used, last = uses_of_references()
-    rows, found = [], []
+    rows, found, adoptions = [], [], list[str]()
     references = holdings(store)
     for contents in references:
         registrations = {registration.name for registration in registered(contents.directory) if registration.in_use()}
@@ -41,14 +43,22 @@ def ls(store: str) -> None:
             ]
         )
         last_used = last.get(contents.directory.name) or None
+        adopted = recorded(open_place(store, contents.directory.name, first=False), contents.directory.name)
+        adoptions += [f"{contents.directory.name[:12]} {adoption.words}" for adoption in adopted.values()]
         found.append(
-            {"reference_id": contents.directory.name, **asdict(contents), "last_used": last_used, "runs": sorted(names)}
+            {
+                "reference_id": contents.directory.name,
+                **asdict(contents),
+                "last_used": last_used,
+                "runs": sorted(names),
+                "adopted_from": sorted(adopted),
+            }
         )
     console.table(
         str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows
     )
-    for problem in (problem for contents in references for problem in contents.problems):
-        console.say(problem)
+    for line in [*adoptions, *(problem for contents in references for problem in contents.problems)]:
+        console.say(line)
     console.answer({"store": store, "references": found})
 
 

@@ -84,6 +84,38 @@ def store_pull(
     stage.pull(source, store, _some_config(config, set_))
 
 
+@store_app.command(name="adopt")
+def store_adopt(
+    reference: Annotated[
+        str, typer.Argument(metavar="OLD_ID", help="Id of the earlier reference, or how it begins: see store ls.")
+    ],
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+    sample: Annotated[int, typer.Option("--sample", min=1, help="Pairs, or responses, to score again.")] = 64,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0.0,
+            help="Mean absolute difference allowed, nats per token; with its sign the mean may be a fifth of it, a single token "
+            "twenty times it. Default: what the reference's dtype may differ by, 0.002 in float32, 0.1 in bfloat16.",
+        ),
+    ] = None,
+    revoke: Annotated[
+        bool, typer.Option("--revoke", help="Take an adoption back, and what was taken over by it.")
+    ] = False,
+) -> None:
+    """Use an earlier engine's scores of the same weights, if a sample, scored again by today's engine, agrees."""
+    from pipeline.config.files import load_config
+    from stages import adopt as stage
+
+    resolved = load_config(config, set_ or [])
+    if revoke:
+        stage.take_back(resolved, reference)
+    else:
+        stage.main(resolved, reference, sample, tolerance)
+
+
 @store_app.command(name="explain")
 def store_explain(
     config: ConfigOption = DEMO,

@@ -20,7 +20,7 @@ from pipeline.precompute.verify import Sample, draw_sample, judge, problems
 from pipeline.store.identity import IMPORTED
 from stages import console
 
-_SHOWN = {
+SHOWN = {
     "mean_signed_difference": "mean signed",
     "mean_absolute_difference": "mean",
     "max_absolute_difference": "max",
@@ -46,7 +46,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
 
     # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
     scores = {name: _score(reference, sample) for name, reference in others.items()}
-    exact = {"engine": "transformers", "imported_by": None, "dtype": "float32"}
+    exact = {"engine": "transformers", "imported_by": None, "dtype": "float32", "logps": "exact"}
     oracle = config.reference.model_copy(update=exact)
     truth, _ = _score(oracle, sample)
     measured = {
@@ -82,7 +82,7 @@ def _configured(config: Config, name: str) -> ReferenceConfig:
     values: dict[str, Any] = config.model_dump(mode="json")
     if engine == IMPORTED:
         raise ConfigError(f"--engines {name}: imported scores are what is compared, they cannot be computed")
-    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", "imported_by": None}
+    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", "imported_by": None, "logps": "exact"}
     return load_overrides(values, [], f"--engines {name}").reference
 
 
@@ -100,11 +100,11 @@ def _show(sample: Sample, figures: dict[str, float], measured: dict[str, dict[st
     of = f"{sample.rows} {sample.unit}, {figures['tokens']} response tokens"
     console.table(
         f"minus transformers float32, {of}; nats per token, margins in nats",
-        ["scores", *_SHOWN.values(), "tokens/s"],
+        ["scores", *SHOWN.values(), "tokens/s"],
         [
             [
                 name,
-                *(f"{values[key]:.2g}" for key in _SHOWN),
+                *(f"{values[key]:.2g}" for key in SHOWN),
                 f"{values['tokens_per_second']:.0f}" if name != "stored" else "",
             ]
             for name, values in {"stored": figures, **measured}.items()

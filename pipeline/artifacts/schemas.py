@@ -8,6 +8,8 @@ _ids = pa.list_(pa.int32())
 _logps = pa.list_(pa.float32())
 # marks a column that files of an earlier version lack; it reads as null
 _LATER = {b"later": b"true"}
+# marks whole numbers whose bytes are stored apart, as those of floats are: the first of them are all alike
+SPLIT = b"split"
 
 # of a table, raised if a reader of before would misread it; a column that is added needs no new format
 FORMAT_KEY = b"refscore_format"
@@ -82,6 +84,11 @@ REWARDS = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("rewar
 VALUES = pa.schema([("prompt_id", pa.string()), ("sample", pa.int32()), ("values", _logps)])
 # what pairs.parquet says of itself if others computed its scores: who. Then values per token may be null beside their sum
 IMPORTED_BY = "imported_by"
+# what a shard says of itself if its rows were taken over from an adopted reference: that reference's id; pairs.parquet: of how many
+# sequences that is so, by id
+COMPUTED_BY = "computed_by"
+# what pairs.parquet says of itself if its values per token were rounded: by how many nats at most; their sums were not
+ROUNDING = "rounding"
 DROPPED = pa.schema(
     [
         ("source", pa.string()),
@@ -107,6 +114,16 @@ SCORES = pa.schema(
         pa.field("logps", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
         pa.field("logp", pa.float64(), nullable=False),
     ]
+)
+# logps in units of -2^-12 nats; see pipeline.store.fixed_point
+ROUNDED_SCORES = SCORES.set(
+    SCORES.get_field_index("logps"),
+    pa.field(
+        "logps",
+        pa.list_(pa.field("element", pa.int32(), nullable=False)),
+        nullable=False,
+        metadata={SPLIT: b"true"},
+    ),
 )
 SCORED = pa.schema(
     [

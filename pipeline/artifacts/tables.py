@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import FORMAT, FORMAT_KEY
+from pipeline.artifacts.schemas import FORMAT, FORMAT_KEY, SPLIT
 from pipeline.errors import DataError
 
 # rows that are written, and read, together
@@ -47,7 +47,11 @@ def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None =
         compression="zstd",
         compression_level=3,
         use_dictionary=[name for name, kind in _leaves(schema) if pa.types.is_string(kind)],
-        use_byte_stream_split=[name for name, kind in _leaves(schema) if pa.types.is_floating(kind)],
+        use_byte_stream_split=[
+            name
+            for name, kind in _leaves(schema)
+            if pa.types.is_floating(kind) or SPLIT in (schema.field(name.partition(".")[0]).metadata or {})
+        ],
         write_page_checksum=True,
     )
 

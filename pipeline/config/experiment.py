@@ -106,6 +106,11 @@ class ReferenceConfig(Section):
         "auto",
         description="auto: float32 on CPU; on a GPU bfloat16, with a float32 output layer; of imported scores: not known",
     )
+    logps: Literal["exact", "fixed_point"] = Field(
+        "exact",
+        description="how the store keeps values per token; exact: as float32; fixed_point: rounded to 2^-12 nats, half the bytes, "
+        "with exact sums: for dtype bfloat16 and float16, which round more",
+    )
     store: OneOrMore = Field(
         default=["data/store"],
         description="directories or URLs (s3://...) of the scores, shared by experiments: the first is written, all are read",

@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.hardware import device_kind
+from pipeline.store.fixed_point import FIXED_POINT
 from pipeline.store.identity import IMPORTED, UNKNOWN, Numerics, imported_numerics
 
 
@@ -103,11 +104,20 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
     Raises ConfigError if the engine is not installed, or is a version whose answers are not known.
     """
     if reference.engine == IMPORTED:
+        if reference.logps == FIXED_POINT:
+            raise ConfigError(
+                "reference.logps=fixed_point is of scores that are computed: imported ones are kept as they came"
+            )
         return imported_numerics(str(reference.imported_by), UNKNOWN if reference.dtype == "auto" else reference.dtype)
     device = device_kind() if reference.device == "auto" else reference.device
     dtype = reference.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype == "float32" and reference.logps == FIXED_POINT:
+        raise ConfigError(
+            "reference.logps=fixed_point rounds to 2^-12 nats, a hundred times more than arithmetic in float32 does: leave it "
+            "away, or set reference.dtype=bfloat16"
+        )
     attention = engine_args = ""
     if reference.engine == "vllm":
         version = engine_version("vllm")
@@ -124,7 +134,14 @@ def numerics_of(reference: ReferenceConfig) -> Numerics:
     else:
         version = f"transformers {engine_version('transformers')}, torch {installed_version('torch')}"
     return Numerics(
-        reference.engine, version, device, dtype, logits_dtype="float32", attention=attention, engine_args=engine_args
+        reference.engine,
+        version,
+        device,
+        dtype,
+        logits_dtype="float32",
+        attention=attention,
+        engine_args=engine_args,
+        logps=FIXED_POINT if reference.logps == FIXED_POINT else "",
     )
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.markdown import name_for_others
-from pipeline.artifacts.schemas import IMPORTED_BY
+from pipeline.artifacts.schemas import COMPUTED_BY, IMPORTED_BY
 from pipeline.errors import ConfigError, first_line
 from pipeline.exchange.scored_pairs import SPLITS, Exported
 
@@ -73,6 +73,10 @@ def write_card(to: Path, format_name: str, exported: Exported, about: dict[str, 
     )
     by = about.get(IMPORTED_BY)
     maker = f"{by}, as refscore was told and did not verify" if by else "refscore"
+    maker += "".join(
+        f"; {count} sequences by another version of the engine, reference `{reference}`"
+        for reference, count in about.get(COMPUTED_BY, {}).items()
+    )
     text = f"""---
 {head}---
 

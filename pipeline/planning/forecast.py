@@ -87,9 +87,10 @@ def disk(config: Config, plan: Plan, seen: Outlook, sampled: Sampled | None = No
     merged = config.policy.lora is None or config.policy.lora.merge
     responses = plan.pairs.response_tokens
     working = sum(file.stat().st_size for file in Path(plan.pairs.directory.name).iterdir())
-    missing = len(plan.missing) * _BESIDE_A_SCORE + 4 * int(responses[plan.missing].sum(dtype=np.int64))
+    per_token = 2 if config.reference.logps == "fixed_point" else 4
+    missing = len(plan.absent) * _BESIDE_A_SCORE + per_token * int(responses[plan.absent].sum(dtype=np.int64))
     if sampled:
-        missing = sampled.to_score * _BESIDE_A_SCORE + 4 * sampled.responses_to_score
+        missing = sampled.to_score * _BESIDE_A_SCORE + per_token * sampled.responses_to_score
     place = next(path for path in (RUNS, *RUNS.parents) if path.exists())
     return Disk(
         checkpoints=checkpoints,

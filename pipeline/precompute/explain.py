@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.artifacts.runs import Run, existing_runs, open_run
 from pipeline.artifacts.schemas import DROPPED, PAIRS, RESPONSES
@@ -53,7 +54,7 @@ def explain(config: Config, row: int | None) -> list[str]:
         raise DataError(f"no {made} comes from row {row}: 'refscore validate' says what was dropped and why")
     absent = set(plan.keys.take(pa.array(plan.missing)).to_pylist())
     misses = [position for position in positions if plan.keys[position].as_py() in absent]
-    said = [f"reference {reference[:12]}: {len(positions) - len(misses)} hits, {len(misses)} misses"]
+    said = [f"reference {reference[:12]}: {_counts(plan, positions, len(misses))}"]
     if not misses:
         return said
     # a store at a URL tells its references by its hits only
@@ -70,6 +71,17 @@ def explain(config: Config, row: int | None) -> list[str]:
         )
         said.append(f"  {len(rows)} x {cause}: {shown}{' ...' if len(rows) > 5 else ''}")
     return said
+
+
+def _counts(plan: Plan, positions: Sequence[int], misses: int) -> str:
+    keys = plan.keys.take(pa.array(positions))
+    adopted = {
+        by: pc.sum(pc.is_in(keys, value_set=plan.keys.take(pa.array(held)))).as_py()
+        for by, held in plan.adopted.items()
+    }
+    hits = len(positions) - misses - sum(adopted.values())
+    from_others = "".join(f"{count} adopted from {by[:12]}, " for by, count in adopted.items())
+    return f"{hits} hits, {from_others}{misses} misses"
 
 
 def nearest_reference(described: Row, places: Iterable[Path]) -> tuple[Path, list[str]] | None:

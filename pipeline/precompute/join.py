@@ -19,6 +19,7 @@ from pipeline.hardware import return_freed_memory
 from pipeline.pairs.groups import MISMATCHED
 from pipeline.pairs.table import GROUP
 from pipeline.precompute.plan import Plan
+from pipeline.store.lookup import Lookup
 
 # bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
 _AT_ONCE = 2**24
@@ -27,11 +28,17 @@ _PER_SEQUENCE = 64
 
 
 def write_joined(
-    path: Path, plan: Plan, about: dict[str, Any], *, scored: bool = True, left_out: Collection[int] = ()
+    path: Path,
+    plan: Plan,
+    about: dict[str, Any],
+    *,
+    scored: bool = True,
+    left_out: Collection[int] = (),
+    lookup: Lookup | None = None,
 ) -> None:
     """Write pairs.parquet, or responses.parquet, durably, with what it says of itself; see `joined`."""
     with durable.replacing(path) as temporary, parquet_writer(temporary, plan.pairs.schema, about) as writer:
-        for table in joined(plan, scored=scored, left_out=left_out):
+        for table in joined(plan, scored=scored, left_out=left_out, lookup=lookup):
             writer.write_table(table)
 
 
@@ -67,13 +74,15 @@ def dropped_with(plan: Plan, left_out: Mapping[int, str]) -> pa.Table:
     return pa.concat_tables([plan.pairs.dropped_table(), pa.Table.from_pylist(rows, schema=DROPPED)])
 
 
-def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -> Iterator[pa.Table]:
+def joined(
+    plan: Plan, *, scored: bool = True, left_out: Collection[int] = (), lookup: Lookup | None = None
+) -> Iterator[pa.Table]:
     """Every row but those numbered `left_out` with its scores from the store, in order; not `scored`: with nulls in their place.
 
-    Values per token are null if only their sum was imported. Raises CheckError if a score is not there or has not the tokens'
-    number of values.
+    `lookup`: where the plan's keys stand, if that was asked before. Values per token are null if only their sum was imported.
+    Raises CheckError if a score is not there or has not the tokens' number of values.
     """
-    scores = _Scores(plan, left_out) if scored else None
+    scores = _Scores(plan, left_out, lookup or plan.store.lookup(plan.keys)) if scored else None
     absent = np.fromiter(left_out, dtype=np.int64, count=len(left_out))
     schema = plan.pairs.schema
     for first, rows in plan.pairs.groups():
@@ -92,9 +101,9 @@ def joined(plan: Plan, *, scored: bool = True, left_out: Collection[int] = ()) -
 class _Scores:
     """The scores of a plan's rows, read from the store for as many row groups at a time as `_AT_ONCE` allows."""
 
-    def __init__(self, plan: Plan, left_out: Collection[int]) -> None:
+    def __init__(self, plan: Plan, left_out: Collection[int], lookup: Lookup) -> None:
         self._plan, self._left_out, self._sides = plan, left_out, len(plan.sides)
-        self._lookup = plan.store.lookup(plan.keys)
+        self._lookup = lookup
         self._first = self._end = 0
         self._logps: pa.Array = None
 

@@ -23,12 +23,13 @@ from pipeline.store.adoption import serve_from_adopted
 
 @dataclass
 class Outcome:
-    """What scoring came to: sequences and tokens that are in the store by now, and the keys of those whose scores are not finite,
-    and why: they are not stored.
+    """What scoring came to: sequences and tokens that were scored, those that were adopted instead, and the keys of those whose
+    scores are not finite, and why: they are not stored.
     """
 
     sequences: int = 0
     tokens: int = 0
+    adopted: int = 0
     quarantined: dict[bytes, str] = field(default_factory=dict)
 
 
@@ -57,12 +58,27 @@ def score_windows(
     sequence exceeds, if that is known. Raises RefscoreError if the store cannot be written, ConfigError if scores are imported,
     CheckError for scores that cannot be true. What was published before an error or Ctrl-C stays.
     """
-    windows = iter(windows)
+    windows, outcome = iter(windows), Outcome()
     first = next((window for window in windows if len(window.missing)), None)
-    if first is None:
-        imported = f", {reference.numerics.words}" if reference.config.imported_by else ""
-        listener.say(f"nothing to score: every sequence is in the store{imported}; no engine is started")
-        return Outcome()
+    if first is not None:
+        _score(reference, first, windows, outcome, directory, listener, limit)
+    if not outcome.sequences:
+        words = f", {reference.numerics.words}" if reference.config.imported_by else ""
+        listener.say(f"nothing to score: every sequence is in the store{words}; no engine is started")
+    if outcome.adopted:
+        listener.say(f"adopted   {outcome.adopted} scores that an earlier reference computed")
+    return outcome
+
+
+def _score(
+    reference: OpenedReference,
+    first: Window,
+    others: Iterator[Window],
+    outcome: Outcome,
+    directory: Path | None,
+    listener: Listener,
+    limit: int | None,
+) -> None:
     must_compute(reference.numerics)
     target = target_of(reference)
     if problem := target.store.why_not_writable():
@@ -74,16 +90,14 @@ def score_windows(
         target.store.register(directory)
     if first.share >= 1:
         limit = int(lengths_in(first.missing).max())
-    outcome = Outcome()
     with listener.progress("scoring", len(first.missing)) as ticker:
         told = _Told(target, outcome, ticker)
-        shards = shards_of(reference, told.still_missing(chain([first], windows)))
+        shards = shards_of(reference, told.still_missing(chain([first], others)))
         try:
             if reference.config.in_actors:
                 from pipeline.precompute.many import ray as cluster
 
-                listener.say(f"starting {reference.config.engine} in {reference.config.workers} Ray actors ...")
-                outcome.quarantined |= cluster.score_shards(target, shards, limit, told.on_shard)
+                outcome.quarantined |= cluster.score_shards(target, shards, limit, told.on_shard, listener)
             else:
                 with Growing(reference, limit, listener, told.begin_anew) as scorer:
                     outcome.quarantined |= score_shards(target, shards, scorer, told.on_shard)
@@ -92,9 +106,6 @@ def score_windows(
                 f"stopped: {outcome.sequences} of {told.of_all} sequences are in the store; the same command goes on from there"
             )
             raise
-    if told.adopted:
-        listener.say(f"adopted   {told.adopted} scores that another version of the engine computed")
-    return outcome
 
 
 class _Told:
@@ -104,7 +115,6 @@ class _Told:
         self._target, self._outcome, self._ticker = target, outcome, ticker
         self._missing, self._share = 0, 0.0
         self._began = time.monotonic()
-        self.adopted = 0
 
     @property
     def of_all(self) -> str:
@@ -123,7 +133,7 @@ class _Told:
         """What the windows lack and no adopted reference has; each makes the forecast better."""
         for window in windows:
             table = serve_from_adopted(self._target.store, window.missing)
-            self.adopted += len(window.missing) - len(table)
+            self._outcome.adopted += len(window.missing) - len(table)
             self._missing, self._share = self._missing + len(table), window.share
             self._ticker.expect(self._expected, about=self._share < 1)
             yield table

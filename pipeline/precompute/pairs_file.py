@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts.runs import Run, record
-from pipeline.artifacts.schemas import DROPPED, IMPORTED_BY, PAIRS, RESPONSES
+from pipeline.artifacts.schemas import COMPUTED_BY, DROPPED, IMPORTED_BY, PAIRS, RESPONSES, ROUNDING
 from pipeline.artifacts.tables import in_format_of, read_about, read_table, write_table
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, ReferenceConfig, without_reference
@@ -26,8 +26,9 @@ from pipeline.models.load import chat_template_digest, load_tokenizer, vocabular
 from pipeline.models.locate import at_hand
 from pipeline.pairs.splits import source_digests
 from pipeline.precompute.join import dropped_with, rows_left_out, write_joined
-from pipeline.precompute.plan import Plan, make_plan
+from pipeline.precompute.plan import Plan, make_plan, serve_adopted
 from pipeline.progress import SILENT, Listener
+from pipeline.store.fixed_point import FIXED_POINT, LARGEST_ERROR
 
 # data.max_length where a configuration gave none, up to version 0.1
 _ONCE_DEFAULT_LENGTH = 1024
@@ -163,6 +164,7 @@ def about_pairs(plan: Plan, config: Config, *, scored: bool = True) -> dict[str,
         **({} if made_for == _AS_PAIRS else made_for),
         **({"margins": plan.pairs.margins} if plan.pairs.margins else {}),
         **({IMPORTED_BY: plan.identity.numerics.imported_by} if plan.imported and scored else {}),
+        **({ROUNDING: LARGEST_ERROR} if plan.identity.numerics.logps == FIXED_POINT and scored else {}),
     }
 
 
@@ -198,9 +200,13 @@ def write_pairs(
     about = about_pairs(plan, config, scored=scored)
     table, other = (run.pairs, run.responses) if plan.pairs.of_pairs else (run.responses, run.pairs)
     about["inputs_digest"] = _digest_in_use(about, config, table)
+    lookup = plan.store.lookup(plan.keys) if scored else None
+    # whose scores stand for the reference's, and of how many sequences
+    computed_by = {by: len(held) for by, held in lookup.held_from_adopted().items()} if lookup else {}
+    about |= {COMPUTED_BY: computed_by} if computed_by else {}
     left_out = rows_left_out(plan, quarantined or {})
     write_table(run.dropped, dropped_with(plan, left_out))
-    write_joined(table, plan, about, scored=scored, left_out=left_out)
+    write_joined(table, plan, about, scored=scored, left_out=left_out, lookup=lookup)
     other.unlink(missing_ok=True)
     if scored:
         plan.store.register(run.directory)
@@ -212,6 +218,7 @@ def write_pairs(
         reference=plan.identity.described(),
         sequences=plan.sequences,
         scored=(len(plan.missing) - len(quarantined or {}) if newly is None else newly) if scored else 0,
+        computed_by=computed_by,
         not_finite=len(left_out),
         digests={"data": plan.pairs.digests, "reference_weights": plan.identity.model.weights_digest},
     )
@@ -260,6 +267,7 @@ def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:
     if is_current(table_of(run, config), config):
         return
     plan = make_plan(config)
+    serve_adopted(plan)
     if len(plan.missing) and plan.imported:
         raise DataError(plan.not_imported())
     if len(plan.missing):

@@ -29,6 +29,7 @@ from pipeline.pairs.kinds import UNITS
 from pipeline.pairs.sources import read_for
 from pipeline.pairs.splits import PairStream
 from pipeline.pairs.table import PairTable, write_pairs
+from pipeline.store.adoption import adoptions, held_by_adopted, serve_from_adopted
 from pipeline.store.identity import IMPORTED, ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
@@ -38,7 +39,8 @@ class Plan:
     """What an experiment needs of its reference, and what the store lacks of it.
 
     `keys` has an entry for each side of each row of `pairs`, chosen then rejected of a pair, of which `sequences` differ;
-    `missing` are positions in it, ascending, one for each absent key. `held_as_sums`: sequences of which a sum was imported, and
+    `missing` are positions in it, ascending, one for each absent key, but for those that references hold which were adopted: by
+    their ids these are `adopted`, and are published when scoring begins. `held_as_sums`: sequences of which a sum was imported, and
     no values per token.
     """
 
@@ -49,6 +51,7 @@ class Plan:
     keys: pa.FixedSizeBinaryArray
     sequences: int
     missing: np.ndarray
+    adopted: dict[str, np.ndarray]
     held_as_sums: int
     vocabulary: str
     template: str
@@ -62,6 +65,11 @@ class Plan:
     def imported(self) -> bool:
         """Whether the scores are others', so that none can be computed."""
         return self.identity.numerics.engine == IMPORTED
+
+    @property
+    def absent(self) -> np.ndarray:
+        """Positions, ascending, of what has no score under this reference yet: `missing`, and what is `adopted`."""
+        return np.sort(np.concatenate([self.missing, *self.adopted.values()]))
 
     @property
     def missing_tokens(self) -> int:
@@ -97,14 +105,15 @@ class Plan:
         if not scored:
             return lines
         lines.append(f"reference {self.identity.reference_id[:12]}  {self.identity.numerics.words}")
-        known = self.sequences - len(self.missing)
+        known = self.sequences - len(self.absent)
         if self.imported:
             sums = f", {self.held_as_sums} by their sum alone" if self.held_as_sums else ""
             lines.append(f"store     {self.sequences} sequences: {known} imported{sums}, {len(self.missing)} missing")
         else:
             lines.append(
-                f"store     {self.sequences} sequences: {known} hits, {len(self.missing)} misses, "
-                f"{self.missing_tokens} tokens to score"
+                f"store     {self.sequences} sequences: {known} hits, "
+                + "".join(f"{len(held)} adopted from {adopted[:12]}, " for adopted, held in self.adopted.items())
+                + f"{len(self.missing)} misses, {self.missing_tokens} tokens to score"
             )
         return lines
 
@@ -171,18 +180,8 @@ class Planning:
     def windows(self) -> Iterator[Window]:
         """Each window as soon as its rows are read; raises what `make_plan` raises."""
         plan = self.plan()
-        sides = len(plan.sides)
-        for first, table in plan.pairs.groups(plan.pairs.ids):
-            low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
-            positions = plan.missing[low:high]
-            prompts, *responses = (arrays_of(table, name) for name in plan.pairs.ids)
-            places = [divmod(position, sides) for position in positions.tolist()]
-            columns = [
-                plan.keys.take(pa.array(positions)),
-                list_column([prompts[row - first] for row, _ in places], MISSING.field("prompt_ids").type),
-                list_column([responses[side][row - first] for row, side in places], MISSING.field("response_ids").type),
-            ]
-            yield Window(pa.table(columns, schema=MISSING), (first + len(table)) / len(plan.pairs))
+        for end, _, missing in groups_of(plan.pairs, plan.keys, plan.absent):
+            yield Window(missing, end / len(plan.pairs))
 
     def plan(self) -> Plan:
         """The whole plan: reads what is left to read, and asks the store for all of it now."""
@@ -211,6 +210,7 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     keys = pa.concat_arrays(parts)
     parts.clear()
     lookup = store.lookup(keys)
+    adopted = _adopted(store, pairs, keys, lookup.missing)
     plan = Plan(
         reference=reference,
         data=data,
@@ -218,7 +218,8 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
         store=store,
         keys=keys,
         sequences=len(lookup.missing) + len(lookup.held),
-        missing=lookup.missing,
+        missing=np.setdiff1d(lookup.missing, np.concatenate([lookup.missing[:0], *adopted.values()])),
+        adopted=adopted,
         held_as_sums=len(lookup.held_as_sums),
         vocabulary=vocabulary_digest(reference.tokenizer),
         template=chat_template_digest(reference.tokenizer),
@@ -229,6 +230,45 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     del lookup
     return_freed_memory()
     return plan
+
+
+def _adopted(
+    store: Store, pairs: PairTable, keys: pa.FixedSizeBinaryArray, absent: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Those of the positions `absent` that references hold which were adopted, by their ids."""
+    if not adoptions(store):
+        return {}
+    held: dict[str, list[np.ndarray]] = {}
+    for _, positions, missing in groups_of(pairs, keys, absent):
+        for adopted, found in held_by_adopted(store, missing).items():
+            held.setdefault(adopted, []).append(positions[found])
+    return {adopted: np.concatenate(parts) for adopted, parts in held.items()}
+
+
+def groups_of(
+    pairs: PairTable, keys: pa.FixedSizeBinaryArray, positions: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, pa.Table]]:
+    """Row group by row group: the number of the row behind its last, those of `positions` in it, and their rows of MISSING."""
+    sides = len(pairs.sides)
+    for first, table in pairs.groups(pairs.ids):
+        end = first + len(table)
+        here = positions[slice(*np.searchsorted(positions, [sides * first, sides * end]))]
+        prompts, *responses = (arrays_of(table, name) for name in pairs.ids)
+        places = [divmod(position, sides) for position in here.tolist()]
+        columns = [
+            keys.take(pa.array(here)),
+            list_column([prompts[row - first] for row, _ in places], MISSING.field("prompt_ids").type),
+            list_column([responses[side][row - first] for row, side in places], MISSING.field("response_ids").type),
+        ]
+        yield end, here, pa.table(columns, schema=MISSING)
+
+
+def serve_adopted(plan: Plan) -> None:
+    """Publish what adopted references hold of the plan; what turns out damaged is missing the next time."""
+    adopted = np.sort(np.concatenate([plan.missing[:0], *plan.adopted.values()]))
+    if len(adopted):
+        for _, _, missing in groups_of(plan.pairs, plan.keys, adopted):
+            serve_from_adopted(plan.store, missing)
 
 
 def _stream(config: Config, reference: OpenedReference, data: Data) -> PairStream | ResponseStream:

@@ -33,6 +33,7 @@ from pipeline.pairs.splits import prompt_text
 from pipeline.precompute.launch import score_windows
 from pipeline.precompute.plan import Window
 from pipeline.precompute.score import check_scores, table_of
+from pipeline.store.adoption import serve_from_adopted
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
@@ -56,7 +57,7 @@ class RowScorer:
         self._store = Store(config.reference.store, self.identity)
         self._engine = Growing(reference, config.data.max_length)
         self._quarantined: dict[bytes, str] = {}
-        self.hits = self.scored = self.dropped = 0
+        self.hits = self.adopted = self.scored = self.dropped = 0
 
     def __enter__(self) -> Self:
         return self
@@ -69,24 +70,24 @@ class RowScorer:
 
         Actors of Ray score all that is missing before the first part is read back, from `source` once more.
         """
-        by_actors: set[bytes] = set()
+        before: dict[bytes, bool] = {}
         if self._reference.config.in_actors:
-            windows = self._windows(source, by_actors)
+            windows = self._windows(source, before)
             outcome = score_windows(self._reference, windows, limit=self._config.data.max_length)
             self._quarantined |= outcome.quarantined
         for part in self._parts(source):
-            yield self._scored(part, by_actors)
+            yield self._scored(part, before)
 
-    def _windows(self, source: Path, seen: set[bytes]) -> Iterator[Window]:
-        """What the store lacks of the file; `seen` gets its keys."""
+    def _windows(self, source: Path, before: dict[bytes, bool]) -> Iterator[Window]:
+        """What the store lacks of the file; `before` gets its keys, and whether they are scored, or adopted."""
         for part in self._parts(source):
-            missing = {
-                key: part.requests[key]
-                for key in part.wanted.take(pa.array(self._store.lookup(part.wanted).missing)).to_pylist()
-                if key not in seen
-            }
-            seen |= missing.keys()
-            yield Window(table_of(missing), 0)
+            absent = part.wanted.take(pa.array(self._store.lookup(part.wanted).missing)).to_pylist()
+            left = self._not_adopted({key: part.requests[key] for key in absent if key not in before})
+            before |= {key: False for key in absent if key not in before} | dict.fromkeys(left["key"].to_pylist(), True)
+            yield Window(left, 0)
+
+    def _not_adopted(self, asked: dict[bytes, Request]) -> pa.Table:
+        return serve_from_adopted(self._store, table_of(asked))
 
     def _parts(self, source: Path) -> Iterator[_Part]:
         rows, _ = open_rows(str(source), self._config.data)
@@ -95,15 +96,18 @@ class RowScorer:
             items = [preference_of(str(source), number, row) for number, row in part]
             yield _Part(items, list(self._encoder.chosen(items)), self.identity.reference_id)
 
-    def _scored(self, part: _Part, by_actors: set[bytes]) -> pa.Table:
+    def _scored(self, part: _Part, before: dict[bytes, bool]) -> pa.Table:
         lookup = self._store.lookup(part.wanted)
-        known = by_actors & set(part.wanted.take(pa.array(lookup.held)).to_pylist())
-        self.hits, self.scored = self.hits + len(lookup.held) - len(known), self.scored + len(known)
-        by_actors -= known
-        missing = part.wanted.take(pa.array(lookup.missing)).to_pylist()
-        if asked := {key: part.requests[key] for key in missing if key not in self._quarantined}:
-            self._score(asked)
+        known = [before.pop(key) for key in part.wanted.take(pa.array(lookup.held)).to_pylist() if key in before]
+        self.hits += len(lookup.held) - len(known)
+        absent = part.wanted.take(pa.array(lookup.missing)).to_pylist()
+        asked = {key: part.requests[key] for key in absent if key not in self._quarantined}
+        if asked:
+            left = self._not_adopted(asked)
+            known += [False] * (len(asked) - len(left))
+            self._score({key: asked[key] for key in left["key"].to_pylist()})
             lookup = self._store.lookup(part.wanted)
+        self.scored, self.adopted = self.scored + sum(known), self.adopted + len(known) - sum(known)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
             scored_row(item, self._or_quarantined(item, encoding, key), scores.get(key))
@@ -125,6 +129,8 @@ class RowScorer:
         return encoded
 
     def _score(self, asked: dict[bytes, Request]) -> None:
+        if not asked:
+            return
         keys = sorted(asked, key=lambda key: (list(asked[key].prompt_ids), -len(asked[key])))
         sequences = [asked[key] for key in keys]
         rows, quarantined = check_scores(keys, sequences, score_each(self._engine, sequences))

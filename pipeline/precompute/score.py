@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts.schemas import MISSING
-from pipeline.artifacts.tables import arrays_of, list_column
+from pipeline.artifacts.tables import arrays_of
 from pipeline.engines.protocol import Request, Scorer
 from pipeline.engines.quarantine import score_each, why_quarantined
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import CheckError
 from pipeline.hardware import circumstances, return_freed_memory
 from pipeline.precompute.overlap import overlapped
-from pipeline.precompute.plan import Plan, Window
+from pipeline.precompute.plan import Plan, Window, groups_of
 from pipeline.store.shard import logps_problem
 from pipeline.store.store import Scored, Store
 
@@ -137,18 +137,8 @@ def default_tokens_per_shard(reference: OpenedReference) -> int:
 
 def windows_of(plan: Plan) -> Iterator[Window]:
     """What a whole plan lacks, in windows."""
-    sides = len(plan.sides)
-    for first, table in plan.pairs.groups(plan.pairs.ids):
-        low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
-        positions = plan.missing[low:high]
-        prompts, *responses = (arrays_of(table, name) for name in plan.pairs.ids)
-        places = [divmod(position, sides) for position in positions.tolist()]
-        columns = [
-            plan.keys.take(pa.array(positions)),
-            list_column([prompts[row - first] for row, _ in places], MISSING.field("prompt_ids").type),
-            list_column([responses[side][row - first] for row, side in places], MISSING.field("response_ids").type),
-        ]
-        yield Window(pa.table(columns, schema=MISSING), (first + len(table)) / len(plan.pairs))
+    for end, _, missing in groups_of(plan.pairs, plan.keys, plan.absent):
+        yield Window(missing, end / len(plan.pairs))
 
 
 def requests_in(table: pa.Table) -> list[Request]:

@@ -19,14 +19,12 @@ from pipeline.engines.protocol import Request, numerics_of
 from pipeline.errors import DataError
 from pipeline.models.load import chat_template_digest, load_tokenizer
 from pipeline.models.locate import locate, locate_reference
-from pipeline.precompute.agreement import TOLERANCES, agreement, agreement_of_sums
+from pipeline.precompute.agreement import LARGEST, TOLERANCES, agreement, agreement_of_sums
 from pipeline.store.identity import UNKNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# a single value that was never computed is lost in a mean; nats per token, above what arithmetic alone was seen to give
-_LARGEST = {"float32": 0.001, "bfloat16": 2.0}
 # what reduced precision differs by on average; another model, other token ids or another template differ by more
 _LOW_PRECISION = 0.15
 
@@ -93,7 +91,7 @@ def judge(figures: dict[str, float], dtype: str, *, by_sum: bool = False) -> dic
     kind = "float32" if dtype == "float32" else "bfloat16"
     signed, absolute = TOLERANCES[kind]
     mean, mean_signed = figures["mean_absolute_difference"], figures["mean_signed_difference"]
-    largest, limit = figures["max_absolute_difference"], _LARGEST[kind]
+    largest, limit = figures["max_absolute_difference"], LARGEST[kind]
     passed = abs(mean_signed) <= signed and mean <= absolute and largest <= limit
     if passed:
         gives = f"what {dtype} gives" if dtype != UNKNOWN else "what the reference gives, in a dtype that is not known"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import arrays_of
 from pipeline.errors import DataError, first_line
 from pipeline.store.identity import ReferenceIdentity, score_key
+from pipeline.store.lookup import Lookup
 from pipeline.store.places import Place
+from pipeline.store.shard import Unsound, computed_by, open_shard
 from pipeline.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,15 @@ class Adoption:
     tolerance: dict[str, float]
     date: str
 
+    @property
+    def words(self) -> str:
+        """From whom, when and how near, for people."""
+        difference = self.figures["mean_absolute_difference"]
+        return (
+            f"adopted from {self.adopted.reference_id[:12]} ({self.adopted.numerics.words}) on {self.date[:10]}: mean absolute "
+            f"difference {difference:.2g} nats per token"
+        )
+
     def described(self) -> dict[str, Any]:
         """The record in adopted.json."""
         return {**vars(self), "adopted": self.adopted.described(), "by": self.by.described()}
@@ -52,26 +64,79 @@ class Adoption:
         try:
             identities = {name: ReferenceIdentity.from_described(content[name]) for name in ("adopted", "by")}
             adoption = cls(**{**content, **identities})
-        except (KeyError, TypeError, AttributeError):
+            _ = adoption.words  # figures and date are there, and of their kind
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError("a record that describes no adoption") from None
         if adoption.adopted.model != adoption.by.model:
             raise DataError("a record of two models that are not the same")
         return adoption
 
 
-def adoptions(store: Store) -> list[Adoption]:
-    """Whose scores may stand for those of the store's reference, as recorded at any of its places.
+def recorded(place: Place, reference_id: str) -> dict[str, Adoption]:
+    """What a place's adopted.json says for the reference `reference_id`, by the adopted reference's id.
 
-    A record that describes another reference, or none, is not believed; that is said in a warning.
+    A record that describes other references, or none, is not believed; that is said in a warning.
     """
+    try:
+        content = json.loads(place.read(ADOPTED))
+        found = {adopted: Adoption.from_described(record) for adopted, record in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (DataError, ValueError, AttributeError) as error:
+        log.warning("%s/%s is not believed: %s", place.name, ADOPTED, first_line(error))
+        return {}
+    strange = [
+        adopted
+        for adopted, adoption in found.items()
+        if (adoption.adopted.reference_id, adoption.by.reference_id) != (adopted, reference_id)
+    ]
+    for adopted in strange:
+        log.warning("%s/%s: the record of %s is of other references", place.name, ADOPTED, adopted[:12])
+        del found[adopted]
+    return found
+
+
+def adoptions(store: Store) -> dict[str, Adoption]:
+    """Whose scores may stand for those of the store's reference, as recorded at any of its places, by id."""
     found: dict[str, Adoption] = {}
     for place in store.places:
-        for adopted, adoption in _recorded(place).items():
-            if adoption.by == store.reference and adoption.adopted.reference_id == adopted:
-                found.setdefault(adopted, adoption)
-            else:
-                log.warning("%s/%s: the record of %s is of other references", place.name, ADOPTED, adopted[:12])
-    return list(found.values())
+        found = recorded(place, store.reference.reference_id) | found
+    return found
+
+
+def adopt(store: Store, adoption: Adoption) -> None:
+    """Record an adoption at the first place, in place of an earlier one of the same reference."""
+    first = recorded(store.places[0], store.reference.reference_id)
+    _record(store, first | {adoption.adopted.reference_id: adoption})
+
+
+def revoke(store: Store, adopted: str) -> int:
+    """Take back the adoption of the reference with the id `adopted`, and what was taken over from it; returns those rows.
+
+    The adopted reference keeps its scores. Raises DataError if the first place records no such adoption.
+    """
+    first = recorded(place := store.places[0], store.reference.reference_id)
+    if adopted not in first:
+        raise DataError(f"{place.name} records no adoption of {adopted[:12]}: name its place first in reference.store")
+    _record(store, {other: adoption for other, adoption in first.items() if other != adopted})
+    rows = 0
+    for shard in place.shards():
+        # one that is gone or damaged by now is nobody's
+        with suppress(FileNotFoundError, Unsound), open_shard(shard) as file:
+            if computed_by(file) == adopted:
+                place.remove(shard.name)
+                rows += file.metadata.num_rows
+    return rows
+
+
+def held_by_adopted(store: Store, missing: pa.Table) -> dict[str, np.ndarray]:
+    """Positions, ascending, of those of `missing`, MISSING's rows, that adopted references hold, by the reference's id."""
+    left, held = np.arange(len(missing)), {}
+    for adopted, adoption in adoptions(store).items():
+        _, found = _lookup(store, adoption, missing.take(pa.array(left)))
+        if len(found):
+            held[adopted], left = left[found], np.delete(left, found)
+    return held
 
 
 def serve_from_adopted(store: Store, missing: pa.Table) -> pa.Table:
@@ -79,28 +144,29 @@ def serve_from_adopted(store: Store, missing: pa.Table) -> pa.Table:
 
     Raises RefscoreError if the store cannot be read or written.
     """
-    for adoption in adoptions(store):
-        if not len(missing):
-            break
+    for adopted, adoption in adoptions(store).items():
+        lookup, held = _lookup(store, adoption, missing)
         taken = np.zeros(len(missing), dtype=bool)
-        for positions, table in _together(_held(store, adoption, missing)):
+        for positions, table in _together(lookup.rows(held)):
             keys = missing["key"].combine_chunks().take(pa.array(positions))
-            store.publish_table(
-                table.set_column(0, SCORES.field("key"), keys), computed_by=adoption.adopted.reference_id
-            )
+            store.publish_table(table.set_column(0, SCORES.field("key"), keys), computed_by=adopted)
             taken[positions] = True
         missing = missing.filter(pa.array(~taken))
     return missing
 
 
-def _held(store: Store, adoption: Adoption, missing: pa.Table) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """Positions of `missing` of which the adopted reference computed a score, in parts, each with its SCORES rows."""
+def _lookup(store: Store, adoption: Adoption, missing: pa.Table) -> tuple[Lookup, np.ndarray]:
+    """`missing` under the adopted reference's keys, and the positions of what that reference computed itself."""
     reference_id = adoption.adopted.reference_id
     ids = zip(arrays_of(missing, "prompt_ids"), arrays_of(missing, "response_ids"), strict=True)
     keys = pa.array([score_key(reference_id, prompt, response) for prompt, response in ids], pa.binary(32))
     lookup = store.of(adoption.adopted).lookup(keys)
-    theirs = [np.empty(0, np.int64), *lookup.held_from_adopted().values()]
-    return lookup.rows(np.setdiff1d(lookup.held, np.concatenate(theirs)))
+    return lookup, held_of_its_own(lookup)
+
+
+def held_of_its_own(lookup: Lookup) -> np.ndarray:
+    """Like `Lookup.held`, without what was taken over from other references."""
+    return np.setdiff1d(lookup.held, np.concatenate([np.empty(0, np.int64), *lookup.held_from_adopted().values()]))
 
 
 def _together(parts: Iterator[tuple[np.ndarray, pa.Table]]) -> Iterator[tuple[np.ndarray, pa.Table]]:
@@ -119,13 +185,5 @@ def _together(parts: Iterator[tuple[np.ndarray, pa.Table]]) -> Iterator[tuple[np
         yield np.concatenate(positions), pa.concat_tables(tables).combine_chunks()
 
 
-def _recorded(place: Place) -> dict[str, Adoption]:
-    """What stands in a place's adopted.json, by the adopted reference's id."""
-    try:
-        content = json.loads(place.read(ADOPTED))
-        return {adopted: Adoption.from_described(record) for adopted, record in content.items()}
-    except FileNotFoundError:
-        return {}
-    except (DataError, ValueError, AttributeError) as error:
-        log.warning("%s/%s is not believed: %s", place.name, ADOPTED, first_line(error))
-        return {}
+def _record(store: Store, records: Mapping[str, Adoption]) -> None:
+    store.note(ADOPTED, {adopted: adoption.described() for adopted, adoption in records.items()})

@@ -31,9 +31,11 @@ class Numerics:
     dtype: str
     logits_dtype: str
     quantization: str = "none"
-    # named if they differ from what the fields above say: products of attention, and arguments of the engine as JSON
+    # named if they differ from what the fields above say: products of attention, arguments of the engine as JSON, and how
+    # values per token are kept, if not as float32
     attention: str = ""
     engine_args: str = ""
+    logps: str = ""
     # of scores that others computed: who, as the importer says, and whether that was checked
     imported_by: str = ""
     verified: str = ""
@@ -48,7 +50,7 @@ class Numerics:
         return {name: value for name, value in vars(self).items() if value or name not in _NAMED_IF_OTHER}
 
 
-_NAMED_IF_OTHER = ("attention", "engine_args", "imported_by", "verified")
+_NAMED_IF_OTHER = ("attention", "engine_args", "logps", "imported_by", "verified")
 IMPORTED = "imported"
 UNKNOWN = "unknown"
 
@@ -66,7 +68,8 @@ def numerics_in_words(described: Mapping[str, object]) -> str:
     )
     if engine == IMPORTED:
         return f"imported by {described.get('imported_by', '?')}, unverified, dtype {dtype}"
-    return f"{engine} {version}, {dtype} on {device}"
+    rounded = ", logps in fixed point" if described.get("logps") else ""
+    return f"{engine} {version}, {dtype} on {device}{rounded}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ def identify(
     return ReferenceIdentity(identify_model(directory, adapter, trusts_code=trusts_code), numerics)
 
 
-def score_key(reference_id: str, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
+def score_key(
+    reference_id: str, prompt_ids: Sequence[int] | np.ndarray, response_ids: Sequence[int] | np.ndarray
+) -> bytes:
     """The 32 bytes under which the logps of `response_ids` after `prompt_ids` are stored.
 
     sha256 of: "refscore-key", version (u8), reference_id (32 bytes), and both id lists, each as its length (u64) and

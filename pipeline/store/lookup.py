@@ -29,9 +29,8 @@ from pipeline.store.shard import (
     key_words,
     open_shard,
     published_at,
-    rows_problem,
+    shard_problem,
     sums_only,
-    sums_problem,
     words_of,
 )
 
@@ -112,10 +111,10 @@ class Lookup:
         for shard in np.unique(shards[shards >= 0]):
             ours = order[slice(*np.searchsorted(shards, [shard, shard + 1], sorter=order))]
             with _named(self._place_of[shard], self._shards[shard]):
-                for these, table in _read(self._shards[shard], rows, ours):
+                for these, table, problem in _read(self._shards[shard], rows, ours):
                     if not np.array_equal(key_words(table), self._words[positions[indices[these]]]):
                         raise Unsound("a row has another key than its place says")
-                    if problem := (sums_problem if self._sums_only[shard] else rows_problem)(table):
+                    if problem:
                         raise Unsound(problem)
                     yield indices[these], table
 
@@ -209,8 +208,10 @@ def _named(place: Place, shard: Path) -> Iterator[None]:
         raise _Gone(shard) from None
 
 
-def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """The rows numbered `rows[ours]` (ascending) of a shard, row group by row group, each part with its share of `ours`."""
+def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table, str | None]]:
+    """The rows numbered `rows[ours]` (ascending) of a shard, row group by row group, each part with its share of `ours`, and with
+    why it cannot be true.
+    """
     with open_shard(shard) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         ends = np.cumsum(sizes)
@@ -218,7 +219,8 @@ def _read(shard: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[tuple[np.
         for group in np.unique(groups):
             these = ours[groups == group]
             within = rows[these] - (ends[group] - sizes[group])
-            yield these, file.read_row_group(group).take(pa.array(within))
+            table = file.read_row_group(group).take(pa.array(within))
+            yield these, table, shard_problem(file, table)
 
 
 def _distinct(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

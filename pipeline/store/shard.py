@@ -19,15 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.schemas import COMPUTED_BY, ROUNDED_SCORES, SCORES
 from pipeline.artifacts.tables import about_in
 from pipeline.errors import RefscoreError, first_line
+from pipeline.store.fixed_point import LARGEST_ERROR, LOWEST, restored
 
 SHARD = re.compile(r"scores-([0-9a-f]{64})\.parquet")
 # what a shard says of itself if its rows have no values per token
 SUMS_ONLY = "sums_only"
-# what a shard says of itself if its rows were taken over from a reference that was adopted: that reference's id
-COMPUTED_BY = "computed_by"
 # relative to the sum: far above the rounding of a sum in float64, far below what a changed float32 makes
 _SUM_TOLERANCE = 1e-11
 
@@ -48,23 +47,50 @@ def sha256_now(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class OpenShard:
+    """A shard that is open: what it says of itself, and its rows, in SCORES' form however they are stored."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+        self.metadata: pq.FileMetaData = file.metadata
+        self.schema_arrow: pa.Schema = file.schema_arrow
+        self.rounded = file.schema_arrow.remove_metadata().equals(ROUNDED_SCORES)
+
+    @property
+    def num_row_groups(self) -> int:
+        """How many parts it can be read in."""
+        return int(self.metadata.num_row_groups)
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All rows, or some columns of them."""
+        return self._as_scores(self._file.read(columns=columns))
+
+    def read_row_group(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a part, or some columns of them."""
+        return self._as_scores(self._file.read_row_group(number, columns=columns))
+
+    def _as_scores(self, table: pa.Table) -> pa.Table:
+        return restored(table) if self.rounded else table
+
+
 def shard_files(directory: Path) -> list[Path]:
     """Every file whose name is a shard's name, damaged or not; dangling links are skipped."""
     return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
 
 
 @contextmanager
-def open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
-    """The shard as a Parquet file with SCORES' schema, page checksums verified.
+def open_shard(shard: Path) -> Iterator[OpenShard]:
+    """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified.
 
     Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file
     that is gone; RefscoreError for one that this user may not read.
     """
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            if not file.schema_arrow.remove_metadata().equals(SCORES):
+            opened = OpenShard(file)
+            if not opened.rounded and not file.schema_arrow.remove_metadata().equals(SCORES):
                 raise Unsound("it has another schema")
-            yield file
+            yield opened
     except (Unsound, FileNotFoundError):
         raise
     except PermissionError:
@@ -75,26 +101,26 @@ def open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
         raise Unsound(f"it is not readable as Parquet ({first_line(error)})") from None
 
 
-def published_at(file: pq.ParquetFile) -> int:
+def published_at(file: OpenShard) -> int:
     """When the rows of an open shard were published: nanoseconds since 1970 by the publisher's clock; 0 if it does not say."""
     published = about_in(file.schema_arrow).get("published")
     return published if isinstance(published, int) else 0
 
 
-def sums_only(file: pq.ParquetFile) -> bool:
+def sums_only(file: OpenShard) -> bool:
     """Whether an open shard says that it holds sums of responses, and no values of tokens."""
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
 
 
-def computed_by(file: pq.ParquetFile) -> str | None:
+def computed_by(file: OpenShard) -> str | None:
     """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
     said = about_in(file.schema_arrow).get(COMPUTED_BY)
     return said if isinstance(said, str) else None
 
 
-def shard_problem(file: pq.ParquetFile, table: pa.Table) -> str | None:
+def shard_problem(file: OpenShard, table: pa.Table) -> str | None:
     """Why rows of an open shard cannot be true; None if they can."""
-    return sums_problem(table) if sums_only(file) else rows_problem(table)
+    return sums_problem(table) if sums_only(file) else rows_problem(table, rounded=file.rounded)
 
 
 def sums_problem(table: pa.Table) -> str | None:
@@ -114,8 +140,11 @@ def sums_problem(table: pa.Table) -> str | None:
     return None
 
 
-def rows_problem(table: pa.Table) -> str | None:
-    """Why rows of SCORES cannot be true: lengths, values and sums of every one; None if they can."""
+def rows_problem(table: pa.Table, *, rounded: bool = False) -> str | None:
+    """Why rows of SCORES cannot be true: lengths, values and sums of every one; None if they can.
+
+    `rounded`: their logps are stored in fixed point, or will be, so that sums are of values that differ a little.
+    """
     if any(column.null_count for column in table.columns):
         return "a value is absent"
     logps, tokens, sums = table["logps"].combine_chunks(), table["response_tokens"].to_numpy(), table["logp"].to_numpy()
@@ -128,10 +157,14 @@ def rows_problem(table: pa.Table) -> str | None:
     if impossible.any():
         row = int(np.searchsorted(np.cumsum(lengths), int(np.argmax(impossible)), side="right"))
         return f"row {row}: {logps_problem(logps[row].values.to_numpy(zero_copy_only=False), int(tokens[row]))}"
+    if rounded and (values < LOWEST).any():
+        row = int(np.searchsorted(np.cumsum(lengths), int(np.argmin(values)), side="right"))
+        return f"row {row}: {values.min()} is too low for fixed point"
     if len(table):
         totals = np.add.reduceat(values.astype(np.float64), np.cumsum(lengths) - lengths)
         # written so that a sum that is NaN is a problem too
-        wrong = ~(np.abs(totals - sums) <= _SUM_TOLERANCE * (1 + np.abs(totals)))
+        rounding = LARGEST_ERROR * tokens if rounded else 0
+        wrong = ~(np.abs(totals - sums) <= _SUM_TOLERANCE * (1 + np.abs(totals)) + rounding)
         if wrong.any():
             return f"row {int(np.argmax(wrong))}: logp is not the sum of logps"
     return None

@@ -24,15 +24,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import SCORES
+from pipeline.artifacts.schemas import COMPUTED_BY, SCORES
 from pipeline.artifacts.tables import list_column, write_parquet
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
+from pipeline.store.fixed_point import FIXED_POINT, rounded
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import LocalPlace, Place, is_url
 from pipeline.store.registrations import register
 from pipeline.store.remote_places import RemotePlace
-from pipeline.store.shard import COMPUTED_BY, SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
+from pipeline.store.shard import SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
 
 # a temporary file can be swept by somebody else's tidying, if clocks differ by a day; the rows are still at hand
 _TRIES = 3
@@ -90,7 +91,8 @@ class Store:
         CheckError if a key stands twice.
         """
         sums = self.reference.numerics.engine == IMPORTED and _without_values(table)
-        _must_be_true(table, sums=sums)
+        rounds = self.reference.numerics.logps == FIXED_POINT
+        _must_be_true(table, sums=sums, rounded=rounds)
         about = {
             "reference_id": self.reference.reference_id,
             "published": time.time_ns() if published is None else published,
@@ -100,7 +102,7 @@ class Store:
         }
         for _ in range(_TRIES):
             try:
-                return self._publish(table, about)
+                return self._publish(rounded(table) if rounds else table, about)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -113,6 +115,17 @@ class Store:
             "is something else tidying this directory?"
         )
 
+    def note(self, name: str, content: Any) -> None:
+        """Keep JSON beside the scores in the first place, durably, in place of what stood under that name.
+
+        Raises RefscoreError if the place refuses.
+        """
+        place = self.places[0]
+        with durable.explaining_disk(Path(place.name)):
+            self._describe()
+            place.remove(name)
+            _publish_json(place, name, content)
+
     def register(self, run: Path) -> None:
         """Leave word, in every directory of the store that can be written, that `run` uses this reference."""
         for place in self.places:
@@ -124,10 +137,8 @@ class Store:
         place = self.places[0]
         with durable.explaining_disk(Path(place.name), table.nbytes):
             temporary = durable.temporary_beside(place.workspace() / "scores.parquet")
-            described = temporary.with_name(f"{temporary.name}.json")
             try:
-                described.write_text(json.dumps(self.reference.described(), indent=2) + "\n", encoding="utf-8")
-                place.publish(described, "reference.json")
+                self._describe()
                 durable.reached("publish: reference described")
                 write_parquet(temporary, table, about)
                 durable.reached("publish: written")
@@ -139,9 +150,11 @@ class Store:
                 place.publish(temporary, name)
             finally:
                 temporary.unlink(missing_ok=True)
-                described.unlink(missing_ok=True)
         durable.reached("publish: done")
         return name
+
+    def _describe(self) -> None:
+        _publish_json(self.places[0], "reference.json", self.reference.described())
 
 
 def open_place(place: str, reference_id: str, *, first: bool) -> Place:
@@ -163,6 +176,16 @@ def read_reference(directory: Path) -> dict[str, Any]:
     return content
 
 
+def _publish_json(place: Place, name: str, content: Any) -> None:
+    temporary = durable.temporary_beside(place.workspace() / name)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        durable.flush(temporary)
+        place.publish(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _table(rows: Sequence[Scored]) -> pa.Table:
     return pa.table(
         [
@@ -181,8 +204,8 @@ def _without_values(table: pa.Table) -> bool:
     return len(table) > 0 and not pc.max(pc.list_value_length(table["logps"])).as_py()
 
 
-def _must_be_true(table: pa.Table, *, sums: bool) -> None:
-    if problem := (sums_problem if sums else rows_problem)(table):
+def _must_be_true(table: pa.Table, *, sums: bool, rounded: bool) -> None:
+    if problem := sums_problem(table) if sums else rows_problem(table, rounded=rounded):
         raise CheckError(f"refusing to store a score that cannot be true: {problem}")
     words = key_words(table)
     if len(np.unique(words, axis=0)) != len(words):

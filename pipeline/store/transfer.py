@@ -23,9 +23,19 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.tables import about_in
 from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError, first_line
 from pipeline.progress import SILENT, Listener
+from pipeline.store.fixed_point import FIXED_POINT
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
 from pipeline.store.places import Place, is_url
-from pipeline.store.shard import Unsound, check_shard, digest_in, open_shard, published_at, sha256_now, sums_only
+from pipeline.store.shard import (
+    Unsound,
+    check_shard,
+    computed_by,
+    digest_in,
+    open_shard,
+    published_at,
+    sha256_now,
+    sums_only,
+)
 from pipeline.store.store import Store, open_place
 
 log = logging.getLogger(__name__)
@@ -133,10 +143,10 @@ def _copy_wanted(
 ) -> pa.FixedSizeBinaryArray:
     """Publish what one shard has of the keys; returns those that are still wanted."""
     try:
-        table, circumstances, published = _read(shard)
+        table, said = _read(shard)
         fresh = table.filter(pc.is_in(table["key"], value_set=wanted)).combine_chunks()
         if len(fresh):
-            destination.publish_table(fresh, circumstances, published)
+            destination.publish_table(fresh, **said)
     except (Unsound, CheckError) as problem:
         copied.unsound[shard.name] = first_line(problem)
         return wanted
@@ -177,22 +187,29 @@ def _copy_shard(shard: Path, destination: Place, identity: ReferenceIdentity, co
     copied.rows += rows
 
 
-def _read(shard: Path) -> tuple[pa.Table, list[dict[str, str]], int]:
-    """A shard's rows, their circumstances, and when they were published. Raises Unsound, RefscoreError if it is gone."""
+def _read(shard: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """A shard's rows, and what it says of them: circumstances, when they were published, and who computed them if it was another
+    reference. Raises Unsound, RefscoreError if it is gone.
+    """
     try:
         with open_shard(shard) as file:
             said = about_in(file.schema_arrow).get("circumstances")
             circumstances = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
-            return file.read(), circumstances, published_at(file)
+            about = {"circumstances": circumstances, "published": published_at(file), "computed_by": computed_by(file)}
+            return file.read(), about
     except FileNotFoundError as error:
         raise _gone(shard, error) from None
 
 
 def _unfit(shard: Path, identity: ReferenceIdentity) -> str | None:
-    """Why a sound shard may not stand for a reference: only of scores that were imported may sums be all that is known."""
+    """Why a sound shard may not stand for a reference: only of scores that were imported may sums be all that is known, and only
+    where the reference says so may values be rounded.
+    """
     with open_shard(shard) as file:
         if sums_only(file) and identity.numerics.engine != IMPORTED:
             return "it holds sums only, and its reference's scores are of tokens"
+        if file.rounded and identity.numerics.logps != FIXED_POINT:
+            return "it holds logps in fixed point, and its reference's are exact"
     return None
 
 

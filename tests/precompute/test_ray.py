@@ -31,7 +31,7 @@ DRIVER = """
         plan = make_plan(config)
         inner, killed = cluster.score_shards, []
 
-        def killing(target, shards, limit, on_shard):
+        def killing(target, shards, limit, on_shard, listener):
             def counted(*counts):
                 on_shard(*counts)
                 if not killed:
@@ -41,7 +41,7 @@ DRIVER = """
                     killed.append(actors[0].pid)
                     actors[0].kill()
 
-            return inner(target, shards, limit, counted)
+            return inner(target, shards, limit, counted, listener)
 
         cluster.score_shards = killing
         outcome = score_windows(plan.reference, windows_of(plan))

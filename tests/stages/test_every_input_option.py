@@ -48,6 +48,7 @@ CHANGES = {
         {"reference.engine": "imported", "reference.imported_by": "a", "reference.store": "others"},
     ),
     "reference.dtype": ("bfloat16", {}),
+    "reference.logps": ("fixed_point", {"reference.dtype": "bfloat16"}),
     "reference.store": ("elsewhere", {}),
     "reference.workers": (2, {}),
     "reference.launcher": ("ray", {"reference.workers": 2}),
@@ -151,6 +152,11 @@ def test_without_a_change_nothing_changes(ground, monkeypatch):
         ({"reference.engine_args": "{max_num_seqs: 7}"}, "need reference.engine=vllm"),
         ({**ON_VLLM, "reference.engine_args": "{dtype: float16}"}, "dtype is set by the field dtype"),
         ({"reference.device": "cuda"}, "reference.device is cuda and no GPU is here"),
+        ({"reference.logps": "fixed_point"}, "a hundred times more than arithmetic in float32 does"),
+        (
+            {"reference.engine": "imported", "reference.imported_by": "a", "reference.logps": "fixed_point"},
+            "imported ones are kept as they came",
+        ),
         ({"reference.model": "tests/tiny", "reference.trust_remote_code": "true"}, "as a full 40-digit commit"),
     ],
 )
@@ -214,7 +220,7 @@ def doubles(patch, where, told):
     patch.setattr(pipeline.engines.vllm.scorer, "start_engine", start_engine)
     patch.setattr(pipeline.engines.vllm.scorer, "stop_engine", lambda engine: None)
 
-    def in_ray(target, shards, limit, on_shard):
+    def in_ray(target, shards, limit, on_shard, listener):
         config = target.reference.config
         told.append(f"{config.workers} workers, {config.launcher}, {minutes_until_it_hangs(config)} minutes")
         with Growing(target.reference, limit) as engine:

@@ -185,7 +185,7 @@ def test_a_shard_that_reads_differently_each_time_is_an_error_that_names_it(stor
     (shard,) = shards(store)
     place = Counting(store.places[0], sound)
     lookup = Lookup([place], array([key]))
-    monkeypatch.setattr("pipeline.store.lookup.rows_problem", lambda table: "row 0: a value that flickers")
+    monkeypatch.setattr("pipeline.store.lookup.shard_problem", lambda file, table: "row 0: a value that flickers")
     with pytest.raises(RefscoreError, match=f"{shard.name} reads differently each time .*flickers.*memory"):
         answers(lookup, np.array([0]))
     assert place.asked == [(shard, "row 0: a value that flickers")] * times
@@ -197,7 +197,7 @@ def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
     place = Counting(store.places[0], True)
     lookup = Lookup([place], array([key]))
     problems = iter(["once", "twice", None])
-    monkeypatch.setattr("pipeline.store.lookup.rows_problem", lambda table: next(problems))
+    monkeypatch.setattr("pipeline.store.lookup.shard_problem", lambda file, table: next(problems))
     assert answers(lookup, np.array([0]))[0]["key"] == key
     assert [problem for _, problem in place.asked] == ["once", "twice"]
 

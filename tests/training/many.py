@@ -4,10 +4,12 @@ Each case is a configuration PLACE/CASE.yaml whose run is named CASE-<world's si
 """
 
 import sys
+import time
 from pathlib import Path
 
 from pipeline.artifacts.runs import open_run
 from pipeline.config.files import load_config
+from pipeline.errors import RefscoreError
 from pipeline.progress import SILENT
 from pipeline.training.parallel.world import world
 from pipeline.training.train import train
@@ -26,9 +28,14 @@ def main(cases: list[str]) -> None:
     with world() as here:
         for case in cases:
             name, _, run = case.partition("=")
-            train(
-                load_config(Path(f"{name}.yaml")), open_run(run or f"{name}-{here.size}"), listener=Spoken(), world=here
-            )
+            config = load_config(Path(f"{name}.yaml"))
+            try:
+                train(config, open_run(run or f"{name}-{here.size}"), listener=Spoken(), world=here)
+            except RefscoreError:
+                # as the command does: the first one speaks before another's end stops it
+                if not here.first:
+                    time.sleep(5)
+                raise
 
 
 if __name__ == "__main__":

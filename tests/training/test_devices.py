@@ -190,8 +190,9 @@ def test_many_processes_train_what_one_does(place, case, size):
     assert {name for name in measured if one[name].is_null().all()} == unread
     for name in set(measured) - unread:
         # a ratio has the digits of a token's log-probability, which is far from 0
-        # and a divergence of whole responses those of their sums
-        digits = max(within, 1e-5) if name.startswith("ratio/") or name.endswith("kl") else within
+        # and a divergence of whole responses, or a loss that reads them against a mean of earlier ones, those of their sums
+        of_sums = name.startswith("ratio/") or name.endswith("kl") or case == "bco_few"
+        digits = max(within, 1e-5) if of_sums else within
         assert ((one[name] - many[name]).abs() / one[name].abs().clip(1)).max() <= digits, name
         assert one[name].is_null().equals(many[name].is_null()), name
     assert one["loss"].n_unique() > 3

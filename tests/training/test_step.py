@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+import pipeline.training.objectives.common
 import pipeline.training.step
 from pipeline.artifacts.schemas import PAIRS
 from pipeline.artifacts.tables import write_table
@@ -269,7 +270,7 @@ def test_a_step_and_an_evaluation_look_at_every_length_once(pairs, reference, mo
     """Means over the whole were taken anew for every forward pass: quadratic in the pairs."""
     taken = []
     mean = pipeline.training.step.mean_chosen_tokens
-    for module in (pipeline.training.step, pipeline.training.objectives.preference):
+    for module in (pipeline.training.step, pipeline.training.objectives.common):
         monkeypatch.setattr(
             module, "mean_chosen_tokens", lambda pairs, rows: taken.append(len(rows)) or mean(pairs, rows)
         )

@@ -34,7 +34,10 @@ from pipeline.precompute.many.attempts import next_attempt
 from pipeline.precompute.many.job import Job, Result
 from pipeline.precompute.many.worker import Worker
 from pipeline.precompute.score import Target, lengths_in, target_of
+from pipeline.progress import SILENT, Listener
 from pipeline.store.places import is_url
+
+log = logging.getLogger(__name__)
 
 # seconds between two looks for the next group
 _LOOK = 0.3
@@ -99,7 +102,11 @@ _ANSWERS = pa.schema([("result", pa.string()), ("error", pa.string())])
 
 
 def score_shards(
-    target: Target, shards: Iterable[pa.Table], limit: int | None, on_shard: Callable[[int, int], None]
+    target: Target,
+    shards: Iterable[pa.Table],
+    limit: int | None,
+    on_shard: Callable[[int, int], None],
+    listener: Listener = SILENT,
 ) -> dict[bytes, str]:
     """Like `pipeline.precompute.score.score_shards`, on the cluster that RAY_ADDRESS names, or in actors on this machine.
 
@@ -111,6 +118,7 @@ def score_shards(
     first = next(shards, None)
     if first is None:
         return {}
+    listener.say(f"starting {config.engine} in {config.workers} Ray actors ...")
     quarantined: dict[bytes, str] = {}
     with _cluster(config) as ray, _job(target) as job, _written(job, chain([first], shards)):
         wanted = {
@@ -120,6 +128,11 @@ def score_shards(
         try:
             for result in _results(ray, target.reference, wanted):
                 quarantined |= {bytes.fromhex(key): why for key, why in result.left_out.items()}
+                if result.failures:
+                    log.warning(
+                        "%d sequences were scored again: a worker died, hung or broke down over them, %d times",
+                        result.sequences, result.failures,
+                    )  # fmt: skip
                 on_shard(result.sequences, result.tokens)
         except ray.exceptions.RayError as error:
             raise RefscoreError(

@@ -36,11 +36,13 @@ def in_whole_groups(parts: Iterable[pa.Table], column: str) -> Iterator[pa.Table
         yield rest.combine_chunks()
 
 
-def must_fit(path: Path, table: pa.Table, names: str, column: str, total: str | None, way_out: str) -> None:
+def must_fit(
+    path: Path, table: pa.Table, names: str, column: str, total: str | None, way_out: str, rounding: float = 0
+) -> None:
     """Raise DataError unless every response has as many finite scores in `column` as tokens, and a sum in `total`, if there is one,
     that is theirs.
 
-    `names`: the column that names a row; `way_out`: what to do.
+    `names`: the column that names a row; `way_out`: what to do; `rounding`: by how much a score may be off that its sum is of.
     """
     scores = table[column].combine_chunks()
     given = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
@@ -51,7 +53,7 @@ def must_fit(path: Path, table: pa.Table, names: str, column: str, total: str | 
     if total is not None and not broken.any():
         sums = table[total].to_numpy(zero_copy_only=False)
         found = np.add.reduceat(values, ends - given, dtype=np.float64)
-        broken = ~(np.abs(found - sums) <= 1e-6 * (1 + np.abs(sums)))
+        broken = ~(np.abs(found - sums) <= 1e-6 * (1 + np.abs(sums)) + rounding * given)
     if broken.any():
         name = table[names][int(np.argmax(broken))]
         raise DataError(f"{path}: a response of {names} {name} has no whole set of {column}: {way_out}")

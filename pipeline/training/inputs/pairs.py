@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import IMPORTED_BY, PAIRS
+from pipeline.artifacts.schemas import IMPORTED_BY, PAIRS, ROUNDING
 from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.config.losses import sums_do_not_do
 from pipeline.errors import ConfigError, DataError
@@ -100,7 +100,8 @@ def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = 
     Raises DataError if a row's scores do not fit its tokens or its sums, ConfigError if `by_token` asks for values per token and
     only sums were imported, or if `margins`, which names what reads them, asks for margins and a pair has none.
     """
-    imported = IMPORTED_BY in read_about(path)
+    about = read_about(path)
+    imported, rounding = IMPORTED_BY in about, float(about.get(ROUNDING, 0))
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
     logps = ["ref_chosen_token_logps", "ref_rejected_token_logps"] if scored else []
     sums = ["ref_chosen_logps", "ref_rejected_logps"] if scored else []
@@ -119,7 +120,7 @@ def load_pairs(path: Path, split: str, *, scored: bool = True, by_token: bool = 
                 if margins:
                     _must_have_margins(path, table, margins)
                 for side in ("chosen", "rejected") if scored else ():
-                    _must_fit(path, side, table, imported=imported)
+                    _must_fit(path, side, table, rounding, imported=imported)
                     by_sum += table[f"ref_{side}_token_logps"].null_count
                 lengths = [pc.list_value_length(table[name]).to_numpy() for name in ids]
                 longest = max(longest, int((lengths[0] + np.maximum(lengths[1], lengths[2])).max()))
@@ -175,7 +176,7 @@ def _tree(prompt: pa.ListScalar, *responses: pa.ListScalar) -> Tree:
     return Tree(_array(prompt).tolist(), tuple(_array(response).tolist() for response in responses))
 
 
-def _must_fit(path: Path, side: str, table: pa.Table, *, imported: bool) -> None:
+def _must_fit(path: Path, side: str, table: pa.Table, rounding: float, *, imported: bool) -> None:
     if imported:
         table = _with_values(path, side, table)
         if not len(table):
@@ -190,7 +191,8 @@ def _must_fit(path: Path, side: str, table: pa.Table, *, imported: bool) -> None
         pair_id = table["pair_id"][int(np.argmax(broken))]
         raise DataError(f"{path}: pair {pair_id} has no whole set of scores for {side}: run precompute again")
     sums = table[f"ref_{side}_logps"].to_numpy(zero_copy_only=False)
-    off = ~(np.abs(np.add.reduceat(values, ends - lengths, dtype=np.float64) - sums) <= 1e-6 * (1 + np.abs(sums)))
+    allowed = 1e-6 * (1 + np.abs(sums)) + rounding * lengths
+    off = ~(np.abs(np.add.reduceat(values, ends - lengths, dtype=np.float64) - sums) <= allowed)
     if off.any():
         pair_id = table["pair_id"][int(np.argmax(off))]
         raise DataError(f"{path}: pair {pair_id}: ref_{side}_logps is not the sum of ref_{side}_token_logps")

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import RESPONSES
-from pipeline.artifacts.tables import read_groups
+from pipeline.artifacts.schemas import RESPONSES, ROUNDING
+from pipeline.artifacts.tables import read_about, read_groups
 from pipeline.errors import DataError
 from pipeline.forward.trees import Tree
 from pipeline.training.inputs.grouped import (
@@ -104,6 +104,7 @@ def load_responses(
     """
     columns = [name for name in RESPONSES.names if name not in ("source", "source_row", "topic", "prompt", "response")]
     own, others = _Read(), _Read()
+    rounding = float(read_about(path).get(ROUNDING, 0))
     with tempfile.TemporaryDirectory(prefix="responses-", dir=durable.scratch_place()) as directory:
         place = Path(directory)
         schema = pa.schema([RESPONSES.field(name) for name in _KEPT])
@@ -118,7 +119,7 @@ def load_responses(
                     continue
                 if scored:
                     total = "ref_response_logps"
-                    must_fit(path, table, "group_id", "ref_response_token_logps", total, _AGAIN)
+                    must_fit(path, table, "group_id", "ref_response_token_logps", total, _AGAIN, rounding)
                 is_other = pc.equal(table["kind"], "mismatched")
                 writer.write_table(own.add(table.filter(pc.invert(is_other)).combine_chunks()))
                 if mismatched:

@@ -42,7 +42,8 @@ def save_parts(
     temporary = Path(world.once(lambda: str(durable.temporary_directory(final))))
     try:
         with durable.explaining_disk(final):
-            own = _write(temporary, tensors, names, world)
+            _write(temporary, tensors, names, world)
+            own = world.everywhere(lambda: _made_durable(temporary, final, world))
             known = {name: digest for of_rank in world.all_of(own) for name, digest in of_rank.items()}
 
             def finish() -> None:
@@ -56,8 +57,8 @@ def save_parts(
     return final
 
 
-def _write(directory: Path, tensors: Mapping[str, torch.Tensor], names: Iterable[str], world: World) -> dict[str, str]:
-    """Write this process's parts durably; returns the digests of its files, by name."""
+def _write(directory: Path, tensors: Mapping[str, torch.Tensor], names: Iterable[str], world: World) -> None:
+    """Write this process's parts; torch tells every process of a failure of any."""
     dcp: Any = import_module("torch.distributed.checkpoint")
     files = _files(tensors, names, world)
     writer = dcp.HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
@@ -67,12 +68,17 @@ def _write(directory: Path, tensors: Mapping[str, torch.Tensor], names: Iterable
         if world.first:
             raise next(iter(error.failures.values()))[0] from None
         raise Followed(1) from None
-    durable.reached("checkpoint: parts written")
-    # as torch names them
-    mine = sorted(directory.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
-    for file in mine:
-        durable.flush(file)
-    return {file.name: sha256(file) for file in mine}
+
+
+def _made_durable(directory: Path, final: Path, world: World) -> dict[str, str]:
+    """Force this process's files to the disk; returns their digests, by name."""
+    with durable.explaining_disk(final):
+        durable.reached("checkpoint: parts written")
+        # as torch names them
+        mine = sorted(directory.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
+        for file in mine:
+            durable.flush(file)
+        return {file.name: sha256(file) for file in mine}
 
 
 def staged(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ _GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by pee
 
 
 class Followed(RefscoreError):
-    """The first process failed and has said why; this one ends with the same code and says nothing."""
+    """Another process failed and has said why; this one ends with the same code and says nothing."""
 
     def __init__(self, code: int) -> None:
         super().__init__("")
@@ -77,6 +77,29 @@ class World:
         padded = torch.nn.functional.pad(content, (0, max(lengths) - len(content)))
         parts = zip(self.gathered(padded), lengths, strict=True)
         return [json.loads(part[:length].cpu().numpy().tobytes()) for part, length in parts]
+
+    def everywhere(self, do: Callable[[], Made]) -> Made:
+        """What `do`, called in every process, returns here, once all have done it: what one of them does next, or tidies because it
+        failed, disturbs no other.
+
+        Raises what `do` raises here. If it raised elsewhere, the first process raises what was said there, as it is the one that
+        speaks, and every other Followed.
+        """
+        try:
+            made = do()
+        except RefscoreError as error:
+            self.all_of([error.exit_code, str(error)])
+            if self.first:
+                raise
+            raise Followed(error.exit_code) from None
+        except Exception:
+            self.all_of([1, ""])
+            raise
+        failed = [found for found in self.all_of(None) if found is not None]
+        if not failed:
+            return made
+        code, said = failed[0]
+        raise RefscoreError(said) if self.first and said else Followed(code)
 
     def aside(self) -> World:
         """The same processes, which send by the machine's memory and beside a step; all of them must call it."""

@@ -1,0 +1,62 @@
+"""`refscore store adopt`: may scores that an earlier reference computed stand for today's? If a sample agrees, it is recorded."""
+
+from __future__ import annotations
+
+from pipeline.config.experiment import Config
+from pipeline.config.losses import reference_free
+from pipeline.engines.reference import open_reference
+from pipeline.errors import ConfigError
+from pipeline.precompute.adoption import draw_stored, find_reference, judged, limits, must_be_adoptable, score_again
+from pipeline.precompute.plan import make_plan
+from pipeline.store.adoption import adopt, revoke
+from pipeline.store.store import Store
+from stages import console
+from stages.hashing import hash_weights
+from stages.verify import SHOWN
+
+
+def main(config: Config, prefix: str, rows: int, tolerance: float | None) -> None:
+    """Compare `rows` pairs, or responses, that the reference `prefix` scored; record it if they agree, else raise CheckError.
+
+    `tolerance`: of the mean absolute difference, nats per token; None: what arithmetic in the reference's dtype may differ by.
+    """
+    if reference_free(config.train):
+        raise ConfigError("this training compares nothing with the reference: name a configuration whose training does")
+    alone = config.reference.model_copy(update={"workers": 1, "launcher": "local"})
+    reference = open_reference(alone)
+    hash_weights(reference)
+    adopted, today = find_reference(prefix, alone.store), reference.identity
+    must_be_adoptable(adopted, today)
+    plan = make_plan(config.model_copy(update={"reference": alone}), reference)
+    sample = draw_stored(plan, adopted, rows)
+    console.say(f"earlier   {adopted.reference_id[:12]}  {adopted.numerics.words}")
+    console.say(f"today     {today.reference_id[:12]}  {today.numerics.words}")
+    console.say(f"scoring {sample.rows} {sample.unit} with {alone.engine} {today.numerics.dtype} ...")
+
+    figures = sample.against(score_again(reference, sample), config.train.beta)
+    allowed = limits(today.numerics.dtype, tolerance)
+    console.table(
+        f"Earlier minus today, {sample.rows} {sample.unit}, {figures['tokens']} response tokens; nats per token, margins in nats",
+        ["", *SHOWN.values()],
+        [
+            [name, *(f"{of[key]:.2g}" if key in of else "" for key in SHOWN)]
+            for name, of in (("difference", figures), ("allowed", allowed))
+        ],
+    )
+    adopt(plan.store, judged(adopted, today, figures, allowed))
+    console.say(
+        f"adopted   scores of {adopted.reference_id[:12]} now stand for those of {today.reference_id[:12]} where the latter are "
+        "missing; 'refscore precompute' takes them over"
+    )
+
+
+def take_back(config: Config, prefix: str) -> None:
+    """Take back an adoption, and the scores that were taken over by it."""
+    reference = open_reference(config.reference)
+    hash_weights(reference)
+    adopted = find_reference(prefix, config.reference.store).reference_id
+    rows = revoke(Store(config.reference.store, reference.identity), adopted)
+    console.say(
+        f"revoked   the adoption of {adopted[:12]}; {rows:,} sequences that were taken over are removed from "
+        f"{reference.identity.reference_id[:12]}, and {adopted[:12]} keeps its own"
+    )
