@@ -95,6 +95,17 @@ def test_a_job_holds_what_the_plan_lacks(job, plan):
         write_job(plan.reference, job, iter([]))
 
 
+def test_a_job_that_is_broken_off_is_complete_with_what_was_written(plan, place):
+    def shards():
+        yield from islice(shards_of(plan.reference, tables_of(plan)), 2)
+        raise KeyboardInterrupt
+
+    job = Job(place)
+    with pytest.raises(KeyboardInterrupt):
+        write_job(plan.reference, job, shards())
+    assert job.groups() == len(job.names("missing")) == 2
+
+
 def test_no_job_is_said(tmp_path):
     with pytest.raises(DataError, match="holds no job: 'refscore precompute --plan-to"):
         Job(str(tmp_path / "nowhere")).reference_id()

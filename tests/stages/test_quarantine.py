@@ -1,6 +1,7 @@
 """One sequence without a finite score is left out by name; the job goes on, and its exit code says so."""
 
 import math
+import re
 
 import polars as pl
 import pytest
@@ -68,6 +69,16 @@ def test_the_job_goes_on_and_the_exit_code_says_so(tmp_path, config):
     assert "run one dropped the row as not_finite" in refscore_here(
         tmp_path, "store", "explain", "--config", config, "--row", 3
     )
+
+
+def test_processes_that_claim_say_which_and_the_joining_run_says_it_too(tmp_path, config):
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "one", "--plan-to", "job")
+    said = refscore_here(tmp_path, "score-missing", "job", "--config", config)
+    assert len(re.findall(r"^left out  [0-9a-f]{12} \.\.\.: value \d+ of \d+ is not finite$", said, re.MULTILINE)) == 2
+    assert "2 sequences of 20 are not stored" in said
+    said = refscore_here(tmp_path, "precompute", "--config", config, "--run", "one", code=4)
+    assert "18 hits, 2 misses" in said
+    check(tmp_path, said)
 
 
 def test_workers_say_it_too(tmp_path, config, all_processors):

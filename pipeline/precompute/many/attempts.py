@@ -6,6 +6,7 @@ prompt by prompt and notes at which it is: a prompt at which it fails too is lef
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any, Self
 
 from pipeline.artifacts.writer import Writer, has_ended, this_process
 from pipeline.precompute.many.job import Job
+
+log = logging.getLogger(__name__)
 
 # seconds between two signs of life; without one for so long a process counts as dead, wherever it ran
 _BEAT, _DEAD_AFTER = 15.0, 120.0
@@ -105,6 +108,10 @@ class Claims:
                 return
             with self._lock:
                 left = [group for group in self._job.names("missing") if group not in done and group not in self._held]
+            if of_all is None and not left:
+                log.info(
+                    "all that was planned by now is taken: waiting for 'refscore precompute --plan-to' to plan more"
+                )
             # those that nobody has come first, from a place of this process's own on, so that two seldom want the same
             start = random.randrange(len(left) + 1)  # noqa: S311  # nothing secret
             taken = 0

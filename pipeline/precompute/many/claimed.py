@@ -33,13 +33,18 @@ class Done:
 
 
 def write_job(reference: OpenedReference, job: Job, shards: Iterable[pa.Table]) -> int:
-    """Write what is missing as a job's groups, each as soon as it is planned; returns how many sequences there are."""
+    """Write what is missing as a job's groups, each as soon as it is planned; returns how many sequences there are.
+
+    A job that is broken off is complete with what was written: who scores it does not wait for more.
+    """
     job.begin(reference.identity.reference_id)
     groups = sequences = 0
-    for shard in shards:
-        job.add(groups, shard)
-        groups, sequences = groups + 1, sequences + len(shard)
-    job.complete(groups)
+    try:
+        for shard in shards:
+            job.add(groups, shard)
+            groups, sequences = groups + 1, sequences + len(shard)
+    finally:
+        job.complete(groups)
     return sequences
 
 

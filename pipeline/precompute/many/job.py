@@ -65,7 +65,7 @@ class Job:
                 self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
         if not self.put_new(PLAN, {"reference_id": reference_id}):
             raise ConfigError(
-                f"{self.place} holds a job already: score it with 'refscore score-missing', or name another place"
+                f"{self.place} holds a job already: score it with 'refscore score-missing', remove it, or name another place"
             )
 
     def add(self, number: int, shard: pa.Table) -> None:
