@@ -70,9 +70,11 @@ def main(config: Config, run: Run, *, plan_only: bool, plan_to: str | None = Non
     table = table_of(run, config)
     console.say(f"{table.stem:9} {table}")
     if quarantined:
+        finite = all("is not finite" in why for why in quarantined.values())
+        what = "no finite score under this reference" if finite else "no finite score, or broke the engine each time"
         units, ids = UNITS[plan.data], ", with their token ids" if plan.pairs.of_pairs else ""
         raise CheckError(
-            f"{len(quarantined)} sequences have no finite score under this reference, and are not stored. Their {units} are left "
+            f"{len(quarantined)} sequences have {what}, and are not stored. Their {units} are left "
             f"out: {run.dropped} lists them as not_finite{ids}. Everything else is scored and written, and "
             "'refscore train' runs on it; another reference.dtype may give them scores"
         )
@@ -80,13 +82,15 @@ def main(config: Config, run: Run, *, plan_only: bool, plan_to: str | None = Non
 
 def _with_the_plan(planning: Planning, config: Config) -> Iterator[Window]:
     """The windows; says the plan as soon as all is read, which for small data is before anything is scored."""
-    missing = 0
+    before = 0
     for window in planning.windows():
         if window.share >= 1:
             _say(planning.plan(), config)
-        elif not missing and len(window.missing):
+            if before:
+                console.say(f"          {before + len(window.missing)} of these were missing when their rows were read")
+        elif not before and len(window.missing):
             console.say(f"data      {window.share:.0%} is read, and planning goes on while this is scored")
-        missing += len(window.missing)
+        before += len(window.missing)
         yield window
 
 

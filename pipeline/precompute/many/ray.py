@@ -120,7 +120,7 @@ def score_shards(
         return {}
     listener.say(f"starting {config.engine} in {config.workers} Ray actors ...")
     quarantined: dict[bytes, str] = {}
-    with _cluster(config) as ray, _job(target) as job, _written(job, chain([first], shards)):
+    with _job(target) as job, _cluster(config) as ray, _written(job, chain([first], shards)):
         wanted = {
             "job": job.place, "reference_id": target.reference.identity.reference_id, "limit": limit,
             "longest": int(lengths_in(first).max()),
@@ -255,7 +255,9 @@ def _job(target: Target) -> Iterator[Job]:
     try:
         yield job
     finally:
-        job.remove()
+        # an actor of a cluster may still be writing to it
+        with suppress(RefscoreError, FileNotFoundError):
+            job.remove()
 
 
 @contextmanager
