@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -97,3 +98,38 @@ def test_one_that_is_interrupted_gives_up_what_it_has_and_the_next_takes_it_at_o
     # nothing was wrong with what it gave up: it is scored whole, not prompt by prompt
     assert not any('"failures": 1' in path.read_text() for path in (where / "job/done").iterdir())
     case("a process that scores a written plan is stopped by SIGTERM")
+
+
+POISONED = """
+import json, os, signal, sys
+from pipeline.engines.transformers import TransformersScorer
+poison, inner = json.loads(sys.argv.pop(1)), TransformersScorer.score
+def deadly(self, sequences):
+    if any(list(one.prompt_ids) == poison for one in sequences):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(self, sequences)
+TransformersScorer.score = deadly
+from stages.cli import main
+main()
+"""
+
+
+def test_a_prompt_that_kills_its_process_twice_is_left_out_and_the_job_goes_on(tmp_path, tiny_model, case):
+    where = ready(tmp_path / "many", tiny_model)
+    refscore_here(where, "precompute", *SMALL, "--plan-to", "job")
+    rows = pl.read_parquet(where / "job/missing/00000003.parquet")
+    poison = rows["prompt_ids"][0].to_list()
+    codes, said = [], ""
+    while 0 not in codes:
+        assert len(codes) < 5
+        done = subprocess.run(
+            [sys.executable, "-c", POISONED, json.dumps(poison), "score-missing", "job", *SMALL],
+            cwd=where, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        codes.append(done.returncode)
+        said = done.stdout
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert "2 sequences of 120 are not stored" in said
+    assert said.count("while it scored this prompt, 2 times") == 2
+    assert len(scores_of(where)) == 118
+    case("a prompt that kills the process that scores it")

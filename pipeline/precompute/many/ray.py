@@ -247,7 +247,7 @@ def _job(target: Target) -> Iterator[Job]:
     config = target.reference.config
     if config.launcher == "ray":
         (store, *_) = _absolute(config.store)
-        place = f"{store}/{target.reference.identity.reference_id}/jobs/{this_process('').token}"
+        place = f"{store}/{target.reference.identity.reference_id}/job-{this_process('').token}"
     else:
         place = f"{durable.scratch_place()}/job-{this_process('').token}"
     job = Job(place)
