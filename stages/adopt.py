@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.engines.reference import open_reference
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RefscoreError
 from pipeline.precompute.adoption import draw_stored, find_reference, judged, limits, must_be_adoptable, score_again
 from pipeline.precompute.plan import make_plan
 from pipeline.store.adoption import adopt, revoke
@@ -22,6 +24,8 @@ def main(config: Config, prefix: str, rows: int, tolerance: float | None) -> Non
     """
     if reference_free(config.train):
         raise ConfigError("this training compares nothing with the reference: name a configuration whose training does")
+    if tolerance is not None and not math.isfinite(tolerance):
+        raise ConfigError(f"--tolerance {tolerance}: a number of nats per token, e.g. 0.01")
     alone = config.reference.model_copy(update={"workers": 1, "launcher": "local"})
     reference = open_reference(alone)
     hash_weights(reference)
@@ -29,6 +33,10 @@ def main(config: Config, prefix: str, rows: int, tolerance: float | None) -> Non
     must_be_adoptable(adopted, today)
     plan = make_plan(config.model_copy(update={"reference": alone}), reference)
     sample = draw_stored(plan, adopted, rows)
+    if problem := plan.store.why_not_writable():
+        raise RefscoreError(
+            f"an adoption is recorded in the first place of reference.store, which cannot be written ({problem})"
+        )
     console.say(f"earlier   {adopted.reference_id[:12]}  {adopted.numerics.words}")
     console.say(f"today     {today.reference_id[:12]}  {today.numerics.words}")
     console.say(f"scoring {sample.rows} {sample.unit} with {alone.engine} {today.numerics.dtype} ...")
@@ -54,8 +62,7 @@ def take_back(config: Config, prefix: str) -> None:
     """Take back an adoption, and the scores that were taken over by it."""
     reference = open_reference(config.reference)
     hash_weights(reference)
-    adopted = find_reference(prefix, config.reference.store).reference_id
-    rows = revoke(Store(config.reference.store, reference.identity), adopted)
+    adopted, rows = revoke(Store(config.reference.store, reference.identity), prefix)
     console.say(
         f"revoked   the adoption of {adopted[:12]}; {rows:,} sequences that were taken over are removed from "
         f"{reference.identity.reference_id[:12]}, and {adopted[:12]} keeps its own"

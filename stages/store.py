@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 from pipeline.artifacts.runs import RUNS, uses_of_references
 from pipeline.config.experiment import Config, ReferenceConfig
-from pipeline.errors import CheckError, DataError, first_line
+from pipeline.errors import CheckError, DataError, RefscoreError
 from pipeline.precompute.explain import explain as why
 from pipeline.precompute.plan import make_plan
 from pipeline.store.adoption import recorded
-from pipeline.store.compaction import compact, look
-from pipeline.store.inventory import bytes_of, holdings, is_imported, references
-from pipeline.store.places import set_aside_if_damaged
+from pipeline.store.places import Entry
 from pipeline.store.registrations import registered
-from pipeline.store.shard import shard_files
-from pipeline.store.store import open_place
+from pipeline.store.tidying.compaction import compact_small, groups_of, identified
+from pipeline.store.tidying.inventory import holding, is_imported, references, shard_entries
+from pipeline.store.tidying.retention import Removal, Rules, bytes_of, parts_of, removals_by, remove
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from stages import console
 
@@ -25,100 +22,135 @@ from stages import console
 def ls(store: str) -> None:
     """A row for each reference."""
     used, last = uses_of_references()
-    rows, found, adoptions = [], [], list[str]()
-    references = holdings(store)
-    for contents in references:
-        registrations = {registration.name for registration in registered(contents.directory) if registration.in_use()}
-        names = {*used.get(contents.directory.name, []), *registrations}
+    rows, found, adoptions, problems = [], [], list[str](), list[str]()
+    for reference_id, place in references(store).items():
+        contents = holding(reference_id, place)
+        registrations = [run.name for run in registered(place, place.entries()) if run.in_use()]
+        names = sorted({*used.get(reference_id, []), *registrations})
         rows.append(
             [
-                contents.directory.name[:12],
+                reference_id[:12],
                 contents.numerics,
                 f"{contents.sequences:,}",
                 f"{contents.tokens:,}",
                 str(contents.shards),
                 f"{contents.bytes:,}",
-                last.get(contents.directory.name, "")[:10] or "never",
-                ", ".join(sorted(names)) or "none",
+                last.get(reference_id, "")[:10] or "never",
+                ", ".join(names) or "none",
             ]
         )
-        last_used = last.get(contents.directory.name) or None
-        adopted = recorded(open_place(store, contents.directory.name, first=False), contents.directory.name)
-        adoptions += [f"{contents.directory.name[:12]} {adoption.words}" for adoption in adopted.values()]
+        problems += contents.problems
+        adopted = recorded(place, reference_id)
+        adoptions += [f"{reference_id[:12]} {adoption.words}" for adoption in adopted.values()]
         found.append(
             {
-                "reference_id": contents.directory.name,
                 **asdict(contents),
-                "last_used": last_used,
-                "runs": sorted(names),
+                "last_used": last.get(reference_id) or None,
+                "runs": names,
                 "adopted_from": sorted(adopted),
             }
         )
-    console.table(
-        str(store), ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows
-    )
-    for line in [*adoptions, *(problem for contents in references for problem in contents.problems)]:
+    console.table(store, ["reference", "numerics", "sequences", "tokens", "shards", "bytes", "last used", "runs"], rows)
+    for line in [*adoptions, *problems]:
         console.say(line)
     console.answer({"store": store, "references": found})
 
 
-def gc(store: str, *, apply: bool, unreferenced: bool) -> None:
-    """Say what could be tidied; with `apply` do it, with `unreferenced` delete what no run uses too."""
-    references(store)
-    tidy = look(Path(store), set(uses_of_references()[0]))
-    for path in tidy.leftovers:
-        console.say(f"leftover of a killed writer: {path} ({bytes_of([path]):,} bytes)")
-    for directory in tidy.unreferenced:
-        size = bytes_of(shard_files(directory))
-        lost = "; these scores were imported, and cannot be computed again" if is_imported(directory) else ""
-        console.say(f"used by no run in {RUNS} nor by any that is registered in it: {directory} ({size:,} bytes){lost}")
-    for directory, groups in tidy.small.items():
-        for group in groups:
-            console.say(f"small shards: {len(group)} in {directory.name[:12]} could be one")
-    if not apply:
-        console.say(
-            "nothing was changed: --apply removes leftovers and merges shards; with --unreferenced it deletes those too"
+def gc(store: str, rules: Rules, *, apply: bool) -> None:
+    """Say what could be tidied; with `apply` remove what goes by the rules, and merge small shards."""
+    parts = parts_of(store, *uses_of_references())
+    removals, staying = removals_by(rules, parts)
+    for removal in removals:
+        _say(removal)
+    for removal in removals_by(Rules(unreferenced=True), staying)[0]:
+        _say(
+            replace(
+                removal,
+                why=f"used by no run in {RUNS} nor by any that is registered in it, so that --unreferenced deletes it",
+            )
         )
+    excess = bytes_of(staying) - rules.quota if rules.quota is not None else 0
+    if excess > 0:
+        spared = (
+            "younger than a day"
+            if rules.even_used
+            else "in use or younger than a day; --even-used takes what runs use too"
+        )
+        console.say(f"the quota is exceeded by {excess:,} bytes of what stays, as it is {spared}")
+    groups = {part.reference_id: groups_of(part.place, part.entries) for part in staying}
+    for reference_id, shards in ((name, len(group)) for name, found in groups.items() for group in found):
+        console.say(f"small shards: {shards} in {reference_id[:12]} could be one")
+    files, size = sum(len(removal.entries) for removal in removals), sum(removal.bytes for removal in removals)
+    if not apply:
+        console.say(f"nothing was changed: --apply removes {files:,} files of {size:,} bytes, and merges small shards")
         return
-    for path in tidy.leftovers:
-        path.unlink(missing_ok=True)
-    if unreferenced:
-        for directory in tidy.unreferenced:
-            try:
-                shutil.rmtree(directory)
-            except OSError as error:
-                console.say(f"{directory} cannot be deleted whole ({first_line(error)}): what is left is left")
-            else:
-                console.say(f"deleted {directory}")
-    for directory, groups in tidy.small.items():
-        if directory.exists():
-            for group in groups:
-                try:
-                    rows = compact(directory, group)
-                except DataError as problem:
-                    console.say(f"not merged: {problem}")
-                    break
-                console.say(f"merged {len(group)} shards of {directory.name[:12]}: {rows:,} sequences")
+    for removal in removals:
+        try:
+            remove(removal)
+        except RefscoreError as problem:
+            console.say(f"{removal.part.place.name} cannot be tidied whole: {problem}; what is left is left")
+        else:
+            console.say(
+                f"removed {len(removal.entries):,} files of {removal.bytes:,} bytes from {removal.part.place.name}"
+            )
+    for part in staying:
+        _compact(store, part.reference_id, part.entries)
+
+
+def compact(store: str) -> None:
+    """Merge the small shards of every reference; several processes share the work."""
+    for part in parts_of(store, *uses_of_references()):
+        _compact(store, part.reference_id, part.entries)
 
 
 def verify(store: str) -> None:
     """Check every shard whole. Raises CheckError if some were damaged; those are set aside."""
     bad = checked = 0
-    for directory in references(store):
-        for shard in shard_files(directory):
-            try:
-                problem = set_aside_if_damaged(shard)
-            except FileNotFoundError:
-                continue  # merged into another meanwhile
-            checked += 1
-            if problem:
-                bad += 1
-                console.say(f"{shard}: {problem}")
+    for reference_id, place in references(store).items():
+        shards = shard_entries(place.entries())
+        with console.working.progress(f"{reference_id[:12]} shards", len(shards)) as ticker:
+            for entry in shards:
+                try:
+                    problem = place.set_aside(entry.name)
+                except FileNotFoundError:
+                    continue  # merged into another meanwhile
+                checked += 1
+                if problem:
+                    bad += 1
+                    console.say(f"{place.name}/{entry.name}: {problem}")
+                ticker.advance(1, f"{bad} damaged")
     console.say(f"{checked} shards checked, {bad} damaged")
     if bad:
         raise CheckError(
             f"{bad} shards were damaged and set aside in corrupt/: the next precompute scores their rows again, or asks for "
             "those that were imported"
+        )
+
+
+def _say(removal: Removal) -> None:
+    lost = (
+        "; these scores were imported, and cannot be computed again"
+        if removal.whole and is_imported(removal.part.place)
+        else ""
+    )
+    console.say(
+        f"{removal.why}: {len(removal.entries):,} files, {removal.bytes:,} bytes in {removal.part.place.name}{lost}"
+    )
+
+
+def _compact(store: str, reference_id: str, entries: list[Entry]) -> None:
+    elsewhere = 0
+    try:
+        for shards, rows in compact_small(identified(store, reference_id), entries):
+            if rows is None:
+                elsewhere += 1
+            else:
+                console.say(f"merged {shards} shards of {reference_id[:12]}: {rows:,} sequences")
+    except DataError as problem:
+        console.say(f"not merged: {problem}")
+    if elsewhere:
+        console.say(
+            f"{elsewhere} groups of shards of {reference_id[:12]} are left to other processes, which work at them"
         )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.config.experiment import Config
 
 store_app = typer.Typer(cls=manner.Commands, help="The store of reference scores.", no_args_is_help=True)
-StoreOption = Annotated[str, typer.Option("--store", help="Directory of the store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="The store: a directory or a URL (s3://...).")]
 OwnStoreOption = Annotated[
     str | None,
     typer.Option(
@@ -47,15 +47,49 @@ def store_verify(store: StoreOption = "data/store") -> None:
 @store_app.command(name="gc")
 def store_gc(
     store: StoreOption = "data/store",
-    apply: Annotated[bool, typer.Option("--apply", help="Do it: remove leftovers, merge small shards.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it: remove what is named, merge small shards.")] = False,
     unreferenced: Annotated[
-        bool, typer.Option("--unreferenced", help="With --apply: delete references that no run in data/runs uses.")
+        bool,
+        typer.Option("--unreferenced", help="References that no run in data/runs, nor any that is registered, uses."),
+    ] = False,
+    keep_within: Annotated[
+        str | None,
+        typer.Option("--keep-within", metavar="TIME", help="References that were not used for so long: 12h, 30d, 8w."),
+    ] = None,
+    quota: Annotated[
+        str | None,
+        typer.Option(
+            "--quota",
+            metavar="SIZE",
+            help="What was used least recently, until the store has so many bytes: 500GB, 2TiB.",
+        ),
+    ] = None,
+    even_used: Annotated[
+        bool, typer.Option("--even-used", help="With --quota: what runs use too, within --keep-within or at all.")
     ] = False,
 ) -> None:
-    """Leftovers of killed writers, unused references, small shards to merge; changes nothing without --apply."""
+    """Leftovers, damaged shards that were set aside, what is unused or too old or too much; changes nothing without --apply."""
+    from pipeline.errors import ConfigError
+    from pipeline.store.tidying.retention import Rules, bytes_in, seconds_in
     from stages import store as stage
 
-    stage.gc(store, apply=apply, unreferenced=unreferenced)
+    if even_used and not quota:
+        raise ConfigError("--even-used says what a quota may take: name one with --quota")
+    rules = Rules(
+        unreferenced=unreferenced,
+        within=seconds_in(keep_within) if keep_within else None,
+        quota=bytes_in(quota) if quota else None,
+        even_used=even_used,
+    )
+    stage.gc(store, rules, apply=apply)
+
+
+@store_app.command(name="compact")
+def store_compact(store: StoreOption = "data/store") -> None:
+    """Merge small shards; run it in several processes at once to share the work."""
+    from stages import store as stage
+
+    stage.compact(store)
 
 
 @store_app.command(name="push")

@@ -1,5 +1,5 @@
-"""sha256 of JSON values and of files. Digests of files are remembered while nothing says that the file changed, so that big
-weights are read once and not every run.
+"""sha256 of JSON values and of files. Digests of files are remembered, in one SQLite file, while nothing says that the file
+changed, so that big weights are read once and not every run.
 
 A file is known again by path, device, inode, size and the times of its last change, of which one cannot be set by hand. Times
 that could hide a change are not trusted: the epoch of reproducible images, the future, and the moment of the reading itself.
@@ -13,20 +13,30 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import logging
 import os
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import durable
-from pipeline.errors import RefscoreError
+from pipeline.errors import first_line
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 8 * 2**20
-MEMORY = Path("data/cache/digests.json")
+MEMORY = Path("data/cache/digests.sqlite")
 
-_KEPT = 10_000
+# what nobody asked for in so many days is forgotten: most of it is of files that are gone
+_DAYS = 90
+# seconds for which another process that writes is waited for
+_PATIENCE = 10.0
+_TABLE = "CREATE TABLE IF NOT EXISTS digests (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL, day INTEGER NOT NULL)"
+_INDEX = "CREATE INDEX IF NOT EXISTS digests_by_day ON digests (day)"
+_ASKED = "stamp IN (SELECT value FROM json_each(?))"
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 # seconds since 1970: what is older was never a time, but stands for one
 _NO_TIME = 10 * 365 * 24 * 3600
 # nanoseconds in which a file may change again without another time: file systems whose times are whole seconds need more
@@ -48,14 +58,15 @@ def file_sha256(path: Path) -> str:
 
 def unread_bytes(paths: list[Path]) -> int:
     """Bytes that `files_sha256` would have to read."""
-    remembered = _remembered()
-    return sum(path.stat().st_size for path in paths if file_stamp(path) not in remembered)
+    stamps = {path: file_stamp(path) for path in paths}
+    remembered = _remembered(stamps.values())
+    return sum(path.stat().st_size for path, stamp in stamps.items() if stamp not in remembered)
 
 
 def files_sha256(paths: list[Path], on_bytes: Callable[[int], None] = lambda _: None) -> dict[Path, str]:
     """Like `file_sha256` for many files, read in parallel; `on_bytes` hears of every block that was read."""
-    remembered = _remembered()
     stamps = {path: file_stamp(path) for path in paths}
+    remembered = _remembered(stamps.values())
     digests = {path: remembered[stamp] for path, stamp in stamps.items() if stamp is not None and stamp in remembered}
     missing = [path for path in paths if path not in digests]
     if missing:
@@ -82,7 +93,8 @@ def file_stamp(path: Path) -> str | None:
         if mount is None:
             return None
         parts.append(mount)
-    return "|".join(map(str, [path.resolve(), *parts]))
+    # names of files may be bytes that are no text
+    return "|".join(map(str, [path.resolve(), *parts])).encode("utf-8", "backslashreplace").decode()
 
 
 def unchanged_stamp(path: Path, before: str | None) -> str | None:
@@ -118,18 +130,54 @@ def _mount_of(path: Path) -> str | None:
     return f"{boot}.{int.from_bytes(answer.raw[144:152], 'little')}"
 
 
-def _remembered() -> dict[str, str]:
-    try:
-        content = json.loads(MEMORY.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict):
-        return {}
-    return {stamp: digest for stamp, digest in content.items() if isinstance(digest, str)}
+def _remembered(stamps: Iterable[str | None]) -> dict[str, str]:
+    """Those of the stamps that are remembered, with their digests: one question, however many they are."""
+    asked = json.dumps([stamp for stamp in stamps if stamp is not None])
+    remembered: dict[str, str] = {}
+    if MEMORY.is_file():
+        with _only_a_memory(), _memory() as memory:
+            rows = memory.execute(f"SELECT stamp, digest, day FROM digests WHERE {_ASKED}", [asked]).fetchall()  # noqa: S608
+            remembered = {stamp: digest for stamp, digest, _ in rows}
+            if any(day < _today() for _, _, day in rows):
+                memory.execute(f"UPDATE digests SET day = ? WHERE {_ASKED}", [_today(), asked])  # noqa: S608
+    return remembered
 
 
 def _remember(entries: dict[str, str]) -> None:
-    # only a memory: a place that cannot be written costs time, not correctness
-    with contextlib.suppress(RefscoreError, OSError):
-        if entries:
-            durable.write_json(MEMORY, dict(list({**_remembered(), **entries}.items())[-_KEPT:]))
+    if not entries:
+        return
+    with contextlib.suppress(OSError):
+        MEMORY.parent.mkdir(parents=True, exist_ok=True)
+    with _only_a_memory(), _memory() as memory:
+        rows = [(stamp, digest, _today()) for stamp, digest in entries.items()]
+        memory.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
+        memory.execute("DELETE FROM digests WHERE day < ?", [_today() - _DAYS])
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[sqlite3.Connection]:
+    """The database, in one transaction."""
+    with contextlib.closing(sqlite3.connect(MEMORY, timeout=_PATIENCE)) as memory, memory:
+        memory.execute(_TABLE)
+        memory.execute(_INDEX)
+        yield memory
+
+
+@contextlib.contextmanager
+def _only_a_memory() -> Iterator[None]:
+    """Pass over whatever goes wrong with the database: it costs time, not correctness. A damaged one is removed."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        log.debug("%s: %s", MEMORY, first_line(error))
+        # the low byte of an extended code is the code
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+            log.debug("%s is damaged: it is begun anew", MEMORY)
+            with contextlib.suppress(OSError):
+                # a journal that is left would be played back into the next
+                MEMORY.with_name(f"{MEMORY.name}-journal").unlink(missing_ok=True)
+                MEMORY.unlink()
+
+
+def _today() -> int:
+    return int(time.time() // (24 * 3600))

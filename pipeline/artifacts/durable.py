@@ -136,7 +136,7 @@ def scratch_place() -> str | None:
 
     It goes when the process ends; what killed ones left is removed by the next.
     """
-    here = CACHE.absolute() / "work" / f"{os.getpid()}-{_machine()}"
+    here = CACHE.absolute() / "work" / f"{os.getpid()}-{machine()}"
     if here in _WORKED_IN and here.is_dir():  # somebody may have removed data/ meanwhile
         return str(here)
     # of a process that was killed, and had the same number
@@ -148,9 +148,9 @@ def scratch_place() -> str | None:
     _WORKED_IN.add(here)
     atexit.register(_clear, here, os.getpid())
     for other in here.parent.iterdir():
-        pid, _, machine = other.name.partition("-")
+        pid, _, its_machine = other.name.partition("-")
         # what another machine works on cannot be told from what it left
-        if machine == _machine() and pid.isdigit() and not lives(int(pid)):
+        if its_machine == machine() and pid.isdigit() and not lives(int(pid)):
             shutil.rmtree(other, ignore_errors=True)
     return str(here)
 
@@ -171,7 +171,7 @@ def _clear(place: Path, pid: int) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _machine() -> str:
+def machine() -> str:
     """A name of this machine, and of the namespace in which pids mean what they mean here."""
     with suppress(OSError):
         return hashlib.sha256(f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}".encode()).hexdigest()[:8]

@@ -7,7 +7,7 @@ and refuses a file that does not fit, it never infers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,22 @@ def write_parquet(path: Path, table: pa.Table, about: dict[str, Any] | None = No
     """Write `table` in this project's encoding, without any protocol around it."""
     with parquet_writer(path, table.schema, about) as writer:
         writer.write_table(table, row_group_size=_AT_ONCE)
+
+
+def row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of tables of one schema, in order, in parts that are written as one row group each."""
+    waiting: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        waiting.append(table)
+        rows += len(table)
+        if rows >= _AT_ONCE:
+            joined = pa.concat_tables(waiting)
+            whole = rows - rows % _AT_ONCE
+            yield from (joined.slice(start, _AT_ONCE).combine_chunks() for start in range(0, whole, _AT_ONCE))
+            waiting, rows = [joined.slice(whole)], rows - whole
+    if rows:
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def parquet_writer(path: Path, schema: pa.Schema, about: dict[str, Any] | None = None) -> pq.ParquetWriter:

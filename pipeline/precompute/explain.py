@@ -7,8 +7,8 @@ responses.parquet holds the tokens and texts, dropped.parquet what was left out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -21,8 +21,8 @@ from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.experiment import Config
 from pipeline.errors import DataError
 from pipeline.precompute.plan import Plan, make_plan
-from pipeline.store.places import is_url
 from pipeline.store.store import read_reference
+from pipeline.store.tidying.inventory import is_described, references
 
 Row = dict[str, Any]
 # tensors that are named one by one; another model differs in all of them
@@ -44,7 +44,6 @@ def explain(config: Config, row: int | None) -> list[str]:
     stored. Sentences for people. Raises DataError if no pair comes from that row.
     """
     plan = make_plan(config)
-    places = [Path(place) for place in config.reference.store if not is_url(place)]
     reference = plan.identity.reference_id
     source_rows = plan.pairs.source_rows()
     sides = len(plan.sides)
@@ -57,12 +56,11 @@ def explain(config: Config, row: int | None) -> list[str]:
     said = [f"reference {reference[:12]}: {_counts(plan, positions, len(misses))}"]
     if not misses:
         return said
-    # a store at a URL tells its references by its hits only
-    if len(absent) == plan.sequences and not any((place / reference / "reference.json").exists() for place in places):
-        nearest = nearest_reference(plan.identity.described(), places)
+    if len(absent) == plan.sequences and not any(map(is_described, plan.store.places)):
+        nearest = nearest_reference(plan.identity.described(), config.reference.store)
         if nearest is None:
-            return [*said, "no directory of the store holds a reference yet: every sequence is a miss"]
-        said.append(f"no score of this reference is stored; the nearest is {nearest[0].name[:12]}, which differs in:")
+            return [*said, "no place of the store holds a reference yet: every sequence is a miss"]
+        said.append(f"no score of this reference is stored; the nearest is {nearest[0][:12]}, which differs in:")
         return [*said, *(f"  {words}" for words in nearest[1])]
     causes_of_misses = causes(plan, misses, remember([open_run(name) for name in existing_runs()]))
     for (cause,), rows in causes_of_misses.group_by("cause", maintain_order=True):
@@ -84,16 +82,15 @@ def _counts(plan: Plan, positions: Sequence[int], misses: int) -> str:
     return f"{hits} hits, {from_others}{misses} misses"
 
 
-def nearest_reference(described: Row, places: Iterable[Path]) -> tuple[Path, list[str]] | None:
-    """The reference in the stores at `places` that differs least from `described`, and the differences in words."""
+def nearest_reference(described: Row, stores: Iterable[str]) -> tuple[str, list[str]] | None:
+    """The id of the reference in the stores that differs least from `described`, and the differences in words."""
     candidates = []
-    for place in places:
-        for path in sorted(place.glob("*/reference.json")):
-            try:
-                candidates.append((path.parent, differences(read_reference(path.parent), described)))
-            except DataError:
-                continue
-    return min(candidates, key=lambda item: (len(item[1]), item[0].name), default=None)
+    for store in stores:
+        with suppress(DataError):  # the first of a list need not be there yet
+            for reference_id, place in references(store).items():
+                with suppress(DataError):
+                    candidates.append((reference_id, differences(read_reference(place), described)))
+    return min(candidates, key=lambda item: (len(item[1]), item[0]), default=None)
 
 
 def differences(stored: Row, requested: Row) -> list[str]:

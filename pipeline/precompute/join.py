@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,8 @@ from pipeline.engines.quarantine import pairs_left_out
 from pipeline.errors import CheckError
 from pipeline.hardware import return_freed_memory
 from pipeline.pairs.groups import MISMATCHED
-from pipeline.pairs.table import GROUP
 from pipeline.precompute.plan import Plan
 from pipeline.store.lookup import Lookup
-
-# bytes of scores held at a time. They lie in no order in a compacted store, so each time all of it may be read
-_AT_ONCE = 2**24
-# a sequence takes four bytes per token, and about this where it is looked up
-_PER_SEQUENCE = 64
 
 
 def write_joined(
@@ -99,59 +96,60 @@ def joined(
 
 
 class _Scores:
-    """The scores of a plan's rows, read from the store for as many row groups at a time as `_AT_ONCE` allows."""
+    """The scores of a plan's rows. Those of one shard lie among the rows in any order: in one pass over the shards they are written
+    to a working file, from which they are read in order. Memory holds a few numbers per row, and a part of the file at a time.
+    """
 
     def __init__(self, plan: Plan, left_out: Collection[int], lookup: Lookup) -> None:
         self._plan, self._left_out, self._sides = plan, left_out, len(plan.sides)
-        self._lookup = lookup
-        self._first = self._end = 0
-        self._logps: pa.Array = None
+        self._offsets = np.concatenate([[0], np.cumsum(plan.pairs.response_tokens, dtype=np.int64)])
+        self._sums = np.full(len(plan.keys), np.nan)
+        self._by_sum = np.zeros(len(plan.keys), dtype=bool)
+        self._file = _working_file(4 * max(int(self._offsets[-1]), 1))
+        self._values = np.frombuffer(self._file, dtype=np.float32)
+        for positions, table in lookup.rows(np.arange(len(plan.keys))):
+            self._take(positions, table)
+            self._let_go()
+        absent = np.flatnonzero(np.isnan(self._sums))
+        self._must_be_there(absent[~np.isin(absent // self._sides, list(left_out))])
+        for position in absent.tolist():
+            self._values[self._offsets[position] : self._offsets[position + 1]] = np.nan
+        # what the shards' reader has left behind would stand beside the writer of pairs.parquet
+        return_freed_memory()
 
     def columns(self, first: int, end: int) -> dict[str, pa.Array]:
         """The score columns of rows `first` to `end`, a row group."""
-        sides = self._sides
-        if end > self._end:
-            self._first, self._end = first, self._reach(first)
-            self._load(np.arange(sides * first, sides * self._end))
-            # shard by shard read, and the writer of pairs.parquet stands beside it
-            return_freed_memory()
+        first, end = first * self._sides, end * self._sides
+        offsets, by_sum = self._offsets[first : end + 1], self._by_sum[first:end]
+        logps = pa.ListArray.from_arrays(
+            pa.array((offsets - offsets[0]).astype(np.int32)),
+            pa.array(self._values[offsets[0] : offsets[-1]]),
+            type=self._plan.pairs.schema.field(f"ref_{self._plan.sides[0]}_token_logps").type,
+            mask=pa.array(by_sum) if by_sum.any() else None,
+        )
         columns: dict[str, pa.Array] = {}
         for side, name in enumerate(self._plan.sides):
-            places = np.arange(sides * (first - self._first) + side, sides * (end - self._first), sides)
+            places = pa.array(np.arange(side, end - first, self._sides))
             columns |= {
-                f"ref_{name}_token_logps": self._logps.take(pa.array(places)),
-                f"ref_{name}_logps": pa.array(self._sums[places]),
+                f"ref_{name}_token_logps": logps.take(places),
+                f"ref_{name}_logps": pa.array(self._sums[first:end]).take(places),
             }
+        self._let_go()
         return columns
 
-    def _reach(self, first: int) -> int:
-        rows, sides = self._plan.pairs, self._sides
-        tokens = rows.response_tokens[sides * first :].reshape(-1, sides).sum(axis=1, dtype=np.int64)
-        fit = int(np.searchsorted(np.cumsum(4 * tokens + sides * _PER_SEQUENCE), _AT_ONCE, side="right"))
-        return len(rows) if fit == len(tokens) else min(first + max(fit // GROUP, 1) * GROUP, len(rows))
+    def _take(self, positions: np.ndarray, table: pa.Table) -> None:
+        scores = table["logps"].combine_chunks()
+        given, wanted = np.diff(scores.offsets), self._plan.pairs.response_tokens[positions]
+        if self._plan.imported:
+            self._by_sum[positions] = given == 0
+        self._must_cover(positions, np.where(self._by_sum[positions], 0, wanted), given)
+        logps = scores.flatten()
+        self._values[np.repeat(self._offsets[positions] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
+        self._sums[positions] = table["logp"]
 
-    def _load(self, positions: np.ndarray) -> None:
-        lengths = self._plan.pairs.response_tokens[positions]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        self._logps = None  # not two of them at a time
-        values = np.full(offsets[-1], np.nan, dtype=np.float32)
-        self._sums, by_sum = np.full(len(positions), np.nan), np.zeros(len(positions), dtype=bool)
-        for positions_read, table in self._lookup.rows(positions):
-            places = positions_read - positions[0]
-            scores = table["logps"].combine_chunks()
-            given = np.diff(scores.offsets)
-            if self._plan.imported:
-                by_sum[places] = given == 0
-            self._must_cover(positions_read, np.where(by_sum[places], 0, lengths[places]), given)
-            logps = scores.flatten()
-            values[np.repeat(offsets[places] - scores.offsets[:-1], given) + np.arange(len(logps))] = logps
-            self._sums[places] = table["logp"]
-        absent = positions[np.isnan(self._sums)]
-        self._must_be_there(absent[~np.isin(absent // self._sides, list(self._left_out))])
-        kind = self._plan.pairs.schema.field(f"ref_{self._plan.sides[0]}_token_logps").type
-        self._logps = pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(values), type=kind, mask=pa.array(by_sum) if by_sum.any() else None
-        )
+    def _let_go(self) -> None:
+        """Have the system keep what was touched of the file, and count it no more as this process's memory."""
+        self._file.madvise(mmap.MADV_DONTNEED)
 
     def _must_cover(self, positions: np.ndarray, lengths: np.ndarray, scored: np.ndarray) -> None:
         if not np.array_equal(lengths, scored):
@@ -168,3 +166,12 @@ class _Scores:
                 f"{len(absent)} scores are missing from the store after scoring, first of the {where}: a shard was set aside "
                 "or removed meanwhile. Run 'refscore precompute' again, which scores what is missing"
             )
+
+
+def _working_file(size: int) -> mmap.mmap:
+    """So many bytes of a file without a name, mapped. Raises RefscoreError if there is no space for it."""
+    place = durable.scratch_place()
+    with durable.explaining_disk(Path(place or tempfile.gettempdir()), size), tempfile.TemporaryFile(dir=place) as file:
+        # a page of a mapped file that finds no space on the disk would kill the process
+        os.posix_fallocate(file.fileno(), 0, size)
+        return mmap.mmap(file.fileno(), size)

@@ -22,8 +22,8 @@ from pipeline.artifacts.tables import arrays_of
 from pipeline.errors import DataError, first_line
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import Place
-from pipeline.store.shard import Unsound, computed_by, open_shard
+from pipeline.store.places import NotThere, Place
+from pipeline.store.shard import Unsound, computed_by
 from pipeline.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -110,23 +110,29 @@ def adopt(store: Store, adoption: Adoption) -> None:
     _record(store, first | {adoption.adopted.reference_id: adoption})
 
 
-def revoke(store: Store, adopted: str) -> int:
-    """Take back the adoption of the reference with the id `adopted`, and what was taken over from it; returns those rows.
+def revoke(store: Store, prefix: str) -> tuple[str, int]:
+    """Take back the adoption of the reference whose id begins with `prefix`, and what was taken over from it; its id, and how many
+    rows these were.
 
-    The adopted reference keeps its scores. Raises DataError if the first place records no such adoption.
+    The adopted reference keeps its scores. Raises DataError if the first place records no such adoption, or more than one.
     """
     first = recorded(place := store.places[0], store.reference.reference_id)
-    if adopted not in first:
-        raise DataError(f"{place.name} records no adoption of {adopted[:12]}: name its place first in reference.store")
+    found = [adopted for adopted in first if adopted.startswith(prefix)]
+    if len(found) != 1:
+        raise DataError(
+            f"{place.name} records {len(found)} adoptions of references whose id begins with {prefix!r}: 'refscore store ls' lists "
+            "them; the place that records one is to be first in reference.store"
+        )
+    adopted = found[0]
     _record(store, {other: adoption for other, adoption in first.items() if other != adopted})
     rows = 0
-    for shard in place.shards():
+    for shard in place.listed().shards:
         # one that is gone or damaged by now is nobody's
-        with suppress(FileNotFoundError, Unsound), open_shard(shard) as file:
+        with suppress(NotThere, Unsound), place.opened(shard) as file:
             if computed_by(file) == adopted:
-                place.remove(shard.name)
+                place.remove(shard)
                 rows += file.metadata.num_rows
-    return rows
+    return adopted, rows
 
 
 def held_by_adopted(store: Store, missing: pa.Table) -> dict[str, np.ndarray]:

@@ -38,6 +38,5 @@ def restored(table: pa.Table) -> pa.Table:
 def _with(table: pa.Table, convert: Callable[[np.ndarray], np.ndarray], schema: pa.Schema) -> pa.Table:
     lists, field = table["logps"].combine_chunks(), schema.field("logps")
     values = convert(lists.flatten().to_numpy(zero_copy_only=False))
-    offsets = pa.array(lists.offsets.to_numpy() - lists.offsets[0].as_py())
-    converted = pa.ListArray.from_arrays(offsets, pa.array(values), type=field.type)
+    converted = pa.ListArray.from_arrays(lists.offsets, pa.array(values), type=field.type)
     return table.set_column(table.column_names.index("logps"), field, converted)

@@ -14,13 +14,19 @@ import secrets
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
-from pipeline.store.shard import check_shard, digest_in, sha256_now, shard_files
+from pipeline.store.index.index_file import INDEX, LocalBytes
+from pipeline.store.index.indexes import FOLDER, Files, Indexes
+from pipeline.store.shard import OpenShard, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +39,61 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-class Place(Protocol):
+@dataclass(frozen=True)
+class Entry:
+    """A file at a place: its name below the place, its bytes, and when it changed (seconds since 1970)."""
+
+    name: str
+    bytes: int
+    changed: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a place had at one moment: names of shards and of index files, ascending."""
+
+    shards: list[str]
+    indexes: list[str]
+    moment: float
+
+    def young(self, seconds: float) -> bool:
+        """Whether it was made within so many seconds."""
+        return time.monotonic() - self.moment < seconds
+
+
+class NotThere(Exception):
+    """A shard, called `name`, that was listed and is gone, or not to be had."""
+
+    def __init__(self, name: str, problem: str = "it is gone when it is opened") -> None:
+        super().__init__(problem)
+        self.name = name
+
+
+class Place(Files, Protocol):
     """One reference's part of one place."""
 
-    @property
-    def name(self) -> str:
-        """The place, for messages."""
-        ...
+    indexes: Indexes
 
-    def shards(self) -> list[Path]:
-        """Local paths of every shard whose bytes are known as those that were published; damaged ones are set aside.
+    def listed(self, within: float = 0) -> Listing:
+        """What is there now, or was at most `within` seconds ago, but for shards that were found unsound; no file is opened.
 
         Raises RefscoreError if the place is not there or cannot be read.
         """
         ...
 
-    def examine(self, shard: Path, problem: str) -> bool:
-        """Look at one of `shards()` anew, every byte, as `problem` was seen in it; whether it is sound.
+    def sound(self, shards: Sequence[str]) -> list[str]:
+        """Those of the shards whose bytes are not known to be other than those that were published; damaged ones are set aside.
+
+        Raises NotThere, and RefscoreError if one may not be read.
+        """
+        ...
+
+    def opened(self, shard: str) -> AbstractContextManager[OpenShard]:
+        """A shard; see `pipeline.store.shard.open_shard`. Raises NotThere."""
+        ...
+
+    def examine(self, shard: str, problem: str) -> bool:
+        """Look at a shard anew, every byte, as `problem` was seen in it; whether it is sound.
 
         An unsound one is set aside and not listed again.
         """
@@ -73,8 +117,34 @@ class Place(Protocol):
         """What stands under a name. Raises FileNotFoundError if nothing does, RefscoreError if it may not be read."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Remove what stands under a name, if anything does. Raises RefscoreError if it may not be removed."""
+    def open(self, name: str) -> BinaryIO:
+        """What stands under a name, to be read in any order. Raises FileNotFoundError if nothing does, RefscoreError if it may not
+        be read.
+        """
+        ...
+
+    def local(self, name: str, folder: Path) -> Path:
+        """A local file with the bytes that stand under a name: the file itself, or a copy in `folder`. Raises like `open`."""
+        ...
+
+    def entries(self) -> list[Entry]:
+        """Everything that lies here, at any depth, by name. Raises RefscoreError if it cannot be listed."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a small file under a name, whatever stands there. Raises RefscoreError if it may not be written."""
+        ...
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Like `write`, of a name under which nothing may stand yet; whether nothing did."""
+        ...
+
+    def set_aside(self, name: str) -> str | None:
+        """Look at a shard anew, every byte of it, and move a damaged one to `corrupt/`, where no reader looks.
+
+        Returns what is wrong with it, None if it is sound. Raises FileNotFoundError if it is gone, RefscoreError if it may not be
+        read.
+        """
         ...
 
 
@@ -106,47 +176,62 @@ class LocalPlace:
     def __init__(self, directory: Path, *, first: bool = True) -> None:
         self.directory, self._first = directory, first
         self._unsound: set[str] = set()
+        self._listing: Listing | None = None
+        self.indexes = Indexes(self)
 
     @property
     def name(self) -> str:
         return str(self.directory)
 
-    def shards(self) -> list[Path]:
-        """See `Place.shards`. Files are read once and remembered (`pipeline.artifacts.digests`)."""
-        self._must_be_readable()
-        patience = Patience()
-        while True:
-            listed = [shard for shard in shard_files(self.directory) if shard.name not in self._unsound]
-            try:
-                digests = files_sha256(listed)
-                break
-            except FileNotFoundError as error:
-                # compacted away or set aside by someone else meanwhile: list again
-                patience.again(str(error.filename), first_line(error))
-            except PermissionError as error:
-                raise RefscoreError(
-                    f"{error.filename} may not be read by this user: ask for the right to read it, or leave its place "
-                    "out of reference.store"
-                ) from None
-        sound = []
-        for shard in listed:
-            if digests[shard] == digest_in(shard.name):
-                sound.append(shard)
-            elif self.examine(shard, "its bytes are not those that were published"):
-                # it was published anew since it was listed
-                sound.append(shard)
-        return sound
+    def listed(self, within: float = 0) -> Listing:
+        """See `Place.listed`."""
+        if self._listing is None or not self._listing.young(within):
+            self._must_be_readable()
+            moment = time.monotonic()
+            shards = [name for name in shard_names(self.directory) if name not in self._unsound]
+            self._listing = Listing(shards, _index_files(self.directory / FOLDER), moment)
+        return self._listing
 
-    def examine(self, shard: Path, problem: str) -> bool:
+    def sound(self, shards: Sequence[str]) -> list[str]:
+        """See `Place.sound`. Files are read once and remembered (`pipeline.artifacts.digests`)."""
+        paths = {self.directory / name: name for name in shards}
+        try:
+            digests = files_sha256(list(paths))
+        except FileNotFoundError as error:
+            # compacted away or set aside by someone else meanwhile
+            raise NotThere(Path(error.filename).name, first_line(error)) from None
+        except PermissionError as error:
+            raise RefscoreError(
+                f"{error.filename} may not be read by this user: ask for the right to read it, or leave its place "
+                "out of reference.store"
+            ) from None
+        return [
+            name
+            for path, name in paths.items()
+            # examined it may be sound: published anew since it was listed
+            if digests[path] == digest_in(name) or self.examine(name, "its bytes are not those that were published")
+        ]
+
+    @contextmanager
+    def opened(self, shard: str) -> Iterator[OpenShard]:
+        """See `Place.opened`."""
+        try:
+            with open_shard(self.directory / shard) as file:
+                yield file
+        except FileNotFoundError:
+            raise NotThere(shard) from None
+
+    def examine(self, shard: str, problem: str) -> bool:
         """See `Place.examine`."""
         try:
-            damage = set_aside_if_damaged(shard)
+            damage = set_aside_if_damaged(self.directory / shard)
         except FileNotFoundError:
             return False
         if damage is None:
-            log.debug("%s: %s, but it is sound when read again", shard.name, problem)
+            log.debug("%s: %s, but it is sound when read again", shard, problem)
             return True
-        self._unsound.add(shard.name)
+        self._unsound.add(shard)
+        self._listing = None
         return False
 
     def publish(self, file: Path, name: str) -> None:
@@ -165,9 +250,21 @@ class LocalPlace:
             if not _same_bytes(final, file):
                 _copy(file, final)
         self._unsound.discard(name)
+        self._listing = None
         durable.reached("publish: linked")
         durable.flush(self.directory)
         durable.reached("publish: directory flushed")
+
+    def bytes_of(self, name: str) -> LocalBytes:
+        """See `Files.bytes_of`."""
+        return LocalBytes(self.directory / name)
+
+    def put(self, file: Path, name: str) -> None:
+        """See `Files.put`."""
+        final = self.directory / name
+        final.parent.mkdir(exist_ok=True)
+        file.replace(final)
+        self._listing = None
 
     def why_not_writable(self) -> str | None:
         """See `Place.why_not_writable`: by writing, as rights alone do not tell of read-only mounts."""
@@ -195,9 +292,14 @@ class LocalPlace:
             raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
 
     def remove(self, name: str) -> None:
-        """See `Place.remove`."""
+        """See `Files.remove`; directories that are empty then are removed too."""
+        path = self.directory / name
+        self._listing = None
         try:
-            (self.directory / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in (path.parent, *path.parent.parents)[: len(Path(name).parts)]:
+                    folder.rmdir()
         except OSError as error:
             raise RefscoreError(
                 f"{self.directory / name} cannot be removed ({error.strerror}): mend its rights"
@@ -228,6 +330,67 @@ class LocalPlace:
                 f"store {self.directory} cannot be listed ({error.strerror or first_line(error)}): mend its rights, or leave "
                 "it out of reference.store"
             ) from None
+
+    def open(self, name: str) -> BinaryIO:
+        """See `Place.open`."""
+        try:
+            return (self.directory / name).open("rb")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RefscoreError(f"{self.directory / name} cannot be read ({error.strerror}): mend its rights") from None
+
+    def local(self, name: str, folder: Path) -> Path:  # noqa: ARG002  # nothing is copied
+        """See `Place.local`: the file itself."""
+        self.open(name).close()
+        return self.directory / name
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`. A link counts as what it leads to; one to nothing, or to a directory, is left out."""
+        self._must_be_readable()
+        found = []
+        for folder, _, names in os.walk(self.directory):
+            for path in (Path(folder) / name for name in names):
+                # what is removed meanwhile is not there
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    found.append(Entry(path.relative_to(self.directory).as_posix(), status.st_size, status.st_mtime))
+        return sorted(found, key=attrgetter("name"))
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        with durable.replacing(self.directory / name) as temporary:
+            temporary.write_bytes(content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See `Place.create`."""
+        path = self.directory / name
+        with durable.explaining_disk(path):
+            while True:
+                durable.make_directory(path.parent)
+                try:
+                    with path.open("xb") as file:
+                        file.write(content)
+                except FileExistsError:
+                    return False
+                except FileNotFoundError:
+                    continue  # the directory was empty, and another process removed it
+                return True
+
+    def set_aside(self, name: str) -> str | None:
+        """See `Place.set_aside`."""
+        problem = set_aside_if_damaged(self.directory / name)
+        if problem:
+            self._unsound.add(name)
+            self._listing = None
+        return problem
+
+
+def _index_files(directory: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in directory.iterdir() if INDEX.fullmatch(path.name) and path.is_file())
+    except OSError:
+        return []  # there is none, or none that this user may see: shards are read instead
 
 
 def set_aside_if_damaged(shard: Path) -> str | None:

@@ -1,23 +1,36 @@
-"""Shards at a place that fsspec reaches (`s3://...`): fetched once into a local cache under their digest, checked there.
+"""Shards at a place that fsspec reaches (`s3://...`): listed as a whole, and read in the pieces that are needed, which are kept
+in a local cache (`pipeline.store.pieces`).
 
-Objects are published by put-if-absent, if the place knows that. A damaged object is fetched no second time by this process,
-and the next publication of the same name replaces it.
+Objects are published by put-if-absent, if the place knows that. A small object's bytes are compared with its name when it is
+fetched; of a large one rows are checked as ever, and all of its bytes if one of these fails. A damaged object is read no more by
+this process, and the next publication of the same name replaces it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.digests import file_sha256
+from pipeline.artifacts.shelf import Shelf
 from pipeline.errors import ConfigError, RefscoreError, first_line
-from pipeline.store.places import LocalPlace, Patience, set_aside_if_damaged
-from pipeline.store.shard import SHARD, check_shard, digest_in, sha256_now
+from pipeline.store.index.index_file import INDEX
+from pipeline.store.index.indexes import FOLDER, Indexes
+from pipeline.store.pieces import PIECE, NotFetched, Pieces
+from pipeline.store.places import Entry, Listing, NotThere
+from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard
 
 log = logging.getLogger(__name__)
 
-CACHE = Path("data/cache/shards")
+CACHE = durable.CACHE / "shards"
 
 
 class RemotePlace:
@@ -36,53 +49,88 @@ class RemotePlace:
                 f"store {url} cannot be reached ({first_line(error)}): check the URL, the network and the credentials in the "
                 "environment, or leave this place out of reference.store"
             ) from None
-        self._cache = CACHE / reference_id
+        self._cache = CACHE
+        self._shelf = Shelf(CACHE)
         self._unsound: set[str] = set()
+        self._listing: Listing | None = None
+        # of what was listed
+        self._infos: dict[str, dict[str, Any]] = {}
+        self.indexes = Indexes(self)
 
     @property
     def name(self) -> str:
         return self._url
 
-    def shards(self) -> list[Path]:
-        """See `Place.shards`; fetches what the local cache lacks. A copy in the cache that is damaged is fetched again."""
-        patience = Patience()
-        fetched: dict[str, Path] = {}
-        while True:
-            names = [name for name in self._names() if SHARD.fullmatch(name) and name not in self._unsound]
-            try:
-                for name in names:
-                    if name not in fetched and (local := self._local(name)) is not None:
-                        fetched[name] = local
-                return [fetched[name] for name in names if name in fetched]
-            except _NotFetched as failure:
-                # removed since it was listed, by a compaction elsewhere; or listed for ever and not to be had
-                patience.again(f"{self._url}/{failure.name}", str(failure))
+    def listed(self, within: float = 0) -> Listing:
+        """See `Place.listed`."""
+        if self._listing is None or not self._listing.young(within):
+            moment = time.monotonic()
+            self._infos = self._list()
+            shards = sorted(name for name in self._infos if SHARD.fullmatch(name) and name not in self._unsound)
+            below = [name.removeprefix(f"{FOLDER}/") for name in self._infos if name.startswith(f"{FOLDER}/")]
+            self._listing = Listing(shards, sorted(name for name in below if INDEX.fullmatch(name)), moment)
+        return self._listing
 
-    def examine(self, shard: Path, problem: str) -> bool:
-        """See `Place.examine`: of the copy in the cache, which `shards` fetches anew."""
+    def sound(self, shards: Sequence[str]) -> list[str]:
+        """See `Place.sound`: nothing is fetched to know."""
+        return [name for name in shards if name not in self._unsound]
+
+    @contextmanager
+    def opened(self, shard: str) -> Iterator[OpenShard]:
+        """See `Place.opened`: what is read of it is fetched."""
+        pieces = self._pieces(shard, shard)
         try:
-            damage = check_shard(shard)
-        except FileNotFoundError:
-            return False
-        if damage is None:
-            log.debug("%s: %s, but it is sound when read again", shard, problem)
-            return True
-        try:
-            if sha256_now(shard) == digest_in(shard.name):
-                self._unsound.add(shard.name)  # fetching the same bytes again would not help
-        except OSError as error:
-            log.debug("%s: the copy cannot be read (%s)", shard, first_line(error))
-        log.warning("%s: %s; the copy is removed", shard, damage)
-        shard.unlink(missing_ok=True)
-        return False
+            with open_shard(Path(shard), pieces) as file:
+                yield file
+        except (Unsound, FileNotFoundError):
+            if pieces.failure:
+                raise NotThere(shard, str(pieces.failure)) from None
+            raise
+
+    def examine(self, shard: str, problem: str) -> bool:
+        """See `Place.examine`: the object is fetched anew, and if it is sound its pieces are."""
+        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+            try:
+                path = self.local(shard, Path(folder))
+            except (FileNotFoundError, RefscoreError) as error:
+                log.debug("%s cannot be fetched (%s)", shard, first_line(error))
+                return False
+            if damage := check_shard(path):
+                self._unsound.add(shard)
+                self._listing = None
+                log.warning("the object %s/%s is damaged (%s): its rows count as not scored", self._url, shard, damage)
+                return False
+            log.debug("%s: %s, but it is sound when fetched again", shard, problem)
+            self._keep(shard, path)
+        return True
 
     def publish(self, file: Path, name: str) -> None:
         """See `Place.publish`: put-if-absent; an object that has other bytes is replaced."""
         self._put(name, file.read_bytes())
         self._unsound.discard(name)
+        self._listing = None
         durable.reached("publish: linked")
         if SHARD.fullmatch(name):
-            LocalPlace(self._cache).publish(file, name)
+            self._keep(name, file)
+
+    def bytes_of(self, name: str) -> Pieces:
+        """See `Files.bytes_of`."""
+        # unlike a shard's its name does not tell its bytes
+        info = self._infos.get(name, {})
+        version = [info.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified")]
+        return self._pieces(name, hashlib.sha256(f"{self._url}/{name} {version}".encode()).hexdigest())
+
+    def put(self, file: Path, name: str) -> None:
+        """See `Files.put`."""
+        self._listing = None
+        with self._explaining(name, "written"):
+            self._files.put_file(str(file), f"{self._root}/{name}")
+
+    def remove(self, name: str) -> None:
+        """See `Files.remove`."""
+        self._listing = None
+        with suppress(FileNotFoundError), self._explaining(name, "removed"):
+            self._files.rm_file(f"{self._root}/{name}")
 
     def why_not_writable(self) -> str | None:
         """See `Place.why_not_writable`: by writing an empty object, always the same one: some may write and not delete."""
@@ -115,54 +163,53 @@ class RemotePlace:
             ) from None
         return content
 
-    def remove(self, name: str) -> None:
-        """See `Place.remove`."""
-        try:
-            self._files.rm_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return
-        except Exception as error:  # noqa: BLE001  # likewise
-            raise RefscoreError(
-                f"{self._url}/{name} cannot be removed ({first_line(error)}): check the network and your rights"
-            ) from None
-
-    def _names(self) -> list[str]:
+    def _list(self) -> dict[str, dict[str, Any]]:
+        """What lies below the reference and in its folder of indexes, by its name there."""
+        found: dict[str, dict[str, Any]] = {}
         try:
             self._files.invalidate_cache()
-            return sorted(str(path).rsplit("/", 1)[-1] for path in self._files.ls(self._root, detail=False))
+            for folder in ("", f"{FOLDER}/"):
+                # unlike `find`, this fails if the place cannot be reached
+                for info in self._files.ls(f"{self._root}/{folder}".rstrip("/"), detail=True):
+                    found[folder + str(info["name"]).rstrip("/").rsplit("/", 1)[-1]] = info
+                if FOLDER not in found:
+                    break
         except FileNotFoundError:
-            return []
+            return found
         except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
-            raise RefscoreError(
-                f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
-                "credentials in the environment, or leave this place out of reference.store"
-            ) from None
+            raise self._unlisted(error) from None
+        return found
 
-    def _local(self, name: str) -> Path | None:
-        """The checked copy in the cache, fetched if need be; None for an object whose own bytes are damaged."""
-        local = self._cache / name
-        try:
-            if local.exists() and file_sha256(local) == digest_in(name):
-                return local
-        except OSError as error:
-            log.debug("%s: the copy cannot be read (%s)", local, first_line(error))
-        self._fetch(name, local)
-        if sha256_now(local) == digest_in(name):
-            return local
-        self._unsound.add(name)
-        log.warning(
-            "the object %s/%s has not the bytes that were published: its rows count as not scored", self._url, name
+    def _unlisted(self, error: Exception) -> RefscoreError:
+        return RefscoreError(
+            f"store {self._url} cannot be listed ({first_line(error)}): check the URL, the network and the "
+            "credentials in the environment, or leave this place out of reference.store"
         )
-        set_aside_if_damaged(local)
-        return None
 
-    def _fetch(self, name: str, local: Path) -> None:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with durable.replacing(local) as temporary:
+    def _pieces(self, name: str, called: str) -> Pieces:
+        def fetch(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+            path = f"{self._root}/{name}"
+            begins, ends = zip(*ranges, strict=True)
             try:
-                self._files.get_file(f"{self._root}/{name}", str(temporary))
-            except Exception as error:  # noqa: BLE001  # likewise
-                raise _NotFetched(name, error) from None
+                contents: list[Any] = self._files.cat_ranges([path] * len(ranges), list(begins), list(ends))
+            except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
+                contents = [error]
+            for content, (begin, end) in zip(contents, ranges, strict=False):
+                if isinstance(content, Exception):
+                    raise NotFetched(first_line(content))
+                if len(content) != end - begin:
+                    raise NotFetched("it has not the bytes that it was listed with")
+            if ranges == [(0, size)] and digest_in(name) not in (None, hashlib.sha256(contents[0]).hexdigest()):
+                raise Unsound("its bytes are not those that were published")
+            return contents
+
+        size = self._infos[name]["size"] if name in self._infos else 0
+        return Pieces(self._shelf, called, size, fetch)
+
+    def _keep(self, shard: str, path: Path) -> None:
+        """Keep the pieces of a shard of which `path` is a sound copy."""
+        with path.open("rb") as file:
+            self._pieces(shard, shard).keep(iter(lambda: file.read(PIECE), b""))
 
     def _put(self, name: str, content: bytes) -> None:
         path = f"{self._root}/{name}"
@@ -192,8 +239,104 @@ class RemotePlace:
             log.warning("%s was damaged: the same content, published again, takes its place", path)
         return held == content
 
+    def open(self, name: str) -> BinaryIO:
+        """See `Place.open`: what is asked for is fetched, and nothing around it."""
+        with self._explaining(name, "read"):
+            file: BinaryIO = self._files.open(f"{self._root}/{name}", "rb", cache_type="none")
+            return file
 
-class _NotFetched(Exception):
-    def __init__(self, name: str, error: Exception) -> None:
-        super().__init__(first_line(error))
-        self.name = name
+    def local(self, name: str, folder: Path) -> Path:
+        """See `Place.local`: a copy."""
+        with self._explaining(name, "read"):
+            self._files.get_file(f"{self._root}/{name}", str(folder / name))
+        return folder / name
+
+    def entries(self) -> list[Entry]:
+        """See `Place.entries`: one request for each thousand objects."""
+        self._files.invalidate_cache()
+        try:
+            found = self._files.find(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise self._unlisted(error) from None
+        start = len(self._root) + 1
+        return sorted(
+            (Entry(path[start:], int(details.get("size") or 0), _changed(details)) for path, details in found.items()),
+            key=attrgetter("name"),
+        )
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Place.write`."""
+        with self._explaining(name, "written"):
+            self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See `Place.create`: put-if-absent. Where that is not known, of two at one moment both are told that it was theirs."""
+        path = f"{self._root}/{name}"
+        with self._explaining(name, "written"):
+            try:
+                self._files.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except NotImplementedError:
+                self._files.invalidate_cache()
+                if self._files.exists(path):
+                    return False
+                self._files.pipe_file(path, content)
+        return True
+
+    def set_aside(self, name: str) -> str | None:
+        """See `Place.set_aside`: the object is fetched. One that was replaced meanwhile stays."""
+        path, aside = f"{self._root}/{name}", f"{self._root}/corrupt/{name}"
+        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+            with self._explaining(name, "read"):
+                before = self._known_by(path)
+            problem = check_shard(self.local(name, Path(folder)))
+        if problem is None:
+            return None
+        self._unsound.add(name)
+        self._listing = None
+        try:
+            if self._known_by(path) == before:
+                self._files.cp_file(path, aside)
+                self._files.rm_file(path)
+                log.warning("%s: %s; set aside in %s/corrupt, its rows count as not scored", name, problem, self._url)
+        except Exception as error:  # noqa: BLE001  # likewise
+            log.warning(
+                "%s/%s: %s; it cannot be moved (%s), its rows count as not scored",
+                self._url,
+                name,
+                problem,
+                first_line(error),
+            )
+        return problem
+
+    def _known_by(self, path: str) -> str:
+        """What an object is known by while it does not change."""
+        self._files.invalidate_cache()
+        known: str = self._files.ukey(path)
+        return known
+
+    @contextmanager
+    def _explaining(self, name: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, RefscoreError):
+            raise
+        except Exception as error:  # noqa: BLE001  # credentials, network, rights: each backend has errors of its own
+            raise RefscoreError(
+                f"{self._url}/{name} cannot be {what} ({first_line(error)}): check the network, your rights and the credentials in "
+                "the environment"
+            ) from None
+
+
+def _changed(details: dict[str, Any]) -> float:
+    """When an object changed, in seconds since 1970; now if the place does not say."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        said = details.get(name)
+        if isinstance(said, datetime):
+            return said.timestamp()
+        if isinstance(said, int | float):
+            return float(said)
+    return time.time()

@@ -10,10 +10,14 @@ itself, and its lists of values are empty. In every other shard an empty list is
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +37,19 @@ _SUM_TOLERANCE = 1e-11
 
 class Unsound(Exception):
     """A shard that could not be read, or rows of it that cannot be true; the message says what was seen."""
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What is to be known of a shard beside its keys, without opening it: its name and number of rows, and what it says of itself.
+    `computed_by` is "" if no other reference did.
+    """
+
+    name: str
+    rows: int
+    published: int
+    sums_only: bool
+    computed_by: str
 
 
 def digest_in(name: str) -> str | None:
@@ -73,22 +90,34 @@ class OpenShard:
         return restored(table) if self.rounded else table
 
 
+def shard_names(directory: Path) -> list[str]:
+    """Every file whose name is a shard's name, damaged or not, but no dangling link; none in a directory that is not there."""
+    try:
+        with os.scandir(directory) as entries:
+            # told by the directory itself, unless it is a link: no file is looked at
+            return sorted(entry.name for entry in entries if SHARD.fullmatch(entry.name) and entry.is_file())
+    except FileNotFoundError:
+        return []
+
+
 def shard_files(directory: Path) -> list[Path]:
-    """Every file whose name is a shard's name, damaged or not; dangling links are skipped."""
-    return sorted(path for path in directory.glob("scores-*.parquet") if SHARD.fullmatch(path.name) and path.is_file())
+    """The paths of `shard_names`."""
+    return [directory / name for name in shard_names(directory)]
 
 
 @contextmanager
-def open_shard(shard: Path) -> Iterator[OpenShard]:
-    """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified.
+def open_shard(shard: Path, file: io.RawIOBase | BinaryIO | None = None) -> Iterator[OpenShard]:
+    """The shard, if it has the schema of SCORES or of ROUNDED_SCORES, page checksums verified. Its bytes are read from `file`, if
+    that is given.
 
     Raises Unsound, here and in the block, for whatever damaged bytes make the reader raise; FileNotFoundError for a file
     that is gone; RefscoreError for one that this user may not read.
     """
     try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            opened = OpenShard(file)
-            if not opened.rounded and not file.schema_arrow.remove_metadata().equals(SCORES):
+        # of bytes that come from afar a row group's are asked for together
+        with pq.ParquetFile(file or shard, page_checksum_verification=True, pre_buffer=file is not None) as parquet:
+            opened = OpenShard(parquet)
+            if not opened.rounded and not parquet.schema_arrow.remove_metadata().equals(SCORES):
                 raise Unsound("it has another schema")
             yield opened
     except (Unsound, FileNotFoundError):
@@ -112,10 +141,15 @@ def sums_only(file: OpenShard) -> bool:
     return about_in(file.schema_arrow).get(SUMS_ONLY) is True
 
 
-def computed_by(file: OpenShard) -> str | None:
-    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is."""
+def computed_by(file: OpenShard) -> str:
+    """The id of the reference that computed an open shard's rows, if that is not the one whose shard it is; else nothing."""
     said = about_in(file.schema_arrow).get(COMPUTED_BY)
-    return said if isinstance(said, str) else None
+    return said if isinstance(said, str) else ""
+
+
+def facts_of(name: str, file: OpenShard) -> ShardFacts:
+    """What is to be known of an open shard."""
+    return ShardFacts(name, file.metadata.num_rows, published_at(file), sums_only(file), computed_by(file))
 
 
 def shard_problem(file: OpenShard, table: pa.Table) -> str | None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import durable
-from pipeline.artifacts.schemas import COMPUTED_BY, SCORES
-from pipeline.artifacts.tables import list_column, write_parquet
+from pipeline.artifacts.schemas import COMPUTED_BY, ROUNDED_SCORES, SCORES
+from pipeline.artifacts.tables import list_column, parquet_writer, row_groups
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.fixed_point import FIXED_POINT, rounded
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
@@ -58,9 +59,11 @@ class Store:
             open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
         ]
 
-    def lookup(self, keys: pa.FixedSizeBinaryArray) -> Lookup:
-        """Where each of `keys` stands; reads the shards' keys. Raises RefscoreError if a place or shard may not be read."""
-        return Lookup(self.places, keys)
+    def lookup(self, keys: pa.FixedSizeBinaryArray, *, listed_within: float = 0) -> Lookup:
+        """Where each of `keys` stands, in shards that were listed at most `listed_within` seconds ago: who asks often need not list
+        as often, and may miss what others published since. Raises RefscoreError if a place or shard may not be read.
+        """
+        return Lookup(self.places, keys, listed_within=listed_within)
 
     def of(self, reference: ReferenceIdentity) -> Store:
         """The scores of another reference at the same places."""
@@ -82,7 +85,7 @@ class Store:
         table: pa.Table,
         circumstances: Sequence[Mapping[str, str]] = (),
         published: int | None = None,
-        computed_by: str | None = None,
+        computed_by: str = "",
     ) -> str:
         """Publish rows that are in SCORES' form already; returns the shard's name.
 
@@ -91,8 +94,7 @@ class Store:
         CheckError if a key stands twice.
         """
         sums = self.reference.numerics.engine == IMPORTED and _without_values(table)
-        rounds = self.reference.numerics.logps == FIXED_POINT
-        _must_be_true(table, sums=sums, rounded=rounds)
+        _must_be_true(table, sums=sums, rounded=self._rounds)
         about = {
             "reference_id": self.reference.reference_id,
             "published": time.time_ns() if published is None else published,
@@ -100,9 +102,17 @@ class Store:
             **({SUMS_ONLY: True} if sums else {}),
             **({COMPUTED_BY: computed_by} if computed_by else {}),
         }
+        return self.publish_parts(lambda: iter([table]), about, table.nbytes)
+
+    def publish_parts(self, parts: Callable[[], Iterator[pa.Table]], about: dict[str, Any], size: int) -> str:
+        """Publish rows in SCORES' form that come in parts, of which memory holds about one; returns the shard's name.
+
+        The parts are asked for twice, to be written and to be compared with what was written. They must be true, and hold no key
+        twice. `about` is what the shard says of itself, `size` about the bytes that it needs. Raises like `publish`.
+        """
         for _ in range(_TRIES):
             try:
-                return self._publish(rounded(table) if rounds else table, about)
+                return self._publish(parts, about, size)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -127,22 +137,23 @@ class Store:
             _publish_json(place, name, content)
 
     def register(self, run: Path) -> None:
-        """Leave word, in every directory of the store that can be written, that `run` uses this reference."""
+        """Leave word, in every place of the store that holds something of it and can be written, that `run` uses this reference."""
         for place in self.places:
-            if isinstance(place, LocalPlace) and place.directory.is_dir():
-                register(place.directory, run)
+            register(place, run)
 
-    def _publish(self, table: pa.Table, about: dict[str, Any]) -> str:
+    def _publish(self, parts: Callable[[], Iterator[pa.Table]], about: dict[str, Any], size: int) -> str:
         durable.reached("publish: begun")
         place = self.places[0]
-        with durable.explaining_disk(Path(place.name), table.nbytes):
+        with durable.explaining_disk(Path(place.name), size):
             temporary = durable.temporary_beside(place.workspace() / "scores.parquet")
             try:
                 self._describe()
                 durable.reached("publish: reference described")
-                write_parquet(temporary, table, about)
+                with parquet_writer(temporary, ROUNDED_SCORES if self._rounds else SCORES, about) as writer:
+                    for group in self._groups(parts()):
+                        writer.write_table(group)
                 durable.reached("publish: written")
-                _must_read_back(temporary, table)
+                _must_read_back(temporary, self._groups(parts()))
                 durable.reached("publish: checked")
                 durable.flush(temporary)
                 durable.reached("publish: flushed")
@@ -152,6 +163,14 @@ class Store:
                 temporary.unlink(missing_ok=True)
         durable.reached("publish: done")
         return name
+
+    @property
+    def _rounds(self) -> bool:
+        return self.reference.numerics.logps == FIXED_POINT
+
+    def _groups(self, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Rows as they are stored, in parts that are written together."""
+        return row_groups(rounded(part) if self._rounds else part for part in parts)
 
     def _describe(self) -> None:
         _publish_json(self.places[0], "reference.json", self.reference.described())
@@ -164,12 +183,12 @@ def open_place(place: str, reference_id: str, *, first: bool) -> Place:
     return LocalPlace(Path(place).expanduser() / reference_id, first=first)
 
 
-def read_reference(directory: Path) -> dict[str, Any]:
+def read_reference(place: Place) -> dict[str, Any]:
     """The content of a reference's reference.json; DataError if it cannot be read, or describes no reference."""
-    file = directory / "reference.json"
+    file = f"{place.name}/reference.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(place.read("reference.json"))
+    except (OSError, ValueError, RefscoreError) as error:
         raise DataError(f"{file} cannot be read ({first_line(error)}): the next precompute writes it anew") from None
     if not isinstance(content, dict) or not isinstance(content.get("numerics"), dict):
         raise DataError(f"{file} describes no reference: the next precompute writes it anew")
@@ -212,6 +231,9 @@ def _must_be_true(table: pa.Table, *, sums: bool, rounded: bool) -> None:
         raise CheckError("refusing to store two scores of one key: one of them could not be found again")
 
 
-def _must_read_back(path: Path, table: pa.Table) -> None:
-    if not pq.read_table(path, page_checksum_verification=True).equals(table):
-        raise CheckError(f"{path} does not read back as it was written: the disk or the memory is not sound")
+def _must_read_back(path: Path, groups: Iterator[pa.Table]) -> None:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        written = (file.read_row_group(number) for number in range(file.num_row_groups))
+        for group, back in zip_longest(groups, written):
+            if group is None or back is None or not back.equals(group):
+                raise CheckError(f"{path} does not read back as it was written: the disk or the memory is not sound")

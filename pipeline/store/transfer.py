@@ -11,7 +11,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,8 @@ def described_references(store: str) -> dict[str, ReferenceIdentity]:
     """
     files, root = _opened(store)
     try:
-        if files.isfile(root):
-            raise DataError(f"store {store} is a file: name the directory that holds the references")
-        names = [_last(path) for path in files.ls(root, detail=False)]
         found = {}
-        for name in filter(_REFERENCE.fullmatch, sorted(names)):
+        for name in reference_names(store):
             try:
                 identity = _identity(files.cat_file(f"{root}/{name}/reference.json"))
                 if identity and identity.reference_id == name:
@@ -82,13 +81,28 @@ def described_references(store: str) -> dict[str, ReferenceIdentity]:
                     name,
                     first_line(error),
                 )
-    except FileNotFoundError:
-        raise DataError(f"store {store} does not exist: check its name") from None
     except RefscoreError:
         raise
     except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
         raise _unlisted(store, error) from None
     return found
+
+
+def reference_names(store: str) -> list[str]:
+    """What at a place, a directory or a URL, is named like a reference, sorted. Raises as `described_references` does."""
+    files, root = _opened(store)
+    try:
+        if files.isfile(root):
+            raise DataError(f"store {store} is a file: name the directory that holds the references")
+        return sorted(filter(_REFERENCE.fullmatch, map(_last, files.ls(root, detail=False))))
+    except FileNotFoundError:
+        raise DataError(
+            f"store {store} does not exist: check its name; 'refscore precompute' makes the first of reference.store"
+        ) from None
+    except RefscoreError:
+        raise
+    except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
+        raise _unlisted(store, error) from None
 
 
 def copy_shards(
@@ -98,16 +112,16 @@ def copy_shards(
     copies = []
     for identity in identities:
         copied = Copied(identity.reference_id)
-        held = _held(target, identity.reference_id)
         origin = open_place(source, identity.reference_id, first=False)
         destination = open_place(target, identity.reference_id, first=True)
-        shards = origin.shards()
+        shards, held = origin.listed().shards, set(destination.sound(destination.listed().shards))
         with listener.progress(f"{identity.reference_id[:12]} shards", len(shards)) as ticker:
             for shard in shards:
-                if shard.name in held:
+                if shard in held:
                     copied.there += 1
                 else:
-                    _copy_shard(shard, destination, identity, copied)
+                    with _fetched(origin, shard) as path:
+                        _copy_shard(path, destination, identity, copied)
                 ticker.advance(1, f"{copied.rows:,} sequences")
         copies.append(copied)
     return copies
@@ -128,14 +142,27 @@ def copy_rows(
     wanted = keys.take(pa.array(there.missing))
     if not len(wanted):
         return copied
-    shards = open_place(source, identity.reference_id, first=False).shards()
+    origin = open_place(source, identity.reference_id, first=False)
+    shards = origin.listed().shards
     with listener.progress(f"{identity.reference_id[:12]} shards", len(shards)) as ticker:
         for shard in shards:
             if not len(wanted):
                 break
-            wanted = _copy_wanted(wanted, shard, destination, copied)
+            with _fetched(origin, shard) as path:
+                wanted = _copy_wanted(wanted, path, destination, copied)
             ticker.advance(1, f"{copied.rows:,} sequences")
     return copied
+
+
+@contextmanager
+def _fetched(origin: Place, shard: str) -> Iterator[Path]:
+    """A local file with a shard's bytes, whatever they are. Raises RefscoreError if it is gone."""
+    with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+        try:
+            path = origin.local(shard, Path(folder))
+        except FileNotFoundError as error:
+            raise _gone(Path(origin.name) / shard, error) from None
+        yield path
 
 
 def _copy_wanted(
@@ -143,6 +170,8 @@ def _copy_wanted(
 ) -> pa.FixedSizeBinaryArray:
     """Publish what one shard has of the keys; returns those that are still wanted."""
     try:
+        if sha256_now(shard) != digest_in(shard.name):
+            raise Unsound("its bytes are not those that were published")
         table, said = _read(shard)
         fresh = table.filter(pc.is_in(table["key"], value_set=wanted)).combine_chunks()
         if len(fresh):
@@ -217,21 +246,6 @@ def _gone(shard: Path, error: Exception) -> RefscoreError:
     return RefscoreError(
         f"{shard} cannot be copied ({first_line(error)}): run the same command again, which copies the rest"
     )
-
-
-def _held(store: str, reference_id: str) -> set[str]:
-    """Names of the shards that a place holds of a reference: at a URL what is listed, nothing is fetched; here those whose
-    bytes are what their names promise.
-    """
-    if not is_url(store):
-        return {shard.name for shard in open_place(store, reference_id, first=True).shards()}
-    files, root = _opened(store)
-    try:
-        return {_last(path) for path in files.ls(f"{root}/{reference_id}", detail=False)}
-    except FileNotFoundError:
-        return set()
-    except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
-        raise _unlisted(store, error) from None
 
 
 def _opened(store: str) -> tuple[Any, str]:

@@ -1,19 +1,22 @@
 """Digests are remembered while nothing says that a file changed; what could hide a change is not trusted."""
 
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
+import sqlite3
 import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.artifacts import digests
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -146,23 +149,107 @@ def test_a_stamp_is_given_again_to_a_file_that_kept_it_only(file):
     assert digests.unchanged_stamp(file, stamp) is None
 
 
-def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_only(file):
-    digests.MEMORY.parent.mkdir(parents=True)
-    digests.MEMORY.write_text("{broken")
+@pytest.mark.parametrize("damage", ["no database", "torn", "another table", "empty"])
+def test_a_memory_that_is_damaged_is_begun_anew(file, damage, caplog):
+    caplog.set_level("DEBUG")
     assert digests.file_sha256(file) == truth(file)
-    digests.MEMORY.write_text("[]")
+    if damage == "no database":
+        digests.MEMORY.write_text("{broken" * 1000)
+    elif damage == "torn":
+        content = digests.MEMORY.read_bytes()
+        digests.MEMORY.write_bytes(content[:4096] + bytes(len(content) - 4096))
+    elif damage == "another table":
+        digests.MEMORY.unlink()
+        with closing(sqlite3.connect(digests.MEMORY)) as memory:
+            memory.execute("CREATE TABLE digests (stamp TEXT)")
+    else:
+        digests.MEMORY.write_bytes(b"")
+    assert digests.unread_bytes([file]) == 1000
     assert digests.file_sha256(file) == truth(file)
-    digests.MEMORY.unlink()
-    digests.MEMORY.mkdir()
+    assert ("begun anew" in caplog.text) == (damage != "empty")
+    assert digests.unread_bytes([file]) == 0
+
+
+@pytest.mark.parametrize("obstacle", ["a directory", "no directory", "locked", "read only"])
+def test_a_memory_that_cannot_be_read_or_written_costs_time_only(file, obstacle, monkeypatch):
+    monkeypatch.setattr(digests, "_PATIENCE", 0.1)
+    if obstacle == "a directory":
+        digests.MEMORY.mkdir(parents=True)
+    elif obstacle == "no directory":
+        digests.MEMORY.parent.parent.mkdir()
+        digests.MEMORY.parent.write_text("")
+    elif obstacle == "read only":
+        connect = sqlite3.connect
+        monkeypatch.setattr(
+            digests.sqlite3, "connect", lambda path, **words: connect(f"file:{path}?mode=ro", uri=True, **words)
+        )
+    else:
+        digests.file_sha256(file)
+        file.write_bytes(b"b" * 1000)
+        settle()
+        with closing(sqlite3.connect(digests.MEMORY)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            assert digests.file_sha256(file) == truth(file)
+            assert digests.unread_bytes([file]) == 1000
     assert digests.file_sha256(file) == truth(file)
 
 
-def test_a_memory_of_an_earlier_form_is_passed_over(file):
-    status = file.stat()
+def test_thousands_of_files_are_one_question_and_none_is_forgotten(tmp_path, monkeypatch):
+    files = [tmp_path / f"{number}" for number in range(11_000)]
+    stamps = {path: f"stamp of {path}" for path in files}
+    digests._remember(dict.fromkeys(stamps.values(), "ab"))
+    monkeypatch.setattr(digests, "file_stamp", stamps.__getitem__)
+    connect, connections = sqlite3.connect, []
+    monkeypatch.setattr(
+        digests.sqlite3, "connect", lambda *given, **words: connections.append(given) or connect(*given, **words)
+    )
+    assert digests.files_sha256(files) == dict.fromkeys(files, "ab")
+    assert len(connections) == 1
+
+
+def test_what_nobody_asks_for_is_forgotten_and_what_is_asked_for_is_not(file, monkeypatch):
+    other = file.with_name("other")
+    other.write_bytes(b"b")
+    settle()
+    digests.files_sha256([file, other])
+    today = digests._today()
+    for later in (60, 120):
+        monkeypatch.setattr(digests, "_today", lambda later=later: today + later)
+        assert digests.unread_bytes([file]) == 0
+    digests._remember({"another": "00"})
+    assert digests.unread_bytes([file, other]) == 1
+
+
+REMEMBERING = """
+import sys
+from pipeline.artifacts import digests
+for number in range(100):
+    name = f"{sys.argv[1]}.{number}"
+    digests._remember({name: name})
+    assert digests._remembered([name]) == {name: name}
+"""
+
+
+def test_many_processes_remember_at_once(tmp_path):
     digests.MEMORY.parent.mkdir(parents=True)
-    earlier = {f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}": "0" * 64, "x": 3}
-    digests.MEMORY.write_text(json.dumps(earlier))
-    assert digests.file_sha256(file) == truth(file)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", REMEMBERING, str(number)], env=environment, stderr=subprocess.PIPE)
+        for number in range(4)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said.decode()
+    names = [f"{process}.{number}" for process in range(4) for number in range(100)]
+    assert digests._remembered(names) == dict(zip(names, names, strict=True))
+
+
+def test_a_name_that_is_no_text_is_remembered(tmp_path):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.safetensors"))
+    odd.write_bytes(b"a" * 10)
+    settle()
+    assert digests.file_sha256(odd) == truth(odd)
+    assert digests.unread_bytes([odd]) == 0
 
 
 @pytest.mark.parametrize("kernel", ["names mounts", "names none"])

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.models.identity import ModelIdentity
 from pipeline.store.identity import Numerics, ReferenceIdentity, score_key
+from pipeline.store.shard import shard_files
 from pipeline.store.store import Scored, Store
 
 REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
@@ -47,6 +48,11 @@ def build(value: float):
 
 def open_store(where: Path) -> Store:
     return Store([str(where)], REFERENCE)
+
+
+def shard_names(where: Path) -> list[str]:
+    """Names of the shards in the store."""
+    return [shard.name for shard in shard_files(where / REFERENCE.reference_id)]
 
 
 def keys_of(numbers) -> pa.FixedSizeBinaryArray:

@@ -12,9 +12,8 @@ import traceback
 import pyarrow as pa
 import pytest
 
-from pipeline.store.compaction import compact
-from pipeline.store.shard import shard_files
-from tests.faults.conftest import EVERYTHING, REFERENCE, found_numbers, open_store, oracle
+from pipeline.store.tidying.compaction import compact
+from tests.faults.conftest import EVERYTHING, found_numbers, open_store, oracle, shard_names
 
 KILLS = 100 if EVERYTHING else 8
 ROUNDS = 70 if EVERYTHING else 4
@@ -95,16 +94,16 @@ def test_writers_killed_at_any_moment_lose_nothing_that_was_published(tmp_path, 
     assert safe
 
 
-def compactor(directory, seed):
+def compactor(where, seed):
     def work(say):
         draw = random.Random(seed)
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
-            shards = shard_files(directory)
+            shards = shard_names(where)
             if len(shards) < 2:
                 time.sleep(0.01)
                 continue
-            say("merged", compact(directory, draw.sample(shards, min(len(shards), draw.randint(2, 6)))))
+            say("merged", compact(open_store(where), draw.sample(shards, min(len(shards), draw.randint(2, 6)))))
 
     return work
 
@@ -125,14 +124,13 @@ def test_compactions_beside_readers_writers_and_other_compactions_lose_nothing(t
     reads = merges = 0
     for number in range(ROUNDS):
         where = tmp_path / f"store{number}"
-        directory = where / REFERENCE.reference_id
         for start in range(0, 80, _AT_ONCE):
             # neighbours overlap, so that keys stand in two shards
             open_store(where).publish([oracle(n) for n in range(start, start + _AT_ONCE + 2)])
         children = [
             Child(short_writer(where, 200)),
-            Child(compactor(directory, 3 * number)),
-            Child(compactor(directory, 3 * number + 1)),
+            Child(compactor(where, 3 * number)),
+            Child(compactor(where, 3 * number + 1)),
         ]
         doomed = children[draw.randrange(3)] if number % 2 else None
         until = time.monotonic() + 0.1 + draw.random() * 0.3
@@ -147,7 +145,7 @@ def test_compactions_beside_readers_writers_and_other_compactions_lose_nothing(t
             assert "Traceback" not in said, said
             assert status == 0 or child is doomed, said
             safe |= published(said)
-            merges += said.count("merged") - said.count("merged 0\n")
+            merges += said.count("merged") - said.count("merged None\n")
         assert found_numbers(where, range(300)) >= safe
         case("compactions beside a reader, a writer and another compaction, every second time one of them killed")
     assert reads >= ROUNDS

@@ -14,14 +14,15 @@ import polars as pl
 import pytest
 
 from pipeline.artifacts.schemas import SCORES
-from pipeline.store.compaction import compact, look
 from pipeline.store.shard import shard_files
-from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle
+from pipeline.store.tidying.compaction import compact, groups_of
+from pipeline.store.tidying.retention import Rules, parts_of, removals_by
+from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, oracle, shard_names
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = "".join(
     (ROOT / "pipeline" / "store" / name).read_text()
-    for name in ("store.py", "places.py", "compaction.py", "remote_places.py")
+    for name in ("store.py", "places.py", "tidying/compaction.py", "remote_places.py")
 )
 POINTS = re.findall(r'reached\("((?:publish|compact): [^"]+)"\)', SOURCE)
 PUBLISH = list(dict.fromkeys(point for point in POINTS if point.startswith("publish")))
@@ -66,13 +67,13 @@ def test_a_compaction_killed_anywhere_loses_nothing(tmp_path, case, point):
     for start in range(0, 60, 10):
         open_store(where).publish([oracle(n) for n in range(start, start + 12)])
     done = child(
-        "from pipeline.store.compaction import compact\nfrom pipeline.store.shard import shard_files\n"
-        "die_at(sys.argv[2])\ncompact(Path(sys.argv[1]), shard_files(Path(sys.argv[1])))",
-        directory(where), point,
+        "from pipeline.store.tidying.compaction import compact\nfrom tests.faults.conftest import shard_names\n"
+        "die_at(sys.argv[2])\nwhere = Path(sys.argv[1])\ncompact(open_store(where), shard_names(where))",
+        where, point,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert found_numbers(where, range(62)) == set(range(62))
-    compact(directory(where), shard_files(directory(where)))
+    compact(open_store(where), shard_names(where))
     assert found_numbers(where, range(62)) == set(range(62))
     case("SIGKILL while compacting")
 
@@ -81,12 +82,12 @@ def test_compaction_makes_one_shard_of_many_without_repeats(tmp_path, case):
     where = tmp_path / "store"
     for start in range(0, 60, 10):
         open_store(where).publish([oracle(n) for n in range(start, start + 12)])
-    groups = look(where, set()).small[directory(where)]
-    assert [compact(directory(where), group) for group in groups] == [62]
+    place = open_store(where).places[0]
+    assert [compact(open_store(where), group) for group in groups_of(place, place.entries())] == [62]
     (shard,) = shard_files(directory(where))
     assert len(pl.read_parquet(shard)) == 62
     assert found_numbers(where, range(62)) == set(range(62))
-    assert look(where, {REFERENCE.reference_id}).small == {}
+    assert groups_of(place, place.entries()) == []
     case("compaction")
 
 
@@ -95,12 +96,12 @@ def test_readers_find_every_key_while_compactions_run(tmp_path, case):
     for start in range(0, 200, 5):
         open_store(where).publish([oracle(n) for n in range(start, start + 5)])
     code = (
-        "from pipeline.store.compaction import compact\nfrom pipeline.store.shard import shard_files\n"
+        "from pipeline.store.tidying.compaction import compact\nfrom tests.faults.conftest import open_store, shard_names\n"
         "d = Path(sys.argv[1])\n"
-        "while len(shard_files(d)) > 1: compact(d, shard_files(d)[:3])\n"
+        "while len(shard_names(d)) > 1: compact(open_store(d), shard_names(d)[:3])\n"
     )
     writer = subprocess.Popen(
-        [os.sys.executable, "-c", f"import sys\nfrom pathlib import Path\n{code}", directory(where)], cwd=ROOT
+        [os.sys.executable, "-c", f"import sys\nfrom pathlib import Path\n{code}", where], cwd=ROOT
     )
     reads = 0
     while writer.poll() is None:
@@ -258,7 +259,8 @@ def test_leftovers_older_than_a_day_are_swept_and_younger_ones_left(tmp_path, ca
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 2 * 86400,) * 2)
-    assert look(where, {REFERENCE.reference_id}).leftovers == [old]
+    ((removal,), _) = removals_by(Rules(), parts_of(str(where), {}, {}))
+    assert [entry.name for entry in removal.entries] == [old.name]
     case("leftovers of a killed writer")
 
 

@@ -12,7 +12,6 @@ from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError
 from pipeline.pairs import table as pair_table
-from pipeline.precompute import join
 from pipeline.precompute.join import dropped_with, joined, write_joined
 from pipeline.precompute.plan import make_plan
 from pipeline.precompute.score import lengths_in, requests_in, sorted_shards, tokens_in
@@ -24,8 +23,7 @@ from tests.precompute.scoring import score_all, tables_of
 @pytest.fixture(params=[2048, 4], ids=["one row group", "small row groups"])
 def _small_groups(request, monkeypatch):
     """What is found by row must not depend on where a row group ends."""
-    for module in (pair_table, join):
-        monkeypatch.setattr(module, "GROUP", request.param)
+    monkeypatch.setattr(pair_table, "GROUP", request.param)
 
 
 @pytest.fixture
@@ -85,14 +83,6 @@ def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
     assert len(make_plan(config).missing) == 13
 
 
-def test_however_few_scores_are_held_at_a_time_the_pairs_are_the_same(config, monkeypatch):
-    plan = make_plan(config)
-    score_all(plan, Engine())
-    together = pa.concat_tables(joined(plan))
-    monkeypatch.setattr("pipeline.precompute.join._AT_ONCE", 1)
-    assert pa.concat_tables(joined(plan)).equals(together)
-
-
 @pytest.mark.parametrize(("position", "side"), [(3, "rejected"), (10, "chosen")])
 def test_scores_of_another_number_of_tokens_are_refused(config, position, side):
     plan = scored_plan(config)
@@ -111,11 +101,10 @@ def scored_plan(config, spoil=lambda logps: logps):
 def test_a_score_that_is_gone_after_scoring_is_named(config):
     plan = make_plan(config)
     ids = [plan.row(number)["pair_id"] for number in range(7)]
-    with pytest.raises(CheckError, match=r"(8|14) scores are missing") as stop:
+    with pytest.raises(CheckError, match="14 scores are missing") as stop:
         list(joined(plan))
-    # of as many row groups as are read at a time, the first ten: two of each pair
-    seen = min(10, int(str(stop.value).split()[0])) // 2
-    named = ", ".join(pair_id for pair_id in ids[:seen] for _ in range(2))
+    # the first ten: two of each pair
+    named = ", ".join(pair_id for pair_id in ids[:5] for _ in range(2))
     assert f"first of the pairs {named}:" in str(stop.value)
 
 
@@ -197,43 +186,6 @@ def test_what_scoring_left_out_stands_with_what_planning_dropped(config):
         }
         assert row["prompt_ids"] == pair["prompt_ids"]
     assert dropped_with(plan, {}).schema == DROPPED
-
-
-def test_as_many_row_groups_are_read_at_a_time_as_scores_fit(config, monkeypatch):
-    plan, reads = scored_plan(config), []
-    load = join._Scores._load
-    monkeypatch.setattr(
-        join._Scores, "_load", lambda self, at: reads.append((at[0] // 2, (at[-1] + 1) // 2)) or load(self, at)
-    )
-    monkeypatch.setattr(join, "GROUP", 2)
-    monkeypatch.setattr(pair_table, "GROUP", 2)
-    plan = make_plan(config)
-    tokens = plan.pairs.response_tokens.reshape(-1, 2).sum(axis=1)
-    size = [4 * int(number) + 2 * 64 for number in tokens]
-
-    def read(at_once):
-        reads.clear()
-        monkeypatch.setattr(join, "_AT_ONCE", at_once)
-        assert sum(map(len, joined(plan))) == 7
-        return list(reads)
-
-    assert read(2**24) == [(0, 7)]
-    assert read(sum(size)) == [(0, 7)]
-    # one byte less: whole groups only, and what is left after them
-    assert read(sum(size) - 1) == [(0, 6), (6, 7)]
-    assert read(sum(size[:4])) == [(0, 4), (4, 6 if sum(size[4:]) > sum(size[:4]) else 7)]
-    assert read(sum(size[:4]) - 1)[0] == (0, 2)
-    # two groups at a time if the first two fit, and if those after them do, counted from where they begin
-    at_once = max(sum(size[:4]), sum(size[4:6]))
-    wanted, first = [], 0
-    while first < 7:
-        fit = next((n for n in range(7 - first, 0, -1) if sum(size[first : first + n]) <= at_once), 0)
-        end = 7 if first + fit == 7 else min(first + max(fit // 2, 1) * 2, 7)
-        wanted.append((first, end))
-        first = end
-    assert read(at_once) == wanted
-    # never less than a group
-    assert read(1) == [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
 def shards_of(plan, tokens, first):

@@ -24,6 +24,7 @@ from pipeline.engines.transformers import TransformersScorer
 from pipeline.errors import ConfigError
 from pipeline.judges.judging import by_reward
 from pipeline.rollouts.current import ensure_rollouts
+from pipeline.store.places import LocalPlace
 from pipeline.store.registrations import registered
 from pipeline.store.store import Store
 from tests.conftest import make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows
@@ -354,7 +355,8 @@ def test_the_store_knows_that_the_run_uses_the_scores_of_both_models(place):
         place.rollout(f"policy.model={other}", run=run)
     about = place.about()
     for identity in (about["policy_id"], about["reference_id"]):
-        assert {one.name for one in registered(place.where / "data/store" / identity)} == {"r", "second"}
+        held = LocalPlace(place.where / "data/store" / identity)
+        assert {one.name for one in registered(held, held.entries())} == {"r", "second"}
 
 
 def test_the_run_is_listed_and_shown(place):

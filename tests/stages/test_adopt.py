@@ -1,6 +1,7 @@
 """`refscore store adopt`: an engine is updated, its numbers hardly change, and nothing is scored again."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -154,10 +155,11 @@ def test_a_second_time_renews_the_record(tmp_path, config, old):
 def test_an_adoption_is_taken_back_with_what_it_brought(tmp_path, config, old):
     refscore_here(tmp_path, "store", "adopt", old, "--config", config)
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "new")
-    said = refscore_here(tmp_path, "store", "adopt", old, "--config", config, "--revoke")
+    shutil.rmtree(tmp_path / "data/store" / old)  # also if the adopted one is gone
+    said = refscore_here(tmp_path, "store", "adopt", old[:9], "--config", config, "--revoke")
     assert "24 sequences that were taken over are removed" in said
     assert "0 hits, 24 misses" in refscore_here(tmp_path, "precompute", "--config", config, "--plan")
-    assert "records no adoption" in refscore_here(
+    assert "records 0 adoptions" in refscore_here(
         tmp_path, "store", "adopt", old, "--config", config, "--revoke", code=3
     )
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "new")
@@ -177,10 +179,26 @@ def test_what_may_not_be_adopted_is_refused_before_anything_is_scored(tmp_path, 
     assert "numerics" not in said
     assert "no reference begins with 'ffff'" in refused("ffff", 3)
     assert "compares nothing with the reference" in refused(old, 2, "--set", "train.loss_type=[simpo]")
+    assert "a number of nats per token" in refused(old, 2, "--tolerance", "inf")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.store.places.LocalPlace.why_not_writable", lambda self: "it is full")
+        assert "first place of reference.store, which cannot be written (it is full)" in refused(old, 1)
     new = write_rows(tmp_path / "new.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(8)])
     assert "computed no score of this configuration's data" in refused(old, 3, "--set", f"data.path={new}")
     monkeypatch.setattr(protocol, "engine_version", lambda engine: "4.0")
     assert "own reference" in refused(old, 2)
+
+
+def test_single_responses_are_compared_too(tmp_path, config, updated):
+    kto = ["--config", config, "--set", "train.loss_type=kto"]
+    updated("4.0")
+    refscore_here(tmp_path, "precompute", *kto, "--run", "old")
+    updated("5.0")
+    old = stage_of(tmp_path, "old")["reference_id"]
+    assert "Earlier minus today, 5 responses" in refscore_here(tmp_path, "store", "adopt", old, *kto, "--sample", 5)
+    sequences = stage_of(tmp_path, "old")["sequences"]
+    refscore_here(tmp_path, "precompute", *kto, "--run", "new")
+    assert stage_of(tmp_path, "new")["computed_by"] == {old: sequences}
 
 
 def test_an_id_that_two_references_begin_with_is_refused(tmp_path, config, old):

@@ -7,11 +7,11 @@ import pytest
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import RefscoreError
 from pipeline.models.identity import ModelIdentity
-from pipeline.store.compaction import compact
 from pipeline.store.identity import Numerics, ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.shard import sha256_now, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
 
 REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
 
@@ -88,18 +88,11 @@ def test_the_first_of_each_key_is_found_however_alike_they_are(alike):
 
 
 def test_a_shard_of_many_row_groups_is_read_where_the_keys_stand(store, monkeypatch):
-    monkeypatch.setattr("pipeline.store.store.write_parquet", in_small_groups)
+    monkeypatch.setattr("pipeline.artifacts.tables._AT_ONCE", 7)
     keys = some_keys(0)
     store.publish([row(key) for key in keys])
     found = answers(store.lookup(array(keys)), np.arange(len(keys)))
     assert [found[at]["logps"] for at in range(len(keys))] == [row(key).logps.tolist() for key in keys]
-
-
-def in_small_groups(path, table, about=None):
-    from pipeline.artifacts.tables import parquet_writer
-
-    with parquet_writer(path, table.schema, about) as writer:
-        writer.write_table(table, row_group_size=7)
 
 
 def test_shards_merged_between_looking_up_and_reading_are_looked_up_again(store):
@@ -109,7 +102,7 @@ def test_shards_merged_between_looking_up_and_reading_are_looked_up_again(store)
     lookup = store.lookup(array(keys))
     parts = lookup.rows(np.arange(60))
     seen = [next(parts)]
-    compact(store.places[0].directory, shards(store))
+    compact(store, [shard.name for shard in shards(store)])
     seen += parts
     positions = np.concatenate([part for part, _ in seen])
     assert sorted(positions) == list(range(60))
@@ -169,8 +162,8 @@ class Counting:
     def __init__(self, place, answer):
         self.place, self.answer, self.asked = place, answer, []
 
-    def shards(self):
-        return self.place.shards()
+    def __getattr__(self, name):
+        return getattr(self.place, name)
 
     def examine(self, shard, problem):
         self.asked.append((shard, problem))
@@ -188,7 +181,7 @@ def test_a_shard_that_reads_differently_each_time_is_an_error_that_names_it(stor
     monkeypatch.setattr("pipeline.store.lookup.shard_problem", lambda file, table: "row 0: a value that flickers")
     with pytest.raises(RefscoreError, match=f"{shard.name} reads differently each time .*flickers.*memory"):
         answers(lookup, np.array([0]))
-    assert place.asked == [(shard, "row 0: a value that flickers")] * times
+    assert place.asked == [(shard.name, "row 0: a value that flickers")] * times
 
 
 def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
@@ -205,9 +198,8 @@ def test_a_doubt_that_passes_costs_a_second_look(store, monkeypatch):
 def test_a_shard_that_is_listed_and_never_there_is_an_error_that_names_it(store, monkeypatch):
     key = some_keys(0)[0]
     store.publish([row(key)])
-    (shard,) = shards(store)
     place = Counting(store.places[0], True)
-    monkeypatch.setattr(Counting, "shards", lambda self: [shard.with_name("scores-gone.parquet")])
+    monkeypatch.setattr("pipeline.store.places.shard_names", lambda _: ["scores-gone.parquet"])
     monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
     with pytest.raises(RefscoreError, match=r"scores-gone\.parquet is listed but cannot be read, 6 times"):
         Lookup([place], array([key]))

@@ -7,9 +7,10 @@ import pytest
 
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.store import places, registrations
-from pipeline.store.compaction import compact, look
 from pipeline.store.shard import sha256_now, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
+from pipeline.store.tidying.retention import Rules, parts_of, removals_by
 from tests.store.test_store import REFERENCE, keys, scored
 
 
@@ -20,6 +21,16 @@ def store(tmp_path):
 
 def directory(store):
     return store.places[0].directory
+
+
+def names(store):
+    return [shard.name for shard in shard_files(directory(store))]
+
+
+def unused(store, used=()):
+    """The references that go if what no run uses goes."""
+    parts = parts_of(str(directory(store).parent), {name: ["a run"] for name in used}, {})
+    return [removal.part.reference_id for removal in removals_by(Rules(unreferenced=True), parts)[0]]
 
 
 def table_of(store, *rows):
@@ -106,9 +117,9 @@ def test_of_two_scores_of_a_key_the_first_published_counts_before_and_after_a_co
     assert value() == versions[first].logps.tolist()
     # whichever shards are merged, the first stays first
     for _ in range(2):
-        compact(directory(store), shard_files(directory(store))[:2])
+        compact(store, names(store)[:2])
         assert value() == versions[first].logps.tolist()
-    compact(directory(store), shard_files(directory(store)))
+    compact(store, names(store))
     assert value() == versions[first].logps.tolist()
 
 
@@ -135,7 +146,7 @@ def test_a_file_that_is_listed_for_ever_and_never_there_is_an_error(store, monke
     ghost = directory(store) / f"scores-{'0' * 64}.parquet"
     waited = []
     monkeypatch.setattr(places.time, "sleep", waited.append)
-    monkeypatch.setattr(places, "shard_files", lambda _: [ghost])
+    monkeypatch.setattr(places, "shard_names", lambda _: [ghost.name])
     with pytest.raises(RefscoreError, match="listed but cannot be read"):
         store.lookup(keys(scored(1)))
     assert waited == sorted(waited)
@@ -166,19 +177,19 @@ def test_a_sound_shard_is_never_set_aside_and_a_new_one_is_given_back(store, mon
 def test_tidying_spares_what_is_young_and_what_others_registered(store, tmp_path, monkeypatch):
     store.publish([scored(1)])
     where = directory(store)
-    assert look(where.parent, set()).unreferenced == []  # younger than a day
+    assert unused(store) == []  # younger than a day
     later = registrations.time.time() + 3 * registrations.DAY
     run = tmp_path / "elsewhere" / "run"
     run.mkdir(parents=True)
     store.register(run)
     store.register(run)
-    assert [one.name for one in registrations.registered(where)] == ["run"]
-    for module in ("pipeline.store.registrations", "pipeline.store.compaction"):
-        monkeypatch.setattr(f"{module}.time.time", lambda: later)
-    assert look(where.parent, set()).unreferenced == []  # the other checkout's run is there
+    place = store.places[0]
+    assert [one.name for one in registrations.registered(place, place.entries())] == ["run"]
+    monkeypatch.setattr(registrations.time, "time", lambda: later)
+    assert unused(store) == []  # the other checkout's run is there
     run.rmdir()
-    assert look(where.parent, set()).unreferenced == [where]
-    assert look(where.parent, {where.name}).unreferenced == []
+    assert unused(store) == [where.name]
+    assert unused(store, {where.name}) == []
 
 
 def test_what_cannot_be_read_in_a_store_is_said_by_ls_and_gc_and_not_raised(store, tmp_path, capsys, monkeypatch):
@@ -193,7 +204,7 @@ def test_what_cannot_be_read_in_a_store_is_said_by_ls_and_gc_and_not_raised(stor
     (other / "reference.json").write_text("{}")
     (where.parent / ("2" * 64)).symlink_to(where)
     stage.ls(str(where.parent))
-    stage.gc(str(where.parent), apply=True, unreferenced=True)
+    stage.gc(str(where.parent), Rules(unreferenced=True), apply=True)
     said = capsys.readouterr().out
     assert "1 shards cannot be read" in said
     assert "describes no reference" in said.replace("\n", " ")
@@ -219,7 +230,7 @@ def test_shards_say_on_what_they_were_made(store):
 
     store.publish([scored(1)], {"processor": "one"})
     store.publish([scored(2)], {"processor": "two"})
-    compact(directory(store), shard_files(directory(store)))
+    compact(store, names(store))
     (shard,) = shard_files(directory(store))
     about = json.loads(pq.read_schema(shard).metadata[b"refscore"])
     assert about["circumstances"] == [{"processor": "one"}, {"processor": "two"}]

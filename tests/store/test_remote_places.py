@@ -1,6 +1,7 @@
-"""The store at an S3 URL, against a real S3 server process."""
+"""The store at an S3 URL, against a real S3 server process: what is fetched, how often, and what is damaged on the way."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -12,14 +13,29 @@ import pytest
 
 from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import ConfigError, RefscoreError
-from pipeline.store import remote_places
+from pipeline.store import pieces, remote_places
 from pipeline.store.store import Store
 from tests.conftest import experiment, preference_rows, refscore, write_rows
 from tests.store.test_store import REFERENCE, keys, scored
 
 
+@pytest.fixture
+def requests(server, tmp_path_factory):
+    """The requests since the last time that it was asked."""
+    seen = 0
+
+    def since():
+        nonlocal seen
+        made = re.findall(r"(GET|HEAD|PUT|POST|DELETE) /", (tmp_path_factory.getbasetemp() / "requests").read_text())
+        fresh, seen = made[seen:], len(made)
+        return fresh
+
+    since()
+    return since
+
+
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory):
     """moto's S3 server on a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -27,7 +43,7 @@ def server():
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=(tmp_path_factory.getbasetemp() / "requests").open("w"),
     )
     for _ in range(100):
         with socket.socket() as probe:
@@ -86,9 +102,8 @@ def test_publishing_replaces_nothing(bucket):
     with pytest.raises(FileExistsError):
         files.pipe_file(reference, b"{}", mode="create")
     table = store.lookup(keys(scored(1))).found().to_arrow().cast(SCORES)
-    published = pq.read_schema(next((remote_places.CACHE / REFERENCE.reference_id).glob("scores-*"))).metadata[
-        b"refscore"
-    ]
+    shard = next(path for path in before if path.endswith(".parquet"))
+    published = pq.read_schema(pa.BufferReader(files.cat_file(shard))).metadata[b"refscore"]
     store.publish_table(table, [{}], published=json.loads(published)["published"])
     files.invalidate_cache()
     assert {path: files.info(path)["ETag"] for path in files.ls(root)} == before
@@ -105,7 +120,7 @@ def test_a_shard_damaged_in_the_bucket_is_a_miss(bucket, tmp_path, monkeypatch, 
     files.pipe_file(shard, bytes(content))
     monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
     assert len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing) == 1
-    assert "not the bytes that were published" in caplog.text
+    assert "not those that were published" in caplog.text
 
 
 def test_a_bucket_that_is_not_there_is_a_message(bucket):
@@ -166,27 +181,32 @@ def test_a_damaged_object_is_replaced_by_the_next_publication_of_its_name(bucket
     assert not len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing)
 
 
-def test_a_copy_that_is_damaged_here_is_fetched_again(bucket):
+def test_a_piece_that_is_damaged_here_is_fetched_again(bucket, requests):
     Store([bucket], REFERENCE).publish([scored(1)])
-    (copy,) = (remote_places.CACHE / REFERENCE.reference_id).glob("scores-*")
-    sound = copy.read_bytes()
-    damage(copy)
-    assert not len(Store([bucket], REFERENCE).lookup(keys(scored(1))).missing)
-    assert copy.read_bytes() == sound
+    (piece,) = remote_places.CACHE.glob("scores-*")
+    sound = piece.read_bytes()
+    for content in (sound[:100] + b"?" + sound[101:], sound[:-9], b""):
+        piece.write_bytes(content)
+        requests()
+        lookup = Store([bucket], REFERENCE).lookup(keys(scored(1)))
+        assert lookup.found()["logps"].to_list()[0] == scored(1).logps.tolist()
+        assert piece.read_bytes() == sound
+        assert requests() == ["GET"] * 2  # the listing, and the piece
 
 
-def test_a_copy_that_rots_under_a_reader_is_looked_at_removed_and_fetched_again(bucket):
+def test_a_shard_is_examined_as_it_stands_in_the_bucket(bucket):
     store = Store([bucket], REFERENCE)
     store.publish([scored(1)])
     place = store.places[0]
-    (copy,) = place.shards()
-    assert place.examine(copy, "seen by a test")
-    damage(copy)
-    assert not place.examine(copy, "seen by a test")
-    assert not copy.exists()
-    assert place.shards() == [copy]
-    copy.unlink()
-    assert not place.examine(copy, "seen by a test")
+    (shard,) = place.listed().shards
+    assert place.examine(shard, "seen by a test")
+    files, (path,) = objects(bucket)
+    sound = files.cat_file(path)
+    files.pipe_file(path, sound[:100] + b"?" + sound[101:])
+    assert not place.examine(shard, "seen by a test")
+    assert place.listed().shards == []
+    files.rm_file(path)
+    assert not place.examine(shard, "seen by a test")
 
 
 def test_an_object_whose_own_bytes_are_unsound_is_not_fetched_for_ever(bucket, monkeypatch):
@@ -194,11 +214,10 @@ def test_an_object_whose_own_bytes_are_unsound_is_not_fetched_for_ever(bucket, m
     store = Store([bucket], REFERENCE)
     store.publish([scored(1)])
     place = store.places[0]
-    (copy,) = place.shards()
+    (shard,) = place.listed().shards
     monkeypatch.setattr(remote_places, "check_shard", lambda _: "a value above 0")
-    assert not place.examine(copy, "seen by a test")
-    assert place.shards() == []
-    assert not copy.exists()
+    assert not place.examine(shard, "seen by a test")
+    assert place.listed().shards == []
 
 
 def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_tries(bucket, tmp_path, monkeypatch):
@@ -209,11 +228,11 @@ def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_
     store = Store([bucket], REFERENCE)
     files = store.places[0]._files
 
-    def refuse(*_, **__):
+    def refuse(paths, *_, **__):
         tries.append(1)
-        raise PermissionError("Access Denied")
+        return [PermissionError("Access Denied")] * len(paths)
 
-    monkeypatch.setattr(files, "get_file", refuse)
+    monkeypatch.setattr(files, "cat_ranges", refuse)
     with pytest.raises(
         RefscoreError, match=r"scores-[0-9a-f]+\.parquet is listed but cannot be read, 6 times .*Denied"
     ):
@@ -221,6 +240,124 @@ def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_
     assert len(tries) == 6
     assert waited == sorted(waited)
     assert len(waited) == 5
+
+
+@pytest.fixture
+def many(bucket, monkeypatch, tmp_path):
+    """Forty shards in the bucket, covered by an index, and a machine that has seen none of them."""
+    store = Store([bucket], REFERENCE)
+    for number in range(40):
+        store.publish([scored(number), scored(1000 + number)])
+    assert len(store.lookup(keys(*map(scored, range(50)))).missing) == 10
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
+    return bucket
+
+
+def test_the_index_is_fetched_and_no_shard_for_a_plan(many, requests):
+    lookup = Store([many], REFERENCE).lookup(keys(*map(scored, range(50))))
+    assert len(lookup.missing) == 10
+    # two listings, and the index in one piece
+    assert requests() == ["GET"] * 3
+    assert len(lookup.found()) == 40
+    assert requests() == ["GET"] * 40
+    # all of that is here now
+    assert len(Store([many], REFERENCE).lookup(keys(*map(scored, range(50)))).found()) == 40
+    assert requests() == ["GET"] * 2
+
+
+def test_who_asks_often_lists_once(many, requests):
+    store = Store([many], REFERENCE)
+    for number in range(20):
+        assert len(store.lookup(keys(scored(number)), listed_within=60).held) == 1
+    assert len(requests()) == 3
+    # what this process publishes it finds
+    store.publish([scored(60)])
+    assert len(store.lookup(keys(scored(60)), listed_within=60).held) == 1
+
+
+def test_an_index_that_is_damaged_in_the_bucket_is_made_again(many, caplog):
+    import fsspec
+
+    files, root = fsspec.url_to_fs(f"{many}/{REFERENCE.reference_id}/index")
+    (path,) = files.ls(root)
+    sound = files.cat_file(path)
+    for damaged in (sound[:40] + b"?" + sound[41:], sound[:-50], b"?" * len(sound)):
+        files.pipe_file(path, damaged)
+        lookup = Store([many], REFERENCE).lookup(keys(*map(scored, range(50))))
+        assert len(lookup.missing) == 10
+        assert len(lookup.found()) == 40
+        files.invalidate_cache()
+        assert files.cat_file(path) == sound
+
+
+def test_who_may_not_write_reads_what_no_index_covers(many, monkeypatch):
+    import fsspec
+
+    files, root = fsspec.url_to_fs(f"{many}/{REFERENCE.reference_id}/index")
+    files.rm_file(files.ls(root)[0])
+    store = Store([many], REFERENCE)
+    for name in ("put_file", "pipe_file", "rm_file"):
+        monkeypatch.setattr(store.places[0]._files, name, lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
+    for _ in range(2):
+        assert len(store.lookup(keys(*map(scored, range(50)))).found()) == 40
+    assert not list(remote_places.CACHE.glob(".tmp-*"))
+
+
+def large(number):
+    return scored(number, length=3000)
+
+
+def test_of_a_large_shard_those_row_groups_are_fetched_that_are_asked_for(bucket, monkeypatch, tmp_path, requests):
+    monkeypatch.setattr("pipeline.artifacts.tables._AT_ONCE", 8)
+    monkeypatch.setattr(pieces, "PIECE", 2**14)
+    Store([bucket], REFERENCE).publish([large(number) for number in range(64)])
+    files, (path,) = objects(bucket)
+    size = files.info(path)["size"]
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
+    lookup = Store([bucket], REFERENCE).lookup(keys(large(5), large(6)))
+    requests()
+    assert lookup.found().sort("key")["logps"].to_list()[0] in (
+        large(5).logps.tolist(),
+        large(6).logps.tolist(),
+    )
+    assert len(requests()) <= 2
+    fetched = sum(piece.stat().st_size for piece in remote_places.CACHE.glob("scores-*"))
+    # every row group's keys, and the values of one
+    assert fetched < size / 2
+
+
+def test_a_cache_that_is_smaller_than_what_is_read_evicts_and_all_is_found(bucket, monkeypatch, tmp_path):
+    monkeypatch.setattr(pieces, "PIECE", 2**14)
+    rows = [large(number) for number in range(64)]
+    for start in range(0, 64, 16):
+        Store([bucket], REFERENCE).publish(rows[start : start + 16])
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
+    monkeypatch.setenv("REFSCORE_CACHE_GIB", str(10 * 2**14 / 2**30))
+    found = Store([bucket], REFERENCE).lookup(keys(*rows)).found()
+    assert {row["key"]: row["logps"] for row in found.to_dicts()} == {row.key: row.logps.tolist() for row in rows}
+    assert sum(piece.stat().st_size for piece in remote_places.CACHE.glob("scores-*")) < 20 * 2**14
+
+
+def test_a_bit_that_flips_in_a_large_object_is_a_miss_and_heals(bucket, monkeypatch, tmp_path):
+    """No digest of all bytes is compared where a part is read: rows and pages are."""
+    monkeypatch.setattr(pieces, "PIECE", 2**12)
+    rows = [large(number) for number in range(4)]
+    Store([bucket], REFERENCE).publish(rows)
+    files, (path,) = objects(bucket)
+    sound = files.cat_file(path)
+    missed = 0
+    for number, at in enumerate(range(8, len(sound), len(sound) // 12)):
+        files.pipe_file(path, sound[:at] + bytes([sound[at] ^ 16]) + sound[at + 1 :])
+        monkeypatch.setattr(remote_places, "CACHE", tmp_path / str(number))
+        store = Store([bucket], REFERENCE)
+        lookup = store.lookup(keys(*rows))
+        for key, logps in lookup.found().select("key", "logps").iter_rows():
+            assert logps == next(row.logps.tolist() for row in rows if row.key == key)
+        missed += len(lookup.missing) > 0
+        # the object is replaced by one that is sound: here it is found again at the next start
+        files.pipe_file(path, sound)
+        assert len(Store([bucket], REFERENCE).lookup(keys(*rows)).found()) == 4
+    assert missed > 8
 
 
 def test_who_may_put_and_not_delete_may_publish(bucket, monkeypatch):

@@ -10,12 +10,12 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError, DataError
-from pipeline.store.compaction import compact, look
 from pipeline.store.identity import ReferenceIdentity, imported_numerics
-from pipeline.store.inventory import holdings
 from pipeline.store.places import LocalPlace
 from pipeline.store.shard import check_shard, sha256_now, shard_files, sums_problem
 from pipeline.store.store import Store
+from pipeline.store.tidying.compaction import compact, groups_of
+from pipeline.store.tidying.inventory import holding
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from tests.store.test_store import REFERENCE, keys, scored
 
@@ -55,8 +55,8 @@ def test_sums_go_in_and_come_out(tmp_path):
         assert table[row.key]["logp"] == float(row.logps.sum(dtype=np.float64))
         assert table[row.key]["logps"] == ([] if number < 3 else row.logps.tolist())
     assert [check_shard(shard) for shard in shard_files(tmp_path / IMPORTED.reference_id)] == [None, None]
-    (holding,) = holdings(str(tmp_path))
-    assert (holding.numerics, holding.sequences) == ("imported by Lab A, unverified, dtype bfloat16", 5)
+    held = holding(IMPORTED.reference_id, store.places[0])
+    assert (held.numerics, held.sequences) == ("imported by Lab A, unverified, dtype bfloat16", 5)
 
 
 def test_of_scores_that_were_computed_an_empty_list_is_refused(tmp_path):
@@ -100,7 +100,7 @@ def test_a_shard_that_does_not_say_so_is_damaged(tmp_path):
     store.publish_table(sums_of(ROWS[3:]))
     shard = forged(tmp_path / IMPORTED.reference_id, sums_of(ROWS[:3]), {})
     assert "0 values for" in check_shard(shard)
-    assert LocalPlace(tmp_path / IMPORTED.reference_id).examine(shard, "") is False
+    assert LocalPlace(tmp_path / IMPORTED.reference_id).examine(shard.name, "") is False
 
 
 def test_sums_are_merged_with_sums_alone(tmp_path):
@@ -110,14 +110,15 @@ def test_sums_are_merged_with_sums_alone(tmp_path):
     for row in ROWS[2:5]:
         store.publish_table(sums_of([row]))
     before = store.lookup(keys(*ROWS)).found().sort("key")
-    ((directory, groups),) = look(tmp_path, set()).small.items()
+    place = store.places[0]
+    groups = groups_of(place, place.entries())
     assert sorted(map(len, groups)) == [2, 3]
-    assert sorted(compact(directory, group) for group in groups) == [2, 3]
-    assert not look(tmp_path, set()).small
+    assert sorted(compact(store, group) for group in groups) == [2, 3]
+    assert not groups_of(place, place.entries())
     lookup = store.lookup(keys(*ROWS))
     assert lookup.found().sort("key").equals(before)
     assert lookup.held_as_sums.tolist() == [2, 3, 4]
-    assert [check_shard(shard) for shard in shard_files(directory)] == [None, None]
+    assert [check_shard(shard) for shard in shard_files(place.directory)] == [None, None]
 
 
 def test_copies_keep_what_they_are(tmp_path):

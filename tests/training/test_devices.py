@@ -300,7 +300,7 @@ if os.environ.get("RANK") == "0":
 def test_an_export_of_many_that_is_not_what_was_trained_fails_and_replaces_nothing(place, name, how, says):
     (place / "spoils").mkdir(exist_ok=True)
     (place / "spoils/sitecustomize.py").write_text(SPOILS)
-    directory = begun_again(place, f"{FIRST}-2", f"spoiled-{name}-{how}")
+    directory = begun_again(place, f"{FIRST}-2", f"spoiled-{name}-{how.replace(' ', '-')}")
     path = os.pathsep.join([str(place / "spoils"), str(ROOT)])
     said = launched(place, 2, f"{FIRST}={directory.name}", code=1, PYTHONPATH=path, SPOILS=name, HOW=how)
     assert says in said
