@@ -137,8 +137,10 @@ def default_tokens_per_shard(reference: OpenedReference) -> int:
 
 def windows_of(plan: Plan) -> Iterator[Window]:
     """What a whole plan lacks, in windows."""
-    for end, _, missing in groups_of(plan.pairs, plan.keys, plan.absent):
-        yield Window(missing, end / len(plan.pairs))
+    done = 0
+    for positions, missing in groups_of(plan.pairs, plan.keys, plan.absent):
+        done += len(positions)
+        yield Window(missing, done / len(plan.absent))
 
 
 def requests_in(table: pa.Table) -> list[Request]:

@@ -20,7 +20,6 @@ from pipeline.evaluation.samples import held_out_prompts
 from pipeline.pairs import table as pair_table
 from pipeline.planning.cautions import cautions
 from pipeline.planning.outlook import outlook
-from pipeline.precompute import join
 from pipeline.precompute.join import joined, rows_left_out
 from pipeline.precompute.pairs_file import ensure_pairs, inputs_digest, is_current, table_of, write_pairs
 from pipeline.precompute.plan import make_plan
@@ -62,8 +61,7 @@ def learns(monkeypatch):
 
 @pytest.fixture(params=[2048, 4], ids=["one row group", "small row groups"])
 def _small_groups(request, monkeypatch):
-    for module in (pair_table, join):
-        monkeypatch.setattr(module, "GROUP", request.param)
+    monkeypatch.setattr(pair_table, "GROUP", request.param)
 
 
 def config_of(tmp_path, model, rows, **settings):

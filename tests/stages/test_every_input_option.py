@@ -5,6 +5,7 @@ a model of the Hub lies in a cache of the Hub's layout.
 """
 
 import shutil
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import datasets
@@ -17,6 +18,7 @@ import pipeline.engines.vllm.scorer
 import pipeline.precompute.many.ray
 from pipeline.config.experiment import DataConfig, ReferenceConfig
 from pipeline.engines.growing import Growing
+from pipeline.pairs.tokenised import making
 from pipeline.precompute.many.worker import minutes_until_it_hangs
 from pipeline.precompute.score import score_shards
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
@@ -38,6 +40,7 @@ CHANGES = {
     "data.max_length": (70, {}),
     "data.too_long": ("truncate_response", {"data.max_length": 70}),
     "data.max_rows": (5, {}),
+    "data.workers": (2, {}),
     "reference.model": ("other", {}),
     "reference.revision": (SECOND, {"reference.model": "tests/tiny"}),
     "reference.trust_remote_code": ("true", {"reference.model": "tests/tiny", "reference.revision": CODED}),
@@ -219,6 +222,24 @@ def doubles(patch, where, told):
 
     patch.setattr(pipeline.engines.vllm.scorer, "start_engine", start_engine)
     patch.setattr(pipeline.engines.vllm.scorer, "stop_engine", lambda engine: None)
+
+    class Pool:
+        """One that tokenises in this process."""
+
+        def __init__(self, workers, context, begin, given):
+            told.append(f"{workers} processes tokenise")
+            (self.how,) = given
+
+        def submit(self, _, made):
+            making._make(made, self.how, self.how.tokenizer())
+            done = Future()
+            done.set_result(None)
+            return done
+
+        def shutdown(self, **_):
+            pass
+
+    patch.setattr(making, "ProcessPoolExecutor", Pool)
 
     def in_ray(target, shards, limit, on_shard, listener):
         config = target.reference.config
