@@ -20,7 +20,7 @@ from pipeline.evaluation.samples import held_out_prompts
 from pipeline.pairs import table as pair_table
 from pipeline.planning.cautions import cautions
 from pipeline.planning.outlook import outlook
-from pipeline.precompute.join import joined, rows_left_out
+from pipeline.precompute.join import dropped_with, joined, rows_left_out
 from pipeline.precompute.pairs_file import ensure_pairs, inputs_digest, is_current, table_of, write_pairs
 from pipeline.precompute.plan import make_plan
 from pipeline.precompute.verify import draw_sample
@@ -224,7 +224,7 @@ def test_a_response_whose_mismatched_one_has_no_score_is_left_out(tmp_path, tiny
     assert left_out[0].startswith("the response beside it: value 0")
     # both rows of the first prompt have it beside them
     assert sorted(left_out) == [0, 1, 2, 3]
-    told = join.dropped_with(plan, left_out).to_pylist()
+    told = dropped_with(plan, left_out).to_pylist()
     assert [(row["reason"], row["source_row"]) for row in told] == [
         ("not_finite", plan.row(at)["source_row"]) for at in (0, 2)
     ]
