@@ -43,6 +43,7 @@ COMMANDS = [
     ("store", "verify"),
     ("store", "gc"),
     ("store", "compact"),
+    ("store", "adopt"),
     ("store", "explain"),
     ("store", "push"),
     ("store", "pull"),
