@@ -36,6 +36,9 @@ from pipeline.store.adoption import held_by_adopted, serve_from_adopted
 from pipeline.store.identity import IMPORTED, ReferenceIdentity, keys_of
 from pipeline.store.store import Store
 
+# seconds: windows follow one another fast, and what others published in these is scored again at most
+_LISTED_WITHIN = 60.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -193,7 +196,7 @@ class Planning:
             keys = self._assembly.keys(first, end)
             # a key that an earlier window had is that window's
             new = np.flatnonzero(asked.add(bytes_of(keys)))
-            missing = new[self._store.lookup(keys.take(pa.array(new))).missing]
+            missing = new[self._store.lookup(keys.take(pa.array(new)), listed_within=_LISTED_WITHIN).missing]
             groups = [table for _, table in groups_of(self._assembly.table, keys, missing, first)]
             yield Window(pa.concat_tables([MISSING.empty_table(), *groups]), share)
 
