@@ -22,7 +22,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-tidy bench-pairs bench-view bench-balance bench-statistics bench-trl bench-grpo frontier demo-data requirements docs clean architectures
+.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-plan bench-pairs bench-view bench-balance bench-statistics bench-trl bench-grpo frontier demo-data requirements docs clean architectures bench-tidy
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -114,6 +114,9 @@ bench-grpo: .venv/.test ## TRL's GRPOTrainer and our policy gradient on the same
 
 bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 	@.venv/bin/python -m tests.benchmarks.memory
+
+bench-plan: .venv/.test ## planning a million pairs: processor time, wall time, memory; with two processes; a second time
+	@.venv/bin/python -m tests.benchmarks.planning --rows $(or $(ROWS),1000000)
 
 bench-pairs: .venv/.test ## a training's pairs, up to a million: time to open, memory per pair
 	@.venv/bin/python -m tests.benchmarks.pairs

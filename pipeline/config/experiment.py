@@ -48,8 +48,8 @@ class DataConfig(Section):
     """Preference data, how it becomes token ids, and the split."""
 
     path: Annotated[OneOrMore, BeforeValidator(_dash)] = Field(
-        description="files (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), patterns like data/*.jsonl, folders, Hub data set ids, "
-        "or - for standard input; one or a list"
+        description="files (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), patterns like data/*.jsonl, folders, all three here or at "
+        "a URL (s3://...), Hub data set ids, or - for standard input; one or a list"
     )
     eval_path: Annotated[str | None, BeforeValidator(_dash)] = Field(
         None, description="held-out pairs from here instead of from `path`"
@@ -81,6 +81,16 @@ class DataConfig(Section):
     )
     too_long: Literal["drop", "truncate_response"] = Field("drop", description="what happens to longer pairs")
     max_rows: int | None = Field(None, ge=1, description="read at most this many rows of each source")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="processes that tokenise, each on a processor of its own; default: one for every 16 MiB of data, at most as "
+        "many as there are processors",
+    )
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide what the rows become."""
+        return self.model_dump(mode="json", exclude={"workers"})
 
 
 class ReferenceConfig(Section):

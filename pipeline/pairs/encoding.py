@@ -19,10 +19,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.experiment import DataConfig
+from pipeline.config.losses import Data
 from pipeline.errors import ConfigError
 from pipeline.models.control_tokens import control_tokens, encode_text
 from pipeline.pairs.messages import Message, texts_in
 from pipeline.pairs.preferences import Dropped, Preference
+from pipeline.pairs.tokenised.tails import Tails
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,12 +61,22 @@ class Encoder:
             self._limit, self._limit_is = positions, f"the model reads {positions}"
         self._texts = _chat_texts if data.template == "chat" else _plain_texts
         self._control = ControlTokens(tokenizer)
+        self._tails = Tails(tokenizer)
         self.control: dict[str, int] = {}
+
+    @property
+    def whole(self) -> int:
+        """Rows so far whose prompt was read again with every response, as it has no special token to cut it at."""
+        return self._tails.whole
 
     @property
     def limit(self) -> int:
         """Tokens that prompt and response may have together."""
         return self._limit
+
+    def of(self, wanted: Data) -> Callable[[Iterable[Preference | Dropped]], Iterator[Encoded | Dropped]]:
+        """How rows are encoded for a loss that learns from `wanted`."""
+        return {"pairs": self.both, "prompts": self.prompts}.get(wanted, self.chosen)
 
     def both(self, items: Iterable[Preference | Dropped]) -> Iterator[Encoded | Dropped]:
         """Every row in order, with chosen and rejected; responses of equal ids are no pair."""
@@ -92,16 +104,13 @@ class Encoder:
         stream = iter(items)
         while chunk := list(islice(stream, _CHUNK)):
             texts = [item if isinstance(item, Dropped) else self._rendered(item, sides) for item in chunk]
-            flat = [
-                text for of_row in texts if isinstance(of_row, _Texts) and not of_row.named for text in of_row.texts
-            ]
-            ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+            ids = iter(self._tails.encode([row.texts for row in texts if isinstance(row, _Texts) and not row.named]))
             for item, of_row in zip(chunk, texts, strict=True):
                 if isinstance(of_row, Dropped):
                     yield of_row
                 elif isinstance(item, Preference):
-                    of_texts = self._control.encode(of_row) if of_row.named else list(islice(ids, len(of_row.texts)))
-                    yield self._cut(item, of_texts[0], dict(zip(sides, of_texts[1:], strict=True)))
+                    prompt, *whole = self._control.encode(of_row) if of_row.named else next(ids)
+                    yield self._cut(item, prompt, dict(zip(sides, whole, strict=True)))
 
     def _rendered(self, item: Preference, sides: tuple[str, ...]) -> _Texts | Dropped:
         """The texts of the prompt, and of prompt and response for each side."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pipeline.config.experiment import DataConfig
 from pipeline.config.losses import Data
@@ -20,10 +20,12 @@ from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.kinds import called
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.sources import Sources
-from pipeline.pairs.splits import digest_of, digest_with, split_of, split_rule
+from pipeline.pairs.splits import Group, digest_of, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 RESPONSE, MISMATCHED, PROMPT = "response", "mismatched", "prompt"
 
@@ -74,71 +76,80 @@ class ResponseStream:
 
     def __iter__(self) -> Iterator[ResponseRow | Dropped]:
         self.given = 0
-        groups = self._groups()
-        for group in _beside_others(groups, self._encoder.limit) if self._mismatched else groups:
-            for item in [group] if isinstance(group, Dropped) else group:
-                self.given += 1
-                yield item
+        for item in self._beside_others() if self._mismatched else self._rows():
+            self.given += 1
+            yield item
+
+    def _rows(self) -> Iterator[ResponseRow | Dropped]:
+        for group in self._groups():
+            yield from [group] if isinstance(group, Dropped) else group
+
+    def _beside_others(self) -> Iterator[ResponseRow | Dropped]:
+        """Every response with a mismatched one behind it."""
+        neighbours = Neighbours[ResponseRow]()
+        for group in self._groups():
+            if isinstance(group, Dropped):
+                yield group
+                continue
+            (row,) = group
+            said = row.preference
+            told = Told(digest_of(row.prompt_ids), row.split, said.label, said.source, said.row, row)
+            for one, other in neighbours.add(told):
+                yield one.item
+                yield _mismatched(one.item, other.item, self._encoder.limit)
+        neighbours.end()
 
     def _groups(self) -> Iterator[list[ResponseRow] | Dropped]:
-        seen: set[bytes] = set()
-        held_out: set[bytes] = set()
-        alone = self.wanted == "prompts"
-        what = "prompt" if alone else "group"
-        for role, unit in self._sources.units(self._encoder.prompts if alone else self._encoder.chosen):
-            for found in self._listed(unit) if self.wanted == "lists" else _alone(unit):
-                if isinstance(found, Dropped):
-                    yield found
-                    continue
-                prompt, first = digest_of(found[0].prompt_ids), found[0].preference
-                if role == "train" and prompt in held_out:
-                    yield Dropped(first.source, first.row, "prompt_is_held_out", f"also in {self._data.eval_path}")
-                    continue
-                group_id = _group_id(found, split_rule(self._data))
-                if bytes.fromhex(group_id) in seen:
-                    yield Dropped(first.source, first.row, "duplicate", f"{what} {group_id[:12]} was read before")
-                    continue
-                seen.add(bytes.fromhex(group_id))
-                if role == "eval":
-                    held_out.add(prompt)
-                split = role if self._data.eval_path else split_of(prompt, self._data.eval_fraction)
-                kind = PROMPT if alone else RESPONSE
-                yield [
-                    ResponseRow(group_id, split, kind, one.preference, one.prompt_ids, *(one.responses or [[]]))
-                    for one in found
-                ]
+        wanted = self.wanted
+        units = self._sources.units(self._encoder.of(wanted))
+        found = ((role, group) for role, unit in units for group in groups_of(unit, wanted))
+        for one in select(found, self._data, wanted):
+            if isinstance(one, Dropped):
+                yield one
+                continue
+            kind = PROMPT if wanted == "prompts" else RESPONSE
+            yield [
+                ResponseRow(one.group_id, one.split, kind, said.preference, said.prompt_ids, *(said.responses or [[]]))
+                for said in one.group
+            ]
 
-    def _listed(self, unit: list[Encoded | Dropped]) -> Iterator[list[Encoded] | Dropped]:
-        """A list without what cannot be in it, or why nothing of it is left."""
-        kept: list[Encoded] = []
-        left_out: list[Dropped] = []
-        for number, item in enumerate(unit, 1):
-            if isinstance(item, Dropped):
-                left_out.append(item if len(unit) == 1 else _as_response(item, f"response {number}, from the best"))
-            elif any(item.responses[0] == other.responses[0] for other in kept):
-                where = (item.preference.source, item.preference.row)
-                left_out.append(Dropped(*where, "identical_responses", f"response {number}: equal token ids"))
-            else:
-                kept.append(item)
-        scores = {item.preference.score for item in kept}
-        if len(kept) > 1 and len(scores) > 1:
-            yield kept
-            yield from left_out
-        elif len(kept) > 1:
-            # of the others, the best or the worst was left out
-            first, words = kept[0].preference, f"the {len(kept)} responses that are left have one score"
-            why = "; ".join(f"{item.reason} {item.detail}".strip() for item in left_out)
-            yield Dropped(first.source, first.row, "equal_scores", f"{words} ({why})")
-        elif not kept and len({item.reason for item in left_out}) == 1:
-            yield left_out[0]
+
+def groups_of(unit: list[Encoded | Dropped], wanted: Data) -> Iterator[Group | Dropped]:
+    """What one row becomes for a loss that learns from `wanted`: the responses that belong together, or why there are none."""
+    if wanted == "pairs":
+        yield from (item if isinstance(item, Dropped) else [item] for item in unit)
+    elif wanted == "lists":
+        yield from _listed(unit)
+    else:
+        yield from (_as_response(item, RESPONSE) if isinstance(item, Dropped) else [item] for item in unit)
+
+
+def _listed(unit: list[Encoded | Dropped]) -> Iterator[Group | Dropped]:
+    """A list without what cannot be in it, or why nothing of it is left."""
+    kept: list[Encoded] = []
+    left_out: list[Dropped] = []
+    for number, item in enumerate(unit, 1):
+        if isinstance(item, Dropped):
+            left_out.append(item if len(unit) == 1 else _as_response(item, f"response {number}, from the best"))
+        elif any(item.responses[0] == other.responses[0] for other in kept):
+            where = (item.preference.source, item.preference.row)
+            left_out.append(Dropped(*where, "identical_responses", f"response {number}: equal token ids"))
         else:
-            why = "; ".join(f"{item.reason} {item.detail}".strip() for item in left_out)
-            yield Dropped(left_out[0].source, left_out[0].row, "fewer_than_two_responses", why)
-
-
-def _alone(unit: list[Encoded | Dropped]) -> Iterator[list[Encoded] | Dropped]:
-    for item in unit:
-        yield _as_response(item, RESPONSE) if isinstance(item, Dropped) else [item]
+            kept.append(item)
+    scores = {item.preference.score for item in kept}
+    if len(kept) > 1 and len(scores) > 1:
+        yield kept
+        yield from left_out
+    elif len(kept) > 1:
+        # of the others, the best or the worst was left out
+        first, words = kept[0].preference, f"the {len(kept)} responses that are left have one score"
+        why = "; ".join(f"{item.reason} {item.detail}".strip() for item in left_out)
+        yield Dropped(first.source, first.row, "equal_scores", f"{words} ({why})")
+    elif not kept and len({item.reason for item in left_out}) == 1:
+        yield left_out[0]
+    else:
+        why = "; ".join(f"{item.reason} {item.detail}".strip() for item in left_out)
+        yield Dropped(left_out[0].source, left_out[0].row, "fewer_than_two_responses", why)
 
 
 def _as_response(item: Dropped, name: str) -> Dropped:
@@ -147,81 +158,80 @@ def _as_response(item: Dropped, name: str) -> Dropped:
     return replace(item, detail=detail if name == RESPONSE or name in detail else f"{name}: {detail}")
 
 
-def _group_id(group: list[Encoded], rule: str) -> str:
-    label = group[0].preference.label
-    responses = (response for one in group for response in one.responses)
-    lists = [group[0].prompt_ids, *responses, [] if label is None else [int(label)]]
-    return digest_with(b"refscore-group\x01", lists, rule)
+@dataclass(frozen=True)
+class Told(Generic[Item]):
+    """A response as its neighbours see it: its prompt's digest, split and label, where it was read, and the response itself."""
+
+    prompt: bytes
+    split: str
+    label: bool | None
+    source: str
+    row: int
+    item: Item
 
 
-@dataclass
-class _Recent:
+class _Recent(Generic[Item]):
     """The last response that was read, and the last before it with another prompt."""
 
-    last: ResponseRow | None = None
-    other: ResponseRow | None = None
+    def __init__(self) -> None:
+        self._last: Told[Item] | None = None
+        self._other: Told[Item] | None = None
 
-    def add(self, row: ResponseRow) -> None:
-        """Note a row."""
-        if self.last is not None and self.last.prompt_ids != row.prompt_ids:
-            self.other = self.last
-        self.last = row
+    def add(self, told: Told[Item]) -> None:
+        """Note a response."""
+        if self._last is not None and self._last.prompt != told.prompt:
+            self._other = self._last
+        self._last = told
 
-    def beside(self, row: ResponseRow) -> ResponseRow | None:
-        """The newest row with another prompt than `row`."""
-        return self.last if self.last is not None and self.last.prompt_ids != row.prompt_ids else self.other
+    def beside(self, told: Told[Item]) -> Told[Item] | None:
+        """The newest response to another prompt."""
+        return self._last if self._last is not None and self._last.prompt != told.prompt else self._other
 
 
-@dataclass
-class _Neighbours:
-    """Which response of another prompt stands beside a row: memory holds two rows for each split, and two for each label in it."""
+class Neighbours(Generic[Item]):
+    """Which response to another prompt stands beside each: memory holds two for each split, and two for each label in it, beside
+    those at the beginning of a split, all to one prompt, that wait for a response to another one.
+    """
 
-    _recent: dict[tuple[str, bool | None], _Recent] = field(default_factory=lambda: defaultdict(_Recent))
+    def __init__(self) -> None:
+        self._recent: dict[tuple[str, bool | None], _Recent[Item]] = defaultdict(_Recent)
+        self._waiting: dict[str, list[Told[Item]]] = {"train": [], "eval": []}
 
-    def add(self, row: ResponseRow) -> None:
-        """Note a row."""
+    def add(self, told: Told[Item]) -> list[tuple[Told[Item], Told[Item]]]:
+        """Note a response; those that found one beside them now, each with that."""
         # if good and bad take turns, the nearest of all would always be a bad one
-        for label in {row.preference.label, None}:
-            self._recent[row.split, label].add(row)
+        for label in {told.label, None}:
+            self._recent[told.split, label].add(told)
+        self._waiting[told.split].append(told)
+        found = []
+        for split, rows in self._waiting.items():
+            if rows and self._beside(rows[0]) is not None:
+                found += [(row, other) for row in rows if (other := self._beside(row)) is not None]
+                self._waiting[split] = []
+        return found
 
-    def beside(self, row: ResponseRow) -> ResponseRow | None:
-        """The newest row of the same split with another prompt, of the same label if there is one; a held-out row may have one of
-        the training split.
+    def end(self) -> None:
+        """Raise DataError if a response still waits."""
+        for split, rows in self._waiting.items():
+            if rows:
+                first = rows[0]
+                raise DataError(
+                    f"{first.source}: all {len(rows)} responses of the {split} split are to one prompt (first: row {first.row}), "
+                    "and the loss compares with responses to other prompts: give it more prompts, or take train.loss_type=bco, "
+                    "which needs none"
+                )
+
+    def _beside(self, told: Told[Item]) -> Told[Item] | None:
+        """The newest response of the same split to another prompt, of the same label if there is one; beside a held-out one there
+        may be one of the training split.
         """
-        splits = ["train"] if row.split == "train" else ["eval", "train"]
-        places = [self._recent[split, label] for split in splits for label in (row.preference.label, None)]
-        return next(filter(None, (place.beside(row) for place in places)), None)
+        splits = ["train"] if told.split == "train" else ["eval", "train"]
+        places = [self._recent[split, label] for split in splits for label in (told.label, None)]
+        return next(filter(None, (place.beside(told) for place in places)), None)
 
 
-def _beside_others(groups: Iterator[list[ResponseRow] | Dropped], limit: int) -> Iterator[list[ResponseRow] | Dropped]:
-    """Every group of one response with a mismatched one behind it. DataError if there is none for some."""
-    neighbours = _Neighbours()
-    # rows at the beginning of a split, all of one prompt, wait for a response to another one
-    waiting: dict[str, list[ResponseRow]] = {"train": [], "eval": []}
-    for group in groups:
-        if isinstance(group, Dropped):
-            yield group
-            continue
-        neighbours.add(group[0])
-        waiting[group[0].split].append(group[0])
-        for split, rows in waiting.items():
-            if rows and neighbours.beside(rows[0]) is not None:
-                yield from ([row, _mismatched(row, neighbours.beside(row), limit)] for row in rows)
-                waiting[split] = []
-    for split, rows in waiting.items():
-        if rows:
-            first = rows[0].preference
-            raise DataError(
-                f"{first.source}: all {len(rows)} responses of the {split} split are to one prompt (first: row {first.row}), and "
-                "the loss compares with responses to other prompts: give it more prompts, or take train.loss_type=bco, which "
-                "needs none"
-            )
-
-
-def _mismatched(row: ResponseRow, other: ResponseRow | None, limit: int) -> ResponseRow:
+def _mismatched(row: ResponseRow, other: ResponseRow, limit: int) -> ResponseRow:
     """The prompt of `row` with the response of `other`, as long as `limit` tokens allow: nothing is learned from it."""
-    if other is None:
-        raise ValueError("rows that wait together have one prompt, or find each other")
     said = other.preference
     ids = other.response_ids[: limit - len(row.prompt_ids)]
     cut_off = frozenset(["chosen"]) if len(ids) < len(other.response_ids) else said.cut_off

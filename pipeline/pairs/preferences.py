@@ -80,7 +80,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """How one part of a source is read."""
 
     part: Part
@@ -98,7 +98,7 @@ class Source:
 
     name: str
     digest: str
-    readings: list[_Reading] = field(repr=False)
+    readings: list[Reading] = field(repr=False)
     data: DataConfig = field(repr=False)
     wanted: Data | None = "pairs"
     read: int = 0
@@ -139,7 +139,7 @@ class Source:
             self.read += 1
             yield row
 
-    def _unit(self, reading: _Reading, number: int, row: Row, columns: dict[str, str]) -> list[Preference | Dropped]:
+    def _unit(self, reading: Reading, number: int, row: Row, columns: dict[str, str]) -> list[Preference | Dropped]:
         try:
             named = _renamed(row, columns) if columns else row
             parts = says(named, reading.form, self.wanted, self.data.lists)
@@ -152,7 +152,7 @@ class Source:
             return [Dropped(reading.part.name, number, problem.reason, printable(detail))]
 
     def _part(
-        self, reading: _Reading, number: int, part: Said | RowProblem, row: Row, named: Row
+        self, reading: Reading, number: int, part: Said | RowProblem, row: Row, named: Row
     ) -> Preference | Dropped:
         try:
             if isinstance(part, RowProblem):
@@ -205,7 +205,7 @@ def open_source(name: str, data: DataConfig, wanted: Data | None = "pairs") -> S
         if first:
             form = detect(part.name, first, chat=data.template == "chat")
             must_serve(part.name, form, wanted, data.lists)
-            readings.append(_Reading(part, form))
+            readings.append(Reading(part, form))
     if not readings:
         raise DataError(f"{name} holds no rows")
     return Source(name, digest, readings, data, wanted)

@@ -1,4 +1,5 @@
-"""What a name in the configuration leads to: files, a pattern of files, a folder, standard input, a data set of the Hub.
+"""What a name in the configuration leads to: files, a pattern of files, a folder, here or at a URL, standard input, a data set of
+the Hub.
 
 A source is one or more parts, each read by itself. Its digest is that of all their bytes.
 """
@@ -8,57 +9,96 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from pipeline.artifacts.digests import file_sha256
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.pairs.reading.files import PACKED, SUFFIXES, file_rows, suffix_of
-from pipeline.pairs.reading.folders import files_of, is_saved, left_to_datasets
+from pipeline.pairs.reading.folders import files_of, is_saved, left_to_datasets, remote_files_of
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.reading.misnamed import STDIN as SHOWN_STDIN
 from pipeline.pairs.reading.misnamed import printable
+from pipeline.pairs.reading.ranges import Everything, Range, ranges_of
+from pipeline.pairs.reading.remote import PATTERN, File, RemoteFile, is_url, remote_files
 from pipeline.pairs.reading.spool import STDIN, is_spooled, spooled
 
+log = logging.getLogger(__name__)
+
 _EMBEDDED = "embedded:"
-_PATTERN = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a source, or all of a data set: its name for people, and its rows from the start."""
+    """One file of a source, or all of a data set: its name for people, a digest of its content, its rows from the start, and ranges
+    that hold the same rows.
+    """
 
     name: str
+    digest: str
     rows: Callable[[], Iterator[Row]] = field(repr=False)
+    ranges: Callable[[], Sequence[Range | Everything]] = field(repr=False)
 
 
 def open_parts(name: str, data: DataConfig) -> tuple[list[Part], str]:
     """The parts of a source, and a digest of their bytes. Raises DataError if there are none or one cannot be read."""
+    if is_url(name):
+        return _remote_parts(name, data.split)
     path = local_path(name)
     if is_spooled(name):
         copy = spooled(name)
-        place = SHOWN_STDIN if name == STDIN else Path(name)
-        return [Part(name, partial(file_rows, copy, place))], _file_digest(copy)
+        part = _part(name, copy, SHOWN_STDIN if name == STDIN else Path(name), _file_digest(copy))
+        return [part], part.digest
     if path.is_dir() and left_to_datasets(path, data.split):
-        rows, digest = _data_set(str(path), data.split, None)
-        return [Part(name, rows)], digest
+        return _data_set(name, data.split, None, path)
     if files := _files(name, path, data.split):
-        digest = _digest_of(name, files)
-        single = len(files) == 1 and path == files[0]
-        return [Part(name if single else printable(str(file)), partial(file_rows, file)) for file in files], digest
+        digests = [_file_digest(file) for file in files]
+        single = files == [path]
+        names = [name if single else printable(str(file)) for file in files]
+        parts = [_part(*of_file) for of_file in zip(names, files, files, digests, strict=True)]
+        return parts, _digest_of(name, files, digests)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix.lower() not in (*SUFFIXES, *PACKED):
-        rows, digest = _data_set(name, data.split, data.revision)
-        return [Part(name, rows)], digest
+        return _data_set(name, data.split, data.revision)
     if path.is_symlink():
         raise DataError(f"{name} is a link to {path.readlink()}, which is not there")
     if path.exists():
         raise DataError(f"{name} is no file, folder or pipe")
     raise DataError(f"{name}: no such file or folder, and not of a Hub data set's form owner/name")
+
+
+def _remote_parts(name: str, split: str) -> tuple[list[Part], str]:
+    files = _remote_files(name, split)
+    parts = [_part(str(file), file, file, file.digest()) for file in files]
+    return parts, _digest_of_remote(parts)
+
+
+def _remote_files(name: str, split: str) -> list[RemoteFile]:
+    files, folder = remote_files(name)
+    if folder is not None:
+        return remote_files_of(folder, files, split)
+    if unknown := [str(file) for file in files if suffix_of(file) is None]:
+        raise DataError(
+            f"{name}: {', '.join(unknown[:5])} {'is' if len(unknown) == 1 else 'are'} not read; files ending in "
+            f"{', '.join(SUFFIXES)} are, all but Parquet also behind .gz or .zst"
+        )
+    return files
+
+
+def _digest_of_remote(parts: list[Part]) -> str:
+    if len(parts) == 1:
+        return parts[0].digest
+    return hashlib.sha256(json.dumps([(part.name, part.digest) for part in parts]).encode()).hexdigest()
+
+
+def _part(name: str, file: File, place: File, digest: str) -> Part:
+    return Part(name, digest, partial(file_rows, file, place), partial(ranges_of, file, place))
 
 
 def open_rows(name: str, data: DataConfig) -> tuple[Callable[[], Iterator[Row]], str]:
@@ -103,7 +143,7 @@ def local_path(name: str) -> Path:
 def must_read_all(data: DataConfig) -> None:
     """Raise ConfigError if a field says how to read a kind of source that `data` has none of."""
     names = [*data.path, *filter(None, [data.eval_path])]
-    if data.revision and all(_is_file_like(name) or local_path(name).exists() for name in names):
+    if data.revision and all(is_url(name) or _is_file_like(name) or local_path(name).exists() for name in names):
         raise ConfigError("data.revision is that of a Hub data set, and data.path names none: remove it")
     if data.split != DataConfig.model_fields["split"].default and all(map(_is_file_like, names)):
         raise ConfigError(
@@ -114,18 +154,26 @@ def must_read_all(data: DataConfig) -> None:
 
 def source_digest(name: str, split: str) -> str | None:
     """Digest of what a source holds now; None if it is not at hand or only loading would tell (standard input, the Hub)."""
+    if is_url(name):
+        try:
+            return _remote_parts(name, split)[1]
+        except (ConfigError, DataError) as error:
+            log.debug("%s", error)
+            return None
     path = local_path(name)
     if is_spooled(name) or (path.is_dir() and left_to_datasets(path, split)):
         return None
     files = [path] if path.is_file() else _files(name, path, split) if path.is_dir() or _matches(name, path) else []
     if not files or not all(os.access(file, os.R_OK) for file in files):
         return None
-    return _digest_of(name, files)
+    return _digest_of(name, files, [_file_digest(file) for file in files])
 
 
 def _is_file_like(name: str) -> bool:
+    if is_url(name):
+        return bool(PATTERN.search(name)) or suffix_of(PurePosixPath(name)) is not None
     path = local_path(name)
-    return is_spooled(name) or path.is_file() or (bool(_PATTERN.search(name)) and not path.exists())
+    return is_spooled(name) or path.is_file() or (bool(PATTERN.search(name)) and not path.exists())
 
 
 def _files(name: str, path: Path, split: str) -> list[Path]:
@@ -134,7 +182,7 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
         return [path]
     if path.is_dir():
         return files_of(path, split)
-    if not _PATTERN.search(name):
+    if not PATTERN.search(name):
         return []
     files = _matches(name, path)
     if not files:
@@ -153,33 +201,33 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
 
 
 def _matches(name: str, path: Path) -> list[Path]:
-    if path.exists() or not _PATTERN.search(name):
+    if path.exists() or not PATTERN.search(name):
         return []
     return sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207  # a pattern may be absolute
 
 
-def _digest_of(name: str, files: list[Path]) -> str:
+def _digest_of(name: str, files: list[Path], digests: list[str]) -> str:
     """sha256 of one file's bytes; of several files' names and digests."""
-    if [local_path(name)] == files:
-        return _file_digest(files[0])
     root = local_path(name)
-    named = [(str(file.relative_to(root) if root.is_dir() else file), _file_digest(file)) for file in files]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    if [root] == files:
+        return digests[0]
+    names = [str(file.relative_to(root) if root.is_dir() else file) for file in files]
+    return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[], Iterator[Row]], str]:
+def _data_set(shown: str, split: str, revision: str | None, folder: Path | None = None) -> tuple[list[Part], str]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     datasets.disable_progress_bars()
+    name = str(folder or shown)
     try:
         if is_saved(Path(name)):
             table = datasets.load_from_disk(name)
@@ -193,7 +241,12 @@ def _data_set(name: str, split: str, revision: str | None) -> tuple[Callable[[],
         raise DataError(f"{name}: {first_line(error)} (data.split is {split!r})") from None
     except Exception as error:  # noqa: BLE001  # the errors of the HTTP library below are none of theirs
         raise _unreachable(name, error) from None
-    return lambda: iter(table), hashlib.sha256(table._fingerprint.encode()).hexdigest()  # noqa: SLF001  # no public name
+    digest = hashlib.sha256(table._fingerprint.encode()).hexdigest()  # noqa: SLF001  # no public name
+
+    def rows() -> Iterator[Row]:
+        return iter(table)
+
+    return [Part(shown, digest, rows, lambda: [Everything(rows)])], digest
 
 
 def _unreachable(name: str, error: Exception) -> DataError:

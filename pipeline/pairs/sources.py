@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 
 from pipeline.config.experiment import DataConfig
 from pipeline.config.losses import Data
 from pipeline.errors import ConfigError
 from pipeline.pairs.encoding import Encoded
-from pipeline.pairs.preferences import Dropped, Preference, must_balance, open_source
+from pipeline.pairs.preferences import Dropped, Preference, Source, must_balance, open_source
 from pipeline.pairs.rows import must_read_all
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ Encode = Callable[[Items], Iterator[Encoded | Dropped]]
 class Sources:
     """Every row of every source of `data` as it is read, for a loss that learns from `wanted`.
 
-    `formats` and `digests` of a source are known once its rows come, `read` and `unread` once they have ended.
+    `formats` and `digests` of a source are known once it is opened, `read` and `unread` once its rows have ended.
     """
 
     def __init__(self, data: DataConfig, wanted: Data) -> None:
@@ -34,29 +35,41 @@ class Sources:
         self.read: dict[str, int] = {}
         self.unread: dict[str, list[str]] = {}
 
+    @cached_property
+    def opened(self) -> list[tuple[str, Source]]:
+        """Each source with what it is for: "eval" or "train". Raises DataError if one cannot be read."""
+        data = self._data
+        # held-out data first, so that its prompts are known when the training data is read
+        names = [*([(data.eval_path, "eval")] if data.eval_path else []), *((path, "train") for path in data.path)]
+        opened = [(role, open_source(name, data, self._wanted)) for name, role in names]
+        for _, source in opened:
+            self.formats[source.name], self.digests[source.name] = source.format, source.digest
+        return opened
+
     def units(self, encode: Encode) -> Iterator[tuple[str, list[Encoded | Dropped]]]:
-        """What each row became, encoded, with what its source is for: "eval" or "train".
+        """What each row became, encoded, with what its source is for.
 
         Raises DataError if a source cannot be read, CheckError if rows were lost on the way, ConfigError for a setting that
         nothing has read.
         """
-        data, given, ranked = self._data, 0, False
-        # held-out data first, so that its prompts are known when the training data is read
-        sources = ([(data.eval_path, "eval")] if data.eval_path else []) + [(path, "train") for path in data.path]
-        for name, role in sources:
-            source = open_source(name, data, self._wanted)
-            ranked = ranked or "ranked" in source.kinds
-            self.formats[name], self.digests[name] = source.format, source.digest
-            for unit in _encoded(source.units(), encode):
+        given = 0
+        for role, source in self.opened:
+            for unit in encoded_units(source.units(), encode):
                 given += 1
                 yield role, unit
-            self.read[name] = self.read.get(name, 0) + source.read
-            self.unread[name] = source.unread
+        self.end(given)
+
+    def end(self, given: int) -> None:
+        """Say that all was read, and that of its rows `given` became something. Raises as `units` does."""
+        for _, source in self.opened:
+            self.read[source.name] = self.read.get(source.name, 0) + source.read
+            self.unread[source.name] = source.unread
         must_balance(", ".join(self.read), sum(self.read.values()), given)
+        ranked = any("ranked" in source.kinds for _, source in self.opened)
         said = {"lists": "the loss learns from whole lists", "prompts": "the training learns from prompts alone"}
-        if data.lists != DataConfig.model_fields["lists"].default and not (ranked and self._wanted == "pairs"):
+        if self._data.lists != DataConfig.model_fields["lists"].default and not (ranked and self._wanted == "pairs"):
             raise ConfigError(
-                f"data.lists={data.lists} says which pairs a ranked list makes, and "
+                f"data.lists={self._data.lists} says which pairs a ranked list makes, and "
                 + (said.get(self._wanted, "") if ranked else "data.path names no ranked lists")
                 + ": remove it"
             )
@@ -82,7 +95,7 @@ def listed(columns: list[str]) -> str:
     return f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns[:10])}{more}"
 
 
-def _encoded(units: Iterable[list[Preference | Dropped]], encode: Encode) -> Iterator[list[Encoded | Dropped]]:
+def encoded_units(units: Iterable[list[Preference | Dropped]], encode: Encode) -> Iterator[list[Encoded | Dropped]]:
     """Each unit, all of whose items went through `encode`, which works on many of them at a time."""
     sizes: deque[int] = deque()
 

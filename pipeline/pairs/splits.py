@@ -6,22 +6,46 @@ The split is by prompt: a prompt is never on both sides, and adding rows moves n
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config.experiment import DataConfig
+from pipeline.config.losses import Data
 from pipeline.errors import DataError
 from pipeline.pairs.encoding import Encoded, Encoder
 from pipeline.pairs.messages import Message
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.rows import source_digest
 from pipeline.pairs.sources import Sources
+from pipeline.pairs.tokenised.seen import DigestSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# the responses of a row that belong together: one for each side of a pair, or those of a list
+Group = list[Encoded]
+SPLITS = ("train", "eval")
+KEPT, _HELD_OUT, _TWICE = range(3)
+# rows that are looked up together
+_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A row's responses that are kept, with its id and its split."""
+
+    group_id: str
+    split: str
+    group: Group
 
 
 @dataclass(frozen=True)
@@ -72,31 +96,67 @@ class PairStream:
 
     def __iter__(self) -> Iterator[Pair | Dropped]:
         self.given = 0
-        for item in self._items():
+        units = self._sources.units(self._encoder.both)
+        pairs = ((role, item if isinstance(item, Dropped) else [item]) for role, unit in units for item in unit)
+        for found in select(pairs, self._data, "pairs"):
             self.given += 1
-            yield item
+            if isinstance(found, Dropped):
+                yield found
+            else:
+                (item,) = found.group
+                yield Pair(found.group_id, found.split, item.preference, item.prompt_ids, *item.responses)
 
-    def _items(self) -> Iterator[Pair | Dropped]:
-        data = self._data
-        seen: set[bytes] = set()
-        held_out: set[bytes] = set()
-        for role, item in ((role, item) for role, unit in self._sources.units(self._encoder.both) for item in unit):
-            if isinstance(item, Dropped):
-                yield item
-                continue
-            prompt, part, row = digest_of(item.prompt_ids), item.preference.source, item.preference.row
-            if role == "train" and prompt in held_out:
-                yield Dropped(part, row, "prompt_is_held_out", f"also in {data.eval_path}")
-                continue
-            pair_id = _pair_id(item, split_rule(data))
-            if bytes.fromhex(pair_id) in seen:
-                yield Dropped(part, row, "duplicate", f"pair {pair_id[:12]} was read before")
-                continue
-            seen.add(bytes.fromhex(pair_id))
-            if role == "eval":
-                held_out.add(prompt)
-            split = role if data.eval_path else split_of(prompt, data.eval_fraction)
-            yield Pair(pair_id, split, item.preference, item.prompt_ids, *item.responses)
+
+class Selection:
+    """Which rows of the sources are kept, and in which split each is: no row twice, no prompt of the held-out data in another's."""
+
+    def __init__(self, data: DataConfig, wanted: Data) -> None:
+        self._data, self._unit = data, {"pairs": "pair", "prompts": "prompt"}.get(wanted, "group")
+        self._seen, self._held_out = DigestSet(), DigestSet()
+        # a split's beginning is compared as a whole number, as a fraction of 64 bits is none
+        self._below = np.uint64(math.ceil(data.eval_fraction * 2**64))
+
+    def choose(self, role: str, prompts: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes of rows, KEPT or a reason for `dropped`, and which are held out, each [rows].
+
+        `prompts` [rows, 32] and `ids` [rows, 16] are the bytes of digests, `role` is what their source is for.
+        """
+        known = self._held_out.holds(prompts) if role == "train" else np.zeros(len(ids), bool)
+        fresh = np.zeros(len(ids), bool)
+        fresh[~known] = self._seen.add(ids[~known])
+        if role == "eval":
+            self._held_out.add(prompts[fresh])
+        chosen = np.where(known, _HELD_OUT, np.where(fresh, KEPT, _TWICE))
+        begins = np.ascontiguousarray(prompts[:, :8]).view(">u8")[:, 0]
+        held_out = np.full(len(ids), role == "eval") if self._data.eval_path else begins < self._below
+        return chosen, held_out
+
+    def dropped(self, reason: int, row_id: bytes, source: str, row: int) -> Dropped:
+        """A row that is not kept."""
+        if reason == _HELD_OUT:
+            return Dropped(source, row, "prompt_is_held_out", f"also in {self._data.eval_path}")
+        return Dropped(source, row, "duplicate", f"{self._unit} {row_id.hex()[:12]} was read before")
+
+
+def select(
+    found: Iterable[tuple[str, Group | Dropped]], data: DataConfig, wanted: Data
+) -> Iterator[Selected | Dropped]:
+    """What is kept of what the sources give, each with what it is for, in order."""
+    selection, rule = Selection(data, wanted), split_rule(data)
+    for role, of_role in groupby(found, key=itemgetter(0)):
+        while batch := [group for _, group in islice(of_role, _AT_ONCE)]:
+            digests = [digests_of(group, wanted, rule) for group in batch if not isinstance(group, Dropped)]
+            chosen = zip(*selection.choose(role, *as_bytes(digests)), digests, strict=True)
+            for group in batch:
+                if isinstance(group, Dropped):
+                    yield group
+                    continue
+                reason, held_out, (_, row_id) = next(chosen)
+                first = group[0].preference
+                if reason == KEPT:
+                    yield Selected(row_id.hex(), SPLITS[int(held_out)], group)
+                else:
+                    yield selection.dropped(reason, row_id, first.source, first.row)
 
 
 def build_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairSet:
@@ -158,22 +218,37 @@ def prompt_text(prompt: list[Message]) -> str:
 
 def digest_of(prompt_ids: Sequence[int]) -> bytes:
     """What a prompt is known by, and its split decided by: a digest of its token ids."""
-    return hashlib.sha256(b"refscore-prompt" + np.asarray(prompt_ids, dtype="<i4").tobytes()).digest()
+    return _prompt_digest(ids_as_bytes(prompt_ids))
 
 
-def _pair_id(item: Encoded, rule: str) -> str:
-    return digest_with(b"refscore-pair\x01", [item.prompt_ids, *item.responses], rule)
+def _prompt_digest(ids: bytes) -> bytes:
+    return hashlib.sha256(b"refscore-prompt" + ids).digest()
 
 
-def digest_with(what: bytes, lists: Iterable[Sequence[int]], rule: str) -> str:
-    """Identity of a row: 32 hex digits of a digest of its lists of token ids and the rule that decides its split."""
+def digests_of(group: Group, wanted: Data, rule: str) -> tuple[bytes, bytes]:
+    """What a row is known by: the digest of its prompt (32 bytes), and that of its token ids and the rule of its split (16)."""
+    lists = [ids_as_bytes(ids) for ids in (group[0].prompt_ids, *(ids for one in group for ids in one.responses))]
+    if wanted == "pairs":
+        what = b"refscore-pair\x01"
+    else:
+        what, label = b"refscore-group\x01", group[0].preference.label
+        lists.append(b"" if label is None else ids_as_bytes([int(label)]))
     state = hashlib.sha256(what)
     for ids in lists:
-        state.update(len(ids).to_bytes(8, "little") + np.asarray(ids, dtype="<i4").tobytes())
+        state.update((len(ids) // 4).to_bytes(8, "little") + ids)
     state.update(rule.encode())
-    return state.hexdigest()[:32]
+    return _prompt_digest(lists[0]), state.digest()[:16]
 
 
-def split_of(prompt: bytes, fraction: float) -> str:
-    """The split of a prompt that is known by `prompt`."""
-    return "eval" if int.from_bytes(prompt[:8], "big") < fraction * 2**64 else "train"
+def as_bytes(digests: Sequence[tuple[bytes, bytes]]) -> tuple[np.ndarray, np.ndarray]:
+    """Digests of prompts and of rows as arrays of bytes [rows, 32] and [rows, 16]."""
+    prompts, ids = (b"".join(column) for column in zip(*digests, strict=True)) if digests else (b"", b"")
+    return np.frombuffer(prompts, np.uint8).reshape(-1, 32), np.frombuffer(ids, np.uint8).reshape(-1, 16)
+
+
+def ids_as_bytes(ids: Sequence[int]) -> bytes:
+    """Token ids as numbers of 32 bits, the lowest byte first."""
+    numbers = array("i", ids)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()

@@ -1,14 +1,14 @@
-"""Pairs on disk: an experiment's tokenised pairs as a Parquet file of row groups, so that memory does not grow with rows; or its
-responses, if a loss learns from these, or its prompts.
+"""Pairs on disk: an experiment's tokenised pairs as parts of Parquet and the numbers of the rows that are kept, so that memory does
+not grow with texts; or its responses, if a loss learns from these, or its prompts.
 
-Owns the working file between reading the data and writing pairs.parquet or responses.parquet: the same columns, without scores.
-What stays in memory is a few numbers per row. The file is deleted when its `PairTable` is garbage-collected.
+`pipeline.pairs.tokenised` makes it. What stays in memory is a few numbers per row. The files are deleted when the `PairTable` is
+garbage-collected.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.artifacts.durable import explaining_disk, scratch_place
-from pipeline.artifacts.schemas import DROPPED, PAIRS, RESPONSES
-from pipeline.config.experiment import DataConfig
-from pipeline.pairs.groups import MISMATCHED, PROMPT, ResponseRow, ResponseStream
-from pipeline.pairs.preferences import Dropped, must_balance
-from pipeline.pairs.splits import Pair, PairStream, must_train, prompt_text
+from pipeline.artifacts.schemas import PAIRS, RESPONSES
+from pipeline.artifacts.tables import list_column
+from pipeline.config.losses import Data
+from pipeline.pairs.groups import MISMATCHED, PROMPT, RESPONSE
+from pipeline.pairs.preferences import Dropped
+from pipeline.pairs.splits import SPLITS
+from pipeline.pairs.tokenised.part import BLOCK, damaged, schema_of, sides_of
 
 GROUP = 2048
-_PAIR, _RESPONSE = ("chosen", "rejected"), ("response",)
 
 
 @dataclass
@@ -37,9 +38,60 @@ class DropCount:
     first: Dropped
 
 
+class Grown:
+    """An array that grows at its end."""
+
+    def __init__(self, dtype: type) -> None:
+        self._room: np.ndarray = np.zeros(0, dtype)
+        self._size = 0
+
+    def extend(self, values: np.ndarray) -> None:
+        """Add values at the end."""
+        size = self._size + len(values)
+        if size > len(self._room):
+            room = np.zeros(max(size, 2 * len(self._room)), self._room.dtype)
+            room[: self._size] = self.values
+            self._room = room
+        self._room[self._size : size] = values
+        self._size = size
+
+    @property
+    def values(self) -> np.ndarray:
+        """All values so far; to be asked for again once there are more."""
+        return self._room[: self._size]
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """A part of the table: its file, the source's part that its rows are of, the number of its first row there and that of its
+    first block of rows in the table.
+    """
+
+    path: Path
+    source: str
+    first_row: int
+    first_block: int
+
+
+@dataclass
+class Columns:
+    """What is known of each row without a look at its part.
+
+    `places`: where it stands, as BLOCK x block + row in the block; `answers`: where its response does, if that is another prompt's;
+    `held_out`: whether it is of the split eval; `group_of`: the number of its group; lengths in tokens, of responses each side's.
+    """
+
+    places: Grown = field(default_factory=lambda: Grown(np.int64))
+    answers: Grown = field(default_factory=lambda: Grown(np.int64))
+    held_out: Grown = field(default_factory=lambda: Grown(np.bool_))
+    group_of: Grown = field(default_factory=lambda: Grown(np.int32))
+    prompt_tokens: Grown = field(default_factory=lambda: Grown(np.int32))
+    response_tokens: Grown = field(default_factory=lambda: Grown(np.int32))
+
+
 @dataclass
 class PairTable:
-    """Tokenised pairs in a file, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected. Or responses,
+    """Tokenised pairs in files, rows numbered from 0; a position is 2 x row for chosen, and one more for rejected. Or responses,
     of which a row has one: `sides` are its names, and a position is row x sides + side. Or prompts alone, with no side.
 
     `prompt_tokens` [rows] and `response_tokens` [sides x rows] are lengths; `read` rows of the sources; `splits` counts pairs, or
@@ -52,7 +104,7 @@ class PairTable:
     formats: dict[str, str]
     digests: dict[str, str]
     directory: tempfile.TemporaryDirectory[str] = field(repr=False)
-    sides: tuple[str, ...] = _PAIR
+    wanted: Data = "pairs"
     read: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     cut_off: int = 0
@@ -62,17 +114,21 @@ class PairTable:
     unread: dict[str, list[str]] = field(default_factory=dict)
     control: dict[str, int] = field(default_factory=dict)
     drops: dict[str, DropCount] = field(default_factory=dict)
-    prompt_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
-    response_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
-    group_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
+    parts: list[TablePart] = field(default_factory=list, repr=False)
+    columns: Columns = field(default_factory=Columns, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
     @property
+    def sides(self) -> tuple[str, ...]:
+        """The responses of a row, by name."""
+        return sides_of(self.wanted)
+
+    @property
     def of_pairs(self) -> bool:
         """Whether a row is a pair."""
-        return self.sides == _PAIR
+        return self.wanted == "pairs"
 
     @property
     def ids(self) -> list[str]:
@@ -83,6 +139,26 @@ class PairTable:
     def schema(self) -> pa.Schema:
         """The table that is made of it."""
         return PAIRS if self.of_pairs else RESPONSES
+
+    @property
+    def prompt_tokens(self) -> np.ndarray:
+        """Tokens of each row's prompt."""
+        return self.columns.prompt_tokens.values
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """Tokens of each row's responses."""
+        return self.columns.response_tokens.values
+
+    @property
+    def group_of(self) -> np.ndarray:
+        """Number of each row's group."""
+        return self.columns.group_of.values
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(part.path.stat().st_size for part in self.parts)
 
     @property
     def dropped(self) -> int:
@@ -125,18 +201,31 @@ class PairTable:
 
     def groups(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
         """Row groups in order, each with the number of its first row."""
-        with pq.ParquetFile(self._pairs) as file:
-            first = 0
-            for number in range(file.num_row_groups):
-                table = file.read_row_group(number, columns=columns)
-                yield first, table
-                first += len(table)
+        for first in range(0, len(self), GROUP):
+            yield first, self.rows(first, min(first + GROUP, len(self)), columns)
+
+    def rows(self, first: int, end: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows `first` to `end` under their names in pairs.parquet or responses.parquet, all columns or some."""
+        schema = pa.schema(
+            [one for one in self.schema if not one.name.startswith("ref_") and (columns is None or one.name in columns)]
+        )
+        places, answers = (grown.values[first:end] for grown in (self.columns.places, self.columns.answers))
+        taken = self._taken(places, schema.names)
+        if (beside := places != answers).any():
+            taken |= self._of_others(first, answers, beside, schema.names)
+        held_out = pa.array(self.columns.held_out.values[first:end])
+        made = {
+            "split": pc.if_else(held_out, *reversed(SPLITS)),
+            "kind": pa.array(np.where(beside, MISMATCHED, RESPONSE)),
+        }
+        if self.wanted == "prompts":
+            made["kind"] = pa.repeat(PROMPT, len(places))
+        return pa.table({name: taken.get(name, made.get(name)) for name in schema.names}, schema=schema)
 
     def row(self, number: int) -> dict[str, Any]:
         """One row under its names in pairs.parquet or responses.parquet."""
-        table: pa.Table = _group(self._pairs, number // GROUP)
-        pair: dict[str, Any] = table.slice(number % GROUP, 1).to_pylist()[0]
-        return pair
+        row: dict[str, Any] = self.rows(number, number + 1).to_pylist()[0]
+        return row
 
     def source_rows(self) -> np.ndarray:
         """Number in its source of what each row was made of."""
@@ -146,137 +235,49 @@ class PairTable:
         """dropped.parquet's content."""
         return pq.read_table(Path(self.directory.name) / "dropped.parquet")
 
-    @property
-    def _pairs(self) -> Path:
-        return Path(self.directory.name) / "pairs.parquet"
+    def _taken(self, places: np.ndarray, names: list[str]) -> dict[str, pa.Array]:
+        """Columns of the rows at `places` as far as their parts know them."""
+        of_parts = {"source_row": "row", "pair_id": "row_id", "group_id": "row_id"}
+        there = set(schema_of(self.wanted).names)
+        asked = tuple(name for name in dict.fromkeys(of_parts.get(name, name) for name in names) if name in there)
+        blocks, which = np.unique(places // BLOCK, return_inverse=True)
+        parts = np.searchsorted([part.first_block for part in self.parts], blocks, side="right") - 1
+        read = [
+            _block(self.parts[part].path, int(block) - self.parts[part].first_block, asked)
+            for part, block in zip(parts, blocks, strict=True)
+        ]
+        begins = np.cumsum([0, *map(len, read)])[which]
+        table = pa.concat_tables(read).take(pa.array(begins + places % BLOCK)).combine_chunks()
+        taken = {name: table[name].combine_chunks() for name in asked}
+        of_rows = pa.array(parts[which])
+        taken["source"] = pa.array([part.source for part in self.parts], pa.string()).take(of_rows)
+        if "row" in taken:
+            firsts = pa.array([part.first_row for part in self.parts], pa.int64()).take(of_rows)
+            taken["source_row"] = pc.add(taken["row"], firsts)
+        if "row_id" in taken:
+            ids = pa.array([row_id.hex() for row_id in taken["row_id"].to_pylist()], pa.string())
+            taken |= {"pair_id": ids, "group_id": ids}
+        return taken
+
+    def _of_others(self, first: int, answers: np.ndarray, beside: np.ndarray, names: list[str]) -> dict[str, pa.Array]:
+        """Columns of responses, some of which are another prompt's: as long as may be, and called nothing."""
+        others = self._taken(
+            answers, [name for name in ("response", "response_ids", "label", "score") if name in names]
+        )
+        nobody = pa.array(beside)
+        for name in {"label", "score"} & others.keys():
+            others[name] = pc.if_else(nobody, pa.scalar(None, others[name].type), others[name])
+        if "response_ids" in others:
+            lengths, ids = self.response_tokens[first : first + len(answers)], others["response_ids"]
+            cut = [row.values.to_numpy()[:length] for row, length in zip(ids, lengths, strict=True)]
+            others["response_ids"] = list_column(cut, ids.type)
+        return {name: others[name] for name in names if name in others and name != "source"}
 
 
-def write_pairs(
-    data: DataConfig, stream: PairStream | ResponseStream, on_group: Callable[[pa.Table], None]
-) -> PairTable:
-    """Read the stream to its end into a new table; `on_group` sees every row group as it is written.
-
-    Raises DataError if nothing is left to train on, and what the stream raises.
-    """
-    directory = tempfile.TemporaryDirectory(prefix="pairs-", dir=scratch_place())
-    sides = _PAIR if isinstance(stream, PairStream) else () if stream.wanted == "prompts" else _RESPONSE
-    found = PairTable(stream.formats, stream.digests, directory, sides)
-    schema = pa.schema([column for column in found.schema if not column.name.startswith("ref_")])
-    prompts, responses, begun = [found.prompt_tokens], [found.response_tokens], [np.zeros(0, bool)]
-    last = ""
-    with (
-        explaining_disk(Path(directory.name)),
-        pq.ParquetWriter(Path(directory.name) / "pairs.parquet", schema, compression="zstd") as rows,
-        pq.ParquetWriter(Path(directory.name) / "dropped.parquet", DROPPED, compression="zstd") as dropped,
-    ):
-        for kept, left_out in _chunks(stream):
-            dropped.write_table(_dropped(left_out))
-            for row in left_out:
-                found.drops.setdefault(row.reason, DropCount(0, row)).count += 1
-            if not kept:
-                continue
-            table = _table(kept, schema)
-            rows.write_table(table, row_group_size=GROUP)
-            on_group(table)
-            names = [_name_of(item) for item in kept]
-            begins = [name != before for name, before in zip(names, [last, *names], strict=False)]
-            for item, begin in zip(kept, begins, strict=True):
-                _count(found, item, begins=begin)
-            last = names[-1]
-            begun.append(np.array(begins))
-            prompts.append(_lengths(table, "prompt_ids"))
-            responses.append(np.array([_lengths(table, name) for name in found.ids[1:]], np.int32).ravel("F"))
-    found.prompt_tokens, found.response_tokens = np.concatenate(prompts), np.concatenate(responses)
-    if not found.of_pairs:
-        found.group_of = np.cumsum(np.concatenate(begun), dtype=np.int32) - 1
-    found.read = sum(stream.read.values())
-    must_balance(", ".join(stream.read), stream.given, len(found) + found.dropped)
-    found.unread, found.control = dict(stream.unread), dict(stream.control)
-    found.drops = dict(sorted(found.drops.items(), key=lambda item: -item[1].count))
-    reasons = {reason: drop.count for reason, drop in found.drops.items()}
-    must_train(
-        found.splits.get("train", 0), data, reasons, "pair" if sides == _PAIR else "response" if sides else "prompt"
-    )
-    return found
-
-
-def _name_of(item: Pair | ResponseRow) -> str:
-    return item.pair_id if isinstance(item, Pair) else item.group_id
-
-
-def _count(found: PairTable, item: Pair | ResponseRow, *, begins: bool) -> None:
-    """Note what the figures of a table say of a row; `begins`: a pair or a group."""
-    preference = item.preference
-    if begins:
-        found.splits[item.split] = found.splits.get(item.split, 0) + 1
-    if begins and item.split == "train":
-        found.judges[preference.judge] = found.judges.get(preference.judge, 0) + 1
-    if isinstance(item, Pair) or item.kind != MISMATCHED:
-        found.cut_off += len(preference.cut_off)
-    found.margins += preference.margin is not None
-    if preference.label is not None:
-        found.labels.setdefault(item.split, [0, 0])[0 if preference.label else 1] += 1
-
-
-def _chunks(stream: PairStream | ResponseStream) -> Iterator[tuple[list[Pair | ResponseRow], list[Dropped]]]:
-    kept: list[Pair | ResponseRow] = []
-    left_out: list[Dropped] = []
-    for item in stream:
-        if isinstance(item, Dropped):
-            left_out.append(item)
-        else:
-            kept.append(item)
-        # every row group but the last is full, so a row is found by division
-        if len(kept) == GROUP or len(left_out) >= GROUP:
-            full = len(kept) == GROUP
-            yield kept if full else [], left_out
-            kept, left_out = ([] if full else kept), []
-    yield kept, left_out
-
-
-def _table(items: list[Pair | ResponseRow], schema: pa.Schema) -> pa.Table:
-    preferences = [item.preference for item in items]
-    columns: dict[str, list[Any]] = {
-        "split": [item.split for item in items],
-        "source": [preference.source for preference in preferences],
-        "source_row": [preference.row for preference in preferences],
-        "topic": [preference.topic for preference in preferences],
-        "prompt": [prompt_text(preference.prompt) for preference in preferences],
-        "prompt_ids": [item.prompt_ids for item in items],
-    }
-    if pairs := [item for item in items if isinstance(item, Pair)]:
-        columns |= {
-            "pair_id": [pair.pair_id for pair in pairs],
-            "chosen": [pair.preference.shown("chosen") for pair in pairs],
-            "rejected": [pair.preference.shown("rejected") for pair in pairs],
-            "chosen_ids": [pair.chosen_ids for pair in pairs],
-            "rejected_ids": [pair.rejected_ids for pair in pairs],
-            "margin": [pair.preference.margin for pair in pairs],
-        }
-    if responses := [item for item in items if isinstance(item, ResponseRow)]:
-        columns |= {
-            "group_id": [row.group_id for row in responses],
-            "response": [None if row.kind == PROMPT else row.preference.shown("chosen") for row in responses],
-            "kind": [row.kind for row in responses],
-            "label": [row.preference.label for row in responses],
-            "score": [row.preference.score for row in responses],
-            "response_ids": [None if row.kind == PROMPT else row.response_ids for row in responses],
-        }
-    return pa.table(columns, schema=schema)
-
-
-def _dropped(rows: list[Dropped]) -> pa.Table:
-    columns = {"source": "source", "source_row": "row", "reason": "reason", "detail": "detail"}
-    filled = {to: [getattr(row, of) for row in rows] for to, of in columns.items()}
-    nothing = {name: pa.nulls(len(rows), DROPPED.field(name).type) for name in DROPPED.names if name not in filled}
-    return pa.table({**filled, **nothing}, schema=DROPPED)
-
-
-def _lengths(table: pa.Table, column: str) -> np.ndarray:
-    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table[column].chunks]).astype(np.int32)
-
-
-@lru_cache(maxsize=2)
-def _group(path: Path, number: int) -> pa.Table:
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(number)
+@lru_cache(maxsize=4)
+def _block(path: Path, number: int, columns: tuple[str, ...]) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read_row_group(number, columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error) from None

@@ -86,7 +86,6 @@ def disk(config: Config, plan: Plan, seen: Outlook, sampled: Sampled | None = No
     checkpoints = (config.train.save_total_limit + 1) * (learning + state + logps)
     merged = config.policy.lora is None or config.policy.lora.merge
     responses = plan.pairs.response_tokens
-    working = sum(file.stat().st_size for file in Path(plan.pairs.directory.name).iterdir())
     per_token = 2 if config.reference.logps == "fixed_point" else 4
     missing = len(plan.absent) * _BESIDE_A_SCORE + per_token * int(responses[plan.absent].sum(dtype=np.int64))
     if sampled:
@@ -95,7 +94,7 @@ def disk(config: Config, plan: Plan, seen: Outlook, sampled: Sampled | None = No
     return Disk(
         checkpoints=checkpoints,
         model=parameters * _saved_width(config, seen.kind) * int(merged),
-        pairs=working + (0 if sampled else 4 * int(responses.sum(dtype=np.int64))),
+        pairs=plan.pairs.bytes + (0 if sampled else 4 * int(responses.sum(dtype=np.int64))),
         store=missing,
         free=shutil.disk_usage(place).free,
         samples=_of_samples(sampled) if sampled else 0,

@@ -18,11 +18,11 @@ from pipeline.engines.reference import OpenedReference
 from pipeline.errors import CheckError, ConfigError, DataError
 from pipeline.precompute.agreement import LARGEST, TOLERANCES
 from pipeline.precompute.explain import differences
-from pipeline.precompute.plan import Plan, keys_of
+from pipeline.precompute.plan import Plan
 from pipeline.precompute.score import check_scores
 from pipeline.precompute.verify import Sample
 from pipeline.store.adoption import Adoption, held_of_its_own
-from pipeline.store.identity import IMPORTED, ReferenceIdentity
+from pipeline.store.identity import IMPORTED, ReferenceIdentity, keys_of
 from pipeline.store.places import is_url
 from pipeline.store.transfer import described_references
 

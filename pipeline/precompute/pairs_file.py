@@ -45,7 +45,7 @@ def table_of(run: Run, config: Config) -> Path:
 
 def inputs_digest(config: Config) -> str:
     """Digest of every configuration field that decides pairs.parquet; the data files' bytes are digested apart."""
-    return _digest_with(config.data.model_dump(mode="json"), config.reference)
+    return _digest_with(config.data.deciding(), config.reference)
 
 
 def _digest_with(data: dict[str, Any], reference: ReferenceConfig) -> str:
@@ -61,7 +61,7 @@ def _asked_for(about: dict[str, Any], config: Config, path: Path) -> bool:
     One without `special_tokens` parsed them; one without `max_length` meant 1024. Both say the same where no text names a control
     token, and where that length left no pair out.
     """
-    made_from, data = about.get("inputs_digest"), config.data.model_dump(mode="json")
+    made_from, data = about.get("inputs_digest"), config.data.deciding()
     if made_from == inputs_digest(config):
         return True
     earlier = {name: value for name, value in data.items() if name != "special_tokens"}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,17 +23,18 @@ from pipeline.config.experiment import Config
 from pipeline.config.losses import Data, data_of, margins, mismatched, sums_do_not_do
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference, open_reference
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.hardware import return_freed_memory
 from pipeline.models.configuration import position_limit
-from pipeline.models.load import chat_template_digest, vocabulary_digest
-from pipeline.pairs.groups import ResponseStream
+from pipeline.models.load import chat_template_digest, load_tokenizer, vocabulary_digest
 from pipeline.pairs.kinds import UNITS
 from pipeline.pairs.sources import read_for
-from pipeline.pairs.splits import PairStream
-from pipeline.pairs.table import PairTable, write_pairs
-from pipeline.store.adoption import adoptions, held_by_adopted, serve_from_adopted
-from pipeline.store.identity import IMPORTED, ReferenceIdentity, score_key
+from pipeline.pairs.table import GROUP, PairTable
+from pipeline.pairs.tokenised.assembly import Assembly, bytes_of
+from pipeline.pairs.tokenised.making import How
+from pipeline.pairs.tokenised.seen import DigestSet
+from pipeline.store.adoption import held_by_adopted, serve_from_adopted
+from pipeline.store.identity import IMPORTED, ReferenceIdentity, keys_of
 from pipeline.store.store import Store
 
 
@@ -176,19 +179,76 @@ class Planning:
 
     def __init__(self, config: Config, reference: OpenedReference | None = None) -> None:
         self._config, self.reference = config, reference or open_reference(config.reference)
+        self._data = read_for(config.data, data_of(config.train))
+        self._assembly = _assembly(config, self.reference, self._data)
+        self._reading = self._assembly.windows()
+        self._read: list[tuple[int, int, float]] = []
+        self._store = Store(config.reference.store, self.reference.identity)
         self._plan: Plan | None = None
+        self._failed: RefscoreError | None = None
 
     def windows(self) -> Iterator[Window]:
         """Each window as soon as its rows are read; raises what `make_plan` raises."""
-        plan = self.plan()
-        for end, _, missing in _groups_of(plan.pairs, plan.keys, plan.absent):
-            yield Window(missing, end / len(plan.pairs))
+        asked = DigestSet()
+        for first, end, share in self._bounds():
+            keys = self._assembly.keys(first, end)
+            # a key that an earlier window had is that window's
+            new = np.flatnonzero(asked.add(bytes_of(keys)))
+            missing = new[self._store.lookup(keys.take(pa.array(new))).missing]
+            groups = [table for _, table in _groups_of(self._assembly.table, keys, missing, first)]
+            yield Window(pa.concat_tables([MISSING.empty_table(), *groups]), share)
 
     def plan(self) -> Plan:
         """The whole plan: reads what is left to read, and asks the store for all of it now."""
         if self._plan is None:
-            self._plan = make_plan(self._config, self.reference)
+            for _ in self._bounds():
+                pass
+            self._plan = self._planned()
         return self._plan
+
+    def _bounds(self) -> Iterator[tuple[int, int, float]]:
+        """The bounds of every window, those that are read already first."""
+        number = 0
+        while number < len(self._read) or self._has_more():
+            yield self._read[number]
+            number += 1
+
+    def _has_more(self) -> bool:
+        if self._failed:
+            raise self._failed
+        try:
+            more = list(islice(self._reading, 1))
+        except RefscoreError as error:
+            self._failed = error
+            raise
+        self._read += more
+        return bool(more)
+
+    def _planned(self) -> Plan:
+        config, reference, pairs = self._config, self.reference, self._assembly.table
+        _must_say_margins(config, pairs)
+        keys = self._assembly.keys(0, len(pairs))
+        lookup = self._store.lookup(keys)
+        adopted = _adopted(self._store, pairs, keys, lookup.missing)
+        plan = Plan(
+            reference=reference,
+            data=self._data,
+            pairs=pairs,
+            store=self._store,
+            keys=keys,
+            sequences=len(lookup.missing) + len(lookup.held),
+            missing=np.setdiff1d(lookup.missing, np.concatenate([lookup.missing[:0], *adopted.values()])),
+            adopted=adopted,
+            held_as_sums=len(lookup.held_as_sums),
+            vocabulary=vocabulary_digest(reference.tokenizer),
+            template=chat_template_digest(reference.tokenizer),
+        )
+        if plan.held_as_sums and config.train.objective == "preference" and config.train.ld_alpha is not None:
+            raise ConfigError(sums_do_not_do(f"{plan.held_as_sums} of {plan.sequences} imported scores"))
+        # what reading has left behind would stand beside the engine
+        del lookup
+        return_freed_memory()
+        return plan
 
 
 def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
@@ -198,86 +258,60 @@ def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
     on, or does not say what the loss reads of it; ConfigError if the reference or its tokenizer cannot be used, or if the loss
     weighs tokens of which only sums were imported.
     """
-    reference = reference or open_reference(config.reference)
-    parts: list[pa.FixedSizeBinaryArray] = []
-    data = read_for(config.data, data_of(config.train))
-    pairs = write_pairs(
-        config.data,
-        _stream(config, reference, data),
-        lambda table: parts.append(keys_of(reference.identity.reference_id, table)),
+    return Planning(config, reference).plan()
+
+
+def _assembly(config: Config, reference: OpenedReference, data: Data) -> Assembly:
+    """What the training learns from, as it is read."""
+    reference_id = reference.identity.reference_id
+    how = How(
+        partial(load_tokenizer, reference.paths.merged, reference.config),
+        position_limit(reference.paths.base),
+        reference_id,
+        partial(keys_of, reference_id),
     )
-    _must_say_margins(config, pairs)
-    store = Store(config.reference.store, reference.identity)
-    keys = pa.concat_arrays(parts)
-    parts.clear()
-    lookup = store.lookup(keys)
-    adopted = _adopted(store, pairs, keys, lookup.missing)
-    plan = Plan(
-        reference=reference,
-        data=data,
-        pairs=pairs,
-        store=store,
-        keys=keys,
-        sequences=len(lookup.missing) + len(lookup.held),
-        missing=np.setdiff1d(lookup.missing, np.concatenate([lookup.missing[:0], *adopted.values()])),
-        adopted=adopted,
-        held_as_sums=len(lookup.held_as_sums),
-        vocabulary=vocabulary_digest(reference.tokenizer),
-        template=chat_template_digest(reference.tokenizer),
-    )
-    if plan.held_as_sums and config.train.objective == "preference" and config.train.ld_alpha is not None:
-        raise ConfigError(sums_do_not_do(f"{plan.held_as_sums} of {plan.sequences} imported scores"))
-    # what reading has left behind would stand beside the engine
-    del lookup
-    return_freed_memory()
-    return plan
+    beside = data == "responses" and mismatched(config.train)
+    return Assembly(config.data, data, how, reference.tokenizer, mismatched=beside)
 
 
 def _adopted(
     store: Store, pairs: PairTable, keys: pa.FixedSizeBinaryArray, absent: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Those of the positions `absent` that references hold which were adopted, by their ids."""
-    if not adoptions(store):
-        return {}
-    held: dict[str, list[np.ndarray]] = {}
-    for _, positions, missing in _groups_of(pairs, keys, absent):
-        for adopted, found in held_by_adopted(store, missing).items():
-            held.setdefault(adopted, []).append(positions[found])
-    return {adopted: np.concatenate(parts) for adopted, parts in held.items()}
+
+    def keys_under(reference_id: str, positions: np.ndarray) -> pa.FixedSizeBinaryArray:
+        return pa.concat_arrays([keys_of(reference_id, missing) for _, missing in _groups_of(pairs, keys, positions)])
+
+    return held_by_adopted(store, absent, keys_under)
 
 
 def _groups_of(
-    pairs: PairTable, keys: pa.FixedSizeBinaryArray, positions: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, pa.Table]]:
-    """Row group by row group: the number of the row behind its last, those of `positions` in it, and their rows of MISSING."""
+    pairs: PairTable, keys: pa.FixedSizeBinaryArray, positions: np.ndarray, begin: int = 0
+) -> Iterator[tuple[np.ndarray, pa.Table]]:
+    """Row group by row group: those of `positions` in it, and their rows of MISSING. `keys`, of which these are positions,
+    ascending, are those of the rows from `begin` on.
+    """
     sides = len(pairs.sides)
-    for first, table in pairs.groups(pairs.ids):
-        end = first + len(table)
-        here = positions[slice(*np.searchsorted(positions, [sides * first, sides * end]))]
+    groups, begins = np.unique(positions // max(1, sides * GROUP), return_index=True)
+    for group, here in zip(groups.tolist(), np.split(positions, begins[1:]), strict=False):
+        first = begin + group * GROUP
+        table = pairs.rows(first, min(first + GROUP, len(pairs)), pairs.ids)
         prompts, *responses = (arrays_of(table, name) for name in pairs.ids)
-        places = [divmod(position, sides) for position in here.tolist()]
+        places = [divmod(position, sides) for position in (here - sides * group * GROUP).tolist()]
         columns = [
             keys.take(pa.array(here)),
-            list_column([prompts[row - first] for row, _ in places], MISSING.field("prompt_ids").type),
-            list_column([responses[side][row - first] for row, side in places], MISSING.field("response_ids").type),
+            list_column([prompts[row] for row, _ in places], MISSING.field("prompt_ids").type),
+            list_column([responses[side][row] for row, side in places], MISSING.field("response_ids").type),
         ]
-        yield end, here, pa.table(columns, schema=MISSING)
+        yield here, pa.table(columns, schema=MISSING)
 
 
 def serve_adopted(plan: Plan) -> None:
     """Publish what adopted references hold of the plan; what turns out damaged is missing the next time."""
     adopted = np.sort(np.concatenate([plan.missing[:0], *plan.adopted.values()]))
     if len(adopted):
-        for _, _, missing in _groups_of(plan.pairs, plan.keys, adopted):
+        for _, missing in _groups_of(plan.pairs, plan.keys, adopted):
             serve_from_adopted(plan.store, missing)
-
-
-def _stream(config: Config, reference: OpenedReference, data: Data) -> PairStream | ResponseStream:
-    """What the training learns from, as it is read."""
-    positions = position_limit(reference.paths.base)
-    if data == "pairs":
-        return PairStream(config.data, reference.tokenizer, positions)
-    return ResponseStream(config.data, reference.tokenizer, positions, wanted=data, mismatched=mismatched(config.train))
 
 
 def _must_say_margins(config: Config, pairs: PairTable) -> None:
@@ -286,19 +320,6 @@ def _must_say_margins(config: Config, pairs: PairTable) -> None:
             f"{len(pairs) - pairs.margins} of {len(pairs)} pairs do not say how much better chosen is, from which "
             f"{', '.join(names)} learns: give every row a margin, or a chosen_score and a rejected_score, or take ranked data"
         )
-
-
-def keys_of(reference_id: str, table: pa.Table) -> pa.FixedSizeBinaryArray:
-    """Keys of the sequences of a table's rows, chosen then rejected of each pair; prompts alone have none."""
-    sides = [name for name in ("chosen_ids", "rejected_ids", "response_ids") if name in table.column_names]
-    names = [name for name in sides if not table[name].null_count]
-    columns = [arrays_of(table, name) for name in ("prompt_ids", *names)]
-    keys = [
-        score_key(reference_id, prompt, response)
-        for prompt, *responses in zip(*columns, strict=True)
-        for response in responses
-    ]
-    return pa.array(keys, pa.binary(32))
 
 
 def part_of(plan: Plan, number: int, parts: int) -> Plan:

@@ -29,7 +29,7 @@ def inputs_of(config: Config) -> dict[str, Any]:
     """
     judge = judge_of_texts(config, config.rollout.judge)
     return {
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.deciding(),
         "reference": config.reference.model_dump(mode="json", include=_OF_REFERENCE),
         "policy": config.policy.model_dump(mode="json", include={"model", "revision"}),
         "generate": config.generate.model_dump(mode="json", include=_OF_GENERATE),

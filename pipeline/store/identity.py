@@ -9,12 +9,13 @@ needs hashing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.artifacts.digests import json_sha256
 from pipeline.errors import DataError
@@ -129,3 +130,30 @@ def score_key(
         state.update(len(array).to_bytes(8, "little"))
         state.update(array.tobytes())
     return state.digest()
+
+
+def keys_of(reference_id: str, table: pa.Table) -> pa.FixedSizeBinaryArray:
+    """`score_key` of the sequences of a table's rows, chosen then rejected of each pair; null if there are no token ids.
+
+    Prompts alone have none.
+    """
+    names = [name for name in ("chosen_ids", "rejected_ids", "response_ids") if name in table.column_names]
+    begun = hashlib.sha256(b"refscore-key" + bytes([VERSION]) + bytes.fromhex(reference_id))
+    keys: list[bytes | None] = []
+    for prompt, *responses in zip(*(_counted(table[name]) for name in ("prompt_ids", *names)), strict=True):
+        read = begun.copy()
+        read.update(prompt or b"")
+        for response in responses:
+            state = read.copy()
+            state.update(response or b"")
+            keys.append(None if response is None else state.digest())
+    return pa.array(keys, pa.binary(32))
+
+
+def _counted(column: pa.ChunkedArray) -> Iterator[bytes | None]:
+    """Each list of token ids as it enters a key: its length, and its ids."""
+    for chunk in column.chunks:
+        values = np.asarray(chunk.values).astype("<i4", copy=False).view(np.uint8).data
+        ends = chunk.offsets.to_pylist()
+        for there, begin, end in zip(chunk.is_valid().to_pylist(), ends, ends[1:], strict=False):
+            yield (end - begin).to_bytes(8, "little") + values[4 * begin : 4 * end] if there else None

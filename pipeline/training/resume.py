@@ -74,7 +74,7 @@ def decide(run: Run, config: Config, training: str, *, restart: bool) -> Checkpo
 def trained_fields(config: Config) -> dict[str, Any]:
     """The settings of a training, kept in the run so that a later one can name what differs."""
     return {
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.deciding(),
         "reference": config.reference.model_dump(mode="json"),
         "policy": config.policy.model_dump(mode="json"),
         "train": _train_fields(config),

@@ -10,12 +10,15 @@ import pytest
 from pipeline.artifacts.schemas import DROPPED, PAIRS
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.files import load_config
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, DataError
 from pipeline.pairs import table as pair_table
+from pipeline.pairs.reading import ranges
+from pipeline.pairs.tokenised import assembly, making
 from pipeline.precompute import score
 from pipeline.precompute.join import dropped_with, joined, write_joined
-from pipeline.precompute.plan import make_plan
+from pipeline.precompute.plan import Planning, make_plan
 from pipeline.precompute.score import score_missing, shards_of
+from pipeline.store.identity import score_key
 from tests.conftest import experiment, preference_rows, write_rows
 
 
@@ -210,3 +213,80 @@ def test_shards_keep_a_prompts_responses_together_longest_first_within_their_bud
         for one in shard:
             longest[tuple(one.prompt_ids)] = max(longest[tuple(one.prompt_ids)], len(one))
     assert list(longest.values()) == sorted(longest.values(), reverse=True)
+
+
+@pytest.fixture
+def in_ranges(monkeypatch):
+    """Ranges of a few rows, and a window after each."""
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 400)
+    monkeypatch.setattr(assembly, "WINDOW", 2)
+
+
+@pytest.mark.usefixtures("in_ranges")
+def test_windows_have_what_is_missing_once_in_the_order_of_the_data(config):
+    rows = preference_rows(20)
+    write_rows(Path(config.data.path[0]), [*rows, *(row | {"rejected": "Never."} for row in rows[:7]), rows[3]])
+    planning = Planning(config)
+    windows = list(planning.windows())
+    plan = planning.plan()
+    assert len(windows) > 3
+    assert pa.concat_tables(one.missing for one in windows)["key"].to_pylist() == [
+        plan.keys[position].as_py() for position in plan.missing.tolist()
+    ]
+    for window in windows:
+        for row in window.missing.to_pylist():
+            assert row["key"] == score_key(plan.identity.reference_id, row["prompt_ids"], row["response_ids"])
+    shares = [one.share for one in windows]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert 0 < shares[0] < 0.5
+    assert make_plan(config).lines() == plan.lines()
+
+
+@pytest.mark.usefixtures("in_ranges")
+def test_a_window_comes_before_later_rows_are_tokenised(config, monkeypatch):
+    write_rows(Path(config.data.path[0]), preference_rows(20))
+    made, real = [], making._make
+    monkeypatch.setattr(making, "_make", lambda *given: made.append(given) or real(*given))
+    planning = Planning(config)
+    windows = planning.windows()
+    first = next(windows)
+    assert len(made) == 1
+    assert len(first.missing) >= 4
+    # what is scored meanwhile is no longer missing, and what was read is not read again
+    score_missing(make_plan(config), Engine(), lambda sequences, tokens: None)
+    before = len(made)
+    assert not any(len(window.missing) for window in windows)
+    assert not len(planning.plan().missing)
+    assert len(made) == before
+
+
+@pytest.mark.usefixtures("in_ranges")
+def test_the_whole_plan_may_be_asked_for_between_windows(config):
+    write_rows(Path(config.data.path[0]), preference_rows(20))
+    planning = Planning(config)
+    windows = planning.windows()
+    first = next(windows)
+    plan = planning.plan()
+    rest = list(windows)
+    assert sum(len(window.missing) for window in [first, *rest]) == len(plan.missing) == 40
+    assert planning.plan() is plan
+    # asked for again they are the same
+    assert [len(window.missing) for window in planning.windows()] == [len(window.missing) for window in [first, *rest]]
+
+
+@pytest.mark.usefixtures("in_ranges")
+def test_what_cannot_be_read_is_said_behind_the_windows_before_it(config):
+    path = write_rows(Path(config.data.path[0]), preference_rows(20))
+    path.write_text(path.read_text() + "{broken\n")
+    planning = Planning(config)
+    windows = planning.windows()
+    assert len(next(windows).missing)
+    with pytest.raises(DataError, match=r"line 21, column 2: not valid JSON"):
+        list(windows)
+    # of rows that were not all read there is no plan
+    with pytest.raises(DataError, match="line 21"):
+        planning.plan()
+    write_rows(path, [{"prompt": f"{at}?", "chosen": "", "rejected": "x"} for at in range(20)])
+    with pytest.raises(DataError, match=r"no pair is left to train on from .*\(20 x empty_response\)"):
+        list(Planning(config).windows())

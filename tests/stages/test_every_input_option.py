@@ -5,6 +5,7 @@ a model of the Hub lies in a cache of the Hub's layout.
 """
 
 import shutil
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import datasets
@@ -20,6 +21,7 @@ import pipeline.precompute.ray
 from pipeline.config.experiment import DataConfig, ReferenceConfig
 from pipeline.engines import score_table
 from pipeline.engines.single import start_single
+from pipeline.pairs.tokenised import making
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.engines.doubles import Flat
 from tests.hub import CODED, SECOND, make_hub
@@ -39,6 +41,7 @@ CHANGES = {
     "data.max_length": (70, {}),
     "data.too_long": ("truncate_response", {"data.max_length": 70}),
     "data.max_rows": (5, {}),
+    "data.workers": (2, {}),
     "reference.model": ("other", {}),
     "reference.revision": (SECOND, {"reference.model": "tests/tiny"}),
     "reference.trust_remote_code": ("true", {"reference.model": "tests/tiny", "reference.revision": CODED}),
@@ -219,6 +222,24 @@ def doubles(patch, where, told):
 
     patch.setattr(pipeline.engines.vllm.scorer, "start_engine", start_engine)
     patch.setattr(pipeline.engines.vllm.scorer, "stop_engine", lambda engine: None)
+
+    class Pool:
+        """One that tokenises in this process."""
+
+        def __init__(self, workers, context, begin, given):
+            told.append(f"{workers} processes tokenise")
+            (self.how,) = given
+
+        def submit(self, _, made):
+            making._make(made, self.how, self.how.tokenizer())
+            done = Future()
+            done.set_result(None)
+            return done
+
+        def shutdown(self, **_):
+            pass
+
+    patch.setattr(making, "ProcessPoolExecutor", Pool)
 
     class Worker:
         """A worker in this process."""

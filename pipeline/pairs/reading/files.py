@@ -8,15 +8,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from pipeline.errors import DataError, first_line
-from pipeline.pairs.reading.json_rows import Row, json_rows, jsonl_rows
+from pipeline.errors import DataError, RefscoreError, first_line
+from pipeline.pairs.reading.json_rows import Row, json_rows, jsonl_rows, jsonl_rows_between
 from pipeline.pairs.reading.misnamed import HEAD, must_be_text
+from pipeline.pairs.reading.remote import File, RemoteFile, unreadable
 from pipeline.pairs.reading.table_rows import csv_rows, parquet_rows
 
-_TEXTS: dict[str, Callable[[BinaryIO, Path], Iterator[Row]]] = {
+_TEXTS: dict[str, Callable[[BinaryIO, File], Iterator[Row]]] = {
     ".jsonl": jsonl_rows,
     ".ndjson": jsonl_rows,
     ".json": json_rows,
@@ -27,7 +28,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*_TEXTS, ".parquet")
 
 
-def suffix_of(path: Path) -> str | None:
+def suffix_of(path: File | PurePosixPath) -> str | None:
     """The ending that says how a file is read, without that of its compression; None if it is none that is read."""
     suffix = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
@@ -36,8 +37,11 @@ def suffix_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
-def file_rows(path: Path, place: Path | None = None) -> Iterator[Row]:
-    """Every row of a file in order. Raises DataError, which names `place` if given, for whatever is broken in it."""
+def file_rows(path: File, place: File | None = None, part: tuple[int, int] | None = None) -> Iterator[Row]:
+    """Every row of a file in order, or of a part of it: row groups of Parquet, or bytes of JSONL, from and to.
+
+    Raises DataError, which names `place` if given, for whatever is broken in it.
+    """
     suffix, place = suffix_of(path), place or path
     if suffix is None:
         raise DataError(
@@ -46,9 +50,12 @@ def file_rows(path: Path, place: Path | None = None) -> Iterator[Row]:
         )
     try:
         if suffix == ".parquet":
-            yield from parquet_rows(path, place)
+            yield from parquet_rows(path, place, range(*part) if part else None)
             return
         with _opened(path, place) as content:
+            if part:
+                yield from jsonl_rows_between(content, place, *part)
+                return
             yield from _TEXTS[suffix](content, place)
     except (EOFError, zlib.error) as error:
         raise DataError(
@@ -61,10 +68,14 @@ def file_rows(path: Path, place: Path | None = None) -> Iterator[Row]:
                 "the ending of what it is"
             ) from None
         raise DataError(f"{place} cannot be read ({error.strerror or first_line(error)})") from None
+    except Exception as error:
+        if isinstance(error, RefscoreError) or not isinstance(path, RemoteFile):
+            raise
+        raise unreadable(str(place), error) from None
 
 
 @contextmanager
-def _opened(path: Path, place: Path) -> Iterator[BinaryIO]:
+def _opened(path: File, place: File) -> Iterator[BinaryIO]:
     """A text file's bytes, decompressed as its name says, checked to be text."""
     packing = path.suffix.lower()
     with path.open("rb") as file:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Container, Iterator
+from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError
 from pipeline.pairs.reading.files import SUFFIXES, suffix_of
+from pipeline.pairs.reading.remote import RemoteFile
 
 # words in the names of files and folders that say which split they hold; the library `datasets` has the same
 _SPLITS = {
@@ -40,32 +41,45 @@ _SHOWN = 5
 
 def files_of(folder: Path, split: str) -> list[Path]:
     """The folder's files of a split, by name. Raises DataError if there is none, or if any file's part is not clear."""
-    found = sorted(
-        path for path in _walked(folder) if path.suffix.lower() not in _DOCUMENTS and path.name not in _ABOUT
-    )
+    named = {str(path.relative_to(folder)): path for path in _walked(folder)}
     # a link to nowhere is met when it is read
-    strange = [path for path in found if suffix_of(path) is None or (path.exists() and not path.is_file())]
-    if strange:
+    strange = {name for name, path in named.items() if path.exists() and not path.is_file()}
+    return [named[name] for name in _of_split(str(folder), list(named), split, strange)]
+
+
+def remote_files_of(folder: str, files: list[RemoteFile], split: str) -> list[RemoteFile]:
+    """The same of a folder at a URL, which holds `files`."""
+    named = {str(file).removeprefix(folder).lstrip("/"): file for file in files}
+    shown = [name for name in named if not any(part.startswith((".", "__")) for part in name.split("/"))]
+    return [named[name] for name in _of_split(folder, shown, split)]
+
+
+def _of_split(folder: str, names: list[str], split: str, strange: Container[str] = ()) -> list[str]:
+    """Those of a folder's files that are of a split; `strange` ones are none."""
+    paths = sorted(map(PurePosixPath, names))
+    found = [path for path in paths if path.suffix.lower() not in _DOCUMENTS and path.name not in _ABOUT]
+    others = [path for path in found if suffix_of(path) is None or str(path) in strange]
+    if others:
         raise DataError(
-            f"{folder} also holds {_names(strange, folder)}, which {'is' if len(strange) == 1 else 'are'} not read (read are "
+            f"{folder} also holds {_names(others)}, which {'is' if len(others) == 1 else 'are'} not read (read are "
             f"{', '.join(SUFFIXES)}): name the files that are meant, as a glob in quotes or a list"
         )
     if not found:
         raise DataError(f"{folder} holds no file of preference data ({', '.join(SUFFIXES)})")
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[PurePosixPath]] = {}
     for path in found:
-        splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+        splits.setdefault(_split_of(path), []).append(path)
     nowhere = splits.pop("", [])
     if not splits:
         splits, nowhere = {"train": nowhere}, []
     if nowhere:
         raise DataError(
-            f"{folder}: {_names(nowhere, folder)} {'belongs' if len(nowhere) == 1 else 'belong'} to no split, others to "
+            f"{folder}: {_names(nowhere)} {'belongs' if len(nowhere) == 1 else 'belong'} to no split, others to "
             f"{', '.join(splits)}: name the files that are meant, as a glob in quotes or a list"
         )
     if split not in splits:
         raise DataError(f"{folder} has no split {split!r}: its files give {', '.join(splits)} (data.split)")
-    return splits[split]
+    return [str(path) for path in splits[split]]
 
 
 def left_to_datasets(folder: Path, split: str) -> bool:
@@ -102,7 +116,7 @@ def _cannot_be_listed(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read ({error.strerror})")
 
 
-def _split_of(path: Path) -> str:
+def _split_of(path: PurePosixPath) -> str:
     """The split that the names on the way to a file speak of: its folders' before its own."""
     for named in (path.parts[:-1], (path.name,)):
         words = {word for part in named for word in re.split(r"[-._ 0-9]+", part)}
@@ -112,7 +126,6 @@ def _split_of(path: Path) -> str:
     return ""
 
 
-def _names(paths: list[Path], folder: Path) -> str:
-    names = [str(path.relative_to(folder)) for path in paths]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _names(paths: list[PurePosixPath]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(map(str, paths[:_SHOWN])) + more

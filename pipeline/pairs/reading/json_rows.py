@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from pipeline.errors import DataError
 from pipeline.pairs.reading.misnamed import not_utf8
+from pipeline.pairs.reading.remote import File
 
 Row = dict[str, Any]
 
@@ -25,14 +25,40 @@ class _KeyTwice(ValueError):
     """A key that stands twice in one object."""
 
 
-def jsonl_rows(lines: BinaryIO, path: Path) -> Iterator[Row]:
-    """A row for each line that is not blank."""
-    for number, line in enumerate(lines, start=1):
+def jsonl_rows(lines: Iterable[bytes], path: File, first: int = 1) -> Iterator[Row]:
+    """A row for each line that is not blank; `first` is the number of the first line."""
+    for number, line in enumerate(lines, start=first):
         if line.strip(b" \t\r\n\xef\xbb\xbf" if number == 1 else b" \t\r\n"):
             yield _must_be_object(_decoded(path, line, number), f"{path}, line {number}")
 
 
-def json_rows(content: BinaryIO, path: Path) -> Iterator[Row]:
+def jsonl_rows_between(file: BinaryIO, path: File, begin: int, end: int) -> Iterator[Row]:
+    """A row for each line that is not blank and that begins at one of the bytes `begin` to `end`."""
+    if begin:
+        file.seek(begin - 1)
+        file.readline()
+    start = file.tell()
+    try:
+        # whatever its number is, it is not the first of the file
+        yield from jsonl_rows(_lines(file, end), path, first=2 if begin else 1)
+    except DataError:
+        # lines are counted when somebody wants to know, as all before would have to be read
+        file.seek(0)
+        before = sum(file.read(min(_PIECE, start - at)).count(b"\n") for at in range(0, start, _PIECE))
+        for _ in jsonl_rows(_lines(file, end), path, before + 1):
+            pass
+        raise
+
+
+def _lines(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """The lines from here on that begin before byte `end`."""
+    at = file.tell()
+    while at < end and (line := file.readline()):
+        at += len(line)
+        yield line
+
+
+def json_rows(content: BinaryIO, path: File) -> Iterator[Row]:
     """The rows of a list, of an object that holds one list, or of objects one after the other."""
     text = _Text(content, path)
     opening = text.peek()
@@ -52,7 +78,7 @@ def json_rows(content: BinaryIO, path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: a JSON file must hold a list of rows, got {type(text.value()).__name__}")
 
 
-def _list(text: _Text, path: Path) -> Iterator[Row]:
+def _list(text: _Text, path: File) -> Iterator[Row]:
     text.skip(1)
     number = 0
     while text.peek() != "]":
@@ -65,7 +91,7 @@ def _list(text: _Text, path: Path) -> Iterator[Row]:
         text.fail("something follows the list of rows")
 
 
-def _object(content: Any, path: Path) -> Iterator[Row]:
+def _object(content: Any, path: File) -> Iterator[Row]:
     """The rows of a file that is one object: it is a row itself, or one of its fields is the list of rows."""
     lists = {key: value for key, value in content.items() if isinstance(value, list)}
     sides = [content.get(side) for side in ("chosen", "rejected")]
@@ -96,7 +122,7 @@ def _must_be_object(row: Any, place: str) -> Row:
     raise DataError(f"{place}: a row must be a JSON object, got {type(row).__name__}{hint}")
 
 
-def _decoded(path: Path, line: bytes, number: int) -> Any:
+def _decoded(path: File, line: bytes, number: int) -> Any:
     try:
         return _DECODER.decode(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
     except json.JSONDecodeError as error:
@@ -129,7 +155,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 class _Text:
     """The text of a file from a place on, of which more is read as it is needed."""
 
-    def __init__(self, content: BinaryIO, path: Path) -> None:
+    def __init__(self, content: BinaryIO, path: File) -> None:
         self._content, self._path = content, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._bytes = "", 0, 0

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from pipeline.errors import DataError
+from pipeline.pairs.reading.remote import File
 
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip -c", ".gz"),
@@ -21,7 +22,7 @@ HEAD = 4096
 STDIN = Path("standard input")
 
 
-def must_be_text(head: bytes, path: Path, *, unpacked: bool) -> None:
+def must_be_text(head: bytes, path: File, *, unpacked: bool) -> None:
     """Raise DataError if a text file begins as none does, with what to run; `unpacked`: it was decompressed on the way here."""
     for magic, (kind, command, suffix) in _PACKED.items():
         if head.startswith(magic):
@@ -49,13 +50,13 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def not_utf8(path: Path) -> str:
+def not_utf8(path: File) -> str:
     """What is said of bytes that are no UTF-8."""
     unpacked = path.suffix.lower() in (".gz", ".zst")
     return f"not valid UTF-8. If it is Latin-1 or Windows-1252, {_convert(path, 'WINDOWS-1252', unpacked=unpacked)}"
 
 
-def _convert(path: Path, encoding: str, *, unpacked: bool) -> str:
+def _convert(path: File, encoding: str, *, unpacked: bool) -> str:
     command = f"iconv -f {encoding} -t UTF-8"
     if not unpacked or path == STDIN:
         return _run(command, path, "utf8")
@@ -63,12 +64,12 @@ def _convert(path: Path, encoding: str, *, unpacked: bool) -> str:
     return f"run {unpack} {shlex.quote(str(path))} | {command} > utf8{_plain_suffix(path)}"
 
 
-def _run(command: str, path: Path, to: str) -> str:
+def _run(command: str, path: File, to: str) -> str:
     if path == STDIN:
         return f"pipe it through {command}"
     return f"run {command} {shlex.quote(str(path))} > {to}{_plain_suffix(path)}"
 
 
-def _plain_suffix(path: Path) -> str:
+def _plain_suffix(path: File) -> str:
     suffixes = [suffix for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst")]
     return suffixes[-1] if suffixes else ".jsonl"

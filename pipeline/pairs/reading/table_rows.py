@@ -8,18 +8,18 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import DataError, first_line
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.reading.misnamed import not_utf8
+from pipeline.pairs.reading.remote import File
 
 _MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|content|from|value|type)"\s*:')
 _BATCH = 1024
 
 
-def csv_rows(content: BinaryIO, path: Path, delimiter: str = ",") -> Iterator[Row]:
+def csv_rows(content: BinaryIO, path: File, delimiter: str = ",") -> Iterator[Row]:
     """A row for each record after the line of names; a cell that holds messages as JSON is read as messages."""
     # a field may be as long as a response
     csv.field_size_limit(sys.maxsize)
@@ -50,8 +50,10 @@ def csv_rows(content: BinaryIO, path: Path, delimiter: str = ",") -> Iterator[Ro
         text.detach()
 
 
-def parquet_rows(path: Path, place: Path) -> Iterator[Row]:
-    """Every row of a file, which messages call `place`. Raises DataError if fewer come than it says that it holds."""
+def parquet_rows(path: File, place: File, groups: range | None = None) -> Iterator[Row]:
+    """Every row of a file, or of some of its row groups; messages call it `place`. Raises DataError if fewer come than it says that
+    it holds.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -63,11 +65,12 @@ def parquet_rows(path: Path, place: Path) -> Iterator[Row]:
                 twice = next(name for name in names if names.count(name) > 1)
                 raise DataError(f"{place}: the column {twice!r} stands twice, and one of them would be lost")
             # asked for all row groups at once, pyarrow keeps the bytes of those it has read
-            batches = (batch for group in range(file.num_row_groups) for batch in file.iter_batches(_BATCH, [group]))
+            groups = range(file.num_row_groups) if groups is None else groups
+            batches = (batch for group in groups for batch in file.iter_batches(_BATCH, [group]))
             for batch in batches:
                 rows += len(batch)
                 yield from batch.to_pylist()
-            promised = file.metadata.num_rows
+            promised = sum(file.metadata.row_group(group).num_rows for group in groups)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -79,7 +82,7 @@ def parquet_rows(path: Path, place: Path) -> Iterator[Row]:
 _NAMED = {",": "a comma", "\t": "a tab"}
 
 
-def _names(cells: list[str], path: Path, delimiter: str) -> list[str]:
+def _names(cells: list[str], path: File, delimiter: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     other = next((sign for sign in (";", "\t", "|", ",") if sign != delimiter and sign in names[0]), None)
     if len(names) == 1 and other:
