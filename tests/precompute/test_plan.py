@@ -14,6 +14,7 @@ from pipeline.errors import CheckError, DataError
 from pipeline.pairs import table as pair_table
 from pipeline.pairs.reading import ranges
 from pipeline.pairs.tokenised import assembly, making
+from pipeline.precompute import plan as plan_module
 from pipeline.precompute.join import dropped_with, joined, write_joined
 from pipeline.precompute.plan import Planning, make_plan
 from pipeline.precompute.score import lengths_in, requests_in, sorted_shards, tokens_in
@@ -264,6 +265,7 @@ def test_windows_have_what_is_missing_once_in_the_order_of_the_data(config):
 
 @pytest.mark.usefixtures("in_ranges")
 def test_a_window_comes_before_later_rows_are_tokenised(config, monkeypatch):
+    monkeypatch.setattr(plan_module, "_LISTED_WITHIN", 0)
     write_rows(Path(config.data.path[0]), preference_rows(20))
     made, real = [], making._make
     monkeypatch.setattr(making, "_make", lambda *given: made.append(given) or real(*given))
