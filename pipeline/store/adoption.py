@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.artifacts.schemas import SCORES
-from pipeline.artifacts.tables import arrays_of
 from pipeline.errors import DataError, first_line
-from pipeline.store.identity import ReferenceIdentity, score_key
+from pipeline.store.identity import ReferenceIdentity, keys_of
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import NotThere, Place
 from pipeline.store.shard import Unsound, computed_by
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 ADOPTED = "adopted.json"
 # bytes of rows that are published together
 _SHARD_BYTES = 2**26
+# seconds: the earlier engine scores no more, so its shards need not be listed for each window
+_LISTED_WITHIN = 60
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,20 @@ def revoke(store: Store, prefix: str) -> tuple[str, int]:
     return adopted, rows
 
 
-def held_by_adopted(store: Store, missing: pa.Table) -> dict[str, np.ndarray]:
-    """Positions, ascending, of those of `missing`, MISSING's rows, that adopted references hold, by the reference's id."""
-    left, held = np.arange(len(missing)), {}
+def held_by_adopted(
+    store: Store, absent: np.ndarray, keys_of_absent: Callable[[str, np.ndarray], pa.FixedSizeBinaryArray]
+) -> dict[str, np.ndarray]:
+    """Those of the positions `absent`, ascending, whose scores adopted references hold, by the reference's id.
+
+    `keys_of_absent(reference_id, positions)` gives the keys of some of them under another reference.
+    """
+    held = {}
     for adopted, adoption in adoptions(store).items():
-        _, found = _lookup(store, adoption, missing.take(pa.array(left)))
+        if not len(absent):
+            break
+        found = held_of_its_own(store.of(adoption.adopted).lookup(keys_of_absent(adopted, absent)))
         if len(found):
-            held[adopted], left = left[found], np.delete(left, found)
+            held[adopted], absent = absent[found], np.delete(absent, found)
     return held
 
 
@@ -151,23 +159,14 @@ def serve_from_adopted(store: Store, missing: pa.Table) -> pa.Table:
     Raises RefscoreError if the store cannot be read or written.
     """
     for adopted, adoption in adoptions(store).items():
-        lookup, held = _lookup(store, adoption, missing)
+        lookup = store.of(adoption.adopted).lookup(keys_of(adopted, missing), listed_within=_LISTED_WITHIN)
         taken = np.zeros(len(missing), dtype=bool)
-        for positions, table in _together(lookup.rows(held)):
+        for positions, table in _together(lookup.rows(held_of_its_own(lookup))):
             keys = missing["key"].combine_chunks().take(pa.array(positions))
             store.publish_table(table.set_column(0, SCORES.field("key"), keys), computed_by=adopted)
             taken[positions] = True
         missing = missing.filter(pa.array(~taken))
     return missing
-
-
-def _lookup(store: Store, adoption: Adoption, missing: pa.Table) -> tuple[Lookup, np.ndarray]:
-    """`missing` under the adopted reference's keys, and the positions of what that reference computed itself."""
-    reference_id = adoption.adopted.reference_id
-    ids = zip(arrays_of(missing, "prompt_ids"), arrays_of(missing, "response_ids"), strict=True)
-    keys = pa.array([score_key(reference_id, prompt, response) for prompt, response in ids], pa.binary(32))
-    lookup = store.of(adoption.adopted).lookup(keys)
-    return lookup, held_of_its_own(lookup)
 
 
 def held_of_its_own(lookup: Lookup) -> np.ndarray:

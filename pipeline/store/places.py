@@ -26,7 +26,7 @@ from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
 from pipeline.store.index.indexes import FOLDER, Files, Indexes
-from pipeline.store.shard import OpenShard, check_shard, digest_in, open_shard, sha256_now, shard_names
+from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,10 @@ class Place(Files, Protocol):
 
     def opened(self, shard: str) -> AbstractContextManager[OpenShard]:
         """A shard; see `pipeline.store.shard.open_shard`. Raises NotThere."""
+        ...
+
+    def whole(self, shard: str) -> AbstractContextManager[Path]:
+        """A local file with a shard's bytes, which are those that were published. Raises NotThere; Unsound if they are not."""
         ...
 
     def examine(self, shard: str, problem: str) -> bool:
@@ -221,6 +225,13 @@ class LocalPlace:
         except FileNotFoundError:
             raise NotThere(shard) from None
 
+    @contextmanager
+    def whole(self, shard: str) -> Iterator[Path]:
+        """See `Place.whole`: the shard itself."""
+        if not self.sound([shard]):
+            raise Unsound("its bytes are not those that were published")
+        yield self.directory / shard
+
     def examine(self, shard: str, problem: str) -> bool:
         """See `Place.examine`."""
         try:
@@ -293,8 +304,8 @@ class LocalPlace:
 
     def remove(self, name: str) -> None:
         """See `Files.remove`; directories that are empty then are removed too."""
-        path = self.directory / name
         self._listing = None
+        path = self.directory / name
         try:
             path.unlink(missing_ok=True)
             with suppress(OSError):

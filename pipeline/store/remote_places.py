@@ -87,21 +87,34 @@ class RemotePlace:
                 raise NotThere(shard, str(pieces.failure)) from None
             raise
 
-    def examine(self, shard: str, problem: str) -> bool:
-        """See `Place.examine`: the object is fetched anew, and if it is sound its pieces are."""
-        with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+    @contextmanager
+    def whole(self, shard: str) -> Iterator[Path]:
+        """See `Place.whole`: a copy, for the moment."""
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY, dir=self._cache) as directory:
+            path = Path(directory) / shard
             try:
-                path = self.local(shard, Path(folder))
-            except (FileNotFoundError, RefscoreError) as error:
-                log.debug("%s cannot be fetched (%s)", shard, first_line(error))
-                return False
+                with durable.explaining_disk(path):
+                    self._files.get_file(f"{self._root}/{shard}", str(path))
+            except RefscoreError:
+                raise
+            except Exception as error:  # noqa: BLE001  # every fsspec backend has errors of its own
+                raise NotThere(shard, first_line(error)) from None
             if damage := check_shard(path):
                 self._unsound.add(shard)
                 self._listing = None
                 log.warning("the object %s/%s is damaged (%s): its rows count as not scored", self._url, shard, damage)
-                return False
-            log.debug("%s: %s, but it is sound when fetched again", shard, problem)
-            self._keep(shard, path)
+                raise Unsound(damage)
+            yield path
+
+    def examine(self, shard: str, problem: str) -> bool:
+        """See `Place.examine`: the object is fetched anew, and its pieces with it."""
+        try:
+            with self.whole(shard) as path:
+                log.debug("%s: %s, but it is sound when fetched again", shard, problem)
+                self._keep(shard, path)
+        except (NotThere, Unsound):
+            return False
         return True
 
     def publish(self, file: Path, name: str) -> None:

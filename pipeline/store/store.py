@@ -54,7 +54,7 @@ class Store:
 
     def __init__(self, places: Sequence[str], reference: ReferenceIdentity) -> None:
         self.reference = reference
-        self._named = tuple(places)
+        self._named, self._others = tuple(places), dict[str, Store]()
         self.places = [
             open_place(place, reference.reference_id, first=number == 0) for number, place in enumerate(places)
         ]
@@ -66,8 +66,10 @@ class Store:
         return Lookup(self.places, keys, listed_within=listed_within)
 
     def of(self, reference: ReferenceIdentity) -> Store:
-        """The scores of another reference at the same places."""
-        return Store(self._named, reference)
+        """The scores of another reference at the same places; each time the same object, as places remember what they read."""
+        if reference.reference_id not in self._others:
+            self._others[reference.reference_id] = Store(self._named, reference)
+        return self._others[reference.reference_id]
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be published; None if it can."""

@@ -11,9 +11,8 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError, f
 from pipeline.progress import SILENT, Listener
 from pipeline.store.fixed_point import FIXED_POINT
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
-from pipeline.store.places import Place, is_url
+from pipeline.store.places import NotThere, Place, is_url
 from pipeline.store.shard import (
     Unsound,
     check_shard,
@@ -120,8 +119,9 @@ def copy_shards(
                 if shard in held:
                     copied.there += 1
                 else:
-                    with _fetched(origin, shard) as path:
-                        _copy_shard(path, destination, identity, copied)
+                    with _whole(origin, shard, copied) as path:
+                        if path:
+                            _copy_shard(path, destination, identity, copied)
                 ticker.advance(1, f"{copied.rows:,} sequences")
         copies.append(copied)
     return copies
@@ -148,20 +148,23 @@ def copy_rows(
         for shard in shards:
             if not len(wanted):
                 break
-            with _fetched(origin, shard) as path:
-                wanted = _copy_wanted(wanted, path, destination, copied)
+            with _whole(origin, shard, copied) as path:
+                wanted = _copy_wanted(wanted, path, destination, copied) if path else wanted
             ticker.advance(1, f"{copied.rows:,} sequences")
     return copied
 
 
 @contextmanager
-def _fetched(origin: Place, shard: str) -> Iterator[Path]:
-    """A local file with a shard's bytes, whatever they are. Raises RefscoreError if it is gone."""
-    with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
+def _whole(origin: Place, shard: str, copied: Copied) -> Iterator[Path | None]:
+    """A local file with a shard's bytes; None if they are not sound, which is noted. Raises RefscoreError if it is gone."""
+    with ExitStack() as stack:
+        path = None
         try:
-            path = origin.local(shard, Path(folder))
-        except FileNotFoundError as error:
-            raise _gone(Path(origin.name) / shard, error) from None
+            path = stack.enter_context(origin.whole(shard))
+        except Unsound as problem:
+            copied.unsound[shard] = str(problem)
+        except NotThere as gone:
+            raise _gone(Path(origin.name) / shard, gone) from None
         yield path
 
 
@@ -170,8 +173,6 @@ def _copy_wanted(
 ) -> pa.FixedSizeBinaryArray:
     """Publish what one shard has of the keys; returns those that are still wanted."""
     try:
-        if sha256_now(shard) != digest_in(shard.name):
-            raise Unsound("its bytes are not those that were published")
         table, said = _read(shard)
         fresh = table.filter(pc.is_in(table["key"], value_set=wanted)).combine_chunks()
         if len(fresh):

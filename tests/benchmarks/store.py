@@ -4,8 +4,8 @@ Synthetic: random keys, shards of ROWS sequences with few logps. SEQUENCES=20000
 after the other; 50 million take 4 GB and their index 2, or 4 while it is merged. The first plan makes the index. Half of the keys
 that a plan asks for are stored. BENCH_DIR=... is where.
 
-Then, of twice PAIRS=1000000 sequences of about 200 tokens, some shards are merged, and all are joined to pairs that have another
-order; and SHARDS=5000 shards lie at an S3 server of this machine, whose requests are counted.
+Then PAIRS=1000000 pairs are joined with scores of about 200 tokens that lie in another order, in 40 shards; and SHARDS=5000 shards
+lie at an S3 server of this machine, whose requests are counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from pipeline.precompute.join import write_joined
 from pipeline.store.identity import Numerics, ReferenceIdentity
 from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
-from pipeline.store.tidying.compaction import compact
 from tests.benchmarks.stages import ROOT, measure
 
 REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "0", "cpu", "float32", "float32"))
@@ -54,7 +53,6 @@ def main() -> None:
     if pairs:
         with _place() as where:
             _child("build", where, 2 * pairs, 2 * pairs // MANY, 200)
-            _print(2 * pairs, f"compact 8 of {MANY} shards", *_child("compact", where, 2 * pairs))
             _print(2 * pairs, f"join of {pairs:,} pairs", *_child("join", where, 2 * pairs))
     if shards:
         with _place() as where, _server(where) as (url, requests):
@@ -74,9 +72,6 @@ def run(step: str, where: Path, size: int, *options: str) -> None:
         _upload(where, options[0])
     elif step == "join":
         join(where, size)
-    elif step == "compact":
-        store = Store([str(where / "store")], REFERENCE)
-        assert compact(store, store.places[0].listed().shards[:8]) == 8 * (size // MANY)
     else:
         store = Store([options[0] if options else str(where / "store")], REFERENCE)
         asked = ASKED[0] if step == "first plan" else int(step.split()[1])

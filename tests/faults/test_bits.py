@@ -15,8 +15,6 @@ import subprocess
 import pyarrow.parquet as pq
 import pytest
 
-import pipeline.store.store
-from pipeline.artifacts.tables import parquet_writer
 from pipeline.store.shard import digest_in, shard_files
 from tests.faults.conftest import EVERYTHING, REFERENCE, found_numbers, open_store, oracle
 
@@ -40,12 +38,8 @@ def vouched(monkeypatch):
 
 
 def shard_of(where, rows_of_a_group, monkeypatch):
-    def write(path, table, about):
-        with parquet_writer(path, table.schema, about) as writer:
-            writer.write_table(table, row_group_size=rows_of_a_group)
-
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.store.store, "write_parquet", write)
+        patch.setattr("pipeline.artifacts.tables._AT_ONCE", rows_of_a_group)
         open_store(where).publish([oracle(n) for n in range(ROWS)])
     (shard,) = shard_files(where / REFERENCE.reference_id)
     return shard

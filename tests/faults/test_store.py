@@ -211,7 +211,12 @@ def test_a_full_disk_is_a_message_and_the_next_run_goes_on(small_disk, case):
     assert found_numbers(where, range(3000)) == set(range(3000))
 
 
-def test_a_read_only_file_system_gives_hits_and_says_so_before_a_miss_is_scored(small_disk, tmp_path, case):
+@pytest.mark.parametrize("worth", [1, 16])
+def test_a_read_only_file_system_gives_hits_and_says_so_before_a_miss_is_scored(
+    small_disk, tmp_path, case, monkeypatch, worth
+):
+    # if an index of one shard is worth it, one would be made
+    monkeypatch.setattr("pipeline.store.index.indexes.WORTH_SHARDS", worth)
     where = small_disk / "store"
     open_store(where).publish([oracle(n) for n in range(10)])
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)

@@ -1,11 +1,14 @@
 """Scores that lie among the rows in any order are read in one pass over the shards, and joined in the order of the rows."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.artifacts.schemas import PAIRS
 from pipeline.config.files import load_config
 from pipeline.errors import RefscoreError
 from pipeline.pairs import table as pair_table
@@ -13,8 +16,9 @@ from pipeline.precompute.join import _Scores, joined
 from pipeline.precompute.plan import make_plan
 from pipeline.store.identity import score_key
 from pipeline.store.lookup import Lookup
-from pipeline.store.store import Scored
+from pipeline.store.store import Scored, Store
 from tests.conftest import experiment, preference_rows, write_rows
+from tests.store.test_store import REFERENCE
 
 
 @pytest.fixture
@@ -75,3 +79,29 @@ def test_a_disk_without_space_for_the_scores_is_a_message_and_no_kill(plan, monk
     monkeypatch.setattr("pipeline.precompute.join.os.posix_fallocate", full)
     with pytest.raises(RefscoreError, match=r"no space left to write .*about [\d,]+ bytes are needed"):
         list(joined(plan))
+
+
+def test_what_lies_in_the_working_file_is_not_held_in_memory(tmp_path):
+    """Four million scores: of the file as it is mapped nothing stays, neither after writing nor after reading."""
+    store = Store([str(tmp_path)], REFERENCE)
+    rows = [Scored(bytes([number]) * 32, 1, scores_of(range(20_000))) for number in range(200)]
+    store.publish(rows)
+    pairs = SimpleNamespace(response_tokens=np.full(200, 20_000, np.int32), schema=PAIRS)
+    keys = pa.array([row.key for row in rows], pa.binary(32))
+    plan = SimpleNamespace(pairs=pairs, keys=keys, sides=("chosen", "rejected"), imported=False)
+    scores = _Scores(plan, (), store.lookup(keys))
+    assert resident(len(scores._file)) < 2**20
+    columns = scores.columns(40, 60)
+    assert columns["ref_rejected_token_logps"][3].as_py() == rows[87].logps.tolist()
+    assert resident(len(scores._file)) < 2**20
+
+
+def resident(size):
+    """Bytes in memory of this process's mapping of a removed file of that size."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line.endswith("(deleted)"):
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            if 0 <= end - begin - size < 4096:
+                return 1024 * int(next(words[1] for words in map(str.split, lines[number:]) if words[0] == "Rss:"))
+    raise AssertionError("no such mapping")

@@ -27,6 +27,7 @@ COMMANDS = [
     ("verify",),
     ("view",),
     ("score",),
+    ("score-missing",),
     ("compare",),
     ("judges",),
     ("sweep",),

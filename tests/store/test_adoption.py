@@ -20,7 +20,7 @@ from pipeline.store.adoption import (
     revoke,
     serve_from_adopted,
 )
-from pipeline.store.identity import score_key
+from pipeline.store.identity import keys_of, score_key
 from pipeline.store.shard import check_shard, shard_files
 from pipeline.store.store import Scored, Store
 from pipeline.store.transfer import copy_rows, copy_shards
@@ -59,6 +59,16 @@ def missing(*numbers):
     return pa.table([pa.array(keys, pa.binary(32)), list(prompts), list(responses)], schema=MISSING)
 
 
+def held_of(store, *numbers):
+    """Positions of the rows `numbers` that adopted references hold, by their ids."""
+
+    def keys_under(reference_id, positions):
+        return keys_of(reference_id, missing(*numbers).take(pa.array(positions)))
+
+    held = held_by_adopted(store, np.arange(len(numbers)), keys_under)
+    return {by: positions.tolist() for by, positions in held.items()}
+
+
 @pytest.fixture
 def place(tmp_path):
     return str(tmp_path / "store")
@@ -87,7 +97,7 @@ def test_what_is_held_is_published_under_todays_keys(store):
 
 def test_nothing_is_served_that_was_not_adopted(store):
     assert serve_from_adopted(store, missing(0, 1)).equals(missing(0, 1))
-    assert held_by_adopted(store, missing(0, 1)) == {}
+    assert held_of(store, 0, 1) == {}
     assert not store.places[0].directory.exists()
 
 
@@ -100,13 +110,13 @@ def test_each_row_is_taken_from_the_first_that_has_it(store, place):
     Store([place], OLDEST).publish([row(OLDEST, number) for number in (5, 6, 7)])
     adopt(store, adoption())
     adopt(store, adoption(OLDEST))
-    held = held_by_adopted(store, missing(9, 7, 5, 6, 0))
-    assert {by: at.tolist() for by, at in held.items()} == {OLD.reference_id: [2, 4], OLDEST.reference_id: [1, 3]}
+    held = {OLD.reference_id: [2, 4], OLDEST.reference_id: [1, 3]}
+    assert held_of(store, 9, 7, 5, 6, 0) == held
+    assert held_of(store, 5, 6) == {OLD.reference_id: [0], OLDEST.reference_id: [1]}
+    assert held_of(store, 5, 0) == {OLD.reference_id: [0, 1]}
     assert serve_from_adopted(store, missing(9, 7, 5, 6, 0)).equals(missing(9))
     lookup = store.lookup(missing(9, 7, 5, 6, 0)["key"].combine_chunks())
-    assert {by: at.tolist() for by, at in lookup.held_from_adopted().items()} == {
-        by: at.tolist() for by, at in held.items()
-    }
+    assert {by: at.tolist() for by, at in lookup.held_from_adopted().items()} == held
 
 
 def test_what_the_adopted_one_took_over_itself_is_not_passed_on(store, place):

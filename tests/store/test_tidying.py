@@ -411,6 +411,9 @@ def test_groups_are_of_neighbours_in_time_and_no_larger_than_they_may(where, mon
     with_times = {name: pq_about(store, name)["published"] for group in groups for name in group}
     assert [len(group) for group in groups] == [2, 2, 2]
     assert [name for group in groups for name in group] == sorted(with_times, key=with_times.get)
+    monkeypatch.setattr(compaction, "MERGED_BYTES", 2**40)
+    monkeypatch.setattr(compaction, "MERGED_ROWS", 10)
+    assert [len(group) for group in groups_of(store.places[0], store.places[0].entries())] == [3, 3]
     monkeypatch.setattr(compaction, "SMALL_BYTES", 10)
     assert groups_of(store.places[0], store.places[0].entries()) == []
 
@@ -600,7 +603,8 @@ def test_processes_share_the_merging_and_nothing_is_lost(kind, request, tmp_path
     ]  # fmt: skip
     said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
-    merged = [int(line) for out, _ in said for line in out.split() if line != "None"]
+    # who comes while another removes what it has merged may find some shards left, whose rows stand elsewhere
+    merged = [int(line) for out, _ in said for line in out.split() if line not in ("None", "0")]
     assert sum(merged) == len(rows)
     assert len(shards(store)) == len(merged)
     found = Store([where], REFERENCE).lookup(keys(*rows)).found()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ class Indexes:
     """See the module. What was opened stays open for the next question."""
 
     def __init__(self, place: Files) -> None:
-        self._place = place
+        # the place owns this: a reference back would keep files open after it
+        self._place: Files = weakref.proxy(place)
         self._opened: dict[str, IndexFile] = {}
         self._refused: set[str] = set()
         self._writable = True
@@ -196,7 +198,8 @@ class Building:
     def clear(self) -> None:
         """Remove the working files."""
         for path in self._runs:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _set_down(self) -> None:
         path = self._new()

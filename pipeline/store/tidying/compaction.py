@@ -34,7 +34,8 @@ from pipeline.store.tidying.claims import claimed, claiming
 from pipeline.store.tidying.inventory import REQUESTS, shard_entries
 
 SMALL_BYTES = 32 * 2**20
-MERGED_BYTES = 256 * 2**20
+# of a merged shard at most; its keys are held in memory
+MERGED_BYTES, MERGED_ROWS = 256 * 2**20, 2**20
 
 
 def identified(store: str, reference_id: str) -> Store:
@@ -68,12 +69,11 @@ def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
     if len(small) < 2:
         return []
     with ThreadPoolExecutor(REQUESTS) as pool:
-        said = pool.map(lambda entry: _said(place, entry.name), small)
-    alike: dict[str, list[tuple[int, Entry]]] = {}
-    for entry, (published, kind) in zip(small, said, strict=True):
-        alike.setdefault(kind, []).append((published, entry))
-    in_order = (sorted(shards, key=lambda one: (one[0], one[1].name)) for shards in alike.values())
-    return [group for shards in in_order for group in _filled([entry for _, entry in shards]) if len(group) > 1]
+        there = [one for one in pool.map(partial(_looked_at, place), small) if one]
+    alike: dict[str, list[_Small]] = {}
+    for one in sorted(there, key=lambda one: (one.published, one.name)):
+        alike.setdefault(one.kind, []).append(one)
+    return [group for shards in alike.values() for group in _filled(shards) if len(group) > 1]
 
 
 def compact(store: Store, names: Sequence[str]) -> int | None:
@@ -163,28 +163,41 @@ def _parts(shards: list[_Shard], kept: np.ndarray) -> Iterator[pa.Table]:
             raise Unsound("it is gone") from None
 
 
-def _said(place: Place, name: str) -> tuple[int, str]:
-    """When a shard was published, and what it says of itself that others must say too, to be merged with it."""
+@dataclass(frozen=True)
+class _Small:
+    """A small shard: what its footer says; `kind` is what others must say of themselves too to be merged with it."""
+
+    name: str
+    bytes: int
+    rows: int
+    published: int
+    kind: str
+
+
+def _looked_at(place: Place, entry: Entry) -> _Small | None:
+    """None if it is gone."""
     try:
-        with place.open(name) as content, open_shard(Path(name), content) as file:
-            about = about_in(file.schema_arrow)
-            return published_at(file), json.dumps(
-                {word: said for word, said in about.items() if word not in ("published", "circumstances")},
-                sort_keys=True,
+        with place.open(entry.name) as content, open_shard(Path(entry.name), content) as file:
+            about = about_in(file.schema_arrow).items()
+            kind = json.dumps(
+                [[word, said] for word, said in sorted(about) if word not in ("published", "circumstances")]
             )
-    except (Unsound, FileNotFoundError):
-        return 0, ""  # set aside, or passed over, if it is merged
+            return _Small(entry.name, entry.bytes, file.metadata.num_rows, published_at(file), kind)
+    except FileNotFoundError:
+        return None
+    except Unsound:
+        return _Small(entry.name, entry.bytes, 0, 0, "")  # set aside if it is merged
 
 
-def _filled(shards: list[Entry]) -> list[list[str]]:
+def _filled(shards: list[_Small]) -> list[list[str]]:
     groups: list[list[str]] = []
-    filled = 0
+    size = rows = 0
     for shard in shards:
-        if not groups or filled + shard.bytes > MERGED_BYTES:
+        if not groups or size + shard.bytes > MERGED_BYTES or rows + shard.rows > MERGED_ROWS:
             groups.append([])
-            filled = 0
+            size = rows = 0
         groups[-1].append(shard.name)
-        filled += shard.bytes
+        size, rows = size + shard.bytes, rows + shard.rows
     return groups
 
 
