@@ -22,7 +22,7 @@ endif
 declared = pyproject.toml $(wildcard requirements/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-plan bench-pairs bench-view bench-balance bench-statistics bench-trl bench-grpo frontier demo-data requirements docs clean architectures bench-tidy
+.PHONY: help setup precompute plan train rollout eval sweep iterate test test-browser test-devices faults mutants check tutorials gpu-check bench bench-score bench-memory bench-memory-train bench-memory-host bench-train bench-store bench-plan bench-pairs bench-view bench-balance bench-statistics bench-trl bench-grpo frontier demo-data requirements docs clean architectures bench-tidy bench-many
 # the stages build on one another: never side by side
 .NOTPARALLEL:
 
@@ -93,6 +93,9 @@ bench-store: .venv/.test ## the store with two million sequences, or SEQUENCES=:
 
 bench-tidy: .venv/.test ## ls, verify, gc and compact on a store of two million sequences in a thousand shards
 	@.venv/bin/python -m tests.benchmarks.tidying
+
+bench-many: .venv/.test ## many scorers of one plan, one of them killed: every score once, peak memory of the driver
+	@.venv/bin/python -m tests.benchmarks.many_scorers
 
 bench-memory-train: .venv/.test ## peak memory of a training step, ours and TRL's, simulated for models of 1B and 8B
 	@.venv/bin/python -m tests.benchmarks.memory_train

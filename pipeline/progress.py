@@ -21,6 +21,10 @@ class Ticker(Protocol):
         """`units` more are done, of `tokens` tokens together."""
         ...
 
+    def expect(self, total: int, *, about: bool) -> None:
+        """The task has `total` units, or `about` so many, as is known by now."""
+        ...
+
 
 class Listener(Protocol):
     """What hears of long work; `stages.console.working` is one."""
@@ -41,6 +45,8 @@ class _SilentTicker:
     def advance(self, units: int, text: str) -> None: ...
 
     def advance_tokens(self, units: int, tokens: int) -> None: ...
+
+    def expect(self, total: int, *, about: bool) -> None: ...
 
 
 class _Silent:

@@ -67,18 +67,37 @@ def precompute(
     run: RunOption = None,
     set_: SetOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show what would be scored; loads no model.")] = False,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="i/n: score the i-th of n parts into the store, nothing else.")
+    plan_to: Annotated[
+        str | None,
+        typer.Option(
+            "--plan-to", metavar="PLACE", help="Write what is missing to a directory or URL, for score-missing."
+        ),
     ] = None,
 ) -> None:
     """Stage 1: score chosen and rejected under the reference model; writes pairs.parquet."""
     resolved, opened = _open(config, run, set_)
-    # neither a plan nor a part of the scores writes anything into the run
-    alone = ending.interruptible if plan or shard is not None else partial(ending.working_on, opened)
+    # a plan writes nothing into the run
+    alone = ending.interruptible if plan or plan_to else partial(ending.working_on, opened)
     with alone(ending.from_the_store):
         from stages import precompute as stage
 
-        stage.main(resolved, opened, plan_only=plan, shard=shard)
+        stage.main(resolved, opened, plan_only=plan, plan_to=plan_to)
+
+
+@app.command(name="score-missing")
+def score_missing(
+    place: Annotated[str, typer.Argument(help="Directory or URL that 'refscore precompute --plan-to' wrote.")],
+    config: ConfigOption = DEMO,
+    set_: SetOption = None,
+) -> None:
+    """Score groups of a written plan into the store, beside other such processes; plans nothing."""
+    from pipeline.config.files import load_config
+
+    resolved = load_config(config, set_ or [])
+    with ending.interruptible(ending.from_the_store):
+        from stages import score_missing as stage
+
+        stage.main(place, resolved)
 
 
 @app.command()

@@ -182,8 +182,8 @@ class Ticker:
     """Progress of one task: `advance` by units done, with a text that says what they were."""
 
     def __init__(self, title: str, total: int, bar: Progress | None, done: int = 0) -> None:
-        self._title, self._total, self._bar = title, total, bar
-        self._task = bar.add_task(title, total=total, completed=done, text="") if bar else None
+        self._title, self._total, self._about, self._bar = title, total, "", bar
+        self._task = bar.add_task(title, total=total, completed=done, about="", text="") if bar else None
         self._before, self._done, self._tokens, self._spoke = done, done, 0, 0.0
         self.started = time.monotonic()
 
@@ -197,7 +197,7 @@ class Ticker:
         if self._done >= self._total or now - self._spoke >= every:
             self._spoke = now
             left = (now - self.started) / max(1, self._done - self._before) * (self._total - self._done)
-            line = f"{self._title} {self._done}/{self._total}  {text}  {duration(left)} left"
+            line = f"{self._title} {self._done}/{self._about}{self._total}  {text}  {duration(left)} left"
             _write_down(line)
             if self._bar is None and not manner.quiet:
                 _show(escape(line))
@@ -206,6 +206,12 @@ class Ticker:
         """`units` more are done, of `tokens` tokens together."""
         self._tokens += tokens
         self.advance(units, f"{self._tokens / (time.monotonic() - self.started):.0f} tokens/s")
+
+    def expect(self, total: int, *, about: bool) -> None:
+        """The task has `total` units, or `about` so many, as is known by now."""
+        self._total, self._about = total, "about " if about else ""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total, about=self._about)
 
 
 @contextmanager
@@ -220,7 +226,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Ticker]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.completed}/{task.fields[about]}{task.total}"),
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(compact=True),
     )

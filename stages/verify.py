@@ -46,7 +46,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
 
     # vLLM wants to be the first in a process, so what is compared comes before what it is compared with
     scores = {name: _score(reference, sample) for name, reference in others.items()}
-    exact = {"engine": "transformers", "imported_by": None, "dtype": "float32", "logps": "exact", "workers": 1}
+    exact = {"engine": "transformers", "imported_by": None, "dtype": "float32", "logps": "exact"}
     oracle = config.reference.model_copy(update=exact)
     truth, _ = _score(oracle, sample)
     measured = {
@@ -82,8 +82,7 @@ def _configured(config: Config, name: str) -> ReferenceConfig:
     values: dict[str, Any] = config.model_dump(mode="json")
     if engine == IMPORTED:
         raise ConfigError(f"--engines {name}: imported scores are what is compared, they cannot be computed")
-    single = {"imported_by": None, "workers": 1, "launcher": "local", "logps": "exact"}
-    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", **single}
+    values["reference"] |= {"engine": engine, "dtype": dtype or "auto", "imported_by": None, "logps": "exact"}
     return load_overrides(values, [], f"--engines {name}").reference
 
 

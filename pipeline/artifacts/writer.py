@@ -124,6 +124,11 @@ def writer_of(run: Run) -> Writer | None:
     return None
 
 
+def has_ended(writer: Writer) -> bool | None:
+    """Whether the process of a record has ended; None if it is one of another machine."""
+    return not _is_here(writer) if writer.machine == _machine() else None
+
+
 def sweep(directory: Path) -> list[Path]:
     """Remove the temporary files and directories below `directory` of processes that are gone; returns what was removed."""
     swept = leftovers(directory)
@@ -163,7 +168,7 @@ def _take(run: Run, path: Path, command: str) -> tuple[int, Writer]:
             if locked is not False and _is_named(descriptor, path):
                 other = _read(path)
                 if other is None or not _may_write(run, other, path, locked=locked is True):
-                    writer = _writer(command)
+                    writer = this_process(command)
                     _write(descriptor, writer)
                     if locked or _kept(path, writer):
                         return descriptor, writer
@@ -224,7 +229,8 @@ def _read(path: Path) -> Writer | None:
         return None
 
 
-def _writer(command: str) -> Writer:
+def this_process(command: str) -> Writer:
+    """The record of this process."""
     pid = os.getpid()
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return Writer(platform.node(), pid, command, since, _machine(), _began(pid) or "", secrets.token_hex(8))

@@ -126,10 +126,19 @@ class ReferenceConfig(Section):
         description="directories or URLs (s3://...) of the scores, shared by experiments: the first is written, all are read",
     )
     workers: int = Field(
-        1, ge=1, description="engines side by side, one a GPU (or group of GPUs) or an equal share of the processors"
+        1,
+        ge=1,
+        description="engines side by side, one a GPU (or group of GPUs) or an equal share of the processors; more than one are "
+        "actors of Ray (extra `ray`)",
     )
     launcher: Literal["local", "ray"] = Field(
-        "local", description="local: workers are processes of this machine; ray: actors of a Ray cluster (extra `ray`)"
+        "local", description="where workers run; local: on this machine; ray: on the Ray cluster that RAY_ADDRESS names"
+    )
+    hangs_after: float | None = Field(
+        None,
+        gt=0,
+        description="minutes for one shard after which one of several engines counts as hung: its process ends, and what it had is "
+        "scored again; default: 30 on a GPU, 240 on a CPU",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, description="GPUs, or groups of processors, that one engine of vLLM spreads a model over"
@@ -158,6 +167,11 @@ class ReferenceConfig(Section):
         allow_inf_nan=False,
         description="price of one device per hour, any currency: progress and `refscore plan` say what scoring costs",
     )
+
+    @property
+    def in_actors(self) -> bool:
+        """Whether what is missing is scored by actors of Ray, and not in this process."""
+        return self.workers > 1 or self.launcher == "ray"
 
 
 class GenerateConfig(Section):

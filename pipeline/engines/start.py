@@ -1,4 +1,4 @@
-"""One engine, or several: what starts the scorer that `reference` asks for, and stops it."""
+"""What starts the engine that `reference` asks for, one in this process, and stops it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.protocol import Scorer, must_compute
 from pipeline.engines.single import start_single
-from pipeline.engines.workers import Workers
 from pipeline.hardware import return_freed_memory
 from pipeline.store.identity import Numerics
 
@@ -22,8 +21,7 @@ def start_scorer(reference: ReferenceConfig, directory: Path, numerics: Numerics
     `longest` is the longest sequence in tokens. Raises ConfigError if scores are imported.
     """
     must_compute(numerics)
-    start = Workers if reference.workers > 1 else start_single
-    scorer: Scorer = start(reference, directory, numerics, longest)
+    scorer = start_single(reference, directory, numerics, longest)
     try:
         yield scorer
     finally:

@@ -186,14 +186,16 @@ def write_pairs(
     run: Run,
     *,
     scored: bool = True,
+    newly: int | None = None,
     quarantined: Mapping[bytes, str] | None = None,
     asked: Config | None = None,
 ) -> None:
     """Join scores from the store and write pairs.parquet or responses.parquet, dropped.parquet, config.yaml and provenance.json.
 
-    A run has one of the two tables: the other, of an earlier configuration, is removed. `quarantined`: what `score` returned; its
-    pairs are dropped as not_finite. `asked`: what the run was asked for, if that is not `config`, in which its policy may stand for
-    the reference. Raises CheckError if a score is not in the store.
+    A run has one of the two tables: the other, of an earlier configuration, is removed. `newly`: how many of its sequences were
+    scored for it; by default those that the plan lacked. `quarantined`: what `score` returned; its pairs are dropped as not_finite.
+    `asked`: what the run was asked for, if that is not `config`, in which its policy may stand for the reference. Raises CheckError
+    if a score is not in the store.
     """
     about = about_pairs(plan, config, scored=scored)
     table, other = (run.pairs, run.responses) if plan.pairs.of_pairs else (run.responses, run.pairs)
@@ -215,7 +217,7 @@ def write_pairs(
         reference_id=plan.identity.reference_id,
         reference=plan.identity.described(),
         sequences=plan.sequences,
-        scored=len(plan.missing) - len(quarantined or {}) if scored else 0,
+        scored=(len(plan.missing) - len(quarantined or {}) if newly is None else newly) if scored else 0,
         computed_by=computed_by,
         not_finite=len(left_out),
         digests={"data": plan.pairs.digests, "reference_weights": plan.identity.model.weights_digest},

@@ -7,9 +7,8 @@ learns from these, to responses.parquet.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -198,7 +197,7 @@ class Planning:
             # a key that an earlier window had is that window's
             new = np.flatnonzero(asked.add(bytes_of(keys)))
             missing = new[self._store.lookup(keys.take(pa.array(new)), listed_within=_LISTED_WITHIN).missing]
-            groups = [table for _, table in _groups_of(self._assembly.table, keys, missing, first)]
+            groups = [table for _, table in groups_of(self._assembly.table, keys, missing, first)]
             yield Window(pa.concat_tables([MISSING.empty_table(), *groups]), share)
 
     def plan(self) -> Plan:
@@ -283,12 +282,12 @@ def _adopted(
     """Those of the positions `absent` that references hold which were adopted, by their ids."""
 
     def keys_under(reference_id: str, positions: np.ndarray) -> pa.FixedSizeBinaryArray:
-        return pa.concat_arrays([keys_of(reference_id, missing) for _, missing in _groups_of(pairs, keys, positions)])
+        return pa.concat_arrays([keys_of(reference_id, missing) for _, missing in groups_of(pairs, keys, positions)])
 
     return held_by_adopted(store, absent, keys_under)
 
 
-def _groups_of(
+def groups_of(
     pairs: PairTable, keys: pa.FixedSizeBinaryArray, positions: np.ndarray, begin: int = 0
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
     """Row group by row group: those of `positions` in it, and their rows of MISSING. `keys`, of which these are positions,
@@ -313,7 +312,7 @@ def serve_adopted(plan: Plan) -> None:
     """Publish what adopted references hold of the plan; what turns out damaged is missing the next time."""
     adopted = np.sort(np.concatenate([plan.missing[:0], *plan.adopted.values()]))
     if len(adopted):
-        for _, missing in _groups_of(plan.pairs, plan.keys, adopted):
+        for _, missing in groups_of(plan.pairs, plan.keys, adopted):
             serve_from_adopted(plan.store, missing)
 
 
@@ -323,18 +322,3 @@ def _must_say_margins(config: Config, pairs: PairTable) -> None:
             f"{len(pairs) - pairs.margins} of {len(pairs)} pairs do not say how much better chosen is, from which "
             f"{', '.join(names)} learns: give every row a margin, or a chosen_score and a rejected_score, or take ranked data"
         )
-
-
-def part_of(plan: Plan, number: int, parts: int) -> Plan:
-    """The plan with what is missing in one of `parts` parts: decided by the prompt's ids, so siblings are in one part."""
-    kept: list[int] = []
-    sides = len(plan.sides)
-    for first, table in plan.pairs.groups(["prompt_ids"]):
-        low, high = np.searchsorted(plan.missing, [sides * first, sides * (first + len(table))])
-        prompts = arrays_of(table, "prompt_ids") if low < high else []
-        kept += [
-            position
-            for position in plan.missing[low:high].tolist()
-            if zlib.crc32(prompts[position // sides - first].tobytes()) % parts == number
-        ]
-    return replace(plan, missing=np.asarray(kept, dtype=np.int64))

@@ -6,9 +6,7 @@ store. A row that cannot be scored keeps its place, with its problem instead of 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -16,9 +14,10 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts.schemas import MISSING, SCORED
+from pipeline.artifacts.schemas import SCORED
 from pipeline.config.experiment import Config
-from pipeline.engines.protocol import Request, Scorer, must_compute
+from pipeline.engines.growing import Growing
+from pipeline.engines.protocol import Request, must_compute
 from pipeline.engines.quarantine import score_each
 from pipeline.engines.reference import open_reference
 from pipeline.errors import DataError
@@ -31,12 +30,14 @@ from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.reading.json_rows import Row
 from pipeline.pairs.rows import open_rows
 from pipeline.pairs.splits import prompt_text
-from pipeline.precompute.score import check_scores
+from pipeline.precompute.launch import score_windows
+from pipeline.precompute.plan import Window
+from pipeline.precompute.score import check_scores, table_of
 from pipeline.store.adoption import serve_from_adopted
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
 
-_PART = 8192
+_AT_ONCE = 8192
 
 
 class RowScorer:
@@ -54,9 +55,7 @@ class RowScorer:
         self._encoder = Encoder(config.data, reference.tokenizer, self._positions)
         self.identity: ReferenceIdentity = reference.identity
         self._store = Store(config.reference.store, self.identity)
-        self._stack = ExitStack()
-        self._scorer: Scorer | None = None
-        self._longest = 0
+        self._engine = Growing(reference, config.data.max_length)
         self._quarantined: dict[bytes, str] = {}
         self.hits = self.adopted = self.scored = self.dropped = 0
 
@@ -64,41 +63,55 @@ class RowScorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._engine.close()
 
     def tables(self, source: Path) -> Iterator[pa.Table]:
-        """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there."""
+        """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there.
+
+        Actors of Ray score all that is missing before the first part is read back, from `source` once more.
+        """
+        before: dict[bytes, bool] = {}
+        if self._reference.config.in_actors:
+            windows = self._windows(source, before)
+            outcome = score_windows(self._reference, windows, limit=self._config.data.max_length)
+            self._quarantined |= outcome.quarantined
+        for part in self._parts(source):
+            yield self._scored(part, before)
+
+    def _windows(self, source: Path, before: dict[bytes, bool]) -> Iterator[Window]:
+        """What the store lacks of the file; `before` gets its keys, and whether they are scored, or adopted."""
+        for part in self._parts(source):
+            absent = part.wanted.take(pa.array(self._store.lookup(part.wanted).missing)).to_pylist()
+            left = self._not_adopted({key: part.requests[key] for key in absent if key not in before})
+            before |= {key: False for key in absent if key not in before} | dict.fromkeys(left["key"].to_pylist(), True)
+            yield Window(left, 0)
+
+    def _not_adopted(self, asked: dict[bytes, Request]) -> pa.Table:
+        return serve_from_adopted(self._store, table_of(asked))
+
+    def _parts(self, source: Path) -> Iterator[_Part]:
         rows, _ = open_rows(str(source), self._config.data)
         numbered = enumerate(rows())
-        while part := list(islice(numbered, _PART)):
-            yield self._part(str(source), part)
+        while part := list(islice(numbered, _AT_ONCE)):
+            items = [preference_of(str(source), number, row) for number, row in part]
+            yield _Part(items, list(self._encoder.chosen(items)), self.identity.reference_id)
 
-    def _part(self, source: str, part: list[tuple[int, Row]]) -> pa.Table:
-        items = [preference_of(source, number, row) for number, row in part]
-        encoded = list(self._encoder.chosen(items))
-        requests = [
-            None if isinstance(encoding, Dropped) else Request(encoding.prompt_ids, encoding.responses[0])
-            for encoding in encoded
-        ]
-        keys = [
-            None if request is None else score_key(self.identity.reference_id, request.prompt_ids, request.response_ids)
-            for request in requests
-        ]
-        wanted_keys = pa.array([key for key in keys if key is not None], pa.binary(32))
-        lookup = self._store.lookup(wanted_keys)
-        self.hits += len(lookup.held)
-        if len(lookup.missing):
-            by_key = dict(zip(keys, requests, strict=True))
-            missing = _missing(by_key, wanted_keys.take(pa.array(lookup.missing)).to_pylist())
-            left = serve_from_adopted(self._store, missing)
-            self.adopted += len(missing) - len(left)
-            if len(left):
-                self._score(by_key, left["key"].to_pylist())
-            lookup = self._store.lookup(wanted_keys)
+    def _scored(self, part: _Part, before: dict[bytes, bool]) -> pa.Table:
+        lookup = self._store.lookup(part.wanted)
+        known = [before.pop(key) for key in part.wanted.take(pa.array(lookup.held)).to_pylist() if key in before]
+        self.hits += len(lookup.held) - len(known)
+        absent = part.wanted.take(pa.array(lookup.missing)).to_pylist()
+        asked = {key: part.requests[key] for key in absent if key not in self._quarantined}
+        if asked:
+            left = self._not_adopted(asked)
+            known += [False] * (len(asked) - len(left))
+            self._score({key: asked[key] for key in left["key"].to_pylist()})
+            lookup = self._store.lookup(part.wanted)
+        self.scored, self.adopted = self.scored + sum(known), self.adopted + len(known) - sum(known)
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
             scored_row(item, self._or_quarantined(item, encoding, key), scores.get(key))
-            for item, encoding, key in zip(items, encoded, keys, strict=True)
+            for item, encoding, key in zip(part.items, part.encoded, part.keys, strict=True)
         ]
         self.dropped += sum(row["problem"] is not None for row in rows)
         return pa.Table.from_pylist(rows, schema=SCORED)
@@ -115,30 +128,34 @@ class RowScorer:
             return Dropped(item.source, item.row, "not_finite", self._quarantined[key])
         return encoded
 
-    def _rounded(self, longest: int) -> int:
-        # up, so that a row that is a little longer than those before it starts no engine anew
-        return min(1 << (longest - 1).bit_length(), self._positions or sys.maxsize)
-
-    def _score(self, requests: dict[bytes | None, Request | None], missing: list[bytes]) -> None:
-        longest = max(len(request) for request in requests.values() if request is not None)
-        if self._scorer is None or longest > self._longest:
-            self._stack.close()
-            self._longest = self._config.data.max_length or self._rounded(longest)
-            self._scorer = self._stack.enter_context(self._reference.start(self._longest))
-        asked = [(key, request) for key in missing if (request := requests[key]) is not None]
-        asked.sort(key=lambda item: (list(item[1].prompt_ids), -len(item[1])))
-        sequences = [request for _, request in asked]
-        rows, quarantined = check_scores([key for key, _ in asked], sequences, score_each(self._scorer, sequences))
+    def _score(self, asked: dict[bytes, Request]) -> None:
+        if not asked:
+            return
+        keys = sorted(asked, key=lambda key: (list(asked[key].prompt_ids), -len(asked[key])))
+        sequences = [asked[key] for key in keys]
+        rows, quarantined = check_scores(keys, sequences, score_each(self._engine, sequences))
         if rows:
             self._store.publish(rows, circumstances())
         self.scored += len(rows)
         self._quarantined |= quarantined
 
 
-def _missing(requests: Mapping[bytes | None, Request | None], keys: Sequence[bytes]) -> pa.Table:
-    asked = [request for key in keys if (request := requests[key]) is not None]
-    ids = [[request.prompt_ids for request in asked], [request.response_ids for request in asked]]
-    return pa.table([pa.array(keys, pa.binary(32)), *ids], schema=MISSING)
+class _Part:
+    """Rows as they are encoded, and the sequences that have a score by their keys; `keys` has None for a row without."""
+
+    def __init__(self, items: list[Preference | Dropped], encoded: list[Encoded | Dropped], reference_id: str) -> None:
+        self.items, self.encoded = items, encoded
+        self.keys: list[bytes | None] = []
+        self.requests: dict[bytes, Request] = {}
+        for encoding in encoded:
+            if isinstance(encoding, Dropped):
+                self.keys.append(None)
+                continue
+            request = Request(encoding.prompt_ids, encoding.responses[0])
+            key = score_key(reference_id, request.prompt_ids, request.response_ids)
+            self.keys.append(key)
+            self.requests[key] = request
+        self.wanted = pa.array(list(self.requests), pa.binary(32))
 
 
 def preference_of(source: str, number: int, row: Row) -> Preference | Dropped:

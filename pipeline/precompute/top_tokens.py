@@ -50,7 +50,7 @@ class TopScorer:
         vocabulary = int(text_config(base, trusts_code=config.reference.trust_remote_code).vocab_size)
         if not 1 <= count <= vocabulary:
             raise ConfigError(f"--top-k {count}: the model has {vocabulary} tokens, ask for 1 to {vocabulary} of them")
-        self._settings = config.reference.model_copy(update={"workers": 1})
+        self._settings = config.reference
         if config.reference.engine == "vllm" and count > _COLUMNS:
             more = {**config.reference.engine_args, "max_logprobs": count}
             self._settings = self._settings.model_copy(update={"engine_args": more})

@@ -19,7 +19,9 @@ from pipeline.engines.quarantine import score_each
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import CheckError, RefscoreError
 from pipeline.hardware import circumstances, return_freed_memory
-from pipeline.precompute.score import check_scores
+from pipeline.precompute.launch import score_windows
+from pipeline.precompute.plan import Window
+from pipeline.precompute.score import check_scores, table_of
 from pipeline.progress import Listener, duration
 from pipeline.rollouts.costs import Costs
 from pipeline.rollouts.samples import Shard
@@ -60,6 +62,9 @@ class Scores:
             )
         self.register()
         requests = [request for asked in missing.values() for request in asked.values()]
+        if self.model.config.in_actors:
+            self._make_in_actors(missing, costs, listener)
+            return
         started = time.monotonic()
         listener.say(f"starting {self.model.config.engine} for {len(requests)} samples under {whose} ...")
         with (
@@ -74,6 +79,17 @@ class Scores:
                 costs.add("score", f"{self.reference_id}/{shard}", time.monotonic() - started, tokens)
                 ticker.advance_tokens(len(asked), tokens)
                 started = time.monotonic()
+
+    def _make_in_actors(self, missing: dict[str, dict[bytes, Request]], costs: Costs, listener: Listener) -> None:
+        """Score in actors of Ray; what that took is shared out among the shards by their tokens."""
+        windows = [Window(table_of(asked), number / len(missing)) for number, asked in enumerate(missing.values(), 1)]
+        started = time.monotonic()
+        outcome = score_windows(self.model, windows, listener=listener)
+        seconds = time.monotonic() - started
+        self.quarantined |= outcome.quarantined
+        for shard, asked in missing.items():
+            tokens = sum(map(len, asked.values()))
+            costs.add("score", f"{self.reference_id}/{shard}", seconds * tokens / outcome.tokens, tokens)
 
     def register(self) -> None:
         """Leave word in the store that the run uses these scores."""

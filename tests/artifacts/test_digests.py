@@ -150,8 +150,10 @@ def test_a_stamp_is_given_again_to_a_file_that_kept_it_only(file):
 
 
 @pytest.mark.parametrize("damage", ["no database", "torn", "another table", "empty"])
-def test_a_memory_that_is_damaged_is_begun_anew(file, damage, caplog):
-    caplog.set_level("DEBUG")
+def test_a_memory_that_is_damaged_is_begun_anew(file, damage, caplog, monkeypatch):
+    # a library that sets up its own log may have switched this one off
+    monkeypatch.setattr(digests.log, "disabled", False)
+    caplog.set_level("DEBUG", logger=digests.log.name)
     assert digests.file_sha256(file) == truth(file)
     if damage == "no database":
         digests.MEMORY.write_text("{broken" * 1000)

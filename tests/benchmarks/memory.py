@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.benchmarks.stages import ROOT, measure
 
-_MAKE_MODEL = "import sys, pathlib, tests.conftest as c; c.make_tiny_model(pathlib.Path(sys.argv[1]))"
+MAKE_MODEL = "import sys, pathlib, tests.conftest as c; c.make_tiny_model(pathlib.Path(sys.argv[1]))"
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     print(f"{'rows':>10}{'scoring, s':>14}{'peak GiB':>12}{'all stored, s':>16}{'peak GiB':>12}")
     with tempfile.TemporaryDirectory() as where:
         model = Path(where) / "model"
-        subprocess.run([sys.executable, "-c", _MAKE_MODEL, model], check=True, cwd=ROOT, capture_output=True)
+        subprocess.run([sys.executable, "-c", MAKE_MODEL, model], check=True, cwd=ROOT, capture_output=True)
         for rows in options.rows:
             data = write(Path(where) / f"{rows}.jsonl", rows)
             config = Path(where) / f"{rows}.yaml"

@@ -8,7 +8,8 @@ import pytest
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.protocol import Request
 from pipeline.engines.single import SmallerOnce
-from pipeline.errors import RefscoreError
+from pipeline.engines.vllm.engine import prepare_environment
+from pipeline.errors import ConfigError, RefscoreError
 
 
 class Hungry:
@@ -61,3 +62,8 @@ def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="shapes"):
         scorer.score([Request([1], [2])])
     assert len(engines) == 1
+
+
+def test_a_model_is_not_spread_over_more_processors_than_there_are():
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 99, but there are"):
+        prepare_environment(99)

@@ -9,7 +9,6 @@ import torch
 import pipeline.engines.vllm.engine
 import pipeline.engines.vllm.runners
 import pipeline.engines.vllm.scorer
-import pipeline.engines.workers
 from pipeline.config.experiment import GenerateConfig, ReferenceConfig
 from pipeline.engines import protocol
 from pipeline.engines.protocol import must_run_here, numerics_of
@@ -17,7 +16,6 @@ from pipeline.engines.single import start_single
 from pipeline.engines.vllm.engine import kv_cache_gib, sized_engine, start_engine
 from pipeline.engines.vllm.generator import generator
 from pipeline.engines.vllm.scorer import VllmScorer, batched_tokens
-from pipeline.engines.workers import shares_of
 from pipeline.errors import CheckError, ConfigError
 from pipeline.store.identity import Numerics
 from tests.conftest import make_tiny_model
@@ -227,12 +225,6 @@ def test_an_argument_that_the_engine_does_not_have_is_named(gpu, tmp_path, monke
     monkeypatch.setattr(vllm, "LLM", engine)
     with pytest.raises(ConfigError, match=r"vLLM cannot load .*: .*unexpected keyword argument 'max_seqs'"):
         scorer(make_tiny_model(tmp_path / "model"), engine_args={"max_seqs": 5})
-
-
-def test_workers_of_a_gpu_machine_share_its_processors_if_the_device_is_a_cpu(monkeypatch):
-    monkeypatch.setattr(pipeline.engines.workers, "device_kind", lambda: "cuda")
-    monkeypatch.setattr(pipeline.engines.workers, "processors", lambda: [0, 1, 2, 3])
-    assert shares_of(ReferenceConfig(engine="transformers", device="cpu", workers=2)) == ["0,1", "2,3"]
 
 
 def test_an_older_vllm_is_not_asked_for_rows_that_it_does_not_have(gpu, monkeypatch):

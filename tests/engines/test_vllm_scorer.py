@@ -1,6 +1,5 @@
-"""Real vLLM on the edge cases of sharing: every value equals the plain forward's, however the prompts are read, in however many processes."""
+"""Real vLLM on the edge cases of sharing: every value equals the plain forward's, however the prompts are read."""
 
-import logging
 import subprocess
 import sys
 
@@ -9,12 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.experiment import ReferenceConfig
-from pipeline.engines.protocol import numerics_of
-from pipeline.engines.start import start_scorer
-from pipeline.engines.workers import Workers
 from tests.conftest import PROCESSORS, ROOT
-from tests.engines.sequences import LIMIT, edge_cases, plain_logps
+from tests.engines.sequences import edge_cases, plain_logps
 
 pytestmark = pytest.mark.engine
 CASES = edge_cases(32)
@@ -89,22 +84,6 @@ def test_an_engine_that_was_stopped_leaves_no_weights_and_no_cache(scored):
     """Another one may start in this process."""
     assert len(scored["tensors left"]) > 50
     assert not scored["tensors left"].any()
-
-
-@pytest.mark.usefixtures("all_processors")
-@pytest.mark.skipif(len(PROCESSORS) < 2, reason="two workers need two processors")
-def test_two_workers_give_the_bits_of_one_and_one_that_dies_is_replaced(tiny_model, scored, caplog):
-    requests = [request for group in CASES.values() for request in group]
-    reference = ReferenceConfig(model=str(tiny_model), workers=2)
-    with start_scorer(reference, tiny_model, numerics_of(reference), LIMIT) as workers:
-        assert isinstance(workers, Workers)
-        assert np.array_equal(np.concatenate(workers.score(requests)), scored["shared"])
-        with caplog.at_level(logging.WARNING):
-            workers._workers[0]._process.kill()
-            assert np.array_equal(np.concatenate(workers.score(requests)), scored["shared"])
-        assert "worker 0 died (exit code -9): started again" in caplog.text
-        processes = [worker._process for worker in workers._workers]
-    assert not any(process.is_alive() for process in processes)
 
 
 @pytest.mark.usefixtures("all_processors")

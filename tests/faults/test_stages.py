@@ -43,7 +43,7 @@ main()
 """
 MOMENTS = {
     "precompute": {
-        "planning": ("stages.precompute", "make_plan", "1"),
+        "planning": ("stages.precompute", "Planning", "1"),
         "scoring": ("pipeline.engines.transformers", "TransformersScorer.score", "4"),
         "writing the pairs": ("pipeline.artifacts.durable", "flush", "-pairs.parquet"),
     },

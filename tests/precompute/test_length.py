@@ -84,7 +84,7 @@ def test_a_run_from_before_control_tokens_were_text_stays_if_no_text_names_one(
 
 def test_responses_of_any_length_are_scored_without_a_length(tmp_path, tiny_model, monkeypatch):
     """The engine is started for the longest so far, and anew for what is longer, in powers of two and never beyond the model."""
-    monkeypatch.setattr("pipeline.precompute.responses._PART", 1)
+    monkeypatch.setattr("pipeline.precompute.responses._AT_ONCE", 1)
     config = config_of(tmp_path, tiny_model, preference_rows(8))
     rows = [{"prompt": "Hi?", "response": "cat " * words} for words in (3, 5, 100, 400, 90)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -14,19 +14,20 @@ from pipeline.errors import CheckError, DataError
 from pipeline.pairs import table as pair_table
 from pipeline.pairs.reading import ranges
 from pipeline.pairs.tokenised import assembly, making
-from pipeline.precompute import score
+from pipeline.precompute import plan as plan_module
 from pipeline.precompute.join import dropped_with, joined, write_joined
 from pipeline.precompute.plan import Planning, make_plan
-from pipeline.precompute.score import score_missing, shards_of
+from pipeline.precompute.score import lengths_in, requests_in, sorted_shards, tokens_in
+from pipeline.precompute.score import shards_of as shards_of_tables
 from pipeline.store.identity import score_key
 from tests.conftest import experiment, preference_rows, write_rows
+from tests.precompute.scoring import score_all, tables_of
 
 
 @pytest.fixture(params=[2048, 4], ids=["one row group", "small row groups"])
 def _small_groups(request, monkeypatch):
     """What is found by row must not depend on where a row group ends."""
     monkeypatch.setattr(pair_table, "GROUP", request.param)
-    monkeypatch.setattr(score, "_WINDOW", request.param * 4)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
     plan = make_plan(config)
     assert (len(plan.keys), plan.sequences, len(plan.missing)) == (14, 13, 13)
     engine = Engine()
-    score_missing(plan, engine, lambda sequences, tokens: None)
+    score_all(plan, engine)
     assert len(engine.asked) == 13
     for row in pa.concat_tables(joined(plan)).to_pylist():
         for side in ("chosen", "rejected"):
@@ -82,7 +83,7 @@ def test_every_missing_sequence_is_scored_once_and_joined_to_its_pairs(config):
 def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
     plan = make_plan(config)
     with pytest.raises(CheckError, match=said):
-        score_missing(plan, Engine(spoil), lambda sequences, tokens: None)
+        score_all(plan, Engine(spoil))
     assert len(make_plan(config).missing) == 13
 
 
@@ -97,7 +98,7 @@ def test_scores_of_another_number_of_tokens_are_refused(config, position, side):
 
 def scored_plan(config, spoil=lambda logps: logps):
     plan = make_plan(config)
-    score_missing(plan, Engine(spoil), lambda sequences, tokens: None)
+    score_all(plan, Engine(spoil))
     return plan
 
 
@@ -137,7 +138,7 @@ def test_only_pairs_that_are_left_out_may_lack_a_score(config, side):
     plan = make_plan(config)
     missing = plan.row(3)[f"{side}_ids"]
     # -inf: computed, and no number; so it is not stored
-    score_missing(plan, Engine(infinite(len(missing))), lambda sequences, tokens: None)
+    score_all(plan, Engine(infinite(len(missing))))
     lacking = [
         number
         for number in range(7)
@@ -191,18 +192,23 @@ def test_what_scoring_left_out_stands_with_what_planning_dropped(config):
     assert dropped_with(plan, {}).schema == DROPPED
 
 
+def shards_of(plan, tokens, first):
+    return list(sorted_shards(pa.concat_tables(tables_of(plan)), tokens, first))
+
+
 def test_the_first_shard_may_be_smaller_and_all_is_in_one(config):
     plan = make_plan(config)
-    shards = list(shards_of(plan, 150, 40))
-    sizes = [sum(len(request) for _, request in shard) for shard in shards]
+    shards = shards_of(plan, 150, 40)
+    sizes = [tokens_in(shard) for shard in shards]
     assert sizes[0] <= 40 or len(shards[0]) == 1
     assert max(sizes[1:]) > 40
-    assert sorted(position for shard in shards for position, _ in shard) == list(plan.missing)
+    keys = [key for shard in shards for key in shard["key"].to_pylist()]
+    assert sorted(keys) == sorted(plan.keys.take(pa.array(plan.missing)).to_pylist())
 
 
 def test_shards_keep_a_prompts_responses_together_longest_first_within_their_budget(config):
     plan = make_plan(config)
-    shards = [[request for _, request in shard] for shard in shards_of(plan, 150)]
+    shards = [requests_in(shard) for shard in shards_of(plan, 150, 150)]
     assert len(shards) > 1
     assert all(sum(map(len, shard)) <= 150 or len(shard) == 1 for shard in shards)
     prompts = [tuple(one.prompt_ids) for shard in shards for one in shard]
@@ -213,6 +219,20 @@ def test_shards_keep_a_prompts_responses_together_longest_first_within_their_bud
         for one in shard:
             longest[tuple(one.prompt_ids)] = max(longest[tuple(one.prompt_ids)], len(one))
     assert list(longest.values()) == sorted(longest.values(), reverse=True)
+
+
+def test_windows_that_lack_little_fill_shards_together(config):
+    reference = config.reference.model_copy(update={"tokens_per_shard": 150})
+    plan = make_plan(config.model_copy(update={"reference": reference}))
+    rows = pa.concat_tables(tables_of(plan))
+    single = [rows.slice(row, 1) for row in range(len(rows))]
+    shards = list(shards_of_tables(plan.reference, iter(single)))
+    assert len(shards) < len(single)
+    assert sorted(pa.concat_tables(shards)["key"].to_pylist()) == sorted(rows["key"].to_pylist())
+    # of four shards' worth at a time, each sorted for itself
+    (first, *_) = shards
+    fit = next(number for number in range(1, 14) if tokens_in(rows.slice(0, number)) >= 4 * 150)
+    assert lengths_in(first)[0] == max(lengths_in(rows.slice(0, fit)))
 
 
 @pytest.fixture
@@ -245,6 +265,7 @@ def test_windows_have_what_is_missing_once_in_the_order_of_the_data(config):
 
 @pytest.mark.usefixtures("in_ranges")
 def test_a_window_comes_before_later_rows_are_tokenised(config, monkeypatch):
+    monkeypatch.setattr(plan_module, "_LISTED_WITHIN", 0)
     write_rows(Path(config.data.path[0]), preference_rows(20))
     made, real = [], making._make
     monkeypatch.setattr(making, "_make", lambda *given: made.append(given) or real(*given))
@@ -256,7 +277,7 @@ def test_a_window_comes_before_later_rows_are_tokenised(config, monkeypatch):
     assert len(made) == 1
     assert len(first.missing) >= 4
     # what is scored meanwhile is no longer missing, and what was read is not read again
-    score_missing(make_plan(config), Engine(), lambda sequences, tokens: None)
+    score_all(make_plan(config), Engine())
     before = len(made)
     assert not any(len(window.missing) for window in windows)
     assert not len(planning.plan().missing)

@@ -20,13 +20,12 @@ from pipeline.evaluation.samples import held_out_prompts
 from pipeline.pairs import table as pair_table
 from pipeline.planning.cautions import cautions
 from pipeline.planning.outlook import outlook
-from pipeline.precompute import join, score
-from pipeline.precompute.join import joined, rows_left_out
+from pipeline.precompute.join import dropped_with, joined, rows_left_out
 from pipeline.precompute.pairs_file import ensure_pairs, inputs_digest, is_current, table_of, write_pairs
-from pipeline.precompute.plan import make_plan, part_of
-from pipeline.precompute.score import score_missing
+from pipeline.precompute.plan import make_plan
 from pipeline.precompute.verify import draw_sample
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+from tests.precompute.scoring import score_all
 
 KTO = {"data": "responses", "mismatched": True}
 BCO = {"data": "responses"}
@@ -62,9 +61,7 @@ def learns(monkeypatch):
 
 @pytest.fixture(params=[2048, 4], ids=["one row group", "small row groups"])
 def _small_groups(request, monkeypatch):
-    for module in (pair_table, join):
-        monkeypatch.setattr(module, "GROUP", request.param)
-    monkeypatch.setattr(score, "_WINDOW", request.param * 4)
+    monkeypatch.setattr(pair_table, "GROUP", request.param)
 
 
 def config_of(tmp_path, model, rows, **settings):
@@ -90,7 +87,7 @@ class Engine:
 
 def scored(config, engine=None):
     plan = make_plan(config)
-    return plan, score_missing(plan, engine or Engine(), lambda sequences, tokens: None)
+    return plan, score_all(plan, engine or Engine())
 
 
 @pytest.mark.usefixtures("_small_groups")
@@ -103,7 +100,7 @@ def test_every_response_is_scored_once_and_stands_with_its_scores(tmp_path, tiny
     requests = [plan.request(at) for at in plan.missing.tolist()]
     assert (plan.missing_tokens, plan.longest_missing) == (sum(map(len, requests)), max(map(len, requests)))
     engine = Engine()
-    score_missing(plan, engine, lambda sequences, tokens: None)
+    score_all(plan, engine)
     assert (
         len(engine.asked)
         == plan.sequences
@@ -119,16 +116,6 @@ def test_every_response_is_scored_once_and_stands_with_its_scores(tmp_path, tiny
     groups = table["group_id"].to_pylist()
     assert sum(one != other for one, other in pairwise(groups)) + 1 == len(set(groups)) == 13
     assert plan.pairs.group_of.tolist() == [list(dict.fromkeys(groups)).index(group) for group in groups]
-
-
-@pytest.mark.usefixtures("_small_groups")
-def test_parts_of_a_plan_are_all_of_it(tmp_path, tiny_model, learns):
-    learns(**KTO)
-    plan = make_plan(config_of(tmp_path, tiny_model, unpaired(13)))
-    parts = [part_of(plan, number, 3) for number in range(3)]
-    assert sorted(at for part in parts for at in part.missing.tolist()) == plan.missing.tolist()
-    prompts = [{tuple(plan.request(at).prompt_ids) for at in part.missing.tolist()} for part in parts]
-    assert not prompts[0] & prompts[1] | prompts[0] & prompts[2] | prompts[1] & prompts[2]
 
 
 def test_other_losses_of_the_same_data_score_nothing_again(tmp_path, tiny_model, learns):
@@ -237,7 +224,7 @@ def test_a_response_whose_mismatched_one_has_no_score_is_left_out(tmp_path, tiny
     assert left_out[0].startswith("the response beside it: value 0")
     # both rows of the first prompt have it beside them
     assert sorted(left_out) == [0, 1, 2, 3]
-    told = join.dropped_with(plan, left_out).to_pylist()
+    told = dropped_with(plan, left_out).to_pylist()
     assert [(row["reason"], row["source_row"]) for row in told] == [
         ("not_finite", plan.row(at)["source_row"]) for at in (0, 2)
     ]

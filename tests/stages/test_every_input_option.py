@@ -1,6 +1,6 @@
 """No silent no-op: changing any field of `data` and `reference` changes the pairs, the store, what an engine is told, or an error.
 
-A real model of transformers scores. Doubles stand in for vLLM, for workers' processes, for Ray, and for a data set of the Hub;
+A real model of transformers scores. Doubles stand in for vLLM, for actors of Ray, and for a data set of the Hub;
 a model of the Hub lies in a cache of the Hub's layout.
 """
 
@@ -14,14 +14,13 @@ import polars as pl
 import pytest
 import torch
 
-import pipeline.engines.start
 import pipeline.engines.vllm.scorer
-import pipeline.engines.workers
-import pipeline.precompute.ray
+import pipeline.precompute.many.ray
 from pipeline.config.experiment import DataConfig, ReferenceConfig
-from pipeline.engines import score_table
-from pipeline.engines.single import start_single
+from pipeline.engines.growing import Growing
 from pipeline.pairs.tokenised import making
+from pipeline.precompute.many.worker import minutes_until_it_hangs
+from pipeline.precompute.score import score_shards
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
 from tests.engines.doubles import Flat
 from tests.hub import CODED, SECOND, make_hub
@@ -55,7 +54,8 @@ CHANGES = {
     "reference.logps": ("fixed_point", {"reference.dtype": "bfloat16"}),
     "reference.store": ("elsewhere", {}),
     "reference.workers": (2, {}),
-    "reference.launcher": ("ray", {}),
+    "reference.launcher": ("ray", {"reference.workers": 2}),
+    "reference.hangs_after": (7, {"reference.workers": 2}),
     "reference.tensor_parallel_size": (2, ON_VLLM),
     "reference.share_prompts": ("false", ON_VLLM),
     "reference.tokens_per_shard": (100, {}),
@@ -133,7 +133,7 @@ def test_changing_it_changes_something(ground, field, monkeypatch):
     assert changed != known[name]
     # neither is an error, unless the error is what changes
     assert known[name][0] == 0 or field == "data.columns"
-    assert changed[0] == 0 or field in ("reference.launcher", "reference.device")
+    assert changed[0] == 0 or field == "reference.device"
 
 
 def test_without_a_change_nothing_changes(ground, monkeypatch):
@@ -241,22 +241,10 @@ def doubles(patch, where, told):
 
     patch.setattr(making, "ProcessPoolExecutor", Pool)
 
-    class Worker:
-        """A worker in this process."""
+    def in_ray(target, shards, limit, on_shard, listener):
+        config = target.reference.config
+        told.append(f"{config.workers} workers, {config.launcher}, {minutes_until_it_hangs(config)} minutes")
+        with Growing(target.reference, limit) as engine:
+            return score_shards(target, shards, engine, on_shard)
 
-        def __init__(self, number, share, reference, directory, numerics, longest):
-            told.append(f"worker {number}")
-            self.scorer = start_single(reference, directory, numerics, longest)
-
-        def wait_until_ready(self):
-            pass
-
-        def score(self, table):
-            return score_table.score(table, self.scorer)
-
-        def stop(self):
-            pass
-
-    patch.setattr(pipeline.engines.workers, "_Worker", Worker)
-    patch.setattr(pipeline.engines.workers, "processors", lambda: [0, 1])
-    patch.setattr(pipeline.precompute.ray, "score_missing", lambda plan, *_: told.append("ray") or {})
+    patch.setattr(pipeline.precompute.many.ray, "score_shards", in_ray)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore_here, write_rows
+from tests.precompute.scoring import score_all
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,6 @@ def test_weights_that_change_while_they_are_scored_stop_the_publication(where, m
     from pipeline.config.files import load_config
     from pipeline.errors import CheckError
     from pipeline.precompute.plan import make_plan
-    from pipeline.precompute.score import score_missing
 
     monkeypatch.chdir(where)
     config = load_config("experiment.yaml", ["reference.dtype=bfloat16"])
@@ -215,5 +215,5 @@ def test_weights_that_change_while_they_are_scored_stop_the_publication(where, m
                 return inner.score(sequences)
 
     with pytest.raises(CheckError, match="changed while they were scored"):
-        score_missing(plan, Disturbed(), lambda sequences, tokens: None)
+        score_all(plan, Disturbed())
     assert len(plan.store.lookup(plan.keys).missing) == 16

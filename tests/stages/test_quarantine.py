@@ -1,7 +1,7 @@
 """One sequence without a finite score is left out by name; the job goes on, and its exit code says so."""
 
-import contextlib
 import math
+import re
 
 import polars as pl
 import pytest
@@ -71,22 +71,14 @@ def test_the_job_goes_on_and_the_exit_code_says_so(tmp_path, config):
     )
 
 
-def test_in_parts_the_joining_run_says_it_too(tmp_path, config):
-    spoiled = parts_with_it(tmp_path, config)
-    for part in range(2):
-        arguments = ["precompute", "--config", config, "--run", "one", "--shard", f"{part}/2"]
-        refscore_here(tmp_path, *arguments, code=4 if part in spoiled else 0)
-    check(tmp_path, refscore_here(tmp_path, "precompute", "--config", config, "--run", "one", code=4))
-
-
-def parts_with_it(where, config):
-    from pipeline.config.files import load_config
-    from pipeline.precompute.plan import make_plan, part_of
-
-    with contextlib.chdir(where):
-        plan = make_plan(load_config(config, []))
-        bad = {2 * 3 + 1, 2 * 6}
-        return [part for part in range(2) if bad & set(part_of(plan, part, 2).missing.tolist())]
+def test_processes_that_claim_say_which_and_the_joining_run_says_it_too(tmp_path, config):
+    refscore_here(tmp_path, "precompute", "--config", config, "--run", "one", "--plan-to", "job")
+    said = refscore_here(tmp_path, "score-missing", "job", "--config", config)
+    assert len(re.findall(r"^left out  [0-9a-f]{12} \.\.\.: value \d+ of \d+ is not finite$", said, re.MULTILINE)) == 2
+    assert "2 sequences of 20 are not stored" in said
+    said = refscore_here(tmp_path, "precompute", "--config", config, "--run", "one", code=4)
+    assert "18 hits, 2 misses" in said
+    check(tmp_path, said)
 
 
 def test_workers_say_it_too(tmp_path, config, all_processors):

@@ -140,7 +140,8 @@ def test_interrupted_scoring_goes_on_where_the_last_shard_ended(tmp_path, config
     else:
         assert child.returncode == -signal.SIGKILL
     shards = list(tmp_path.glob("data/store/*/scores-*.parquet"))
-    assert len(shards) == 3
+    # beside the shard in the engine a kill may lose the one that is being published
+    assert len(shards) in ((3,) if "SIGINT" in action else (2, 3))
     published = pl.read_parquet(shards).height
     said = refscore_here(tmp_path, *options)
     hits, misses = map(int, re.search(r"(\d+) hits, (\d+) misses", said).groups())

@@ -68,15 +68,3 @@ def test_wrong_usage(where):
     said = refscore_here(where, "score", "rows.jsonl", "--out", "x.csv", "--config", "experiment.yaml", code=2)
     assert ".parquet" in said
     refscore_here(where, "score", "gone.jsonl", "--out", "x.parquet", "--config", "experiment.yaml", code=3)
-
-
-def test_parts_of_a_plan_together_are_the_whole(where):
-    for part in ("0/2", "1/2"):
-        said = refscore_here(where, "precompute", "--config", "experiment.yaml", "--run", "r", "--shard", part)
-        assert f"part {part} is in the store" in said
-        assert not (where / "data/runs/r/pairs.parquet").exists()
-    said = refscore_here(where, "precompute", "--config", "experiment.yaml", "--run", "r")
-    assert "nothing to score" in said
-    assert "--shard '2/2'" in refscore_here(
-        where, "precompute", "--config", "experiment.yaml", "--run", "r", "--shard", "2/2", code=2
-    )
