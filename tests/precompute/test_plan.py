@@ -269,8 +269,6 @@ def test_a_window_comes_before_later_rows_are_tokenised(config, monkeypatch):
     write_rows(Path(config.data.path[0]), preference_rows(20))
     made, real = [], making._make
     monkeypatch.setattr(making, "_make", lambda *given: made.append(given) or real(*given))
-    # or what others publish is seen a minute later
-    monkeypatch.setattr("pipeline.precompute.plan._LISTED_WITHIN", 0)
     planning = Planning(config)
     windows = planning.windows()
     first = next(windows)
