@@ -151,7 +151,7 @@ def test_a_stamp_is_given_again_to_a_file_that_kept_it_only(file):
 
 @pytest.mark.parametrize("damage", ["no database", "torn", "another table", "empty"])
 def test_a_memory_that_is_damaged_is_begun_anew(file, damage, caplog):
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger=digests.log.name)
     assert digests.file_sha256(file) == truth(file)
     if damage == "no database":
         digests.MEMORY.write_text("{broken" * 1000)
@@ -223,6 +223,7 @@ def test_what_nobody_asks_for_is_forgotten_and_what_is_asked_for_is_not(file, mo
 REMEMBERING = """
 import sys
 from pipeline.artifacts import digests
+digests._PATIENCE = 200.0  # a machine that is busy otherwise keeps them waiting
 for number in range(100):
     name = f"{sys.argv[1]}.{number}"
     digests._remember({name: name})
