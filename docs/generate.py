@@ -25,6 +25,7 @@ from pipeline.config.rules import RULES
 from pipeline.training.objectives.losses import LOSSES
 from pipeline.training.objectives.ranked import plackett_luce_loss
 from pipeline.training.objectives.unpaired import bco_loss, kto_loss
+from tests.benchmarks.scale import tables as scale_tables
 
 PAGES = Path(__file__).parent
 _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -138,6 +139,7 @@ def regions() -> dict[str, str]:
         "losses": _losses(),
         "variants": _variants(),
         "api": _api(),
+        "scale": scale_tables(),
     }
 
 

@@ -82,7 +82,9 @@ def in_ray(where: Path, config: Path, store: Path) -> tuple[float, int]:
         killed = 1
     said, _ = driver.communicate()
     assert driver.returncode == 0, said
-    return float(json.loads(said.splitlines()[-1])["peak"]), killed
+    # Ray may say something after it
+    (peak,) = [line for line in said.splitlines() if line.startswith('{"peak"')]
+    return float(json.loads(peak)["peak"]), killed
 
 
 def drive(config: Path) -> None:

@@ -240,6 +240,23 @@ def test_leftovers_and_what_was_set_aside_go_after_a_day(where, monkeypatch):
     assert names(store) == ["reference.json", *before]
 
 
+def test_a_job_that_nobody_scores_any_more_goes_and_one_that_is_scored_stays_whole(where, monkeypatch):
+    place = Store([where], REFERENCE).places[0]
+    for job in ("job-dead", "job-live"):
+        place.write(f"{job}/missing/00000000.parquet", b"rows")
+        place.write(f"{job}/claims/00000000.1.json", b"{}")
+    place.write("reference.json", b"{}")
+    entries = [
+        dataclasses.replace(entry, changed=entry.changed - (0 if entry.name.startswith("job-live/claims") else 2 * DAY))
+        for entry in place.entries()
+    ]
+    monkeypatch.setattr(type(place), "entries", lambda _: entries)
+    (removal,) = removals_by(Rules(), parts_of(where, {}, {}))[0]
+    assert sorted(entry.name for entry in removal.entries) == [
+        "job-dead/claims/00000000.1.json", "job-dead/missing/00000000.parquet",
+    ]  # fmt: skip
+
+
 def test_a_reference_goes_whole_and_not_what_was_published_meanwhile(where, monkeypatch, tmp_path):
     store = Store([where], REFERENCE)
     store.publish([scored(1)])
@@ -610,8 +627,9 @@ def test_processes_share_the_merging_and_nothing_is_lost(kind, request, tmp_path
     assert [process.returncode for process in processes] == [0, 0, 0], said
     # who comes while another removes what it has merged may find some shards left, whose rows stand elsewhere
     merged = [int(line) for out, _ in said for line in out.split() if line not in ("None", "0")]
-    assert sum(merged) == len(rows)
-    assert len(shards(store)) == len(merged)
+    # and who comes late may merge merged ones, which are small too
+    assert sum(merged) >= len(rows)
+    assert len(shards(store)) <= len(merged) < 24
     found = Store([where], REFERENCE).lookup(keys(*rows)).found()
     assert sorted(found["key"].to_list()) == sorted(row.key for row in rows)
     assert not [name for name in names(store) if name.startswith(FOLDER)]

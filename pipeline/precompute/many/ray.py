@@ -36,6 +36,7 @@ from pipeline.precompute.many.worker import Worker
 from pipeline.precompute.score import Target, lengths_in, target_of
 from pipeline.progress import SILENT, Listener
 from pipeline.store.places import is_url
+from pipeline.store.tidying.retention import JOB
 
 log = logging.getLogger(__name__)
 
@@ -247,9 +248,9 @@ def _job(target: Target) -> Iterator[Job]:
     config = target.reference.config
     if config.launcher == "ray":
         (store, *_) = _absolute(config.store)
-        place = f"{store}/{target.reference.identity.reference_id}/job-{this_process('').token}"
+        place = f"{store}/{target.reference.identity.reference_id}/{JOB}{this_process('').token}"
     else:
-        place = f"{durable.scratch_place()}/job-{this_process('').token}"
+        place = f"{durable.scratch_place()}/{JOB}{this_process('').token}"
     job = Job(place)
     job.begin(target.reference.identity.reference_id)
     try:

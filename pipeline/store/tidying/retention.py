@@ -26,6 +26,8 @@ from pipeline.store.tidying.inventory import REQUESTS, references, shard_entries
 _PERIODS = {"h": 3600, "d": DAY, "w": 7 * DAY}
 _SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DESCRIPTION = "reference.json"
+# begins the names of directories in which a driver and its actors share what is to be scored, while they score it
+JOB = "job-"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def removals_by(rules: Rules, parts: list[Part]) -> tuple[list[Removal], list[Pa
 
 
 def _leftovers(_: Rules, parts: list[Part]) -> list[Removal]:
-    left = [(part, [entry for entry in part.entries if _is_left(entry) and _age(entry) > DAY]) for part in parts]
+    left = [(part, _abandoned(part)) for part in parts]
     why = "left by killed processes, or damaged and set aside, more than a day ago"
     return [Removal(part, entries, why, whole=False) for part, entries in left if entries]
 
@@ -194,7 +196,19 @@ def _is_used(part: Part, seconds: float) -> bool:
 
 
 def _is_left(entry: Entry) -> bool:
-    return entry.name.startswith(("corrupt/", CLAIMS)) or Path(entry.name).name.startswith(durable.TEMPORARY)
+    return entry.name.startswith(("corrupt/", CLAIMS, JOB)) or Path(entry.name).name.startswith(durable.TEMPORARY)
+
+
+def _abandoned(part: Part) -> list[Entry]:
+    """What was left more than a day ago; of a job what it was written with too, once nothing in it changes any more."""
+    changed: dict[str, float] = {}
+    for entry in part.entries:
+        changed[_together(entry)] = max(changed.get(_together(entry), 0.0), entry.changed)
+    return [entry for entry in part.entries if _is_left(entry) and time.time() - changed[_together(entry)] > DAY]
+
+
+def _together(entry: Entry) -> str:
+    return entry.name.split("/")[0] if entry.name.startswith(JOB) else entry.name
 
 
 def _is_young(part: Part) -> bool:
