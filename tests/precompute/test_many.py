@@ -113,6 +113,13 @@ def test_no_job_is_said(tmp_path):
         Job("gone://bucket/job")
 
 
+def test_a_group_whose_file_is_damaged_is_said_with_the_way_out(job):
+    with job._files.open(f"{job._root}/missing/{job.group(0)}.parquet", "wb") as file:
+        file.write(b"half of it")
+    with pytest.raises(DataError, match=r"missing/00000000\.parquet is damaged .*write the job anew"):
+        job.missing(job.group(0))
+
+
 def test_two_that_claim_never_have_the_same_group(job):
     """Threads stand for processes: each has claims of its own."""
     had = [[] for _ in range(4)]

@@ -111,9 +111,15 @@ class Job:
             return None
 
     def missing(self, group: str) -> pa.Table:
-        """The rows of a group."""
+        """The rows of a group. Raises DataError if its file is damaged."""
         with self._explaining(), self._files.open(f"{self._root}/missing/{group}.parquet", "rb") as file:
-            return pq.read_table(file, schema=MISSING)
+            try:
+                return pq.read_table(file, schema=MISSING, page_checksum_verification=True)
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"{self.place}/missing/{group}.parquet is damaged ({first_line(error)}): write the job anew, with 'refscore "
+                    "precompute --plan-to' and another place; what was published before stays"
+                ) from None
 
     def names(self, folder: str) -> list[str]:
         """Names of files in one of the job's folders, without what follows the last dot, in order."""
