@@ -15,7 +15,8 @@ from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.store import pieces, remote_places
 from pipeline.store.store import Store
-from tests.conftest import experiment, preference_rows, refscore, write_rows
+from tests.conftest import experiment, preference_rows, write_rows
+from tests.forked import refscore
 from tests.store.test_store import REFERENCE, keys, scored
 
 
