@@ -259,19 +259,22 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 def _chat_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
     from jinja2 import TemplateError
 
-    def rendered(messages: list[Message], tools: list[dict[str, Any]], *, reply_next: bool) -> str:
+    def rendered(messages: list[list[Message]], tools: list[dict[str, Any]], *, reply_next: bool) -> list[str]:
         how = {"tools": tools} if tools else {}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next, **how))
+        texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next, **how)
+        return list(map(str, texts))
 
     try:
-        texts = [rendered(item.prompt, item.tools, reply_next=True)]
-        texts += [rendered([*item.prompt, item.response(side)], item.tools, reply_next=False) for side in sides]
-        if item.tools and texts[0] == rendered(item.prompt, [], reply_next=True):
+        texts = rendered([item.prompt], item.tools, reply_next=True)
+        if sides:
+            answered = [[*item.prompt, item.response(side)] for side in sides]
+            texts += rendered(answered, item.tools, reply_next=False)
+        if item.tools and texts[:1] == rendered([item.prompt], [], reply_next=True):
             return Dropped(item.source, item.row, "tools_not_rendered", "the chat template shows no tools")
         for number, text in enumerate(texts):
             messages = [*item.prompt, *([item.response(sides[number - 1])] if number else [])]
             called = any("tool_calls" in message for message in messages)
-            if called and text == rendered(_without_calls(messages), item.tools, reply_next=not number):
+            if called and [text] == rendered([_without_calls(messages)], item.tools, reply_next=not number):
                 return Dropped(
                     item.source, item.row, "tool_calls_not_rendered", "the chat template shows no tool calls"
                 )
