@@ -1,7 +1,11 @@
 """Parts of a table: made once for the same rows and settings, anew for others, and never used when they are damaged."""
 
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +16,13 @@ from tokenizers.normalizers import Lowercase
 
 from pipeline.artifacts import durable
 from pipeline.config.experiment import DataConfig
-from pipeline.errors import DataError, RefscoreError
+from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.pairs.reading import ranges
 from pipeline.pairs.tokenised import assembly, making
 from pipeline.pairs.tokenised.assembly import Assembly
 from pipeline.pairs.tokenised.making import How, tokenizer_digest
 from pipeline.store.identity import keys_of
-from tests.conftest import make_tiny_tokenizer, preference_rows, write_rows
+from tests.conftest import ROOT, make_tiny_tokenizer, preference_rows, write_rows
 
 REFERENCE = "ab" * 32
 
@@ -218,24 +222,67 @@ def test_ranges_of_a_table_are_its_row_groups(monkeypatch):
     assert [row for one in found for row in one.rows()] == rows
 
 
-class Killed:
-    """A tokenizer's maker that ends the process it is called in, but not this one."""
+class Elsewhere:
+    """A tokenizer's maker that does something else in another process than this one."""
 
-    def __init__(self):
-        self.here = os.getpid()
+    def __init__(self, does):
+        self.here, self.does = os.getpid(), does
 
     def __call__(self):
         if os.getpid() != self.here:
-            os._exit(9)
+            self.does()
         return make_tiny_tokenizer()
+
+
+def refuses():
+    raise ConfigError("no such tokenizer")
+
+
+def in_two_processes(does):
+    how = How(Elsewhere(does), None, REFERENCE, partial(keys_of, REFERENCE))
+    return Assembly(DataConfig(path="d.jsonl", workers=2), "pairs", how, make_tiny_tokenizer()).windows()
 
 
 def test_a_process_that_is_killed_is_said():
     write_rows(Path("d.jsonl"), preference_rows(6))
-    how = How(Killed(), None, REFERENCE, partial(keys_of, REFERENCE))
-    found = Assembly(DataConfig(path="d.jsonl", workers=2), "pairs", how, make_tiny_tokenizer())
     with pytest.raises(RefscoreError, match=r"was killed.*data\.workers=1"):
-        list(found.windows())
+        list(in_two_processes(partial(os._exit, 9)))
+
+
+def test_a_process_that_is_killed_while_others_look_at_a_window_is_said(monkeypatch):
+    write_rows(Path("d.jsonl"), preference_rows(60))
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(assembly, "WINDOW", 4)
+    windows = in_two_processes(make_tiny_tokenizer)
+    next(windows)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    with pytest.raises(RefscoreError, match=r"was killed.*data\.workers=1"):
+        list(windows)
+
+
+def test_what_a_process_meets_as_it_begins_is_said():
+    write_rows(Path("d.jsonl"), preference_rows(6))
+    with pytest.raises(ConfigError, match="no such tokenizer"):
+        list(in_two_processes(refuses))
+
+
+PARENT = """
+import multiprocessing, os, signal
+from concurrent.futures import ProcessPoolExecutor
+from pipeline.pairs.tokenised.making import _begin_process, _without_main
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_process, (None,))
+with _without_main():
+    print(pool.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_process_outlives_one_that_is_killed():
+    # the pipe is at its end once nobody has it any more
+    ended = subprocess.run([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, timeout=60, cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def test_processes_are_as_many_as_there_are_ranges_and_processors(monkeypatch):
