@@ -18,6 +18,7 @@ from pipeline.artifacts import durable
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.pairs.reading import ranges
+from pipeline.pairs.reading.content import Content
 from pipeline.pairs.tokenised import assembly, making
 from pipeline.pairs.tokenised.assembly import Assembly
 from pipeline.pairs.tokenised.making import How, tokenizer_digest
@@ -177,6 +178,35 @@ def test_without_a_cache_that_can_be_written_tables_are_made_all_the_same(made, 
     assert len(made) == 4
 
 
+@pytest.mark.parametrize("broken", ["", "{broken\n"])
+@pytest.mark.parametrize("url", ["", "file://{}/"])
+def test_a_source_that_changes_before_it_is_read_is_not_kept_as_what_it_was(made, broken, url):
+    path = write_rows(Path("d.jsonl"), preference_rows(12))
+    content, found = path.read_bytes(), assembled(f"{url.format(Path.cwd())}d.jsonl")
+    assert found._sources.opened
+    path.write_text(path.read_text().replace("rice", "beans") + broken)
+    with pytest.raises(DataError, match=r"d\.jsonl changed while it was read: run the same command again"):
+        list(found.windows())
+    path.write_bytes(content)
+    assert len(rows_of(table_of())) == 12
+    assert len(made) == 3
+    # also by the rows that are read no further
+    found = assembled(max_rows=2)
+    assert found._sources.opened
+    path.unlink()
+    write_rows(path, preference_rows(11))
+    with pytest.raises(DataError, match="changed"):
+        list(found.windows())
+
+
+def test_a_source_that_is_only_touched_is_what_it_was():
+    path = write_rows(Path("d.jsonl"), preference_rows(12))
+    found = assembled()
+    assert found._sources.opened
+    os.utime(path)
+    assert len(list(found.windows())) == 1
+
+
 def test_a_table_outlives_the_cache():
     write_rows(Path("d.jsonl"), preference_rows(12))
     found = table_of()
@@ -206,7 +236,7 @@ def test_ranges_have_each_line_once(monkeypatch, size):
     write_rows(Path("d.jsonl"), rows)
     for end in ("", "\n\n  \n"):
         Path("d.jsonl").write_bytes(b"\xef\xbb\xbf" + Path("d.jsonl").read_bytes().rstrip() + end.encode())
-        found = ranges.ranges_of(Path("d.jsonl"), Path("d.jsonl"))
+        found = ranges.ranges_of(*[Path("d.jsonl")] * 2, Content.of(Path("d.jsonl")))
         assert [row for one in found for row in one.rows()] == rows
         assert sum(one.bytes for one in found) == pytest.approx(Path("d.jsonl").stat().st_size, abs=len(found))
         assert len(found) == 1 or all(one.part for one in found)
@@ -217,7 +247,7 @@ def test_ranges_of_a_table_are_its_row_groups(monkeypatch):
     rows = preference_rows(50)
     pq.write_table(pa.Table.from_pylist(rows), "d.parquet", row_group_size=6)
     monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
-    found = ranges.ranges_of(Path("d.parquet"), Path("d.parquet"))
+    found = ranges.ranges_of(*[Path("d.parquet")] * 2, Content.of(Path("d.parquet")))
     assert len(found) > 2
     assert [row for one in found for row in one.rows()] == rows
 
