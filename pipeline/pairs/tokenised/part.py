@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # rows that are written, and read again, together
 BLOCK = 2048
 # raised when the same rows become another part
-_FORMAT = 1
+_FORMAT = 2
 _SAID = b"said"
 # the place of parts below the cache
 CACHED = "tokenised"
