@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.experiment import DataConfig
 from pipeline.config.losses import Data
 from pipeline.errors import ConfigError
-from pipeline.models.control_tokens import control_tokens, encode_text
+from pipeline.models.control_tokens import amid, control_tokens, encode_text
 from pipeline.pairs.messages import Message, texts_in
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.tokenised.tails import Tails
@@ -231,7 +231,8 @@ class ControlTokens:
             if at % 2:
                 ids.append(self._ids[piece])
             else:
-                ids += encode_text(self._tokenizer, self._restored(pieces, at, names), self._control)
+                tokenizer = amid(self._tokenizer) if at else self._tokenizer
+                ids += encode_text(tokenizer, self._restored(pieces, at, names), self._control)
         return ids
 
     def _restored(self, pieces: list[str], at: int, names: dict[str, str]) -> str:
