@@ -30,8 +30,9 @@ from pipeline.artifacts.tables import list_column, parquet_writer, row_groups
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.fixed_point import FIXED_POINT, rounded
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
+from pipeline.store.local_places import LocalPlace
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import LocalPlace, Place, is_url
+from pipeline.store.places import Place, is_url
 from pipeline.store.registrations import register
 from pipeline.store.remote_places import RemotePlace
 from pipeline.store.shard import SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem

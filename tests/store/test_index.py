@@ -350,8 +350,8 @@ def test_an_index_that_lies_where_it_cannot_be_removed_is_believed_once(store, t
     def refuse(*_):
         raise RefscoreError("no rights")
 
-    monkeypatch.setattr("pipeline.store.places.LocalPlace.remove", refuse)
-    monkeypatch.setattr("pipeline.store.places.LocalPlace.put", refuse)
+    monkeypatch.setattr("pipeline.store.local_places.LocalPlace.remove", refuse)
+    monkeypatch.setattr("pipeline.store.local_places.LocalPlace.put", refuse)
     first = again(store).lookup(keys_array([*truth, *invented]))
     assert len(first.missing) == 0
     assert len(first.found()) == len(truth)
@@ -403,7 +403,7 @@ def test_a_small_store_has_no_index(tmp_path):
 
 def test_covered_shards_are_not_opened_for_a_plan(store, monkeypatch):
     truth = filled(store)
-    monkeypatch.setattr("pipeline.store.places.open_shard", lambda _: pytest.fail("opened"))
+    monkeypatch.setattr("pipeline.store.local_places.open_shard", lambda _: pytest.fail("opened"))
     asked = [*truth, b"1" * 32]
     assert again(store).lookup(keys_array(asked)).missing.tolist() == [len(truth)]
 
@@ -416,7 +416,7 @@ def test_where_no_index_can_be_made_questions_are_answered_without(store, monkey
     if refused == "write_index":
         monkeypatch.setattr(indexes, "write_index", refuse)
     else:
-        monkeypatch.setattr("pipeline.store.places.LocalPlace.put", refuse)
+        monkeypatch.setattr("pipeline.store.local_places.LocalPlace.put", refuse)
     truth = filled(store)
     assert found_in(store, truth) == len(truth)
     assert not index_files(store)
