@@ -18,9 +18,10 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.digests import files_sha256
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
-from pipeline.store.index.indexes import FOLDER, Indexes
+from pipeline.store.index.indexes import Indexes
+from pipeline.store.index.merging import FOLDER
 from pipeline.store.places import Entry, Listing, NotThere
-from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
+from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class LocalPlace:
             self._must_be_readable()
             moment = time.monotonic()
             shards = [name for name in shard_names(self.directory) if name not in self._unsound]
-            self._listing = Listing(shards, _index_files(self.directory / FOLDER), moment)
+            self._listing = Listing(shards, sorted(_index_files(self.directory / FOLDER)), moment)
         return self._listing
 
     def sound(self, shards: Sequence[str]) -> list[str]:
@@ -123,6 +124,8 @@ class LocalPlace:
         durable.reached("publish: linked")
         durable.flush(self.directory)
         durable.reached("publish: directory flushed")
+        if SHARD.fullmatch(name):
+            self.indexes.published(file, name)
 
     def bytes_of(self, name: str) -> LocalBytes:
         """See `Files.bytes_of`."""
@@ -134,6 +137,10 @@ class LocalPlace:
         final.parent.mkdir(exist_ok=True)
         file.replace(final)
         self._listing = None
+
+    def index_files(self) -> dict[str, int]:
+        """See `Files.index_files`."""
+        return _index_files(self.directory / FOLDER)
 
     def why_not_writable(self) -> str | None:
         """See `Place.why_not_writable`: by writing, as rights alone do not tell of read-only mounts."""
@@ -255,11 +262,17 @@ class LocalPlace:
         return problem
 
 
-def _index_files(directory: Path) -> list[str]:
+def _index_files(directory: Path) -> dict[str, int]:
+    """Names and sizes."""
     try:
-        return sorted(path.name for path in directory.iterdir() if INDEX.fullmatch(path.name) and path.is_file())
+        found = [path for path in directory.iterdir() if INDEX.fullmatch(path.name) and path.is_file()]
     except OSError:
-        return []  # there is none, or none that this user may see: shards are read instead
+        return {}  # there is none, or none that this user may see: shards are read instead
+    sizes = {}
+    for path in found:
+        with suppress(FileNotFoundError):
+            sizes[path.name] = path.stat().st_size
+    return sizes
 
 
 def set_aside_if_damaged(shard: Path) -> str | None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from pipeline.errors import RefscoreError
-from pipeline.store.index.indexes import Files, Indexes
+from pipeline.store.index.indexes import Indexes
+from pipeline.store.index.merging import Files
 from pipeline.store.shard import OpenShard
 
 

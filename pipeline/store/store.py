@@ -128,6 +128,10 @@ class Store:
             "is something else tidying this directory?"
         )
 
+    def finish(self) -> None:
+        """Nothing more is published for now: have the index speak of all that was. Whatever refuses that is logged alone."""
+        self.places[0].indexes.finish()
+
     def note(self, name: str, content: Any) -> None:
         """Keep JSON beside the scores in the first place, durably, in place of what stood under that name.
 

@@ -59,6 +59,7 @@ def compact_small(store: Store, entries: Iterable[Entry]) -> Iterator[tuple[int,
         with claiming(place, group) as ours:
             rows = compact(store, group) if ours else None
         yield len(group), rows
+    store.finish()
 
 
 def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
