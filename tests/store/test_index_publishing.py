@@ -1,5 +1,6 @@
 """Who publishes adds to the index: nobody reads shards to make it, files stay few, and no publication fails for it."""
 
+import dataclasses
 import logging
 import random
 import threading
@@ -8,10 +9,10 @@ import pytest
 
 from pipeline.errors import RefscoreError
 from pipeline.store.index import publishing
-from pipeline.store.index.index_file import IndexFile, LocalBytes
+from pipeline.store.index.index_file import IndexFile, LocalBytes, write_index
 from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
-from pipeline.store.tidying.compaction import compact_small
+from pipeline.store.tidying.compaction import compact_small, groups_of
 from pipeline.store.transfer import copy_rows, copy_shards
 from tests.store.test_index import adding, again, found_in, index_files, keys_array, small, table_of  # noqa: F401
 from tests.store.test_store import REFERENCE
@@ -223,3 +224,25 @@ def test_sizes_are_of_few_classes():
     # a cascade: what comes of these is like seven others
     there = {f"{n}": 5000 for n in range(7)} | {f"mid{n}": 40_000 for n in range(7)} | {"large": 10**6}
     assert len(publishing._alike(there, 6000)) == 14
+
+
+def test_a_compaction_believes_no_index_in_what_it_merges(store):
+    """Where an index says alike of all shards, those alone are merged that say so themselves."""
+    truth = publish(store, 3)
+    for number in range(2):
+        keys = [random.Random(500 + number).randbytes(32)]
+        store.publish_table(table_of(keys, 500 + number), [{}], published=100 + number, computed_by="f" * 64)
+        truth |= dict.fromkeys(keys, 500 + number)
+    store.finish()
+    place = store.places[0]
+    assert sorted(map(len, groups_of(place, place.entries()))) == [2, 3]
+    for path in index_files(store):
+        file = IndexFile(path.name, LocalBytes(path))
+        lies = [dataclasses.replace(shard, computed_by="") for shard in file.shards]
+        write_index(path, lies, [file.between(0, 2**64 - 1)])
+    place = again(store).places[0]
+    assert [len(group) for group in groups_of(place, place.entries())] == [5]
+    assert list(compact_small(again(store), place.entries())) == [(5, 27)]
+    assert found_in(again(store), truth) == len(truth)
+    lookup = again(store).lookup(keys_array(list(truth)))
+    assert [len(positions) for positions in lookup.held_from_adopted().values()] == [2]

@@ -235,3 +235,19 @@ def test_shards_say_on_what_they_were_made(store):
     about = json.loads(pq.read_schema(shard).metadata[b"refscore"])
     assert about["circumstances"] == [{"processor": "one"}, {"processor": "two"}]
     assert isinstance(about["published"], int)
+
+
+def test_entries_tell_of_what_links_lead_to(store, tmp_path):
+    store.publish([scored(1)])
+    (shard,) = shard_files(directory(store))
+    elsewhere = tmp_path / "elsewhere.parquet"
+    shard.rename(elsewhere)
+    os.utime(elsewhere, (1000, 1000))
+    shard.symlink_to(elsewhere)
+    (directory(store) / f"scores-{'0' * 64}.parquet").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("not of this store")
+    (directory(store) / "link").symlink_to(tmp_path / "folder")
+    found = {entry.name: entry for entry in store.places[0].entries()}
+    assert found.keys() == {"reference.json", shard.name}
+    assert (found[shard.name].bytes, found[shard.name].changed) == (elsewhere.stat().st_size, 1000)

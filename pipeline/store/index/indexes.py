@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,8 @@ from pipeline.store.shard import ShardFacts
 log = logging.getLogger(__name__)
 
 _TIMES = 4
+# so often is an index file looked for that is listed
+_TRIES = 5
 # notes of files that told lies and could not be removed
 _REFUSED = durable.CACHE / "refused"
 
@@ -59,18 +62,38 @@ class Indexes:
         self._place: Files = weakref.proxy(place)
         self._opened: dict[str, IndexFile] = {}
         self._refused: set[str] = set()
+        self._failures: Counter[str] = Counter()
         self._writable = True
         self._additions = Additions(self._place)
 
     def covering(self, names: Collection[str], shards: Sequence[str]) -> tuple[list[Covering], list[str]]:
         """How `shards` are covered by the index files called `names`, each by one; and those that none covers.
 
-        Raises FileNotFoundError if a file is gone.
+        Raises FileNotFoundError if a file is gone, after all others were opened; one that is listed for ever and never there is in
+        the end left out.
         """
-        self._opened = {name: file for name in names if (file := self._opened.get(name) or self._open(name))}
+        opened, gone = dict[str, IndexFile](), None
+        for name in names:
+            try:
+                if file := self._opened.get(name) or self._open(name):
+                    opened[name] = file
+            except FileNotFoundError as error:
+                gone = error if self.is_worth_a_try(name) else gone
+        self._opened = opened
+        if gone is not None:
+            raise gone
         covered = {shard.name for file in self._opened.values() for shard in file.shards}
         self._additions.forget(covered)
         return covering_all(self._opened.values(), shards), sorted(set(shards) - covered)
+
+    def facts_of(self, names: Collection[str]) -> dict[str, ShardFacts]:
+        """What the index files called `names` say of their shards, by name, as far as they can be read; nothing was checked."""
+        facts: dict[str, ShardFacts] = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                if file := self._opened.get(name) or self._open(name):
+                    facts |= {shard.name: shard for shard in file.shards}
+        return facts
 
     def published(self, shard: Path, name: str) -> None:
         """A shard was published as `name`, of which `shard` is a local copy: the index will speak of it. See `publishing`."""
@@ -81,13 +104,22 @@ class Indexes:
         """Have the index speak of all that was published here."""
         self._additions.write(self._open)
 
+    def leave_out(self, file: IndexFile) -> None:
+        """Use a file no more in this process, and let it stand."""
+        self._opened.pop(file.name, None)
+        self._refused.add(_mark(file))
+
+    def is_worth_a_try(self, name: str) -> bool:
+        """Whether an index file that was listed and not to be had just now is to be looked for again."""
+        self._failures[name] += 1
+        return self._failures[name] < _TRIES
+
     def refuse(self, file: IndexFile, problem: str, *, lies: bool = False) -> None:
         """Use a file no more, and remove it if that can be done; one that `lies` in the next processes neither."""
         log.warning(
             "the index %s/%s is wrong (%s): it is not used, and made again", self._place.name, file.name, problem
         )
-        self._opened.pop(file.name, None)
-        self._refused.add(_mark(file))
+        self.leave_out(file)
         if not removed(self._place, file.name) and lies:
             with suppress(OSError):
                 _REFUSED.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,8 @@ class Additions:
                 del self._waiting[name]
 
     def write(self, opened: Callable[[str], IndexFile | None]) -> None:
-        """Make an index file of all that waits, unless that is hardly anything, and of files there that are alike; `opened` opens one
-        of these, or says None if it is wrong.
+        """Make an index file of all that waits, unless that is hardly anything, and of files there that are alike; `opened` opens
+        one of these, or says None if it is wrong.
         """
         with self._changing:
             if len(self._waiting) < _FEW and self._rows() < WORTH_ROWS:
