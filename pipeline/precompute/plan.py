@@ -367,6 +367,7 @@ def serve_adopted(plan: Plan) -> None:
     if len(adopted):
         for _, missing in groups_of(plan.pairs, plan.keys, adopted):
             serve_from_adopted(plan.store, missing)
+        plan.store.finish()
 
 
 def _must_say_margins(config: Config, pairs: PairTable) -> None:
