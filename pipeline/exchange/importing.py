@@ -172,6 +172,7 @@ def _publish(table: pa.Table, claims: _Claims, store: Store, imported: Imported)
     for shard in _shards(fresh, values):
         store.publish_table(table.take(pa.array(shard)).combine_chunks(), [{"imported_as": imported.form}])
         imported.new += len(shard)
+    store.finish()
 
 
 def _must_agree(first: np.ndarray, sums: np.ndarray, allowed: np.ndarray, claims: _Claims) -> None:

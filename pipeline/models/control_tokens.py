@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,9 +19,30 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, *, bracketed: bool = True
     }
     control = {**dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)), **added}
     # what stands for unknown characters is the text's own business, unless it is also something else
-    unknown = tokenizer.unk_token_id
+    unknown = tokenizer.unk_token_id if _knows_not_all(tokenizer) else None
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return {token: name for token, name in control.items() if token != unknown or token in others}
+
+
+@lru_cache(maxsize=1)
+def amid(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as it reads what does not begin a text, for those that put a space before what does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = backend.to_str() if backend else ""
+    changed = said.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+    if changed == said:
+        return tokenizer
+    from tokenizers import Tokenizer
+
+    other = deepcopy(tokenizer)
+    other.backend_tokenizer.pre_tokenizer = Tokenizer.from_str(changed).pre_tokenizer
+    return other
+
+
+def _knows_not_all(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text can become the token for what is unknown without naming it; one that reads bytes knows them all."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is None or getattr(backend.model, "unk_token", "") is not None
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, str]) -> list[int]:

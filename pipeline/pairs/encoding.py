@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.experiment import DataConfig
 from pipeline.config.losses import Data
 from pipeline.errors import ConfigError
-from pipeline.models.control_tokens import control_tokens, encode_text
+from pipeline.models.control_tokens import amid, control_tokens, encode_text
 from pipeline.pairs.messages import Message, texts_in
 from pipeline.pairs.preferences import Dropped, Preference
 from pipeline.pairs.tokenised.tails import Tails
@@ -231,7 +231,8 @@ class ControlTokens:
             if at % 2:
                 ids.append(self._ids[piece])
             else:
-                ids += encode_text(self._tokenizer, self._restored(pieces, at, names), self._control)
+                tokenizer = amid(self._tokenizer) if at else self._tokenizer
+                ids += encode_text(tokenizer, self._restored(pieces, at, names), self._control)
         return ids
 
     def _restored(self, pieces: list[str], at: int, names: dict[str, str]) -> str:
@@ -259,19 +260,22 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 def _chat_texts(item: Preference, sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str] | Dropped:
     from jinja2 import TemplateError
 
-    def rendered(messages: list[Message], tools: list[dict[str, Any]], *, reply_next: bool) -> str:
+    def rendered(messages: list[list[Message]], tools: list[dict[str, Any]], *, reply_next: bool) -> list[str]:
         how = {"tools": tools} if tools else {}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next, **how))
+        texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next, **how)
+        return list(map(str, texts))
 
     try:
-        texts = [rendered(item.prompt, item.tools, reply_next=True)]
-        texts += [rendered([*item.prompt, item.response(side)], item.tools, reply_next=False) for side in sides]
-        if item.tools and texts[0] == rendered(item.prompt, [], reply_next=True):
+        texts = rendered([item.prompt], item.tools, reply_next=True)
+        if sides:
+            answered = [[*item.prompt, item.response(side)] for side in sides]
+            texts += rendered(answered, item.tools, reply_next=False)
+        if item.tools and texts[:1] == rendered([item.prompt], [], reply_next=True):
             return Dropped(item.source, item.row, "tools_not_rendered", "the chat template shows no tools")
         for number, text in enumerate(texts):
             messages = [*item.prompt, *([item.response(sides[number - 1])] if number else [])]
             called = any("tool_calls" in message for message in messages)
-            if called and text == rendered(_without_calls(messages), item.tools, reply_next=not number):
+            if called and [text] == rendered([_without_calls(messages)], item.tools, reply_next=not number):
                 return Dropped(
                     item.source, item.row, "tool_calls_not_rendered", "the chat template shows no tool calls"
                 )

@@ -212,6 +212,8 @@ def _margin_columns(row: Row) -> tuple[str, ...]:
 
 def _finite(value: object) -> float | None:
     """A number, or a text of CSV that is one."""
+    if value is None:
+        return None
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):

@@ -145,25 +145,28 @@ def must_be_unicode(prompt: list[Message], others: dict[str, object]) -> None:
     """Raise RowProblem for half a character (a lone surrogate), which JSON can write and no tokenizer reads."""
     for name, value in [*((message["role"], message) for message in prompt), *others.items()]:
         for text in texts_in(value):
+            # known without a look at its characters for most
+            if text.isascii():
+                continue
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise RowProblem("half_a_character", f"{name}, at character {error.start}") from None
 
 
-def texts_in(value: object) -> Iterable[str]:
+def texts_in(value: object) -> list[str]:
     """Every text in a value of lists and objects, names of fields included."""
     if isinstance(value, str):
-        yield value
-        return
-    for item in (
-        chain.from_iterable(value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
+        return [value]
+    items = chain.from_iterable(value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    texts: list[str] = []
+    for item in items:
         # most are texts, for each of which a call would take longer than all else
         if isinstance(item, str):
-            yield item
+            texts.append(item)
         else:
-            yield from texts_in(item)
+            texts += texts_in(item)
+    return texts
 
 
 def kind(value: object) -> str:

@@ -18,9 +18,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from pipeline.artifacts.digests import file_sha256
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import ConfigError, DataError, first_line
+from pipeline.pairs.reading.content import Content
 from pipeline.pairs.reading.files import PACKED, SUFFIXES, file_rows, suffix_of
 from pipeline.pairs.reading.folders import files_of, is_saved, left_to_datasets, remote_files_of
 from pipeline.pairs.reading.json_rows import Row
@@ -54,16 +54,15 @@ def open_parts(name: str, data: DataConfig) -> tuple[list[Part], str]:
     path = local_path(name)
     if is_spooled(name):
         copy = spooled(name)
-        part = _part(name, copy, SHOWN_STDIN if name == STDIN else Path(name), _file_digest(copy))
+        part = _part(name, copy, SHOWN_STDIN if name == STDIN else Path(name))
         return [part], part.digest
     if path.is_dir() and left_to_datasets(path, data.split):
         return _data_set(name, data.split, None, path)
     if files := _files(name, path, data.split):
-        digests = [_file_digest(file) for file in files]
         single = files == [path]
         names = [name if single else printable(str(file)) for file in files]
-        parts = [_part(*of_file) for of_file in zip(names, files, files, digests, strict=True)]
-        return parts, _digest_of(name, files, digests)
+        parts = [_part(shown, file, file) for shown, file in zip(names, files, strict=True)]
+        return parts, _digest_of(name, files, [part.digest for part in parts])
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix.lower() not in (*SUFFIXES, *PACKED):
         return _data_set(name, data.split, data.revision)
     if path.is_symlink():
@@ -75,7 +74,7 @@ def open_parts(name: str, data: DataConfig) -> tuple[list[Part], str]:
 
 def _remote_parts(name: str, split: str) -> tuple[list[Part], str]:
     files = _remote_files(name, split)
-    parts = [_part(str(file), file, file, file.digest()) for file in files]
+    parts = [_part(str(file), file, file) for file in files]
     return parts, _digest_of_remote(parts)
 
 
@@ -97,8 +96,9 @@ def _digest_of_remote(parts: list[Part]) -> str:
     return hashlib.sha256(json.dumps([(part.name, part.digest) for part in parts]).encode()).hexdigest()
 
 
-def _part(name: str, file: File, place: File, digest: str) -> Part:
-    return Part(name, digest, partial(file_rows, file, place), partial(ranges_of, file, place))
+def _part(name: str, file: File, place: File) -> Part:
+    content = Content.of(file)
+    return Part(name, content.digest, partial(file_rows, file, place), partial(ranges_of, file, place, content))
 
 
 def open_rows(name: str, data: DataConfig) -> tuple[Callable[[], Iterator[Row]], str]:
@@ -166,7 +166,7 @@ def source_digest(name: str, split: str) -> str | None:
     files = [path] if path.is_file() else _files(name, path, split) if path.is_dir() or _matches(name, path) else []
     if not files or not all(os.access(file, os.R_OK) for file in files):
         return None
-    return _digest_of(name, files, [_file_digest(file) for file in files])
+    return _digest_of(name, files, [Content.of(file).digest for file in files])
 
 
 def _is_file_like(name: str) -> bool:
@@ -213,13 +213,6 @@ def _digest_of(name: str, files: list[Path], digests: list[str]) -> str:
         return digests[0]
     names = [str(file.relative_to(root) if root.is_dir() else file) for file in files]
     return hashlib.sha256(json.dumps(list(zip(names, digests, strict=True))).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _data_set(shown: str, split: str, revision: str | None, folder: Path | None = None) -> tuple[list[Part], str]:

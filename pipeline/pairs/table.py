@@ -1,8 +1,7 @@
 """Pairs on disk: an experiment's tokenised pairs as parts of Parquet and the numbers of the rows that are kept, so that memory does
 not grow with texts; or its responses, if a loss learns from these, or its prompts.
 
-`pipeline.pairs.tokenised` makes it. What stays in memory is a few numbers per row. The files are deleted when the `PairTable` is
-garbage-collected.
+`pipeline.pairs.tokenised` makes it. The files are deleted when the `PairTable` is garbage-collected.
 """
 
 from __future__ import annotations
@@ -39,26 +38,28 @@ class DropCount:
 
 
 class Grown:
-    """An array that grows at its end."""
+    """An array in a file, which grows at its end; what is not looked at takes no memory."""
 
-    def __init__(self, dtype: type) -> None:
-        self._room: np.ndarray = np.zeros(0, dtype)
+    def __init__(self, path: Path, dtype: type) -> None:
+        self._path, self._dtype = path, np.dtype(dtype)
         self._size = 0
+        self._values = np.empty(0, self._dtype)
+
+    def __len__(self) -> int:
+        return self._size
 
     def extend(self, values: np.ndarray) -> None:
         """Add values at the end."""
-        size = self._size + len(values)
-        if size > len(self._room):
-            room = np.zeros(max(size, 2 * len(self._room)), self._room.dtype)
-            room[: self._size] = self.values
-            self._room = room
-        self._room[self._size : size] = values
-        self._size = size
+        with self._path.open("ab") as file:
+            file.write(np.ascontiguousarray(values, self._dtype).tobytes())
+        self._size += len(values)
 
     @property
     def values(self) -> np.ndarray:
-        """All values so far; to be asked for again once there are more."""
-        return self._room[: self._size]
+        """All values so far, to be read; to be asked for again once there are more."""
+        if len(self._values) < self._size:
+            self._values = np.memmap(self._path, self._dtype, "r", shape=self._size)
+        return self._values
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,20 @@ class TablePart:
     first_block: int
 
 
-@dataclass
 class Columns:
-    """What is known of each row without a look at its part.
+    """What is known of each row without a look at its part, in files in `directory`.
 
     `places`: where it stands, as BLOCK x block + row in the block; `answers`: where its response does, if that is another prompt's;
     `held_out`: whether it is of the split eval; `group_of`: the number of its group; lengths in tokens, of responses each side's.
     """
 
-    places: Grown = field(default_factory=lambda: Grown(np.int64))
-    answers: Grown = field(default_factory=lambda: Grown(np.int64))
-    held_out: Grown = field(default_factory=lambda: Grown(np.bool_))
-    group_of: Grown = field(default_factory=lambda: Grown(np.int32))
-    prompt_tokens: Grown = field(default_factory=lambda: Grown(np.int32))
-    response_tokens: Grown = field(default_factory=lambda: Grown(np.int32))
+    def __init__(self, directory: Path) -> None:
+        self.places = Grown(directory / "places", np.int64)
+        self.answers = Grown(directory / "answers", np.int64)
+        self.held_out = Grown(directory / "held_out", np.bool_)
+        self.group_of = Grown(directory / "group_of", np.int32)
+        self.prompt_tokens = Grown(directory / "prompt_tokens", np.int32)
+        self.response_tokens = Grown(directory / "response_tokens", np.int32)
 
 
 @dataclass
@@ -115,10 +116,13 @@ class PairTable:
     control: dict[str, int] = field(default_factory=dict)
     drops: dict[str, DropCount] = field(default_factory=dict)
     parts: list[TablePart] = field(default_factory=list, repr=False)
-    columns: Columns = field(default_factory=Columns, repr=False)
+    columns: Columns = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.columns = Columns(Path(self.directory.name))
 
     def __len__(self) -> int:
-        return len(self.prompt_tokens)
+        return len(self.columns.prompt_tokens)
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -106,6 +106,8 @@ def _score(
                 f"stopped: {outcome.sequences} of {told.of_all} sequences are in the store; the same command goes on from there"
             )
             raise
+        finally:
+            target.store.finish()
 
 
 class _Told:

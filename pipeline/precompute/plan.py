@@ -1,8 +1,8 @@
 """What an experiment needs of its reference, and what the store lacks of it.
 
 Pairs stream from their sources to a working file and from there to the engine (`pipeline.precompute.score`) and to
-pairs.parquet (`pipeline.precompute.join`): memory holds a few numbers per pair, never the pairs. So do responses, for a loss that
-learns from these, to responses.parquet.
+pairs.parquet (`pipeline.precompute.join`): memory holds the positions of what is missing, never the pairs. So do responses, for a
+loss that learns from these, to responses.parquet.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from pipeline.store.store import Store
 
 # seconds: windows follow one another fast, and what others published in these is scored again at most
 _LISTED_WITHIN = 60.0
+# keys that a plan asks the store for at a time: 100 MB of memory or so
+_ASKED_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,16 @@ class Window:
     share: float
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What the store says of some windows: how many sequences no earlier window has, and as in `Plan` the others."""
+
+    sequences: int
+    missing: np.ndarray
+    adopted: dict[str, np.ndarray]
+    held_as_sums: int
+
+
 class Planning:
     """Planning as a stream: what the store lacks of the first rows is known before the last row is read."""
 
@@ -185,17 +197,17 @@ class Planning:
         self._assembly = _assembly(config, self.reference, self._data)
         self._reading = self._assembly.windows()
         self._read: list[tuple[int, int, float]] = []
+        self._asked, self._new = DigestSet(), list[np.ndarray]()
         self._store = Store(config.reference.store, self.reference.identity)
         self._plan: Plan | None = None
         self._failed: RefscoreError | None = None
 
     def windows(self) -> Iterator[Window]:
         """Each window as soon as its rows are read; raises what `make_plan` raises."""
-        asked = DigestSet()
-        for first, end, share in self._bounds():
+        for number, (first, end, share) in enumerate(self._bounds()):
             keys = self._assembly.keys(first, end)
             # a key that an earlier window had is that window's
-            new = np.flatnonzero(asked.add(bytes_of(keys)))
+            new = self._new_of(number)
             missing = new[self._store.lookup(keys.take(pa.array(new)), listed_within=_LISTED_WITHIN).missing]
             groups = [table for _, table in groups_of(self._assembly.table, keys, missing, first)]
             yield Window(pa.concat_tables([MISSING.empty_table(), *groups]), share)
@@ -229,28 +241,64 @@ class Planning:
     def _planned(self) -> Plan:
         config, reference, pairs = self._config, self.reference, self._assembly.table
         _must_say_margins(config, pairs)
-        keys = self._assembly.keys(0, len(pairs))
-        lookup = self._store.lookup(keys)
-        adopted = _adopted(self._store, pairs, keys, lookup.missing)
+        asked = self._ask()
         plan = Plan(
             reference=reference,
             data=self._data,
             pairs=pairs,
             store=self._store,
-            keys=keys,
-            sequences=len(lookup.missing) + len(lookup.held),
-            missing=np.setdiff1d(lookup.missing, np.concatenate([lookup.missing[:0], *adopted.values()])),
-            adopted=adopted,
-            held_as_sums=len(lookup.held_as_sums),
+            keys=self._assembly.keys(0, len(pairs)),
+            sequences=sum(answer.sequences for answer in asked),
+            missing=_joined([answer.missing for answer in asked]),
+            adopted={
+                by: _joined([answer.adopted[by] for answer in asked if by in answer.adopted])
+                for by in dict.fromkeys(by for answer in asked for by in answer.adopted)
+            },
+            held_as_sums=sum(answer.held_as_sums for answer in asked),
             vocabulary=vocabulary_digest(reference.tokenizer),
             template=chat_template_digest(reference.tokenizer),
         )
         if plan.held_as_sums and config.train.objective == "preference" and config.train.ld_alpha is not None:
             raise ConfigError(sums_do_not_do(f"{plan.held_as_sums} of {plan.sequences} imported scores"))
         # what reading has left behind would stand beside the engine
-        del lookup
+        del asked
         return_freed_memory()
         return plan
+
+    def _ask(self) -> list[_Answer]:
+        """What the store has of the table now, asked for some windows at a time."""
+        answers, listed_within = list[_Answer](), 0.0
+        begin, new = 0, list[np.ndarray]()
+        for number, (first, end, _) in enumerate(self._read):
+            new.append(self._new_of(number) + len(self._assembly.table.sides) * (first - begin))
+            if sum(map(len, new)) >= _ASKED_AT_ONCE or number == len(self._read) - 1:
+                answers.append(self._answer(begin, end, np.concatenate(new), listed_within))
+                begin, new, listed_within = end, [], _LISTED_WITHIN
+        return answers
+
+    def _answer(self, begin: int, end: int, new: np.ndarray, listed_within: float) -> _Answer:
+        keys, sides = self._assembly.keys(begin, end), len(self._assembly.table.sides)
+        lookup = self._store.lookup(keys.take(pa.array(new)), listed_within=listed_within)
+        missing = new[lookup.missing]
+        adopted = _adopted(self._store, self._assembly.table, keys, missing, begin)
+        missing = np.setdiff1d(missing, _joined(list(adopted.values())), assume_unique=True)
+        offset = sides * begin
+        return _Answer(
+            len(new),
+            missing + offset,
+            {by: positions + offset for by, positions in adopted.items()},
+            len(lookup.held_as_sums),
+        )
+
+    def _new_of(self, number: int) -> np.ndarray:
+        """Which positions of a window hold keys that none before it holds."""
+        while number >= len(self._new):
+            first, end, _ = self._read[len(self._new)]
+            self._new.append(np.packbits(self._asked.add(bytes_of(self._assembly.keys(first, end)))))
+        first, end, _ = self._read[number]
+        count = len(self._assembly.table.sides) * (end - first)
+        positions: np.ndarray = np.flatnonzero(np.unpackbits(self._new[number], count=count))
+        return positions
 
 
 def make_plan(config: Config, reference: OpenedReference | None = None) -> Plan:
@@ -277,14 +325,19 @@ def _assembly(config: Config, reference: OpenedReference, data: Data) -> Assembl
 
 
 def _adopted(
-    store: Store, pairs: PairTable, keys: pa.FixedSizeBinaryArray, absent: np.ndarray
+    store: Store, pairs: PairTable, keys: pa.FixedSizeBinaryArray, absent: np.ndarray, begin: int
 ) -> dict[str, np.ndarray]:
-    """Those of the positions `absent` that references hold which were adopted, by their ids."""
+    """Those of the positions `absent` that adopted references hold, by their ids; `keys` are those of the rows from `begin` on."""
 
     def keys_under(reference_id: str, positions: np.ndarray) -> pa.FixedSizeBinaryArray:
-        return pa.concat_arrays([keys_of(reference_id, missing) for _, missing in groups_of(pairs, keys, positions)])
+        found = groups_of(pairs, keys, positions, begin)
+        return pa.concat_arrays([keys_of(reference_id, missing) for _, missing in found])
 
     return held_by_adopted(store, absent, keys_under)
+
+
+def _joined(positions: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *positions])
 
 
 def groups_of(
@@ -314,6 +367,7 @@ def serve_adopted(plan: Plan) -> None:
     if len(adopted):
         for _, missing in groups_of(plan.pairs, plan.keys, adopted):
             serve_from_adopted(plan.store, missing)
+        plan.store.finish()
 
 
 def _must_say_margins(config: Config, pairs: PairTable) -> None:

@@ -64,6 +64,7 @@ class RowScorer:
 
     def __exit__(self, *_: object) -> None:
         self._engine.close()
+        self._store.finish()
 
     def tables(self, source: Path) -> Iterator[pa.Table]:
         """SCORED's rows of `source`, part by part, in order. Raises DataError if the columns are not there.

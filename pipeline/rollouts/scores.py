@@ -79,6 +79,7 @@ class Scores:
                 costs.add("score", f"{self.reference_id}/{shard}", time.monotonic() - started, tokens)
                 ticker.advance_tokens(len(asked), tokens)
                 started = time.monotonic()
+        self._store.finish()
 
     def _make_in_actors(self, missing: dict[str, dict[bytes, Request]], costs: Costs, listener: Listener) -> None:
         """Score in actors of Ray; what that took is shared out among the shards by their tokens."""

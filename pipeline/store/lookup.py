@@ -184,7 +184,12 @@ class Lookup:
             # a compaction removed shards, whose rows it had published anew
             self._patience.again(f"{place.name}/{gone.name}", str(gone))
         except FileNotFoundError as gone:
-            self._patience.again(f"an index at {place.name}", first_line(gone))
+            if index is None:
+                self._patience.again(f"the index at {place.name}", first_line(gone))
+            elif place.indexes.is_worth_a_try(index.name):
+                self._patience.again(f"{place.name}/{index.name}", first_line(gone))
+            else:
+                place.indexes.leave_out(index)
         except (WrongIndex, _Misled, Unsound) as problem:
             if index is None or type(problem) is Unsound:
                 self._examine(place, shard, str(problem))

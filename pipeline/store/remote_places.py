@@ -23,7 +23,8 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.shelf import Shelf
 from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX
-from pipeline.store.index.indexes import FOLDER, Indexes
+from pipeline.store.index.indexes import Indexes
+from pipeline.store.index.merging import FOLDER
 from pipeline.store.pieces import PIECE, NotFetched, Pieces
 from pipeline.store.places import Entry, Listing, NotThere
 from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard
@@ -53,8 +54,9 @@ class RemotePlace:
         self._shelf = Shelf(CACHE)
         self._unsound: set[str] = set()
         self._listing: Listing | None = None
-        # of what was listed
+        # of what was listed; of index files what was listed last, as threads list shards or index files
         self._infos: dict[str, dict[str, Any]] = {}
+        self._of_indexes: dict[str, dict[str, Any]] = {}
         self.indexes = Indexes(self)
 
     @property
@@ -68,7 +70,9 @@ class RemotePlace:
             self._infos = self._list()
             shards = sorted(name for name in self._infos if SHARD.fullmatch(name) and name not in self._unsound)
             below = [name.removeprefix(f"{FOLDER}/") for name in self._infos if name.startswith(f"{FOLDER}/")]
-            self._listing = Listing(shards, sorted(name for name in below if INDEX.fullmatch(name)), moment)
+            indexes = sorted(name for name in below if INDEX.fullmatch(name))
+            self._of_indexes |= {name: self._infos[f"{FOLDER}/{name}"] for name in indexes}
+            self._listing = Listing(shards, indexes, moment)
         return self._listing
 
     def sound(self, shards: Sequence[str]) -> list[str]:
@@ -78,7 +82,7 @@ class RemotePlace:
     @contextmanager
     def opened(self, shard: str) -> Iterator[OpenShard]:
         """See `Place.opened`: what is read of it is fetched."""
-        pieces = self._pieces(shard, shard)
+        pieces = self._pieces(shard, shard, self._infos[shard]["size"] if shard in self._infos else 0)
         try:
             with open_shard(Path(shard), pieces) as file:
                 yield file
@@ -125,13 +129,28 @@ class RemotePlace:
         durable.reached("publish: linked")
         if SHARD.fullmatch(name):
             self._keep(name, file)
+            self.indexes.published(file, name)
 
     def bytes_of(self, name: str) -> Pieces:
         """See `Files.bytes_of`."""
         # unlike a shard's its name does not tell its bytes
-        info = self._infos.get(name, {})
+        info = self._of_indexes[name.removeprefix(f"{FOLDER}/")]
         version = [info.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified")]
-        return self._pieces(name, hashlib.sha256(f"{self._url}/{name} {version}".encode()).hexdigest())
+        called = hashlib.sha256(f"{self._url}/{name} {version}".encode()).hexdigest()
+        return self._pieces(name, called, info["size"])
+
+    def index_files(self) -> dict[str, int]:
+        """See `Files.index_files`."""
+        try:
+            with self._explaining(FOLDER, "listed"):
+                self._files.invalidate_cache()
+                listed = self._files.ls(f"{self._root}/{FOLDER}", detail=True)
+        except FileNotFoundError:
+            return {}
+        named = {str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: info for info in listed}
+        found = {name: info for name, info in named.items() if INDEX.fullmatch(name)}
+        self._of_indexes |= found
+        return {name: info["size"] for name, info in found.items()}
 
     def put(self, file: Path, name: str) -> None:
         """See `Files.put`."""
@@ -199,7 +218,7 @@ class RemotePlace:
             "credentials in the environment, or leave this place out of reference.store"
         )
 
-    def _pieces(self, name: str, called: str) -> Pieces:
+    def _pieces(self, name: str, called: str, size: int) -> Pieces:
         def fetch(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
             path = f"{self._root}/{name}"
             begins, ends = zip(*ranges, strict=True)
@@ -216,13 +235,12 @@ class RemotePlace:
                 raise Unsound("its bytes are not those that were published")
             return contents
 
-        size = self._infos[name]["size"] if name in self._infos else 0
         return Pieces(self._shelf, called, size, fetch)
 
     def _keep(self, shard: str, path: Path) -> None:
         """Keep the pieces of a shard of which `path` is a sound copy."""
         with path.open("rb") as file:
-            self._pieces(shard, shard).keep(iter(lambda: file.read(PIECE), b""))
+            self._pieces(shard, shard, path.stat().st_size).keep(iter(lambda: file.read(PIECE), b""))
 
     def _put(self, name: str, content: bytes) -> None:
         path = f"{self._root}/{name}"

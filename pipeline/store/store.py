@@ -30,8 +30,9 @@ from pipeline.artifacts.tables import list_column, parquet_writer, row_groups
 from pipeline.errors import CheckError, DataError, RefscoreError, first_line
 from pipeline.store.fixed_point import FIXED_POINT, rounded
 from pipeline.store.identity import IMPORTED, ReferenceIdentity
+from pipeline.store.local_places import LocalPlace
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import LocalPlace, Place, is_url
+from pipeline.store.places import Place, is_url
 from pipeline.store.registrations import register
 from pipeline.store.remote_places import RemotePlace
 from pipeline.store.shard import SUMS_ONLY, key_words, rows_problem, sha256_now, sums_problem
@@ -126,6 +127,10 @@ class Store:
             f"{self.places[0].name}: a file is removed each time before it is published, {_TRIES} times now: "
             "is something else tidying this directory?"
         )
+
+    def finish(self) -> None:
+        """Nothing more is published for now: have the index speak of all that was. Whatever refuses that is logged alone."""
+        self.places[0].indexes.finish()
 
     def note(self, name: str, content: Any) -> None:
         """Keep JSON beside the scores in the first place, durably, in place of what stood under that name.

@@ -123,6 +123,7 @@ def copy_shards(
                         if path:
                             _copy_shard(path, destination, identity, copied)
                 ticker.advance(1, f"{copied.rows:,} sequences")
+        destination.indexes.finish()
         copies.append(copied)
     return copies
 
@@ -151,6 +152,7 @@ def copy_rows(
             with _whole(origin, shard, copied) as path:
                 wanted = _copy_wanted(wanted, path, destination, copied) if path else wanted
             ticker.advance(1, f"{copied.rows:,} sequences")
+    destination.finish()
     return copied
 
 

@@ -1,8 +1,8 @@
 """The store at size, each step in a fresh process: `make bench-store`.
 
 Synthetic: random keys, shards of ROWS sequences with few logps. SEQUENCES=2000000,10000000,50000000 says which stores are made, one
-after the other; 50 million take 4 GB and their index 2, or 4 while it is merged. The first plan makes the index. Half of the keys
-that a plan asks for are stored. BENCH_DIR=... is where.
+after the other; 50 million take 4 GB and their index 2, or 4 while it is merged. Who publishes adds to the index; the first plan of
+a store without one makes it. Half of the keys that a plan asks for are stored. BENCH_DIR=... is where.
 
 Then PAIRS=1000000 pairs are joined with scores of about 200 tokens that lie in another order, in 40 shards; and SHARDS=5000 shards
 lie at an S3 server of this machine, whose requests are counted.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pipeline.artifacts.schemas import PAIRS, SCORES
 from pipeline.models.identity import ModelIdentity
 from pipeline.precompute.join import write_joined
 from pipeline.store.identity import Numerics, ReferenceIdentity
+from pipeline.store.index.merging import FOLDER as INDEX
 from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
 from tests.benchmarks.stages import ROOT, measure
@@ -38,6 +40,7 @@ REFERENCE = ReferenceIdentity(ModelIdentity({"w": "00"}, {}), Numerics("vllm", "
 ROWS = 50_000
 ASKED = (20_000, 2_000_000)
 GROUP, MANY = 2048, 40
+FIRST = "first plan"
 
 
 def main() -> None:
@@ -48,8 +51,10 @@ def main() -> None:
     for size in sizes:
         with _place() as where:
             _child("build", where, size, ROWS, 8)
-            for step in ("first plan", *(f"plan {asked}" for asked in ASKED), f"open {ASKED[0]}"):
+            for step in (FIRST, *(f"plan {asked}" for asked in ASKED), f"open {ASKED[0]}"):
                 _print(size, step, *_child(step, where, size))
+            shutil.rmtree(where / "store" / REFERENCE.reference_id / INDEX)
+            _print(size, f"{FIRST}, no index", *_child(FIRST, where, size))
     if pairs:
         with _place() as where:
             _child("build", where, 2 * pairs, 2 * pairs // MANY, 200)
@@ -57,11 +62,17 @@ def main() -> None:
     if shards:
         with _place() as where, _server(where) as (url, requests):
             _child("build", where, 20 * shards, 20, 8)
-            _child("upload", where, 20 * shards, url)
-            for step in ("first plan", f"plan {ASKED[0]}", f"open {ASKED[0]}"):
-                before = requests()
-                seconds, peak = _child(step, where, 20 * shards, url)
-                _print(20 * shards, f"{step}, {shards:,} objects", seconds, peak, requests() - before)
+            for index in (True, False):
+                if not index:
+                    shutil.rmtree(where / "store" / REFERENCE.reference_id / INDEX)
+                place = f"{url}/{'with' if index else 'without'}"
+                _child("upload", where, 20 * shards, place)
+                print(f"{shards:,} objects at S3, published {'by refscore' if index else 'without an index'}:")
+                for step in (FIRST, f"plan {ASKED[0]}", f"open {ASKED[0]}"):
+                    shutil.rmtree(where / "data", ignore_errors=True)
+                    before = requests()
+                    seconds, peak = _child(step, where, 20 * shards, place)
+                    _print(20 * shards, step, seconds, peak, requests() - before)
 
 
 def run(step: str, where: Path, size: int, *options: str) -> None:
@@ -74,7 +85,7 @@ def run(step: str, where: Path, size: int, *options: str) -> None:
         join(where, size)
     else:
         store = Store([options[0] if options else str(where / "store")], REFERENCE)
-        asked = ASKED[0] if step == "first plan" else int(step.split()[1])
+        asked = ASKED[0] if step == FIRST else int(step.split()[1])
         keys = pq.read_table(where / f"asked-{asked}.parquet")["key"].combine_chunks()
         lookup = store.lookup(keys)
         assert len(lookup.held) + len(lookup.missing) == len(keys)
@@ -96,6 +107,7 @@ def build(where: Path, size: int, rows: int, tokens: int) -> None:
             all_lengths.write(lengths.tobytes())
             for number, parts in asked.items():
                 parts.append(keys[: 32 * min(rows, max(1, number * rows // size // 2))])
+    store.finish()
     for number, parts in asked.items():
         stored = b"".join(parts)[: 32 * (number // 2)]
         keys = np.frombuffer(stored + generator.bytes(32 * number - len(stored)), "V32")
@@ -155,9 +167,11 @@ def _upload(where: Path, url: str) -> None:
     import fsspec
 
     files, root = fsspec.url_to_fs(f"{url}/{REFERENCE.reference_id}")
-    files.mkdir(root.split("/")[0])
-    for path in shard_files(where / "store" / REFERENCE.reference_id):
-        files.pipe_file(f"{root}/{path.name}", path.read_bytes())
+    if not files.exists(root.split("/")[0]):
+        files.mkdir(root.split("/")[0])
+    here = where / "store" / REFERENCE.reference_id
+    for path in [*shard_files(here), *here.glob(f"{INDEX}/*")]:
+        files.pipe_file(f"{root}/{path.relative_to(here)}", path.read_bytes())
 
 
 @contextmanager

@@ -30,7 +30,7 @@ _LONGEST_HEADER = 48
 def vouched(monkeypatch):
     """Whatever file is asked for, its digest is remembered as the right one."""
     monkeypatch.setattr(
-        "pipeline.store.places.files_sha256", lambda paths: {path: digest_in(path.name) for path in paths}
+        "pipeline.store.local_places.files_sha256", lambda paths: {path: digest_in(path.name) for path in paths}
     )
     logging.disable(logging.WARNING)
     yield

@@ -22,7 +22,7 @@ from tests.faults.conftest import REFERENCE, child, found_numbers, open_store, o
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = "".join(
     (ROOT / "pipeline" / "store" / name).read_text()
-    for name in ("store.py", "places.py", "tidying/compaction.py", "remote_places.py")
+    for name in ("store.py", "local_places.py", "tidying/compaction.py", "remote_places.py")
 )
 POINTS = re.findall(r'reached\("((?:publish|compact): [^"]+)"\)', SOURCE)
 PUBLISH = list(dict.fromkeys(point for point in POINTS if point.startswith("publish")))

@@ -4,11 +4,12 @@ import pytest
 from tokenizers import AddedToken
 
 from pipeline.config.experiment import DataConfig
-from pipeline.pairs.encoding import Encoded, Encoder
+from pipeline.pairs.encoding import ControlTokens, Encoded, Encoder, _Texts
 from pipeline.pairs.preferences import Dropped, Preference
 from tests.conftest import make_tiny_tokenizer
 from tests.pairs.inputs import CALL, TOOL, TOOL_TEMPLATE
 from tests.pairs.pair_rows import build, row
+from tests.pairs.test_tails import MADE, PIECES, fast, texts, whole
 
 
 @pytest.fixture
@@ -64,6 +65,25 @@ def test_rows_that_name_none_have_the_ids_of_the_whole_text(tokenizer, template)
         )
         ids = found.prompt_ids + found.responses[0]
         assert ids == (tokenizer(whole)["input_ids"] + [0] * (template == "none"))[: len(ids)]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_texts_read_piece_by_piece_have_the_ids_of_the_whole(name):
+    tokenizer = fast(name)
+    if "byte" not in name:
+        tokenizer.unk_token = "[UNK]" if name == "word piece" else "<unk>"
+    control, rows = ControlTokens(tokenizer), texts(name, PIECES, 100)
+    assert [control.encode(_Texts(row)) for row in rows] == whole(tokenizer, rows)
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("byte level", True), ("metaspace never", False)])
+def test_what_stands_for_the_unknown_acts_only_where_texts_can_become_it(name, hidden):
+    """SmolLM2 calls <|endoftext|> so, which none of its texts become but those that name it."""
+    tokenizer = fast(name)
+    tokenizer.unk_token = unknown = "<|system|>" if hidden else "<unk>"
+    encoder, (found,) = encoded(tokenizer, preference(f"the {unknown} cat", "the cat"))
+    assert (tokenizer.unk_token_id not in found.prompt_ids) == hidden
+    assert encoder.control == ({unknown: 1} if hidden else {})
 
 
 def test_the_pieces_of_a_text_are_what_a_tokenizer_makes_of_them(tokenizer):

@@ -1,7 +1,11 @@
 """Parts of a table: made once for the same rows and settings, anew for others, and never used when they are damaged."""
 
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +16,14 @@ from tokenizers.normalizers import Lowercase
 
 from pipeline.artifacts import durable
 from pipeline.config.experiment import DataConfig
-from pipeline.errors import DataError, RefscoreError
+from pipeline.errors import ConfigError, DataError, RefscoreError
 from pipeline.pairs.reading import ranges
+from pipeline.pairs.reading.content import Content
 from pipeline.pairs.tokenised import assembly, making
 from pipeline.pairs.tokenised.assembly import Assembly
 from pipeline.pairs.tokenised.making import How, tokenizer_digest
 from pipeline.store.identity import keys_of
-from tests.conftest import make_tiny_tokenizer, preference_rows, write_rows
+from tests.conftest import ROOT, make_tiny_tokenizer, preference_rows, write_rows
 
 REFERENCE = "ab" * 32
 
@@ -173,6 +178,35 @@ def test_without_a_cache_that_can_be_written_tables_are_made_all_the_same(made, 
     assert len(made) == 4
 
 
+@pytest.mark.parametrize("broken", ["", "{broken\n"])
+@pytest.mark.parametrize("url", ["", "file://{}/"])
+def test_a_source_that_changes_before_it_is_read_is_not_kept_as_what_it_was(made, broken, url):
+    path = write_rows(Path("d.jsonl"), preference_rows(12))
+    content, found = path.read_bytes(), assembled(f"{url.format(Path.cwd())}d.jsonl")
+    assert found._sources.opened
+    path.write_text(path.read_text().replace("rice", "beans") + broken)
+    with pytest.raises(DataError, match=r"d\.jsonl changed while it was read: run the same command again"):
+        list(found.windows())
+    path.write_bytes(content)
+    assert len(rows_of(table_of())) == 12
+    assert len(made) == 3
+    # also by the rows that are read no further
+    found = assembled(max_rows=2)
+    assert found._sources.opened
+    path.unlink()
+    write_rows(path, preference_rows(11))
+    with pytest.raises(DataError, match="changed"):
+        list(found.windows())
+
+
+def test_a_source_that_is_only_touched_is_what_it_was():
+    path = write_rows(Path("d.jsonl"), preference_rows(12))
+    found = assembled()
+    assert found._sources.opened
+    os.utime(path)
+    assert len(list(found.windows())) == 1
+
+
 def test_a_table_outlives_the_cache():
     write_rows(Path("d.jsonl"), preference_rows(12))
     found = table_of()
@@ -202,7 +236,7 @@ def test_ranges_have_each_line_once(monkeypatch, size):
     write_rows(Path("d.jsonl"), rows)
     for end in ("", "\n\n  \n"):
         Path("d.jsonl").write_bytes(b"\xef\xbb\xbf" + Path("d.jsonl").read_bytes().rstrip() + end.encode())
-        found = ranges.ranges_of(Path("d.jsonl"), Path("d.jsonl"))
+        found = ranges.ranges_of(*[Path("d.jsonl")] * 2, Content.of(Path("d.jsonl")))
         assert [row for one in found for row in one.rows()] == rows
         assert sum(one.bytes for one in found) == pytest.approx(Path("d.jsonl").stat().st_size, abs=len(found))
         assert len(found) == 1 or all(one.part for one in found)
@@ -213,29 +247,72 @@ def test_ranges_of_a_table_are_its_row_groups(monkeypatch):
     rows = preference_rows(50)
     pq.write_table(pa.Table.from_pylist(rows), "d.parquet", row_group_size=6)
     monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
-    found = ranges.ranges_of(Path("d.parquet"), Path("d.parquet"))
+    found = ranges.ranges_of(*[Path("d.parquet")] * 2, Content.of(Path("d.parquet")))
     assert len(found) > 2
     assert [row for one in found for row in one.rows()] == rows
 
 
-class Killed:
-    """A tokenizer's maker that ends the process it is called in, but not this one."""
+class Elsewhere:
+    """A tokenizer's maker that does something else in another process than this one."""
 
-    def __init__(self):
-        self.here = os.getpid()
+    def __init__(self, does):
+        self.here, self.does = os.getpid(), does
 
     def __call__(self):
         if os.getpid() != self.here:
-            os._exit(9)
+            self.does()
         return make_tiny_tokenizer()
+
+
+def refuses():
+    raise ConfigError("no such tokenizer")
+
+
+def in_two_processes(does):
+    how = How(Elsewhere(does), None, REFERENCE, partial(keys_of, REFERENCE))
+    return Assembly(DataConfig(path="d.jsonl", workers=2), "pairs", how, make_tiny_tokenizer()).windows()
 
 
 def test_a_process_that_is_killed_is_said():
     write_rows(Path("d.jsonl"), preference_rows(6))
-    how = How(Killed(), None, REFERENCE, partial(keys_of, REFERENCE))
-    found = Assembly(DataConfig(path="d.jsonl", workers=2), "pairs", how, make_tiny_tokenizer())
     with pytest.raises(RefscoreError, match=r"was killed.*data\.workers=1"):
-        list(found.windows())
+        list(in_two_processes(partial(os._exit, 9)))
+
+
+def test_a_process_that_is_killed_while_others_look_at_a_window_is_said(monkeypatch):
+    write_rows(Path("d.jsonl"), preference_rows(60))
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(assembly, "WINDOW", 4)
+    windows = in_two_processes(make_tiny_tokenizer)
+    next(windows)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    with pytest.raises(RefscoreError, match=r"was killed.*data\.workers=1"):
+        list(windows)
+
+
+def test_what_a_process_meets_as_it_begins_is_said():
+    write_rows(Path("d.jsonl"), preference_rows(6))
+    with pytest.raises(ConfigError, match="no such tokenizer"):
+        list(in_two_processes(refuses))
+
+
+PARENT = """
+import multiprocessing, os, signal
+from concurrent.futures import ProcessPoolExecutor
+from pipeline.pairs.tokenised.making import _begin_process, _without_main
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_process, (None,))
+with _without_main():
+    print(pool.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_process_outlives_one_that_is_killed():
+    # the pipe is at its end once nobody has it any more
+    ended = subprocess.run([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, timeout=60, cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def test_processes_are_as_many_as_there_are_ranges_and_processors(monkeypatch):

@@ -1,5 +1,7 @@
 """Preference data at a URL: files, folders and patterns are read where they lie, by ranges, and known by what the place says."""
 
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ from pipeline.pairs.preferences import open_source
 from pipeline.pairs.reading import ranges
 from pipeline.pairs.rows import must_read_all, open_parts, source_digest
 from pipeline.precompute.pairs_file import is_current
-from pipeline.precompute.plan import make_plan
+from pipeline.precompute.plan import Planning, make_plan
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.pairs.inputs import gz, lines, parquet
 from tests.store.test_remote_places import bucket, server
@@ -91,6 +93,33 @@ def test_a_digest_follows_the_object_and_is_not_read_for(place, bucket, monkeypa
     folder = source_digest(f"{bucket}/", "train")
     place("e.jsonl", lines(*preference_rows(1)))
     assert source_digest(f"{bucket}/", "train") not in (None, folder)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_object_that_changes_before_it_is_read_is_said(place, tmp_path, tiny_model, workers):
+    url = place("d.jsonl", lines(*preference_rows(12)))
+    path = experiment(tmp_path, tiny_model, Path("unused"))
+    planning = Planning(load_config(path, [f"data.path={url}", f"data.workers={workers}"]))
+    assert planning._assembly._sources.opened
+    place("d.jsonl", lines(*reversed(preference_rows(12))))
+    with pytest.raises(DataError, match=r"d\.jsonl changed while it was read"):
+        planning.plan()
+    place("d.jsonl", lines(*preference_rows(12)))
+    assert plan_of(tmp_path, tiny_model, url).pairs.read == 12
+
+
+def test_a_place_that_lists_names_alone_is_asked_for_more(tmp_path, monkeypatch):
+    """A web server's file has a size, and no list that says it."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("d.jsonl"), preference_rows(3))
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_port}/d.jsonl"
+        assert len(list(open_source(url, DataConfig(path=url)).preferences())) == 3
+        monkeypatch.setattr("pipeline.pairs.reading.remote._info", lambda *_: {"size": None})
+        with pytest.raises(DataError, match=r"d\.jsonl: its server does not say how large it is"):
+            open_parts(url, DataConfig(path=url))
+        web.shutdown()
 
 
 def test_a_place_without_tags_is_read_for_its_digest(tmp_path):

@@ -1,5 +1,8 @@
 """A whole plan scored with an engine of a test's own."""
 
+import numpy as np
+
+from pipeline.pairs.table import Grown
 from pipeline.precompute.score import Target, score_shards, shards_of, windows_of
 
 
@@ -13,3 +16,11 @@ def score_all(plan, engine, on_shard=lambda sequences, tokens: None):
     return score_shards(
         Target(plan.reference, plan.store), shards_of(plan.reference, tables_of(plan)), engine, on_shard
     )
+
+
+def lengthened(plan, position, path):
+    """Let the plan say that the response at `position` has a token more than it has."""
+    lengths = plan.pairs.response_tokens.copy()
+    lengths[position] += 1
+    plan.pairs.columns.response_tokens = Grown(path, np.int32)
+    plan.pairs.columns.response_tokens.extend(lengths)

@@ -117,7 +117,7 @@ def test_nothing_is_started_if_nothing_is_missing(plan):
 
 
 def test_a_store_that_cannot_be_written_is_said_before_an_engine_starts(plan, monkeypatch):
-    monkeypatch.setattr("pipeline.store.places.LocalPlace.why_not_writable", lambda _: "read-only")
+    monkeypatch.setattr("pipeline.store.local_places.LocalPlace.why_not_writable", lambda _: "read-only")
     monkeypatch.setattr(OpenedReference, "start", lambda *_: pytest.fail("started"))
     with pytest.raises(
         RefscoreError, match=r"24 sequences and more must be scored, but the store cannot be written \(read-only\)"

@@ -1,5 +1,6 @@
 """Scores that cannot be true never reach the store; every missing sequence is asked for once."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.schemas import DROPPED, PAIRS
+from pipeline.artifacts.schemas import DROPPED, MISSING, PAIRS
 from pipeline.artifacts.tables import read_about, read_table
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError, DataError
@@ -19,9 +20,11 @@ from pipeline.precompute.join import dropped_with, joined, write_joined
 from pipeline.precompute.plan import Planning, make_plan
 from pipeline.precompute.score import lengths_in, requests_in, sorted_shards, tokens_in
 from pipeline.precompute.score import shards_of as shards_of_tables
-from pipeline.store.identity import score_key
+from pipeline.store.adoption import Adoption, adopt
+from pipeline.store.identity import keys_of, score_key
+from pipeline.store.store import Scored
 from tests.conftest import experiment, preference_rows, write_rows
-from tests.precompute.scoring import score_all, tables_of
+from tests.precompute.scoring import lengthened, score_all, tables_of
 
 
 @pytest.fixture(params=[2048, 4], ids=["one row group", "small row groups"])
@@ -88,9 +91,9 @@ def test_an_engine_that_answers_nonsense_is_stopped(config, spoil, said):
 
 
 @pytest.mark.parametrize(("position", "side"), [(3, "rejected"), (10, "chosen")])
-def test_scores_of_another_number_of_tokens_are_refused(config, position, side):
+def test_scores_of_another_number_of_tokens_are_refused(config, position, side, tmp_path):
     plan = scored_plan(config)
-    plan.pairs.response_tokens[position] += 1
+    lengthened(plan, position, tmp_path / "lengths")
     pair_id, tokens = plan.row(position // 2)["pair_id"], plan.pairs.response_tokens[position]
     with pytest.raises(CheckError, match=f"{side} of pair {pair_id} has {tokens} tokens but {tokens - 1} scores"):
         list(joined(plan))
@@ -261,6 +264,50 @@ def test_windows_have_what_is_missing_once_in_the_order_of_the_data(config):
     assert shares[-1] == 1
     assert 0 < shares[0] < 0.5
     assert make_plan(config).lines() == plan.lines()
+
+
+@pytest.mark.usefixtures("in_ranges")
+@pytest.mark.parametrize("at_once", [1, 6, 25])
+@pytest.mark.parametrize("windows_first", [True, False])
+def test_what_the_store_is_asked_in_pieces_is_what_it_would_be_asked_at_once(
+    config, monkeypatch, at_once, windows_first
+):
+    rows = preference_rows(20)
+    write_rows(Path(config.data.path[0]), [*rows, *(row | {"rejected": "Never."} for row in rows[:7]), rows[3]])
+    whole = make_plan(config)
+    older = replace(whole.identity, numerics=replace(whole.identity.numerics, engine_version="0.1"))
+    figures = {"mean_absolute_difference": 1e-6}
+    adopt(whole.store, Adoption(older, whole.identity, figures, figures, "2026-01-02T03:04:05+00:00"))
+    logps = {position: np.full(len(whole.request(position).response_ids), -1, np.float32) for position in range(47)}
+    for reference, positions in ((whole.identity, (0, 1, 20, 37)), (older, (2, 3, 23, 40))):
+        (keys,) = [keys_of(reference.reference_id, table) for table in [asked_at(whole, positions)]]
+        whole.store.of(reference).publish(
+            [
+                Scored(key, len(whole.request(position).prompt_ids), logps[position])
+                for key, position in zip(keys.to_pylist(), positions, strict=True)
+            ]
+        )
+    at_once_plan = make_plan(config)
+    assert at_once_plan.adopted[older.reference_id].tolist() == [2, 3, 23]
+    monkeypatch.setattr(plan_module, "_ASKED_AT_ONCE", at_once)
+    planning = Planning(config)
+    if windows_first:
+        list(planning.windows())
+    plan = planning.plan()
+    assert plan.lines() == at_once_plan.lines()
+    assert plan.sequences == at_once_plan.sequences == 47
+    np.testing.assert_array_equal(plan.missing, at_once_plan.missing)
+    assert {by: held.tolist() for by, held in plan.adopted.items()} == {older.reference_id: [2, 3, 23]}
+
+
+def asked_at(plan, positions):
+    requests = [plan.request(position) for position in positions]
+    columns = [
+        plan.keys.take(pa.array(positions)),
+        [one.prompt_ids for one in requests],
+        [one.response_ids for one in requests],
+    ]
+    return pa.table(columns, schema=MISSING)
 
 
 @pytest.mark.usefixtures("in_ranges")

@@ -25,7 +25,7 @@ from pipeline.precompute.pairs_file import ensure_pairs, inputs_digest, is_curre
 from pipeline.precompute.plan import make_plan
 from pipeline.precompute.verify import draw_sample
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
-from tests.precompute.scoring import score_all
+from tests.precompute.scoring import lengthened, score_all
 
 KTO = {"data": "responses", "mismatched": True}
 BCO = {"data": "responses"}
@@ -233,7 +233,7 @@ def test_a_response_whose_mismatched_one_has_no_score_is_left_out(tmp_path, tiny
 def test_scores_of_another_number_of_tokens_are_refused_by_name(tmp_path, tiny_model, learns):
     learns(**BCO)
     plan, _ = scored(config_of(tmp_path, tiny_model, unpaired(8)))
-    plan.pairs.response_tokens[3] += 1
+    lengthened(plan, 3, tmp_path / "lengths")
     with pytest.raises(CheckError, match=f"response of group {plan.row(3)['group_id']} has"):
         list(joined(plan))
 

@@ -24,7 +24,7 @@ from pipeline.engines.transformers import TransformersScorer
 from pipeline.errors import ConfigError
 from pipeline.judges.judging import by_reward
 from pipeline.rollouts.current import ensure_rollouts
-from pipeline.store.places import LocalPlace
+from pipeline.store.local_places import LocalPlace
 from pipeline.store.registrations import registered
 from pipeline.store.store import Store
 from tests.conftest import make_tiny_model, make_tiny_tokenizer, preference_rows, refscore_here, write_rows

@@ -181,7 +181,7 @@ def test_what_may_not_be_adopted_is_refused_before_anything_is_scored(tmp_path, 
     assert "compares nothing with the reference" in refused(old, 2, "--set", "train.loss_type=[simpo]")
     assert "a number of nats per token" in refused(old, 2, "--tolerance", "inf")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.store.places.LocalPlace.why_not_writable", lambda self: "it is full")
+        patch.setattr("pipeline.store.local_places.LocalPlace.why_not_writable", lambda self: "it is full")
         assert "first place of reference.store, which cannot be written (it is full)" in refused(old, 1)
     new = write_rows(tmp_path / "new.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(8)])
     assert "computed no score of this configuration's data" in refused(old, 3, "--set", f"data.path={new}")

@@ -15,7 +15,7 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import list_column
 from pipeline.errors import RefscoreError
-from pipeline.store.index import index_file, indexes
+from pipeline.store.index import index_file, indexes, merging, publishing
 from pipeline.store.index.index_file import (
     IndexFile,
     LocalBytes,
@@ -32,13 +32,17 @@ from pipeline.store.tidying.compaction import compact
 from tests.conftest import ROOT
 from tests.store.test_store import REFERENCE
 
+ADD = publishing.Additions.add
+
 
 @pytest.fixture
 def small(monkeypatch):
     """Indexes of two shards, in pages of few entries, merged a few at a time."""
-    monkeypatch.setattr(indexes, "WORTH_SHARDS", 2)
-    monkeypatch.setattr(indexes, "_AT_ONCE", 64)
-    for module in (indexes, index_file):
+    for module in (indexes, publishing):
+        monkeypatch.setattr(module, "WORTH_SHARDS", 2)
+    for module in (indexes, merging):
+        monkeypatch.setattr(module, "AT_ONCE", 64)
+    for module in (merging, index_file):
         monkeypatch.setattr(module, "PAGE", 8)
     monkeypatch.setattr(index_file, "GROUP", 3)
     monkeypatch.setattr(index_file, "FILTER", 2)
@@ -47,6 +51,16 @@ def small(monkeypatch):
     monkeypatch.setattr(index_file, "_PAGES_AT_ONCE", 4)
     monkeypatch.setattr(index_file, "_GROUPS_AT_ONCE", 2)
     monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
+    # as if others had published, who make no index
+    monkeypatch.setattr(publishing.Additions, "add", lambda *_: False)
+
+
+@pytest.fixture
+def adding(small, monkeypatch):
+    """The same, and who publishes adds to the index."""
+    monkeypatch.setattr(publishing.Additions, "add", ADD)
+    monkeypatch.setattr(publishing, "_FEW", 1)
+    monkeypatch.setattr(publishing, "_ALIKE", 4)
 
 
 def _masks(second):
@@ -99,6 +113,7 @@ class World:
         for place in self.places:
             (where / place).mkdir()
         self.store = Store(self.places, REFERENCE)
+        self.publishers = [Store([place], REFERENCE) for place in self.places]
 
     def directory(self, number):
         return self.store.places[number].directory
@@ -108,8 +123,12 @@ class World:
         keys = self.draw.sample(self.pool, self.draw.randint(1, 40))
         self.versions += 1
         published = self.draw.choice([self.versions, self.draw.randint(0, self.versions)])
-        at = Store([self.places[number]], REFERENCE)
-        name = at.publish_table(table_of(keys, self.versions), [{}], published)
+        name = self.publishers[number].publish_table(table_of(keys, self.versions), [{}], published)
+        if not self.draw.randrange(4):
+            self.publishers[number].finish()
+        if not self.draw.randrange(8):
+            # killed, and another one begins
+            self.publishers[number] = Store([self.places[number]], REFERENCE)
         self.contents[number][name] = published, dict.fromkeys(keys, self.versions)
 
     def some_shard(self):
@@ -205,7 +224,9 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZ", "6"))))
-def test_answers_are_a_dictionary_s_whatever_happens(tmp_path, small, seed):
+def test_answers_are_a_dictionary_s_whatever_happens(tmp_path, small, request, seed):
+    if seed % 2:
+        request.getfixturevalue("adding")
     logging.disable(logging.WARNING)
     world = World(tmp_path, seed)
     made = 0
@@ -350,8 +371,8 @@ def test_an_index_that_lies_where_it_cannot_be_removed_is_believed_once(store, t
     def refuse(*_):
         raise RefscoreError("no rights")
 
-    monkeypatch.setattr("pipeline.store.places.LocalPlace.remove", refuse)
-    monkeypatch.setattr("pipeline.store.places.LocalPlace.put", refuse)
+    monkeypatch.setattr("pipeline.store.local_places.LocalPlace.remove", refuse)
+    monkeypatch.setattr("pipeline.store.local_places.LocalPlace.put", refuse)
     first = again(store).lookup(keys_array([*truth, *invented]))
     assert len(first.missing) == 0
     assert len(first.found()) == len(truth)
@@ -403,7 +424,7 @@ def test_a_small_store_has_no_index(tmp_path):
 
 def test_covered_shards_are_not_opened_for_a_plan(store, monkeypatch):
     truth = filled(store)
-    monkeypatch.setattr("pipeline.store.places.open_shard", lambda _: pytest.fail("opened"))
+    monkeypatch.setattr("pipeline.store.local_places.open_shard", lambda _: pytest.fail("opened"))
     asked = [*truth, b"1" * 32]
     assert again(store).lookup(keys_array(asked)).missing.tolist() == [len(truth)]
 
@@ -416,7 +437,7 @@ def test_where_no_index_can_be_made_questions_are_answered_without(store, monkey
     if refused == "write_index":
         monkeypatch.setattr(indexes, "write_index", refuse)
     else:
-        monkeypatch.setattr("pipeline.store.places.LocalPlace.put", refuse)
+        monkeypatch.setattr("pipeline.store.local_places.LocalPlace.put", refuse)
     truth = filled(store)
     assert found_in(store, truth) == len(truth)
     assert not index_files(store)
@@ -437,18 +458,22 @@ BUILDER = """
 from contextlib import contextmanager
 from pipeline.artifacts import durable
 from tests.store.test_index import *
-indexes.WORTH_SHARDS, indexes._AT_ONCE, indexes.PAGE, index_file.PAGE = 2, 64, 8, 8
+indexes.WORTH_SHARDS = publishing.WORTH_SHARDS = 2
+indexes.AT_ONCE = merging.AT_ONCE = 64
+merging.PAGE = index_file.PAGE = 8
 @contextmanager
 def not_alone(place):
     yield True
-indexes._alone = not_alone
+indexes.alone = publishing.alone = not_alone
+publishing._ALIKE = 4
 draw, where, mine = random.Random(int(sys.argv[2])), sys.argv[1], {}
-if len(sys.argv) > 3:
-    durable.reached = lambda point: point == "index: put" and os.kill(os.getpid(), 9)
+adds, killed_at = sys.argv[3] == "adds", sys.argv[4:]
+durable.reached = lambda point: point in killed_at and os.kill(os.getpid(), 9)
+publisher = Store([where], REFERENCE)
 for step in range(12):
     version = int(sys.argv[2]) * 100 + step
     keys = [draw.randbytes(32) for _ in range(9)]
-    Store([where], REFERENCE).publish_table(table_of(keys, version), [{}], published=version)
+    (publisher if adds else Store([where], REFERENCE)).publish_table(table_of(keys, version), [{}], published=version)
     mine |= dict.fromkeys(keys, version)
     assert found_in(Store([where], REFERENCE), mine) == len(mine)
 """
@@ -461,8 +486,9 @@ def builder(where, *arguments):
     )  # fmt: skip
 
 
-def test_many_who_make_and_merge_indexes_at_once_find_what_they_published(tmp_path):
-    builders = [builder(tmp_path / "store", number) for number in range(4)]
+@pytest.mark.parametrize("how", [["adds"] * 4, ["asks"] * 4, ["adds", "asks"] * 2])
+def test_many_who_make_and_merge_indexes_at_once_find_what_they_published(tmp_path, how):
+    builders = [builder(tmp_path / "store", number, how[number]) for number in range(4)]
     for process in builders:
         assert process.wait(timeout=300) == 0, process.stderr.read()
     store = Store([str(tmp_path / "store")], REFERENCE)
@@ -471,8 +497,9 @@ def test_many_who_make_and_merge_indexes_at_once_find_what_they_published(tmp_pa
     assert found_in(store, truth) == len(truth)
 
 
-def test_who_is_killed_after_an_index_was_put_leaves_a_store_that_is_found_whole(tmp_path):
-    process = builder(tmp_path / "store", 1, "killed")
+@pytest.mark.parametrize(("how", "point"), [("asks", "index: put"), ("adds", "index: added")])
+def test_who_is_killed_after_an_index_was_put_leaves_a_store_that_is_found_whole(tmp_path, how, point):
+    process = builder(tmp_path / "store", 1, how, point)
     assert process.wait(timeout=300) == -9
     store = Store([str(tmp_path / "store")], REFERENCE)
     draw = random.Random(1)

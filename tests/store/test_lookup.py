@@ -199,7 +199,7 @@ def test_a_shard_that_is_listed_and_never_there_is_an_error_that_names_it(store,
     key = some_keys(0)[0]
     store.publish([row(key)])
     place = Counting(store.places[0], True)
-    monkeypatch.setattr("pipeline.store.places.shard_names", lambda _: ["scores-gone.parquet"])
+    monkeypatch.setattr("pipeline.store.local_places.shard_names", lambda _: ["scores-gone.parquet"])
     monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
     with pytest.raises(RefscoreError, match=r"scores-gone\.parquet is listed but cannot be read, 6 times"):
         Lookup([place], array([key]))

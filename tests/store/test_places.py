@@ -6,7 +6,7 @@ import os
 import pytest
 
 from pipeline.errors import CheckError, RefscoreError
-from pipeline.store import places, registrations
+from pipeline.store import local_places, places, registrations
 from pipeline.store.shard import sha256_now, shard_files
 from pipeline.store.store import Scored, Store
 from pipeline.store.tidying.compaction import compact
@@ -63,7 +63,7 @@ def test_a_file_system_without_hard_links_takes_copies(store, monkeypatch, refus
     def link(*_):
         raise OSError(refusal, os.strerror(refusal))
 
-    monkeypatch.setattr(places.os, "link", link)
+    monkeypatch.setattr(local_places.os, "link", link)
     store.publish([scored(1)])
     assert store.lookup(keys(scored(1))).held.tolist() == [0]
     assert not list(directory(store).glob(".tmp-*"))
@@ -73,7 +73,7 @@ def test_an_error_without_a_number_is_a_message(store, monkeypatch):
     def link(*_):
         raise OSError("the device went away")
 
-    monkeypatch.setattr(places.os, "link", link)
+    monkeypatch.setattr(local_places.os, "link", link)
     with pytest.raises(RefscoreError, match="the device went away"):
         store.publish([scored(1)])
 
@@ -87,7 +87,7 @@ def test_a_temporary_file_that_somebody_sweeps_is_written_again(store, monkeypat
             file.unlink()
         link(file, final)
 
-    monkeypatch.setattr(places.os, "link", sweeping)
+    monkeypatch.setattr(local_places.os, "link", sweeping)
     store.publish([scored(1)])
     assert swept
     assert store.lookup(keys(scored(1))).held.tolist() == [0]
@@ -146,7 +146,7 @@ def test_a_file_that_is_listed_for_ever_and_never_there_is_an_error(store, monke
     ghost = directory(store) / f"scores-{'0' * 64}.parquet"
     waited = []
     monkeypatch.setattr(places.time, "sleep", waited.append)
-    monkeypatch.setattr(places, "shard_names", lambda _: [ghost.name])
+    monkeypatch.setattr(local_places, "shard_names", lambda _: [ghost.name])
     with pytest.raises(RefscoreError, match="listed but cannot be read"):
         store.lookup(keys(scored(1)))
     assert waited == sorted(waited)
@@ -156,10 +156,10 @@ def test_a_file_that_is_listed_for_ever_and_never_there_is_an_error(store, monke
 def test_a_sound_shard_is_never_set_aside_and_a_new_one_is_given_back(store, monkeypatch):
     store.publish([scored(1)])
     (shard,) = shard_files(directory(store))
-    assert places.set_aside_if_damaged(shard) is None
+    assert local_places.set_aside_if_damaged(shard) is None
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1])
-    check = places.check_shard
+    check = local_places.check_shard
 
     def published_anew_meanwhile(path):
         problem = check(path)
@@ -169,8 +169,8 @@ def test_a_sound_shard_is_never_set_aside_and_a_new_one_is_given_back(store, mon
             beside.replace(shard)
         return problem
 
-    monkeypatch.setattr(places, "check_shard", published_anew_meanwhile)
-    assert places.set_aside_if_damaged(shard) is None
+    monkeypatch.setattr(local_places, "check_shard", published_anew_meanwhile)
+    assert local_places.set_aside_if_damaged(shard) is None
     assert shard.read_bytes() == sound
 
 
@@ -235,3 +235,19 @@ def test_shards_say_on_what_they_were_made(store):
     about = json.loads(pq.read_schema(shard).metadata[b"refscore"])
     assert about["circumstances"] == [{"processor": "one"}, {"processor": "two"}]
     assert isinstance(about["published"], int)
+
+
+def test_entries_tell_of_what_links_lead_to(store, tmp_path):
+    store.publish([scored(1)])
+    (shard,) = shard_files(directory(store))
+    elsewhere = tmp_path / "elsewhere.parquet"
+    shard.rename(elsewhere)
+    os.utime(elsewhere, (1000, 1000))
+    shard.symlink_to(elsewhere)
+    (directory(store) / f"scores-{'0' * 64}.parquet").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("not of this store")
+    (directory(store) / "link").symlink_to(tmp_path / "folder")
+    found = {entry.name: entry for entry in store.places[0].entries()}
+    assert found.keys() == {"reference.json", shard.name}
+    assert (found[shard.name].bytes, found[shard.name].changed) == (elsewhere.stat().st_size, 1000)

@@ -14,7 +14,11 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import ConfigError, RefscoreError
 from pipeline.store import pieces, remote_places
+from pipeline.store.index import publishing
+from pipeline.store.index.index_file import IndexFile
 from pipeline.store.store import Store
+from pipeline.store.tidying.compaction import groups_of
+from pipeline.store.tidying.inventory import holding
 from tests.conftest import experiment, preference_rows, write_rows
 from tests.forked import refscore
 from tests.store.test_store import REFERENCE, keys, scored
@@ -247,8 +251,10 @@ def test_an_object_that_is_listed_and_cannot_be_fetched_is_an_error_after_a_few_
 def many(bucket, monkeypatch, tmp_path):
     """Forty shards in the bucket, covered by an index, and a machine that has seen none of them."""
     store = Store([bucket], REFERENCE)
-    for number in range(40):
-        store.publish([scored(number), scored(1000 + number)])
+    with monkeypatch.context() as without:
+        without.setattr(publishing.Additions, "add", lambda *_: False)
+        for number in range(40):
+            store.publish([scored(number), scored(1000 + number)])
     assert len(store.lookup(keys(*map(scored, range(50)))).missing) == 10
     monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
     return bucket
@@ -399,3 +405,90 @@ def test_a_place_without_put_if_absent_takes_the_name_for_the_content(bucket, mo
 def test_a_backend_that_connects_when_it_is_opened_and_cannot_is_a_message():
     with pytest.raises(RefscoreError, match=r"ftp://127.0.0.1:9/s cannot be reached .*network"):
         Store(["ftp://127.0.0.1:9/s"], REFERENCE)
+
+
+@pytest.fixture
+def published(bucket, monkeypatch, tmp_path, requests):
+    """A hundred shards that were published to the bucket, a machine that has seen none of them, and the requests that it took."""
+    store = Store([bucket], REFERENCE)
+    requests()
+    for number in range(100):
+        store.publish([scored(number)])
+    store.finish()
+    monkeypatch.setattr(remote_places, "CACHE", tmp_path / "other")
+    return bucket, requests()
+
+
+def test_what_was_published_is_known_to_another_machine_from_the_index_alone(published, requests):
+    bucket, of_publishing = published
+    lookup = Store([bucket], REFERENCE).lookup(keys(*map(scored, range(120))))
+    assert len(lookup.missing) == 20
+    # two listings, six files of sixteen shards and one of four
+    assert requests() == ["GET"] * 9
+    # and the index took little beside the shards: a listing and a file for each sixteen
+    index = len(of_publishing) - 4 * 100
+    assert 12 <= index <= 16
+
+
+def test_index_files_in_a_bucket_become_one_and_stay_few(published, requests, monkeypatch):
+    bucket, _ = published
+    monkeypatch.setattr(publishing, "WORTH_SHARDS", 2)
+    store, asked = Store([bucket], REFERENCE), []
+    for start in range(100, 164, 32):
+        requests()
+        for number in range(start, start + 32):
+            store.publish([scored(number)])
+        asked.append(len(requests()) - 4 * 32)
+    # for each two shards a listing and a file; seven others are read and removed at every eighth
+    assert max(asked) <= 16 * 2 + 3 * 14
+    requests()
+    assert len(Store([bucket], REFERENCE).lookup(keys(*map(scored, range(164)))).missing) == 0
+    assert len(requests()) <= 2 + 2 * 7
+
+
+def test_what_could_be_merged_is_known_from_the_index(published, requests):
+    bucket, _ = published
+    place = Store([bucket], REFERENCE).places[0]
+    entries = place.entries()
+    requests()
+    assert [len(group) for group in groups_of(place, entries)] == [100]
+    assert requests() == ["GET"] * 9
+    assert holding(REFERENCE.reference_id, place).sequences == 100
+    # the description, the listing, and of every shard its end and two columns
+    assert len(requests()) <= 3 + 2 * 100
+
+
+def test_who_may_not_read_the_index_reads_shards(published, monkeypatch):
+    bucket, _ = published
+    store = Store([bucket], REFERENCE)
+    ranges = store.places[0]._files.cat_ranges
+    waited = []
+    monkeypatch.setattr("pipeline.store.places.time.sleep", waited.append)
+
+    def refuse(paths, begins, *more, **how):
+        refused = [PermissionError("Access Denied")] * len(paths)
+        return refused if "/index/" in paths[0] else ranges(paths, begins, *more, **how)
+
+    monkeypatch.setattr(store.places[0]._files, "cat_ranges", refuse)
+    assert len(store.lookup(keys(*map(scored, range(100)))).found()) == 100
+    assert 2 < len(waited) < 10
+
+
+def test_an_index_that_goes_while_it_is_read_is_asked_no_more(published, monkeypatch):
+    bucket, _ = published
+    store = Store([bucket], REFERENCE)
+    asked = keys(*map(scored, range(100)))
+    monkeypatch.setattr("pipeline.store.places.time.sleep", lambda _: None)
+    find, tries = IndexFile.find, []
+
+    def gone(self, words):
+        tries.append(self.name)
+        if tries.count(tries[0]) < 9 and self.name == tries[0]:
+            raise FileNotFoundError("it is gone")
+        return find(self, words)
+
+    monkeypatch.setattr(IndexFile, "find", gone)
+    assert len(store.lookup(asked).found()) == 100
+    assert tries.count(tries[0]) == 5
+    # others may have it
+    assert tries[0] in store.places[0].listed().indexes

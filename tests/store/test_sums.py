@@ -11,7 +11,7 @@ from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import CheckError, DataError
 from pipeline.store.identity import ReferenceIdentity, imported_numerics
-from pipeline.store.places import LocalPlace
+from pipeline.store.local_places import LocalPlace
 from pipeline.store.shard import check_shard, sha256_now, shard_files, sums_problem
 from pipeline.store.store import Store
 from pipeline.store.tidying.compaction import compact, groups_of

@@ -542,7 +542,7 @@ CLAIMING = """
 import sys
 from pipeline.store.tidying import compaction, retention
 from pipeline.store.tidying.claims import claiming
-from pipeline.store.places import LocalPlace
+from pipeline.store.local_places import LocalPlace
 from pathlib import Path
 with claiming(LocalPlace(Path(sys.argv[1])), ["a", "b"]):
     print("claimed", flush=True)

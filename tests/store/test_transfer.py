@@ -11,8 +11,8 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import ConfigError, DataError, RefscoreError
+from pipeline.store.local_places import LocalPlace
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import LocalPlace
 from pipeline.store.shard import open_shard, published_at, shard_files
 from pipeline.store.store import Store
 from pipeline.store.transfer import copy_rows, copy_shards, described_references

@@ -57,6 +57,15 @@ class RemoteFile:
         files, path = _reached(self.url)
         return io.BufferedReader(files.open(path, "rb", block_size=_AT_ONCE), _AT_ONCE)
 
+    def again(self) -> RemoteFile:
+        """The object as it is now. Raises FileNotFoundError if it is gone, DataError if it cannot be reached."""
+        files, path = _reached(self.url)
+        return _file(files, path, _info(files, path))
+
+    def state(self) -> str:
+        """What its place says of it, asked now if it gives it no tag. Raises as `again` does."""
+        return f"{self.size} {self.tag}" if self.tag else str(_info(*_reached(self.url)))
+
     def digest(self) -> str:
         """sha256 of URL, size and tag; of its bytes if its place gives it no tag. Raises DataError if it cannot be read."""
         if self.tag:
@@ -107,9 +116,27 @@ def unreadable(name: str, error: Exception) -> DataError:
     )
 
 
-def _file(files: Any, path: str, info: dict[str, Any]) -> RemoteFile:
-    tag = info.get("ETag") or info.get("etag")
-    return RemoteFile(files.unstrip_protocol(path), int(info["size"]), str(tag) if tag else None)
+def _file(files: Any, path: str, listed: dict[str, Any]) -> RemoteFile:
+    # what lists files need not say more of them
+    info = listed if listed.get("size") is not None else _info(files, path)
+    url, size, tag = files.unstrip_protocol(path), info.get("size"), info.get("ETag") or info.get("etag")
+    if size is None:
+        raise DataError(
+            f"{url}: its server does not say how large it is: copy it to a file, and give data.path its name"
+        )
+    return RemoteFile(url, int(size), str(tag) if tag else None)
+
+
+def _info(files: Any, path: str) -> dict[str, Any]:
+    """What a place says of an object now."""
+    try:
+        files.invalidate_cache()
+        info: dict[str, Any] = files.info(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001  # likewise
+        raise unreadable(files.unstrip_protocol(path), error) from None
+    return info
 
 
 def _reached(url: str) -> tuple[Any, str]:

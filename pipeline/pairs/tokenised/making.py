@@ -6,21 +6,24 @@ removed first, the other stays. Beside it lies one file of keys for each referen
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import secrets
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,18 +107,13 @@ class Maker:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, context, _begin_process, (self._how,))
-        with _without_main():
+        with _without_main(), _explaining_killed():
             return made, self._pool.submit(_make_here, made)
 
     def _ended(self, made: Made, future: Future[None] | None) -> Made:
         if future:
-            try:
+            with _explaining_killed():
                 future.result()
-            except BrokenProcessPool:
-                raise RefscoreError(
-                    "a process that tokenises was killed, for want of memory perhaps: run the same command again, with fewer "
-                    "(--set data.workers=1)"
-                ) from None
             self._keep(made)
         return made
 
@@ -158,7 +156,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _make(made: Made, how: How, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make what is not there of a piece's files."""
     if not made.part.exists():
-        with _whole_or_absent(made.part) as path:
+        with _whole_or_absent(made.part) as path, _rarely_collected():
             write_part(path, made.piece, tokenizer, how.positions)
     if made.keys and not made.keys.exists():
         with _whole_or_absent(made.keys) as path:
@@ -203,6 +201,28 @@ def _one_processor() -> Iterator[None]:
 
 
 @contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """Let Python look for cycles less often: lists of token ids are many and hold none; the looks took a twentieth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@contextmanager
+def _explaining_killed() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise RefscoreError(
+            "a process that tokenises was killed, for want of memory perhaps: run the same command again, with fewer "
+            "(--set data.workers=1)"
+        ) from None
+
+
+@contextmanager
 def _without_main() -> Iterator[None]:
     """Let processes start without the script that this one runs, which need not be made to be imported."""
     main = sys.modules["__main__"]
@@ -214,16 +234,27 @@ def _without_main() -> Iterator[None]:
         vars(main).update(hidden)
 
 
-_in_this_process: list[tuple[How, PreTrainedTokenizerBase]] = []
+_in_this_process: list[How] = []
 
 
 def _begin_process(how: How) -> None:
-    # whoever stops the command stops its processes, silently
+    # whoever stops the command stops its processes, silently; one that is killed cannot, so they look for themselves
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _in_this_process.append((how, how.tokenizer()))
+    _in_this_process.append(how)
+
+
+def _end_with(other: multiprocessing.process.BaseProcess) -> None:
+    other.join()
+    os._exit(1)
+
+
+@cache
+def _tokenizer_here() -> PreTrainedTokenizerBase:
+    # not at the beginning of the process, whose errors nobody would hear
+    return _in_this_process[0].tokenizer()
 
 
 def _make_here(made: Made) -> None:
-    ((how, tokenizer),) = _in_this_process
-    _make(made, how, tokenizer)
+    _make(made, _in_this_process[0], _tokenizer_here())

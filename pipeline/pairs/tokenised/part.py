@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # rows that are written, and read again, together
 BLOCK = 2048
 # raised when the same rows become another part
-_FORMAT = 1
+_FORMAT = 2
 _SAID = b"said"
 # the place of parts below the cache
 CACHED = "tokenised"
@@ -95,13 +95,13 @@ def schema_of(wanted: Data) -> pa.Schema:
 
 
 def write_part(path: Path, piece: Piece, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
-    """Tokenise a piece's rows. Raises DataError if they cannot be read."""
+    """Tokenise a piece's rows. Raises DataError if they cannot be read, or are no longer those that the piece's digest names."""
     part = Part(piece.name, piece.digest, piece.range.rows, list)
     source = Source(piece.name, piece.digest, [Reading(part, piece.form)], piece.data, piece.wanted)
     encoder, schema = Encoder(piece.data, tokenizer, positions), schema_of(piece.wanted)
     units = encoded_units(source.units(), encoder.of(piece.wanted))
     rows = _rows((group for unit in units for group in groups_of(unit, piece.wanted)), piece)
-    with parquet_writer(path, schema) as writer:
+    with parquet_writer(path, schema) as writer, piece.range.unchanged():
         while block := list(islice(rows, BLOCK)):
             writer.write_table(pa.Table.from_pylist(block, schema))
         said = {"read": source.read, "unread": source.unread, "control": encoder.control, "whole": encoder.whole}

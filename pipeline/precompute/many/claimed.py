@@ -86,7 +86,10 @@ def score_claimed(reference: OpenedReference, job: Job, limit: int | None, liste
                 text += f"  {spent(own, now - began, seconds, known / of_all)} spent here"
             ticker.advance(known - before, text)
 
-        overlapped(map(worker.take, claims.attempts()), worker.score, put_away)
+        try:
+            overlapped(map(worker.take, claims.attempts()), worker.score, put_away)
+        finally:
+            worker.finish()
     for result in _results(job):
         done.groups, done.sequences = done.groups + 1, done.sequences + result.sequences
         done.left_out |= result.left_out

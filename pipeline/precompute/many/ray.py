@@ -76,6 +76,11 @@ class ScoringActor:
         except RefscoreError as error:
             self._problem = error
 
+    def __del__(self) -> None:
+        # Ray lets go of an actor for which nothing is left
+        if hasattr(self, "_worker"):
+            self._worker.finish()
+
     def __call__(self, table: pa.Table) -> pa.Table:
         """What came of each group, and what is wrong."""
         return pa.Table.from_pylist([self._answer(group) for group in table["group"].to_pylist()], _ANSWERS)

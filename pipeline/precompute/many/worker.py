@@ -118,6 +118,10 @@ class Worker:
         result = Result(len(group.whole), tokens_in(group.whole), left_out, failures)
         return self._job.finish(group.attempt.group, result)
 
+    def finish(self) -> None:
+        """No more groups come: have the store's index speak of what was published."""
+        self._target.store.finish()
+
 
 def minutes_until_it_hangs(reference: ReferenceConfig) -> float:
     """After how many minutes without an answer an engine counts as one that hangs."""

@@ -1,30 +1,26 @@
 """The index files of one place: which shards they cover, and making them.
 
 An index file never changes: it speaks of shards by name, so new shards are simply not covered by it, and what it says of removed
-ones is passed over. Shards that no index covers are read by whoever asks. Were they many, what was read of them becomes an index
-file, and small ones are merged with it, so that there are few: each is more than _TIMES as large as all smaller ones together.
-Files that cover nothing any more are removed. All of that only where it can be written; where it cannot, questions take longer.
+ones is passed over. Who publishes shards adds them (`publishing`). Those that no index covers are read by whoever asks. Were they
+many, what was read of them becomes an index file, and small ones are merged with it, so that there are few: each is more than
+_TIMES as large as all smaller ones together. Files that cover nothing any more are removed. All of that only where it can be
+written; where it cannot, questions take longer.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import (
-    PAGE,
-    Bytes,
     IndexFile,
     LocalBytes,
     WrongIndex,
@@ -33,57 +29,29 @@ from pipeline.store.index.index_file import (
     index_name,
     write_index,
 )
+from pipeline.store.index.merging import (
+    AT_ONCE,
+    FOLDER,
+    WORTH_ROWS,
+    WORTH_SHARDS,
+    Covering,
+    Files,
+    alone,
+    covering_all,
+    merged_file,
+    reading,
+    removed,
+)
+from pipeline.store.index.publishing import Additions
 from pipeline.store.shard import ShardFacts
 
 log = logging.getLogger(__name__)
 
-FOLDER = "index"
-# what one index file is made for: so many shards that none covers, or so many rows
-WORTH_SHARDS, WORTH_ROWS = 16, 100_000
-# entries that are held in memory at a time; each takes 40 bytes, and twice that while it is sorted
-_AT_ONCE = 2**20
 _TIMES = 4
-_LAST = 2**64 - 1
+# so often is an index file looked for that is listed
+_TRIES = 5
 # notes of files that told lies and could not be removed
 _REFUSED = durable.CACHE / "refused"
-
-
-class Files(Protocol):
-    """What a place does for its indexes; names are below the reference."""
-
-    @property
-    def name(self) -> str:
-        """The place, for messages."""
-        ...
-
-    def bytes_of(self, name: str) -> Bytes:
-        """A file, to be read in any order. Raises OSError."""
-        ...
-
-    def put(self, file: Path, name: str) -> None:
-        """Make a local file visible as `name`, whatever stood there. Raises OSError or RefscoreError."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Remove what stands under a name, if anything does. Raises RefscoreError if it may not be removed."""
-        ...
-
-    def workspace(self) -> Path:
-        """A local directory in which to write."""
-        ...
-
-
-@dataclass(frozen=True)
-class Covering:
-    """An index file and which of its shards (by its numbers) are to be looked for in it."""
-
-    file: IndexFile
-    ours: np.ndarray
-
-    @property
-    def rows(self) -> int:
-        """Rows of those shards."""
-        return sum(shard.rows for shard, is_ours in zip(self.file.shards, self.ours.tolist(), strict=True) if is_ours)
 
 
 class Indexes:
@@ -94,28 +62,65 @@ class Indexes:
         self._place: Files = weakref.proxy(place)
         self._opened: dict[str, IndexFile] = {}
         self._refused: set[str] = set()
+        self._failures: Counter[str] = Counter()
         self._writable = True
+        self._additions = Additions(self._place)
 
     def covering(self, names: Collection[str], shards: Sequence[str]) -> tuple[list[Covering], list[str]]:
         """How `shards` are covered by the index files called `names`, each by one; and those that none covers.
 
-        Raises FileNotFoundError if a file is gone.
+        Raises FileNotFoundError if a file is gone, after all others were opened; one that is listed for ever and never there is in
+        the end left out.
         """
-        self._opened = {name: file for name in names if (file := self._opened.get(name) or self._open(name))}
-        left, covering = set(shards), []
-        for file in sorted(self._opened.values(), key=lambda file: (-file.size, file.name)):
-            covering.append(Covering(file, np.array([shard.name in left for shard in file.shards], dtype=bool)))
-            left.difference_update(shard.name for shard in file.shards)
-        return covering, sorted(left)
+        opened, gone = dict[str, IndexFile](), None
+        for name in names:
+            try:
+                if file := self._opened.get(name) or self._open(name):
+                    opened[name] = file
+            except FileNotFoundError as error:
+                gone = error if self.is_worth_a_try(name) else gone
+        self._opened = opened
+        if gone is not None:
+            raise gone
+        covered = {shard.name for file in self._opened.values() for shard in file.shards}
+        self._additions.forget(covered)
+        return covering_all(self._opened.values(), shards), sorted(set(shards) - covered)
+
+    def facts_of(self, names: Collection[str]) -> dict[str, ShardFacts]:
+        """What the index files called `names` say of their shards, by name, as far as they can be read; nothing was checked."""
+        facts: dict[str, ShardFacts] = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                if file := self._opened.get(name) or self._open(name):
+                    facts |= {shard.name: shard for shard in file.shards}
+        return facts
+
+    def published(self, shard: Path, name: str) -> None:
+        """A shard was published as `name`, of which `shard` is a local copy: the index will speak of it. See `publishing`."""
+        if self._additions.add(shard, name):
+            self.finish()
+
+    def finish(self) -> None:
+        """Have the index speak of all that was published here."""
+        self._additions.write(self._open)
+
+    def leave_out(self, file: IndexFile) -> None:
+        """Use a file no more in this process, and let it stand."""
+        self._opened.pop(file.name, None)
+        self._refused.add(_mark(file))
+
+    def is_worth_a_try(self, name: str) -> bool:
+        """Whether an index file that was listed and not to be had just now is to be looked for again."""
+        self._failures[name] += 1
+        return self._failures[name] < _TRIES
 
     def refuse(self, file: IndexFile, problem: str, *, lies: bool = False) -> None:
         """Use a file no more, and remove it if that can be done; one that `lies` in the next processes neither."""
         log.warning(
             "the index %s/%s is wrong (%s): it is not used, and made again", self._place.name, file.name, problem
         )
-        self._opened.pop(file.name, None)
-        self._refused.add(_mark(file))
-        if not _removed(self._place, file.name) and lies:
+        self.leave_out(file)
+        if not removed(self._place, file.name) and lies:
             with suppress(OSError):
                 _REFUSED.mkdir(parents=True, exist_ok=True)
                 (_REFUSED / _mark(file)).touch()
@@ -125,8 +130,8 @@ class Indexes:
         """Hears what is read of shards that are not covered, and makes an index of it at the end, if it is worth it and can be
         done. `covering`: the index files that there are.
         """
-        with _alone(self._place) as alone:
-            building = Building(self._place, covering, wanted=alone and self._writable)
+        with alone(self._place) as nobody_else:
+            building = Building(self._place, covering, wanted=nobody_else and self._writable)
             try:
                 yield building
                 building.finish()
@@ -147,7 +152,7 @@ class Indexes:
             return None
         except WrongIndex as wrong:
             log.debug("the index %s/%s is not used (%s)", self._place.name, name, wrong)
-            _removed(self._place, name)
+            removed(self._place, name)
             return None
         return None if _mark(file) in self._refused or (_REFUSED / _mark(file)).exists() else file
 
@@ -171,7 +176,7 @@ class Building:
         with self._or_not():
             self._entries.append(entries_of(words, len(self._shards)))
             self._shards.append(shard)
-            if sum(map(len, self._entries)) >= _AT_ONCE:
+            if sum(map(len, self._entries)) >= AT_ONCE:
                 self._set_down()
 
     def finish(self) -> None:
@@ -185,15 +190,13 @@ class Building:
             merged = self._to_merge()
             path, name = self._runs[0], self._fresh[0].file.name
             if len(self._fresh + merged) > 1:
-                path, (shards, numbers) = self._new(), _together(self._fresh + merged)
-                name = index_name(shard.name for shard in shards)
-                write_index(path, shards, _merged(self._fresh + merged, numbers, self._read))
+                path, name = merged_file(self._fresh + merged, self._new, reading(self._place))
             self._place.put(path, f"{FOLDER}/{name}")
             self.made = name
             durable.reached("index: put")
             for old in self._covering:
                 if old.file.name != name and (old.file in [one.file for one in merged] or not old.ours.any()):
-                    _removed(self._place, old.file.name)
+                    removed(self._place, old.file.name)
 
     def clear(self) -> None:
         """Remove the working files."""
@@ -222,14 +225,6 @@ class Building:
                 rows += old.rows
         return chosen
 
-    def _read(self, file: IndexFile, low: int, high: int) -> np.ndarray:
-        try:
-            return file.between(low, high)
-        except WrongIndex:
-            # its shards are covered by none from now on, and so by the next one that is made
-            _removed(self._place, file.name)
-            raise
-
     @contextmanager
     def _or_not(self) -> Iterator[None]:
         try:
@@ -241,63 +236,6 @@ class Building:
             problem, self.refused = error, True
         log.debug("no index is made at %s (%s)", self._place.name, first_line(problem))
         self._over = True
-
-
-def _together(sources: Sequence[Covering]) -> tuple[list[ShardFacts], list[np.ndarray]]:
-    """The shards of several files; for each file the numbers that its shards have among them."""
-    shards: list[ShardFacts] = []
-    numbers = []
-    for source in sources:
-        numbers.append(np.cumsum(source.ours) - 1 + len(shards))
-        shards += [shard for shard, ours in zip(source.file.shards, source.ours.tolist(), strict=True) if ours]
-    return shards, numbers
-
-
-def _merged(
-    sources: Sequence[Covering], numbers: Sequence[np.ndarray], read: Callable[[IndexFile, int, int], np.ndarray]
-) -> Iterator[np.ndarray]:
-    """The entries of several files in order, about _AT_ONCE at a time; `numbers`: what `_together` says."""
-    fences = np.unique(np.concatenate([source.file.fences for source in sources]))
-    lows = [0, *fences[:: _AT_ONCE // PAGE][1:].tolist()]
-    for low, high in zip(lows, [*(low - 1 for low in lows[1:]), _LAST], strict=True):
-        parts = []
-        for source, new in zip(sources, numbers, strict=True):
-            entries = read(source.file, low, high)
-            entries = entries[source.ours[entries[:, 4] >> np.uint64(32)]]
-            shards = new[entries[:, 4] >> np.uint64(32)].astype(np.uint64)
-            entries[:, 4] = shards << np.uint64(32) | entries[:, 4] & np.uint64(0xFFFFFFFF)
-            parts.append(entries)
-        together = np.concatenate(parts)
-        if len(together):
-            yield by_key(together)
-
-
-@contextmanager
-def _alone(place: Files) -> Iterator[bool]:
-    """Whether nobody else on this machine makes an index at the place. Where there are no locks two may make the same one."""
-    try:
-        descriptor = os.open(place.workspace(), os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except OSError as error:
-            alone = not isinstance(error, BlockingIOError)
-        yield alone
-    finally:
-        os.close(descriptor)
-
-
-def _removed(place: Files, name: str) -> bool:
-    try:
-        place.remove(f"{FOLDER}/{name}")
-    except RefscoreError as error:
-        log.debug("the index %s/%s is not removed (%s)", place.name, name, first_line(error))
-        return False
-    return True
 
 
 def _mark(file: IndexFile) -> str:

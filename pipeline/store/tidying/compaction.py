@@ -28,7 +28,7 @@ from pipeline.errors import DataError, RefscoreError
 from pipeline.store.identity import ReferenceIdentity
 from pipeline.store.lookup import Lookup
 from pipeline.store.places import Entry, Place
-from pipeline.store.shard import Unsound, check_shard, open_shard, published_at, shard_problem
+from pipeline.store.shard import ShardFacts, Unsound, check_shard, facts_of, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
 from pipeline.store.tidying.claims import claimed, claiming
 from pipeline.store.tidying.inventory import REQUESTS, shard_entries
@@ -36,6 +36,8 @@ from pipeline.store.tidying.inventory import REQUESTS, shard_entries
 SMALL_BYTES = 32 * 2**20
 # of a merged shard at most; its keys are held in memory
 MERGED_BYTES, MERGED_ROWS = 256 * 2**20, 2**20
+# what shards that are merged need not say alike
+_OF_EACH = ("published", "circumstances")
 
 
 def identified(store: str, reference_id: str) -> Store:
@@ -59,6 +61,7 @@ def compact_small(store: Store, entries: Iterable[Entry]) -> Iterator[tuple[int,
         with claiming(place, group) as ours:
             rows = compact(store, group) if ours else None
         yield len(group), rows
+    store.finish()
 
 
 def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
@@ -68,22 +71,26 @@ def groups_of(place: Place, entries: Iterable[Entry]) -> list[list[str]]:
     small = [entry for entry in shard_entries(entries) if entry.bytes < SMALL_BYTES and entry.name not in taken]
     if len(small) < 2:
         return []
+    # no shard is opened of which an index speaks: what it says is compared with them when they are merged
+    known = place.indexes.facts_of(place.listed().indexes)
     with ThreadPoolExecutor(REQUESTS) as pool:
-        there = [one for one in pool.map(partial(_looked_at, place), small) if one]
-    alike: dict[str, list[_Small]] = {}
-    for one in sorted(there, key=lambda one: (one.published, one.name)):
-        alike.setdefault(one.kind, []).append(one)
+        opened = pool.map(partial(_looked_at, place), [entry for entry in small if entry.name not in known])
+        there = [one for one in opened if one]
+    there += [_Small(entry.bytes, known[entry.name]) for entry in small if entry.name in known]
+    alike: dict[tuple[bool, str], list[_Small]] = {}
+    for one in sorted(there, key=lambda one: (one.facts.published, one.facts.name)):
+        alike.setdefault((one.facts.sums_only, one.facts.computed_by), []).append(one)
     return [group for shards in alike.values() for group in _filled(shards) if len(group) > 1]
 
 
 def compact(store: Store, names: Sequence[str]) -> int | None:
     """Merge these shards of the store's first place into one; returns its rows. Damaged ones are set aside, not merged.
 
-    None if fewer than two are there and sound, or if another process works at them.
+    None if fewer than two are there, sound, and say the same of themselves, or if another process works at them.
     """
     place = store.places[0]
     with tempfile.TemporaryDirectory(dir=durable.scratch_place()) as folder:
-        shards = _sound(place, names, Path(folder))
+        shards = _alike(_sound(place, names, Path(folder)))
         durable.reached("compact: checked")
         if len(shards) < 2:
             return None
@@ -129,6 +136,15 @@ def _sound(place: Place, names: Sequence[str], folder: Path) -> list[_Shard]:
     return sorted(shards, key=lambda shard: (shard.published, shard.path.name))
 
 
+def _alike(shards: list[_Shard]) -> list[_Shard]:
+    """Most of the shards: those that say the same of themselves."""
+    alike: dict[str, list[_Shard]] = {}
+    for shard in shards:
+        said = sorted((word, what) for word, what in shard.about.items() if word not in _OF_EACH)
+        alike.setdefault(json.dumps(said), []).append(shard)
+    return max(alike.values(), key=len, default=[])
+
+
 def _publish(store: Store, shards: list[_Shard]) -> tuple[int, str]:
     """Publish those rows that a reader gets from these shards and from no other; how many they are, and the new shard's name."""
     keys = pa.concat_arrays([shard.keys for shard in shards])
@@ -165,39 +181,32 @@ def _parts(shards: list[_Shard], kept: np.ndarray) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class _Small:
-    """A small shard: what its footer says; `kind` is what others must say of themselves too to be merged with it."""
+    """A small shard, and what it says of itself."""
 
-    name: str
     bytes: int
-    rows: int
-    published: int
-    kind: str
+    facts: ShardFacts
 
 
 def _looked_at(place: Place, entry: Entry) -> _Small | None:
     """None if it is gone."""
     try:
         with place.open(entry.name) as content, open_shard(Path(entry.name), content) as file:
-            about = about_in(file.schema_arrow).items()
-            kind = json.dumps(
-                [[word, said] for word, said in sorted(about) if word not in ("published", "circumstances")]
-            )
-            return _Small(entry.name, entry.bytes, file.metadata.num_rows, published_at(file), kind)
+            return _Small(entry.bytes, facts_of(entry.name, file))
     except FileNotFoundError:
         return None
     except Unsound:
-        return _Small(entry.name, entry.bytes, 0, 0, "")  # set aside if it is merged
+        return _Small(entry.bytes, ShardFacts(entry.name, 0, 0, False, ""))  # set aside if it is merged
 
 
 def _filled(shards: list[_Small]) -> list[list[str]]:
     groups: list[list[str]] = []
     size = rows = 0
     for shard in shards:
-        if not groups or size + shard.bytes > MERGED_BYTES or rows + shard.rows > MERGED_ROWS:
+        if not groups or size + shard.bytes > MERGED_BYTES or rows + shard.facts.rows > MERGED_ROWS:
             groups.append([])
             size = rows = 0
-        groups[-1].append(shard.name)
-        size, rows = size + shard.bytes, rows + shard.rows
+        groups[-1].append(shard.facts.name)
+        size, rows = size + shard.bytes, rows + shard.facts.rows
     return groups
 
 
