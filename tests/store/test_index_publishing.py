@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import RefscoreError
 from pipeline.store.index import publishing
 from pipeline.store.index.index_file import IndexFile, LocalBytes, write_index
+from pipeline.store.index.merging import covering_all, merged_file
 from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
 from pipeline.store.tidying.compaction import compact_small, groups_of
@@ -93,6 +94,20 @@ def test_index_files_stay_few_and_speak_of_each_shard_once(store):
     files = [IndexFile(path.name, LocalBytes(path)) for path in index_files(store)]
     assert sum(file.size for file in files) == 256 * 9
     assert len({shard.name for file in files for shard in file.shards}) == 256
+
+
+def test_what_stands_in_two_files_stands_once_in_the_one_that_they_become(store, monkeypatch):
+    """As it is if two publishers merged the same files at one moment."""
+    truth = publish(store, 6)
+    two = covering_all([IndexFile(path.name, LocalBytes(path)) for path in index_files(store)[:2]])
+    path, name = merged_file(two, lambda: store.places[0].directory / "both", IndexFile.between)
+    path.rename(path.with_name("index") / name)
+    assert found_in(again(store), truth) == len(truth)
+    truth |= publish(store, 2, 6)
+    (path,) = index_files(store)
+    file = IndexFile(path.name, LocalBytes(path))
+    assert (file.size, len(file.shards)) == (8 * 9, 8)
+    assert opened_by(store, truth, monkeypatch) == 0
 
 
 def test_files_that_are_large_are_left_to_those_who_look_keys_up(store, monkeypatch):
