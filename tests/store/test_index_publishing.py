@@ -67,6 +67,7 @@ def test_a_publisher_that_is_killed_leaves_its_last_few_shards_uncovered(store, 
 def test_many_rows_are_worth_a_file_as_many_shards_are(store, monkeypatch):
     monkeypatch.setattr(publishing, "WORTH_SHARDS", 1000)
     monkeypatch.setattr(publishing, "WORTH_ROWS", 30)
+    monkeypatch.setattr(publishing, "_FEW", 1000)
     publish(store, 3)
     assert not index_files(store)
     publish(store, 1, 3)
