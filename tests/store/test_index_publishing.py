@@ -120,7 +120,7 @@ def test_files_that_are_large_are_left_to_those_who_look_keys_up(store, monkeypa
     assert len(index_files(store)) < 12
 
 
-@pytest.mark.parametrize("refusal", [OSError(28, "No space left on device"), RefscoreError("Access Denied")])
+@pytest.mark.parametrize("refusal", [OSError(28, "No space left"), RefscoreError("Access Denied"), ValueError("?")])
 def test_where_no_index_can_be_written_shards_are_published_all_the_same(store, monkeypatch, refusal, caplog):
     caplog.set_level(logging.INFO)
 
@@ -137,6 +137,18 @@ def test_where_no_index_can_be_written_shards_are_published_all_the_same(store, 
     # and the next ones stand in an index
     publish(store, 2, 6)
     assert index_files(store)
+
+
+def test_where_the_index_cannot_be_listed_what_comes_is_a_file_of_its_own(store, monkeypatch):
+    def refuse(*_):
+        raise RefscoreError("Access Denied")
+
+    truth = publish(store, 6)
+    with monkeypatch.context() as refusing:
+        refusing.setattr("pipeline.store.local_places.LocalPlace.index_files", refuse)
+        truth |= publish(store, 2, 6)
+    assert len(index_files(store)) == 4
+    assert opened_by(store, truth, monkeypatch) == 0
 
 
 def test_where_files_cannot_be_merged_what_comes_is_a_file_of_its_own(store, monkeypatch):
