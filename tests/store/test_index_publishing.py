@@ -47,13 +47,15 @@ def opened_by(store, truth, monkeypatch):
     return len(opened)
 
 
-def test_what_was_published_is_known_without_a_shard_being_opened(store, monkeypatch):
+def test_what_was_published_is_known_without_a_shard_being_opened(store, monkeypatch, caplog):
     truth = publish(store, 21)
     assert opened_by(store, truth, monkeypatch) == 1  # which waits, as two are worth a file here
     truth |= publish(store, 1, 21) | publish(store, 1, 22)
     store.finish()
     assert opened_by(store, truth, monkeypatch) == 0
     assert found_in(again(store), truth) == len(truth)
+    # each row stands where the index says: else that would be refused, and made again
+    assert "is wrong" not in caplog.text
 
 
 def test_a_publisher_that_is_killed_leaves_its_last_few_shards_uncovered(store, monkeypatch):
