@@ -46,6 +46,10 @@ DRIVER = """
 
         cluster.score_shards = killing
         outcome = score_windows(plan.reference, windows_of(plan))
+        # the actor that lived has added what it published to the index
+        place = plan.store.places[0]
+        left = place.indexes.covering(place.listed().indexes, place.listed().shards)[1]
+        assert len(left) < len(place.listed().shards) / 2, len(left)
         again = make_plan(config)
         assert not len(again.missing), len(again.missing)
         assert not list(Path("data/cache/work").glob("*/job-*"))
