@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -30,6 +31,8 @@ from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, ope
 
 log = logging.getLogger(__name__)
 
+# what records that scores of the reference with this id may stand for those of the reference whose place it is
+ADOPTION = re.compile(r"adopted-([0-9a-f]{64})\.json")
 # what a file system answers that has no hard links, or has them not here
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL)
 
@@ -50,10 +53,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a place had at one moment: names of shards and of index files, ascending."""
+    """What a place had at one moment: names of shards, of index files, and of records of adoptions, ascending."""
 
     shards: list[str]
     indexes: list[str]
+    adoptions: list[str]
     moment: float
 
     def young(self, seconds: float) -> bool:
@@ -193,7 +197,8 @@ class LocalPlace:
             self._must_be_readable()
             moment = time.monotonic()
             shards = [name for name in shard_names(self.directory) if name not in self._unsound]
-            self._listing = Listing(shards, _index_files(self.directory / FOLDER), moment)
+            adoptions = sorted(path.name for path in self.directory.glob("*.json") if ADOPTION.fullmatch(path.name))
+            self._listing = Listing(shards, _index_files(self.directory / FOLDER), adoptions, moment)
         return self._listing
 
     def sound(self, shards: Sequence[str]) -> list[str]:
@@ -370,6 +375,7 @@ class LocalPlace:
 
     def write(self, name: str, content: bytes) -> None:
         """See `Place.write`."""
+        self._listing = None
         with durable.replacing(self.directory / name) as temporary:
             temporary.write_bytes(content)
 
@@ -427,6 +433,8 @@ def set_aside_if_damaged(shard: Path) -> str | None:
     if _file(aside) != looked_at:
         _give_back(aside, shard)
         return check_shard(shard)
+    with suppress(OSError):
+        os.utime(aside)  # since when it lies there: for a day nobody deletes it
     log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
     return problem
 

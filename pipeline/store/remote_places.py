@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX
 from pipeline.store.index.indexes import FOLDER, Indexes
 from pipeline.store.pieces import PIECE, NotFetched, Pieces
-from pipeline.store.places import Entry, Listing, NotThere
+from pipeline.store.places import ADOPTION, Entry, Listing, NotThere
 from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class RemotePlace:
             self._infos = self._list()
             shards = sorted(name for name in self._infos if SHARD.fullmatch(name) and name not in self._unsound)
             below = [name.removeprefix(f"{FOLDER}/") for name in self._infos if name.startswith(f"{FOLDER}/")]
-            self._listing = Listing(shards, sorted(name for name in below if INDEX.fullmatch(name)), moment)
+            indexes = sorted(name for name in below if INDEX.fullmatch(name))
+            self._listing = Listing(shards, indexes, sorted(filter(ADOPTION.fullmatch, self._infos)), moment)
         return self._listing
 
     def sound(self, shards: Sequence[str]) -> list[str]:
@@ -281,6 +282,7 @@ class RemotePlace:
 
     def write(self, name: str, content: bytes) -> None:
         """See `Place.write`."""
+        self._listing = None
         with self._explaining(name, "written"):
             self._files.pipe_file(f"{self._root}/{name}", content)
 

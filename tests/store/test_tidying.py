@@ -18,7 +18,7 @@ from pipeline.store import registrations
 from pipeline.store.registrations import DAY, registered
 from pipeline.store.store import Scored, Store
 from pipeline.store.tidying import compaction, retention
-from pipeline.store.tidying.claims import FOLDER, claimed, claiming
+from pipeline.store.tidying.claims import FOLDER, claimed, claiming, sweep
 from pipeline.store.tidying.compaction import compact, compact_small, groups_of, identified
 from pipeline.store.tidying.inventory import holding, references, shard_entries
 from pipeline.store.tidying.retention import Rules, bytes_in, parts_of, removals_by, remove, seconds_in
@@ -568,7 +568,50 @@ def test_a_claim_whose_process_is_gone_counts_no_longer(tmp_path, ended, monkeyp
         assert claimed(place, place.entries()) == {"a", "b"}
         days_pass(monkeypatch, 0.1)
     assert claimed(place, place.entries()) == set()
+    assert len(place.entries()) == 1  # who looks removes nothing
+    sweep(place, place.entries())
     assert place.entries() == []
+
+
+def test_a_group_that_a_dead_process_claimed_is_merged(where, monkeypatch):
+    store = Store([where], REFERENCE)
+    publish_in_order(store, 3)
+    (group,) = groups_of(store.places[0], store.places[0].entries())
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.places[0]), "remove", lambda *_: None)  # killed before it could
+        with claiming(store.places[0], group) as ours:
+            assert ours
+    assert list(compact_small(store, store.places[0].entries())) == []  # this process lives
+    monkeypatch.setattr(durable, "lives", lambda _: False)
+    assert [rows for _, rows in compact_small(store, store.places[0].entries())] == [9]
+    assert not [name for name in names(store) if name.startswith(FOLDER)]
+
+
+def test_without_apply_nothing_changes_whatever_could_go(where, monkeypatch):
+    store = Store([where], REFERENCE)
+    publish_in_order(store, 3)
+    damage(store, shards(store)[0])
+    for name in (f"{FOLDER}x.json", "corrupt/scores-x.parquet", f"{durable.TEMPORARY}1-scores.parquet"):
+        store.places[0].write(name, b"half")
+    dead = {"machine": durable.machine(), "pid": 2**22 + 1, "names": ["a"]}
+    store.places[0].write(f"{FOLDER}dead.json", json.dumps(dead).encode())
+    days_pass(monkeypatch, 5)
+    before = [(entry.name, entry.bytes, store.places[0].read(entry.name)) for entry in store.places[0].entries()]
+    for rules in (Rules(), Rules(unreferenced=True), Rules(within=0.0), Rules(quota=0, even_used=True)):
+        stage.gc(where, rules, apply=False)
+    assert [
+        (entry.name, entry.bytes, store.places[0].read(entry.name)) for entry in store.places[0].entries()
+    ] == before
+
+
+def test_what_is_set_aside_stays_for_a_day_however_old_it_was(tmp_path):
+    store = Store([str(tmp_path)], REFERENCE)
+    store.publish([scored(1)])
+    (name,) = shards(store)
+    damage(store, name)
+    os.utime(tmp_path / REFERENCE.reference_id / name, (NOW - 30 * DAY, NOW - 30 * DAY))
+    assert store.places[0].set_aside(name)
+    assert goes(str(tmp_path)) == {}
 
 
 def test_a_claim_that_nobody_can_read_is_of_nothing(where):
