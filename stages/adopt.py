@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from pipeline.artifacts.runs import existing_runs, open_run
+from pipeline.artifacts.schemas import COMPUTED_BY
+from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config
 from pipeline.config.losses import reference_free
 from pipeline.engines.reference import open_reference
@@ -39,6 +42,10 @@ def main(config: Config, prefix: str, rows: int, tolerance: float | None) -> Non
         )
     console.say(f"earlier   {adopted.reference_id[:12]}  {adopted.numerics.words}")
     console.say(f"today     {today.reference_id[:12]}  {today.numerics.words}")
+    if sample.rows < rows:
+        console.say(
+            f"          it computed no more than {sample.rows} {sample.unit} of this data: a sample of {rows} says more"
+        )
     console.say(f"scoring {sample.rows} {sample.unit} with {alone.engine} {today.numerics.dtype} ...")
 
     figures = sample.against(score_again(reference, sample), config.train.beta)
@@ -62,8 +69,27 @@ def take_back(config: Config, prefix: str) -> None:
     """Take back an adoption, and the scores that were taken over by it."""
     reference = open_reference(config.reference)
     hash_weights(reference)
-    adopted, rows = revoke(Store(config.reference.store, reference.identity), prefix)
+    today = reference.identity.reference_id
+    revoked = revoke(Store(config.reference.store, reference.identity), prefix)
+    name = revoked.adopted[:12]
     console.say(
-        f"revoked   the adoption of {adopted[:12]}; {rows:,} sequences that were taken over are removed from "
-        f"{reference.identity.reference_id[:12]}, and {adopted[:12]} keeps its own"
+        f"revoked   the adoption of {name}; {revoked.rows:,} sequences that were taken over are removed from {today[:12]}, and "
+        f"{name} keeps its own"
     )
+    for place in revoked.elsewhere:
+        console.say(f"          {place} records the same adoption, so that it still holds: take it back there too")
+    if runs := _made_with(revoked.adopted, today):
+        console.say(
+            f"          made with them: {', '.join(runs)}; 'refscore precompute' of such a run scores anew what its pairs had from "
+            f"{name}"
+        )
+
+
+def _made_with(adopted: str, today: str) -> list[str]:
+    """The runs here whose scores of the reference `today` are in part those of `adopted`."""
+    abouts = {name: read_about(open_run(name).scored) for name in existing_runs()}
+    return [
+        name
+        for name, about in abouts.items()
+        if about.get("reference_id") == today and adopted in about.get(COMPUTED_BY, {})
+    ]

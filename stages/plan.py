@@ -86,7 +86,7 @@ def _of_data(plan: Plan, sampled: Sampled | None) -> dict[str, Any]:
     pairs, sequences, misses = plan.pairs, plan.sequences, len(plan.missing)
     adopted = {reference: len(held) for reference, held in plan.adopted.items()}
     if sampled:
-        sequences, misses, adopted = sampled.models * sampled.samples, sampled.to_score, {}
+        sequences, misses, adopted = sampled.models * sampled.samples, sampled.to_score, sampled.adopted
     return {
         "reference_id": plan.identity.reference_id,
         "data": pairs.formats,
@@ -151,8 +151,9 @@ def _show_samples(config: Config, sampled: Sampled) -> None:
     )
     whose = "the policy, which is the reference" if sampled.models == 1 else "the policy and the reference"
     console.say(
-        f"scores    under {whose}: {sampled.to_score} of {sampled.models * sampled.samples} sequences to score, up to "
-        f"{sampled.tokens_to_score:,} tokens"
+        f"scores    under {whose}: {sampled.to_score} of {sampled.models * sampled.samples} sequences to score, "
+        + "".join(f"{count} adopted from {by[:12]}, " for by, count in sampled.adopted.items())
+        + f"up to {sampled.tokens_to_score:,} tokens"
     )
 
 

@@ -46,6 +46,8 @@ def main(config: Config, run: Run, *, plan_only: bool, plan_to: str | None = Non
     reference = open_reference(config.reference)
     hash_weights(reference)
     planning = Planning(config, reference)
+    if not plan_only:
+        planning.register(run.directory)
     if plan_to:
         must_compute(reference.numerics)
         job, target = Job(plan_to), target_of(reference)

@@ -85,14 +85,16 @@ def gc(store: str, rules: Rules, *, apply: bool) -> None:
         console.say(f"nothing was changed: --apply removes {files:,} files of {size:,} bytes, and merges small shards")
         return
     for removal in removals:
+        name = removal.part.place.name
         try:
-            remove(removal)
+            done = remove(removal)
         except RefscoreError as problem:
-            console.say(f"{removal.part.place.name} cannot be tidied whole: {problem}; what is left is left")
+            console.say(f"{name} cannot be tidied whole: {problem}; what is left is left")
+            continue
+        if done:
+            console.say(f"removed {len(removal.entries):,} files of {removal.bytes:,} bytes from {name}")
         else:
-            console.say(
-                f"removed {len(removal.entries):,} files of {removal.bytes:,} bytes from {removal.part.place.name}"
-            )
+            console.say(f"{name} is left: somebody has used it since it was listed")
     for part in staying:
         _compact(store, part.reference_id, part.entries)
 

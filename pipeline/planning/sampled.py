@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.artifacts.runs import Run
 from pipeline.config.experiment import Config
+from pipeline.engines.protocol import Request
 from pipeline.engines.reference import OpenedReference
 from pipeline.models.identity import behaviour_digest
 from pipeline.rollouts.prompts import read_prompts
@@ -21,7 +23,8 @@ class Sampled:
     """`prompts` has the tokens of each prompt that is sampled `each` times, up to `max_tokens`; `too_long` prompts are not.
 
     `made` samples are there. `models` score them: the policy, and the reference if it is another; `to_score` are the sequences that
-    the store lacks, of all models, of `tokens_to_score` tokens at most, `responses_to_score` of them in responses.
+    the store lacks, of all models, of `tokens_to_score` tokens at most, `responses_to_score` of them in responses; `adopted` are
+    those that it would have from adopted references, by their ids.
     """
 
     policy: OpenedReference
@@ -34,6 +37,7 @@ class Sampled:
     to_score: int
     tokens_to_score: int
     responses_to_score: int
+    adopted: dict[str, int]
 
     @property
     def samples(self) -> int:
@@ -68,13 +72,13 @@ def foresee(config: Config) -> Sampled:
             new += [len(prompt.ids) for prompt in shard.prompts]
     same = policy.identity.reference_id == reference.identity.reference_id
     models = [policy] if same else [policy, reference]
-    lacking = [
-        request
-        for model in models
-        for run, of_run in kept.items()
-        for requests in Scores(model, of_run, run).missing().values()
-        for request in requests.values()
-    ]
+    lacking: list[Request] = []
+    adopted: Counter[str] = Counter()
+    for model in models:
+        for run, of_run in kept.items():
+            requests, held = Scores(model, of_run, run).foreseen()
+            lacking += requests
+            adopted.update(held)
     to_make = len(new) * settings.samples
     return Sampled(
         policy=policy,
@@ -89,4 +93,5 @@ def foresee(config: Config) -> Sampled:
         + sum(map(len, lacking)),
         responses_to_score=len(models) * to_make * settings.max_tokens
         + sum(len(request.response_ids) for request in lacking),
+        adopted=dict(adopted),
     )

@@ -26,7 +26,7 @@ from pipeline.models.load import chat_template_digest, load_tokenizer, vocabular
 from pipeline.models.locate import at_hand
 from pipeline.pairs.splits import source_digests
 from pipeline.precompute.join import dropped_with, rows_left_out, write_joined
-from pipeline.precompute.plan import Plan, make_plan, serve_adopted
+from pipeline.precompute.plan import Plan, Planning, make_plan, serve_adopted
 from pipeline.progress import SILENT, Listener
 from pipeline.store.fixed_point import FIXED_POINT, LARGEST_ERROR
 
@@ -266,7 +266,9 @@ def ensure_pairs(config: Config, run: Run, listener: Listener = SILENT) -> None:
         return
     if is_current(table_of(run, config), config):
         return
-    plan = make_plan(config)
+    planning = Planning(config)
+    planning.register(run.directory)
+    plan = planning.plan()
     serve_adopted(plan)
     if len(plan.missing) and plan.imported:
         raise DataError(plan.not_imported())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,10 @@ class Planning:
         self._store = Store(config.reference.store, self.reference.identity)
         self._plan: Plan | None = None
         self._failed: RefscoreError | None = None
+
+    def register(self, run: Path) -> None:
+        """Leave word in the store that `run` uses the reference, before anything is read: what is there must stay until it is."""
+        self._store.register(run)
 
     def windows(self) -> Iterator[Window]:
         """Each window as soon as its rows are read; raises what `make_plan` raises."""

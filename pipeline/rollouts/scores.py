@@ -25,6 +25,7 @@ from pipeline.precompute.score import check_scores, table_of
 from pipeline.progress import Listener, duration
 from pipeline.rollouts.costs import Costs
 from pipeline.rollouts.samples import Shard
+from pipeline.store.adoption import held_by_adopted, serve_from_adopted
 from pipeline.store.identity import score_key
 from pipeline.store.store import Store
 
@@ -52,15 +53,17 @@ class Scores:
         Raises RefscoreError if the store cannot be written, CheckError for scores that cannot be true.
         """
         missing = self.missing()
+        if missing:
+            if problem := self._store.why_not_writable():
+                raise RefscoreError(
+                    f"samples must be scored, but the store cannot be written ({problem}): put a directory of your own first, "
+                    "--set 'reference.store=[data/store, THIS ONE]'"
+                )
+            self.register()
+            missing = self._not_adopted(missing, listener)
         if not missing:
             listener.say(f"scores    of {whose}: every sample is in the store; no engine is started")
             return
-        if problem := self._store.why_not_writable():
-            raise RefscoreError(
-                f"samples must be scored, but the store cannot be written ({problem}): put a directory of your own first, --set "
-                "'reference.store=[data/store, THIS ONE]'"
-            )
-        self.register()
         requests = [request for asked in missing.values() for request in asked.values()]
         if self.model.config.in_actors:
             self._make_in_actors(missing, costs, listener)
@@ -141,6 +144,40 @@ class Scores:
                 missing[shard.key] = asked
                 absent -= asked.keys()
         return missing
+
+    def foreseen(self) -> tuple[list[Request], dict[str, int]]:
+        """What would have to be scored, and how many sequences the store would have from adopted references, by their ids."""
+        requests = [request for asked in self.missing().values() for request in asked.values()]
+
+        def keys_under(reference_id: str, positions: np.ndarray) -> pa.FixedSizeBinaryArray:
+            asked = (requests[position] for position in positions.tolist())
+            return pa.array([score_key(reference_id, one.prompt_ids, one.response_ids) for one in asked], pa.binary(32))
+
+        held = held_by_adopted(self._store, np.arange(len(requests)), keys_under)
+        adopted = {position for positions in held.values() for position in positions.tolist()}
+        left = [request for position, request in enumerate(requests) if position not in adopted]
+        return left, {by: len(positions) for by, positions in held.items()}
+
+    def computed_by(self) -> dict[str, int]:
+        """Of how many sequences adopted references computed the scores, by their ids."""
+        keys = [key for shard in self.shards for key in self.keys(shard).values()]
+        held = self._store.lookup(pa.array(keys, pa.binary(32))).held_from_adopted()
+        return {by: len(positions) for by, positions in held.items()}
+
+    def _not_adopted(
+        self, missing: dict[str, dict[bytes, Request]], listener: Listener
+    ) -> dict[str, dict[bytes, Request]]:
+        """What is missing still when adopted references have given what they hold of it."""
+        left: dict[str, dict[bytes, Request]] = {}
+        adopted = 0
+        for shard, asked in missing.items():
+            keys = serve_from_adopted(self._store, table_of(asked))["key"].to_pylist()
+            adopted += len(asked) - len(keys)
+            if keys:
+                left[shard] = {key: asked[key] for key in keys}
+        if adopted:
+            listener.say(f"adopted   {adopted} scores that an earlier reference computed")
+        return left
 
     def _publish(self, asked: dict[bytes, Request], scorer: Scorer) -> None:
         requests = list(asked.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, record
+from pipeline.artifacts.schemas import COMPUTED_BY
 from pipeline.artifacts.writer import one_writer
 from pipeline.config.experiment import Config, GenerateConfig, ReferenceConfig
 from pipeline.config.files import digest
@@ -95,9 +97,13 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
     counts.prompts, counts.too_long = len(prompts), len(prompts) - len(fitting)
     counts.without_samples += counts.too_long
     _must_teach(rows)
-    about = _about(config, digests, rows, settings_of=generate)
+    both = [of_policy] if same else [of_policy, of_reference]
+    computed_by: Counter[str] = Counter()
+    for scores in both:
+        computed_by.update(scores.computed_by())
+    about = _about(config, digests, rows, generate, dict(computed_by))
     rows.write(run.rollouts, about)
-    for scores in (of_policy, of_reference):
+    for scores in both:
         scores.register()
 
     mean, kl = float(np.mean(rows.rewards)), float(np.mean(rows.kl))
@@ -115,6 +121,7 @@ def write_rollouts(config: Config, run: Run, listener: Listener = SILENT) -> Rol
         key=about["key"],
         judge=judge.name,
         counts=counts.described(),
+        computed_by=dict(computed_by),
         mean_reward=mean,
         kl=kl,
         **_costs(costs, rows),
@@ -179,8 +186,12 @@ def _must_teach(rows: Rows) -> None:
         )
 
 
-def _about(config: Config, digests: dict[str, str], rows: Rows, settings_of: GenerateConfig) -> dict[str, Any]:
-    """What rollouts.parquet says of itself: what it was made from, and how much there is of it."""
+def _about(
+    config: Config, digests: dict[str, str], rows: Rows, settings_of: GenerateConfig, computed_by: dict[str, int]
+) -> dict[str, Any]:
+    """What rollouts.parquet says of itself: what it was made from, and how much there is of it. `computed_by`: of how many
+    sequences adopted references computed the scores.
+    """
     policy, reference, rewarder = rows.policy.model, rows.reference.model, rows.rewarder
     made_from = {
         "policy_id": policy.identity.reference_id,
@@ -192,7 +203,9 @@ def _about(config: Config, digests: dict[str, str], rows: Rows, settings_of: Gen
             made_from,
             {"samples": [[shard.key, shard.responses(rows.run)] for shard in rows.shards]},
             rows.counts.described(),
+            *([{COMPUTED_BY: computed_by}] if computed_by else []),
         ),
+        **({COMPUTED_BY: computed_by} if computed_by else {}),
         "policy": {"weights_digest": policy.identity.model.weights_digest, "model": policy.identity.model.digest},
         **made_from,
         "model": reference.identity.model.digest,

@@ -1,15 +1,16 @@
 """Scores of one reference that may stand for another's: an engine was updated, and the numbers hardly changed.
 
-That it may was found out on a sample, and is recorded at the reference that adopts, in adopted.json. What the adopted reference
-computed is then published under the adopting one's keys, in shards that say who computed them. An adoption speaks for what the
-adopted reference computed itself, not for what it took over from a third one: only the former was compared.
+That it may was found out on a sample, and is recorded at the reference that adopts, in `adopted-<id of the adopted one>.json`: a
+file of its own, so that who adopts another at the same moment takes nothing from it. What the adopted reference computed is then
+published under the adopting one's keys, in shards that say who computed them. An adoption speaks for what the adopted reference
+computed itself, not for what it took over from a third one: only the former was compared.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,14 @@ import pyarrow as pa
 
 from pipeline.artifacts.schemas import SCORES
 from pipeline.errors import DataError, first_line
-from pipeline.store.identity import ReferenceIdentity, keys_of
+from pipeline.store.identity import IMPORTED, ReferenceIdentity, keys_of
 from pipeline.store.lookup import Lookup
-from pipeline.store.places import NotThere, Place
+from pipeline.store.places import ADOPTION, NotThere, Place
 from pipeline.store.shard import Unsound, computed_by
 from pipeline.store.store import Store
 
 log = logging.getLogger(__name__)
 
-ADOPTED = "adopted.json"
 # bytes of rows that are published together
 _SHARD_BYTES = 2**26
 # seconds: the earlier engine scores no more, so its shards need not be listed for each window
@@ -56,7 +56,7 @@ class Adoption:
         )
 
     def described(self) -> dict[str, Any]:
-        """The record in adopted.json."""
+        """The content of its file."""
         return {**vars(self), "adopted": self.adopted.described(), "by": self.by.described()}
 
     @classmethod
@@ -66,74 +66,103 @@ class Adoption:
             identities = {name: ReferenceIdentity.from_described(content[name]) for name in ("adopted", "by")}
             adoption = cls(**{**content, **identities})
             _ = adoption.words  # figures and date are there, and of their kind
+            within = all(abs(adoption.figures[name]) <= limit for name, limit in adoption.tolerance.items())
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError("a record that describes no adoption") from None
         if adoption.adopted.model != adoption.by.model:
             raise DataError("a record of two models that are not the same")
+        adopted, by = adoption.adopted.numerics, adoption.by.numerics
+        if not within or adopted.engine == IMPORTED or (adopted.logps and not by.logps):
+            raise DataError("a record of what may not be adopted")
         return adoption
 
 
-def recorded(place: Place, reference_id: str) -> dict[str, Adoption]:
-    """What a place's adopted.json says for the reference `reference_id`, by the adopted reference's id.
+def recorded(place: Place, reference_id: str, *, listed_within: float = 0) -> dict[str, Adoption]:
+    """What a place, as it was listed at most `listed_within` seconds ago, records for the reference `reference_id`, by the id of
+    the adopted one.
 
     A record that describes other references, or none, is not believed; that is said in a warning.
     """
-    try:
-        content = json.loads(place.read(ADOPTED))
-        found = {adopted: Adoption.from_described(record) for adopted, record in content.items()}
-    except FileNotFoundError:
-        return {}
-    except (DataError, ValueError, AttributeError) as error:
-        log.warning("%s/%s is not believed: %s", place.name, ADOPTED, first_line(error))
-        return {}
-    strange = [
-        adopted
-        for adopted, adoption in found.items()
-        if (adoption.adopted.reference_id, adoption.by.reference_id) != (adopted, reference_id)
-    ]
-    for adopted in strange:
-        log.warning("%s/%s: the record of %s is of other references", place.name, ADOPTED, adopted[:12])
-        del found[adopted]
+    found = {}
+    for name in place.listed(listed_within).adoptions:
+        try:
+            adoption = Adoption.from_described(json.loads(place.read(name)))
+        except FileNotFoundError:
+            continue  # it was taken back meanwhile
+        except (DataError, ValueError) as error:
+            log.warning("%s/%s is not believed: %s", place.name, name, first_line(error))
+            continue
+        adopted = adoption.adopted.reference_id
+        if (record_of(adopted), adoption.by.reference_id) != (name, reference_id):
+            log.warning("%s/%s is not believed: it is of other references", place.name, name)
+            continue
+        found[adopted] = adoption
     return found
 
 
-def adoptions(store: Store) -> dict[str, Adoption]:
-    """Whose scores may stand for those of the store's reference, as recorded at any of its places, by id."""
+def record_of(adopted: str) -> str:
+    """The name of the file that records that the reference with this id was adopted."""
+    return f"adopted-{adopted}.json"
+
+
+def adoptions(store: Store, *, listed_within: float = 0) -> dict[str, Adoption]:
+    """Whose scores may stand for those of the store's reference, as recorded at any of its places, by id: what differs least
+    comes first.
+    """
     found: dict[str, Adoption] = {}
     for place in store.places:
-        found = recorded(place, store.reference.reference_id) | found
-    return found
+        found = recorded(place, store.reference.reference_id, listed_within=listed_within) | found
+    return dict(sorted(found.items(), key=lambda item: (item[1].figures["mean_absolute_difference"], item[0])))
 
 
 def adopt(store: Store, adoption: Adoption) -> None:
     """Record an adoption at the first place, in place of an earlier one of the same reference."""
-    first = recorded(store.places[0], store.reference.reference_id)
-    _record(store, first | {adoption.adopted.reference_id: adoption})
+    store.note(record_of(adoption.adopted.reference_id), adoption.described())
 
 
-def revoke(store: Store, prefix: str) -> tuple[str, int]:
-    """Take back the adoption of the reference whose id begins with `prefix`, and what was taken over from it; its id, and how many
-    rows these were.
+@dataclass(frozen=True)
+class Revoked:
+    """What was taken back: the id of the reference whose scores stand in no more, and the `rows` that were taken over from it.
+    `elsewhere` are later places that record its adoption too, where nothing was changed.
+    """
+
+    adopted: str
+    rows: int
+    elsewhere: list[str]
+
+
+def revoke(store: Store, prefix: str) -> Revoked:
+    """Take back the adoption, at the first place, of the reference whose id begins with `prefix`, and what was taken over from it.
 
     The adopted reference keeps its scores. Raises DataError if the first place records no such adoption, or more than one.
     """
-    first = recorded(place := store.places[0], store.reference.reference_id)
-    found = [adopted for adopted in first if adopted.startswith(prefix)]
+    place, *others = store.places
+    # a record that is damaged can be taken back too
+    found = [adopted for name in place.listed().adoptions if (adopted := ADOPTION.sub(r"\1", name)).startswith(prefix)]
     if len(found) != 1:
         raise DataError(
             f"{place.name} records {len(found)} adoptions of references whose id begins with {prefix!r}: 'refscore store ls' lists "
             "them; the place that records one is to be first in reference.store"
         )
-    adopted = found[0]
-    _record(store, {other: adoption for other, adoption in first.items() if other != adopted})
-    rows = 0
-    for shard in place.listed().shards:
-        # one that is gone or damaged by now is nobody's
-        with suppress(NotThere, Unsound), place.opened(shard) as file:
-            if computed_by(file) == adopted:
-                place.remove(shard)
-                rows += file.metadata.num_rows
-    return adopted, rows
+    (adopted,) = found
+    place.remove(record_of(adopted))
+    rows, looked_at = 0, set[str]()
+    # who merges shards at this moment publishes what they held under another name
+    while unseen := set(place.listed().shards) - looked_at:
+        looked_at |= unseen
+        for shard in sorted(unseen):
+            rows += _removed(place, shard, adopted)
+    return Revoked(adopted, rows, [other.name for other in others if record_of(adopted) in other.listed().adoptions])
+
+
+def _removed(place: Place, shard: str, adopted: str) -> int:
+    """Remove a shard whose rows `adopted` computed; how many they were."""
+    # one that is gone or damaged by now is nobody's
+    with suppress(NotThere, Unsound), place.opened(shard) as file:
+        if computed_by(file) == adopted:
+            place.remove(shard)
+            return int(file.metadata.num_rows)
+    return 0
 
 
 def held_by_adopted(
@@ -158,7 +187,9 @@ def serve_from_adopted(store: Store, missing: pa.Table) -> pa.Table:
 
     Raises RefscoreError if the store cannot be read or written.
     """
-    for adopted, adoption in adoptions(store).items():
+    if not len(missing):
+        return missing
+    for adopted, adoption in adoptions(store, listed_within=_LISTED_WITHIN).items():
         lookup = store.of(adoption.adopted).lookup(keys_of(adopted, missing), listed_within=_LISTED_WITHIN)
         taken = np.zeros(len(missing), dtype=bool)
         for positions, table in _together(lookup.rows(held_of_its_own(lookup))):
@@ -188,7 +219,3 @@ def _together(parts: Iterator[tuple[np.ndarray, pa.Table]]) -> Iterator[tuple[np
             positions, tables, filled = [], [], 0
     if tables:
         yield np.concatenate(positions), pa.concat_tables(tables).combine_chunks()
-
-
-def _record(store: Store, records: Mapping[str, Adoption]) -> None:
-    store.note(ADOPTED, {adopted: adoption.described() for adopted, adoption in records.items()})

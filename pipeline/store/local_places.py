@@ -20,7 +20,7 @@ from pipeline.errors import RefscoreError, first_line
 from pipeline.store.index.index_file import INDEX, LocalBytes
 from pipeline.store.index.indexes import Indexes
 from pipeline.store.index.merging import FOLDER
-from pipeline.store.places import Entry, Listing, NotThere
+from pipeline.store.places import ADOPTION, Entry, Listing, NotThere
 from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class LocalPlace:
             self._must_be_readable()
             moment = time.monotonic()
             shards = [name for name in shard_names(self.directory) if name not in self._unsound]
-            self._listing = Listing(shards, sorted(_index_files(self.directory / FOLDER)), moment)
+            adoptions = sorted(path.name for path in self.directory.glob("*.json") if ADOPTION.fullmatch(path.name))
+            self._listing = Listing(shards, sorted(_index_files(self.directory / FOLDER)), adoptions, moment)
         return self._listing
 
     def sound(self, shards: Sequence[str]) -> list[str]:
@@ -235,6 +236,7 @@ class LocalPlace:
 
     def write(self, name: str, content: bytes) -> None:
         """See `Place.write`."""
+        self._listing = None
         with durable.replacing(self.directory / name) as temporary:
             temporary.write_bytes(content)
 
@@ -298,6 +300,8 @@ def set_aside_if_damaged(shard: Path) -> str | None:
     if _file(aside) != looked_at:
         _give_back(aside, shard)
         return check_shard(shard)
+    with suppress(OSError):
+        os.utime(aside)  # since when it lies there: for a day nobody deletes it
     log.warning("%s: %s; set aside in %s, its rows count as not scored", shard.name, problem, corrupt)
     return problem
 

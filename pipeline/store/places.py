@@ -7,6 +7,7 @@ name which is published again is. Shards carry the sha256 of their bytes in thei
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from pipeline.errors import RefscoreError
 from pipeline.store.index.indexes import Indexes
 from pipeline.store.index.merging import Files
 from pipeline.store.shard import OpenShard
+
+# what records that scores of the reference with this id may stand for those of the reference whose place it is
+ADOPTION = re.compile(r"adopted-([0-9a-f]{64})\.json")
 
 
 def is_url(place: str) -> bool:
@@ -37,10 +41,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a place had at one moment: names of shards and of index files, ascending."""
+    """What a place had at one moment: names of shards, of index files, and of records of adoptions, ascending."""
 
     shards: list[str]
     indexes: list[str]
+    adoptions: list[str]
     moment: float
 
     def young(self, seconds: float) -> bool:

@@ -26,7 +26,7 @@ from pipeline.store.index.index_file import INDEX
 from pipeline.store.index.indexes import Indexes
 from pipeline.store.index.merging import FOLDER
 from pipeline.store.pieces import PIECE, NotFetched, Pieces
-from pipeline.store.places import Entry, Listing, NotThere
+from pipeline.store.places import ADOPTION, Entry, Listing, NotThere
 from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class RemotePlace:
             below = [name.removeprefix(f"{FOLDER}/") for name in self._infos if name.startswith(f"{FOLDER}/")]
             indexes = sorted(name for name in below if INDEX.fullmatch(name))
             self._of_indexes |= {name: self._infos[f"{FOLDER}/{name}"] for name in indexes}
-            self._listing = Listing(shards, indexes, moment)
+            self._listing = Listing(shards, indexes, sorted(filter(ADOPTION.fullmatch, self._infos)), moment)
         return self._listing
 
     def sound(self, shards: Sequence[str]) -> list[str]:
@@ -299,6 +299,7 @@ class RemotePlace:
 
     def write(self, name: str, content: bytes) -> None:
         """See `Place.write`."""
+        self._listing = None
         with self._explaining(name, "written"):
             self._files.pipe_file(f"{self._root}/{name}", content)
 

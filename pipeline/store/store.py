@@ -133,15 +133,14 @@ class Store:
         self.places[0].indexes.finish()
 
     def note(self, name: str, content: Any) -> None:
-        """Keep JSON beside the scores in the first place, durably, in place of what stood under that name.
+        """Keep JSON beside the scores in the first place, durably and in one step, in place of what stood under that name.
 
         Raises RefscoreError if the place refuses.
         """
         place = self.places[0]
         with durable.explaining_disk(Path(place.name)):
             self._describe()
-            place.remove(name)
-            _publish_json(place, name, content)
+            place.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def register(self, run: Path) -> None:
         """Leave word, in every place of the store that holds something of it and can be written, that `run` uses this reference."""

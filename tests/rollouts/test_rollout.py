@@ -1,5 +1,6 @@
 """`refscore rollout` with a double that samples: counts in are counts out, and what was made before is used again."""
 
+import json
 import shutil
 from itertools import groupby
 
@@ -18,6 +19,7 @@ from pipeline.artifacts.schemas import ROLLOUTS, SAMPLES
 from pipeline.artifacts.tables import read_about, read_table, write_table
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.config.files import load_config
+from pipeline.engines import protocol
 from pipeline.engines.protocol import Request
 from pipeline.engines.reference import open_reference
 from pipeline.engines.transformers import TransformersScorer
@@ -86,6 +88,62 @@ def test_a_second_time_nothing_is_made(place):
     # what it took is what it took the first time
     assert place.provenance()["generate"] == costs
     assert costs["seconds"] > 0
+
+
+def test_after_an_update_of_the_engine_scores_that_were_adopted_are_not_made_again(place, monkeypatch):
+    monkeypatch.setattr(protocol, "engine_version", lambda _: "4.0")
+    refscore_here(place.where, "precompute", "--config", place.config, "--run", "old")
+    said = place.rollout()
+    assert "adopted" not in said
+    assert (place.provenance()["computed_by"], "computed_by" in place.about()) == ({}, False)
+    before, old, key = place.rows(), place.about()["reference_id"], place.about()["key"]
+    sequences = sum(map(len, place.scored))
+    monkeypatch.setattr(protocol, "engine_version", lambda _: "5.0")
+    refscore_here(place.where, "store", "adopt", old, "--config", place.config)
+    plan = (
+        "plan",
+        "--config",
+        place.config,
+        "--json",
+        "--set",
+        "train.objective=policy_gradient",
+        "--scoring-speed",
+        1,
+    )
+    said = refscore_here(place.where, *plan, "--training-speed", 1)
+    assert f"0 of 36 sequences to score, {sequences} adopted from {old[:12]}, up to 0 tokens" in said
+    foreseen = json.loads(said[said.index("\n{") :])
+    assert (foreseen["adopted"], foreseen["misses"]) == ({old: sequences}, 0)
+    said = place.rollout()
+    assert f"adopted   {sequences} scores that an earlier reference computed" in said
+    assert "no engine is started" in said
+    assert (place.told, place.scored) == ([], [])
+    assert place.about()["reference_id"] != old
+    assert place.rows().equals(before)
+    assert place.provenance()["computed_by"] == place.about()["computed_by"] == {old: sequences}
+    assert place.about()["key"] != key
+    # and once more, from the store
+    assert "adopted" not in place.rollout()
+    assert place.about()["computed_by"] == {old: sequences}
+
+
+def test_what_was_not_adopted_of_a_shard_is_scored(place, monkeypatch):
+    monkeypatch.setattr(protocol, "engine_version", lambda _: "4.0")
+    refscore_here(place.where, "precompute", "--config", place.config, "--run", "old")
+    place.rollout("rollout.prompts=6")
+    old, known = place.about()["reference_id"], sum(map(len, place.scored))
+    monkeypatch.setattr(protocol, "engine_version", lambda _: "5.0")
+    refscore_here(place.where, "store", "adopt", old, "--config", place.config)
+    place.rollout("rollout.prompts=8")
+    of_all = {request_key(one) for one in place.scored for one in one}
+    assert place.about()["computed_by"] == {old: known}
+    assert len(of_all) + known == len(
+        {(tuple(r["prompt_ids"]), tuple(r["response_ids"])) for r in place.rows().to_dicts()}
+    )
+
+
+def request_key(request):
+    return tuple(request.prompt_ids), tuple(request.response_ids)
 
 
 def test_another_run_uses_what_the_first_made_and_stands_alone_then(place):

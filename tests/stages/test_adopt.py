@@ -25,8 +25,9 @@ def stage_of(where, run):
 
 
 def records(where, reference):
-    """What is adopted for a reference."""
-    return json.loads((where / f"data/store/{reference}/adopted.json").read_text())
+    """What is adopted for a reference, by the adopted one's id."""
+    found = (where / f"data/store/{reference}").glob("adopted-*.json")
+    return {file.stem.removeprefix("adopted-"): json.loads(file.read_text()) for file in found}
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_another_dtype_is_refused_under_a_tight_tolerance(tmp_path, config, befo
     said = refscore_here(tmp_path, "store", "adopt", reference[:8], *asked, *tight, code=4)
     assert "not adopted" in said
     assert "mean absolute difference" in said
-    assert not list((tmp_path / "data/store").rglob("adopted.json"))
+    assert not list((tmp_path / "data/store").rglob("adopted-*.json"))
     assert "24 misses" in refscore_here(tmp_path, "precompute", *asked, "--plan")
     # a looser one is the user's to give
     refscore_here(tmp_path, "store", "adopt", reference[:8], *asked, "--tolerance", 1)
@@ -158,6 +159,11 @@ def test_an_adoption_is_taken_back_with_what_it_brought(tmp_path, config, old):
     shutil.rmtree(tmp_path / "data/store" / old)  # also if the adopted one is gone
     said = refscore_here(tmp_path, "store", "adopt", old[:9], "--config", config, "--revoke")
     assert "24 sequences that were taken over are removed" in said
+    assert (
+        f"made with them: new; 'refscore precompute' of such a run scores anew what its pairs had from {old[:12]}"
+        in said
+    )
+    assert "records the same" not in said
     assert "0 hits, 24 misses" in refscore_here(tmp_path, "precompute", "--config", config, "--plan")
     assert "records 0 adoptions" in refscore_here(
         tmp_path, "store", "adopt", old, "--config", config, "--revoke", code=3

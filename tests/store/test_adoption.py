@@ -13,9 +13,11 @@ from pipeline.errors import DataError
 from pipeline.models.identity import ModelIdentity
 from pipeline.store.adoption import (
     Adoption,
+    Revoked,
     adopt,
     adoptions,
     held_by_adopted,
+    record_of,
     recorded,
     revoke,
     serve_from_adopted,
@@ -23,6 +25,7 @@ from pipeline.store.adoption import (
 from pipeline.store.identity import keys_of, score_key
 from pipeline.store.shard import check_shard, shard_files
 from pipeline.store.store import Scored, Store
+from pipeline.store.tidying.compaction import compact
 from pipeline.store.transfer import copy_rows, copy_shards
 from tests.store.test_store import REFERENCE
 
@@ -38,8 +41,13 @@ def version(number):
 OLDEST, OLD, NEW = version(1), version(2), version(3)
 
 
-def adoption(adopted=OLD, by=NEW):
-    return Adoption(adopted, by, FIGURES, FIGURES, "2026-01-02T03:04:05+00:00")
+def adoption(adopted=OLD, by=NEW, figure=1e-6):
+    return Adoption(adopted, by, {"mean_absolute_difference": figure}, FIGURES, "2026-01-02T03:04:05+00:00")
+
+
+def record(store, adopted=OLD):
+    """The file of an adoption."""
+    return store.places[0].directory / record_of(adopted.reference_id)
 
 
 def ids(number):
@@ -106,10 +114,10 @@ def test_nothing_missing_is_nothing_to_serve(store):
     assert len(serve_from_adopted(store, MISSING.empty_table())) == 0
 
 
-def test_each_row_is_taken_from_the_first_that_has_it(store, place):
+def test_each_row_is_taken_from_the_nearest_that_has_it(store, place):
     Store([place], OLDEST).publish([row(OLDEST, number) for number in (5, 6, 7)])
-    adopt(store, adoption())
-    adopt(store, adoption(OLDEST))
+    adopt(store, adoption(OLDEST, figure=2e-7))
+    adopt(store, adoption(figure=1e-7))
     held = {OLD.reference_id: [2, 4], OLDEST.reference_id: [1, 3]}
     assert held_of(store, 9, 7, 5, 6, 0) == held
     assert held_of(store, 5, 6) == {OLD.reference_id: [0], OLDEST.reference_id: [1]}
@@ -158,55 +166,128 @@ def test_taken_back_it_serves_nothing_and_what_it_brought_is_gone(store, place):
     serve_from_adopted(store, missing(1, 2, 7))
     with pytest.raises(DataError, match="records 2 adoptions"):
         revoke(store, "")
-    assert revoke(store, OLD.reference_id[:9]) == (OLD.reference_id, 2)
+    assert revoke(store, OLD.reference_id[:9]) == Revoked(OLD.reference_id, 2, [])
     assert list(adoptions(store)) == [OLDEST.reference_id]
     assert store.lookup(missing(1, 2, 7, 30)["key"].combine_chunks()).missing.tolist() == [0, 1]
     assert len(Store([place], OLD).lookup(pa.array([row(OLD, 1).key], pa.binary(32))).held) == 1
 
 
-def _of_another_reference(record):
-    record[OLD.reference_id] = adoption(OLD, OLDEST).described()
+def test_who_adopts_at_the_same_moment_takes_nothing_from_another(store, place, monkeypatch):
+    """The other's record is written between the reading and the writing of this one's, whatever is read."""
+    another, noted = Store([place], NEW), Store.note
+
+    def noted_after_another(self, name, content):
+        noted(another, record_of(OLDEST.reference_id), adoption(OLDEST).described())
+        noted(self, name, content)
+
+    monkeypatch.setattr(Store, "note", noted_after_another)
+    adopt(store, adoption())
+    assert adoptions(store).keys() == {OLD.reference_id, OLDEST.reference_id}
 
 
-def _under_another_id(record):
-    record[OLDEST.reference_id] = record.pop(OLD.reference_id)
+@pytest.mark.parametrize("where", ["directory", "memory"])
+def test_a_record_is_there_at_every_moment_while_it_is_renewed(where, tmp_path, monkeypatch):
+    store = Store([str(tmp_path) if where == "directory" else f"memory://{tmp_path.name}"], NEW)
+    adopt(store, adoption())
+    place, steps = type(store.places[0]), []
+
+    def and_then(method):
+        def step(self, *arguments, **options):
+            made = method(self, *arguments, **options)
+            steps.append(list(adoptions(Store(store._named, NEW))))
+            return made
+
+        return step
+
+    for name in ("remove", "publish", "write"):
+        monkeypatch.setattr(place, name, and_then(getattr(place, name)))
+    adopt(store, dataclasses.replace(adoption(), date="2027-01-01T00:00:00+00:00"))
+    assert steps
+    assert all(there == [OLD.reference_id] for there in steps)
 
 
-def _of_another_model(record):
-    other = dataclasses.replace(OLD, model=ModelIdentity({"w": "01"}, {}))
-    del record[OLD.reference_id]
-    record[other.reference_id] = adoption(other).described()
+def test_taken_back_while_shards_are_merged_nothing_of_it_is_left(store, monkeypatch):
+    adopt(store, adoption())
+    for number in (1, 2, 3):
+        serve_from_adopted(store, missing(number))
+    place, remove, merged = type(store.places[0]), type(store.places[0]).remove, []
+
+    def merged_meanwhile(self, name):
+        if name.startswith("scores-") and not merged:
+            merged.append(name)
+            assert compact(store, store.places[0].listed().shards) == 3
+        remove(self, name)
+
+    monkeypatch.setattr(place, "remove", merged_meanwhile)
+    assert revoke(store, OLD.reference_id).rows >= 3
+    assert store.lookup(missing(1, 2, 3)["key"].combine_chunks()).missing.tolist() == [0, 1, 2]
 
 
-def _without_figures(record):
-    record[OLD.reference_id]["figures"] = {}
+def test_a_later_place_that_records_the_same_is_named(store, place, tmp_path):
+    both = Store([str(tmp_path / "own"), place], NEW)
+    adopt(store, adoption())
+    adopt(both, adoption())
+    assert revoke(both, OLD.reference_id).elsewhere == [store.places[0].name]
+    assert list(adoptions(both)) == [OLD.reference_id]
 
 
-def _no_record(record):
-    record[OLD.reference_id] = "yes"
+def _of_another_reference(_):
+    return adoption(OLD, OLDEST).described()
+
+
+def _of_another_adopted_one(_):
+    return adoption(OLDEST).described()
+
+
+def _of_another_model(_):
+    return adoption(dataclasses.replace(OLD, model=ModelIdentity({"w": "01"}, {}))).described()
+
+
+def _without_figures(content):
+    return {**content, "figures": {}}
+
+
+def _beyond_its_tolerance(content):
+    return {**content, "figures": {"mean_absolute_difference": 2e-6}}
+
+
+def _no_record(_):
+    return "yes"
 
 
 @pytest.mark.parametrize(
-    "spoil", [_of_another_reference, _under_another_id, _of_another_model, _without_figures, _no_record]
-)
+    "spoil",
+    [
+        _of_another_reference, _of_another_adopted_one, _of_another_model, _without_figures, _beyond_its_tolerance, _no_record,
+    ],
+)  # fmt: skip
 def test_a_record_that_no_adoption_wrote_is_not_believed(store, spoil, caplog):
     adopt(store, adoption())
-    path = store.places[0].directory / "adopted.json"
-    record = json.loads(path.read_text())
-    spoil(record)
-    path.write_text(json.dumps(record))
+    content = spoil(json.loads(record(store).read_text()))
+    record(store).write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING):
         assert serve_from_adopted(store, missing(1)).equals(missing(1))
-    assert "adopted.json" in caplog.text
+    assert f"{record(store).name} is not believed" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\0" * 9])
-def test_a_damaged_record_serves_nothing_and_can_be_written_anew(store, content):
+@pytest.mark.parametrize("numerics", [{"engine": "imported"}, {"logps": "fixed_point"}])
+def test_a_record_of_what_may_not_be_adopted_is_not_believed(numerics):
+    other = dataclasses.replace(OLD, numerics=dataclasses.replace(OLD.numerics, **numerics))
+    with pytest.raises(DataError, match="may not be adopted"):
+        Adoption.from_described(adoption(other).described())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\0" * 9, "\x80"])
+def test_a_damaged_record_serves_nothing_and_can_be_written_anew_or_taken_back(store, content):
     adopt(store, adoption())
-    (store.places[0].directory / "adopted.json").write_text(content)
-    assert adoptions(store) == {}
+    adopt(store, adoption(OLDEST))
+    record(store).write_bytes(content.encode("latin-1"))
+    assert list(adoptions(store)) == [OLDEST.reference_id]
     adopt(store, adoption())
-    assert list(adoptions(store)) == [OLD.reference_id]
+    assert adoptions(store).keys() == {OLD.reference_id, OLDEST.reference_id}
+    record(store).write_bytes(content.encode("latin-1"))
+    revoke(store, OLD.reference_id)
+    assert not record(store).exists()
 
 
 def test_damage_in_the_adopted_shard_is_still_missing(store, place):
@@ -234,5 +315,6 @@ def test_at_a_url_too(tmp_path):
     adopt(store, adoption())
     assert list(recorded(store.places[0], NEW.reference_id)) == [OLD.reference_id]
     assert len(serve_from_adopted(store, missing(1))) == 0
-    assert revoke(store, OLD.reference_id) == (OLD.reference_id, 1)
+    assert revoke(store, OLD.reference_id) == Revoked(OLD.reference_id, 1, [])
+    assert adoptions(store) == {}
     assert serve_from_adopted(store, missing(1)).equals(missing(1))

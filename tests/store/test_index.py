@@ -359,6 +359,28 @@ def test_keys_that_an_index_hides_are_missing_and_those_that_it_invents_are_in_t
     assert lookup.missing.tolist() == list(range(len(truth), len(truth) + 5))
 
 
+def hiding(entries, shards):
+    return entries[::2], shards
+
+
+def in_another_shard(entries, shards):
+    """Every key is said to stand where another does."""
+    entries[:, 4] = np.roll(entries[:, 4], 1)
+    return entries, shards
+
+
+@pytest.mark.parametrize("lie", [hiding, in_another_shard])
+def test_merging_removes_nothing_that_an_index_alone_says_to_stand_elsewhere(store, lie):
+    truth = filled(store)
+    lying(store, lie)
+    names = again(store).places[0].listed().shards
+    for group in (names[:3], names[3:]):
+        compact(again(store), group)
+    for path in (store.places[0].directory / indexes.FOLDER).iterdir():
+        path.unlink()
+    assert found_in(again(store), truth) == len(truth)
+
+
 def test_an_index_that_lies_where_it_cannot_be_removed_is_believed_once(store, tmp_path, monkeypatch):
     truth = filled(store)
     invented = [bytes([number]) * 32 for number in range(5)]

@@ -18,7 +18,7 @@ from pipeline.store import registrations
 from pipeline.store.registrations import DAY, registered
 from pipeline.store.store import Scored, Store
 from pipeline.store.tidying import compaction, retention
-from pipeline.store.tidying.claims import FOLDER, claimed, claiming
+from pipeline.store.tidying.claims import FOLDER, claimed, claiming, sweep
 from pipeline.store.tidying.compaction import compact, compact_small, groups_of, identified
 from pipeline.store.tidying.inventory import holding, references, shard_entries
 from pipeline.store.tidying.retention import Rules, bytes_in, parts_of, removals_by, remove, seconds_in
@@ -257,20 +257,98 @@ def test_a_job_that_nobody_scores_any_more_goes_and_one_that_is_scored_stays_who
     ]  # fmt: skip
 
 
-def test_a_reference_goes_whole_and_not_what_was_published_meanwhile(where, monkeypatch, tmp_path):
+def test_a_reference_goes_whole(where, monkeypatch, tmp_path):
     store = Store([where], REFERENCE)
     store.publish([scored(1)])
     store.register(tmp_path / "gone")
     days_pass(monkeypatch, 3)
     ((removal,), _) = removals_by(Rules(unreferenced=True), parts_of(where, {}, {}))
-    store.publish([scored(2)])
-    remove(removal)
-    assert len(shards(store)) == 1
-    assert "reference.json" in names(store)
-    assert values(Store([where], REFERENCE), scored(2)) == scored(2).logps.tolist()
-    for part in parts_of(where, {}, {}):
-        remove(retention.Removal(part, part.entries, ""))
+    assert remove(removal)
     assert names(store) == []
+
+
+@pytest.mark.parametrize("rules", [Rules(unreferenced=True), Rules(quota=1)])
+@pytest.mark.parametrize("used", ["published", "registered"])
+def test_what_somebody_has_used_since_it_was_listed_is_left(where, monkeypatch, tmp_path, capsys, rules, used):
+    """A process that found its scores there a moment ago reads them in the end."""
+    store, place = Store([where], REFERENCE), type(Store([where], REFERENCE).places[0])
+    store.publish([scored(1)])
+    store.publish([scored(2)])
+    store.register(tmp_path / "gone")
+    store.places[0].write("corrupt/scores-x.parquet", b"half")
+    days_pass(monkeypatch, 3)
+    created = place.entries
+
+    def used_meanwhile(self):
+        entries = created(self)
+        if used == "published":
+            store.publish([scored(3)])
+        else:
+            store.register(tmp_path / "new")
+        monkeypatch.setattr(place, "entries", created)
+        return entries
+
+    monkeypatch.setattr(place, "entries", used_meanwhile)
+    stage.gc(where, rules, apply=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{store.places[0].name} is left: somebody has used it since it was listed" in said
+    assert len(Store([where], REFERENCE).lookup(keys(scored(1), scored(2))).held) == 2
+    assert "corrupt/scores-x.parquet" not in names(store)  # nobody uses that
+
+
+def test_a_reference_that_another_adopts_is_used_as_that_one_is(where, monkeypatch, tmp_path):
+    adopted, by = (Store([where], one) for one in (REFERENCE, OTHER))
+    adopted.publish([scored(1)])
+    by.note(f"adopted-{REFERENCE.reference_id}.json", {})
+    days_pass(monkeypatch, 60)
+    assert goes(where, Rules(unreferenced=True)).keys() == {REFERENCE.reference_id, OTHER.reference_id}
+    (tmp_path / "run").mkdir()
+    by.register(tmp_path / "run")
+    days_pass(monkeypatch, 62)
+    for rules in (Rules(unreferenced=True), Rules(within=3 * DAY), Rules(quota=0)):
+        assert goes(where, rules) == {}
+    assert goes(where, Rules(within=DAY)).keys() == {REFERENCE.reference_id, OTHER.reference_id}
+
+
+def test_a_run_on_a_disk_that_is_not_mounted_may_still_need_its_reference(where, monkeypatch, tmp_path):
+    runs = tmp_path / "disk/runs"
+    (runs / "run").mkdir(parents=True)
+    store = Store([where], REFERENCE)
+    store.publish([scored(1)])
+    store.register(runs / "run")
+    days_pass(monkeypatch, 3)
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    assert goes(where, Rules(unreferenced=True)) == {}
+    runs.mkdir(parents=True)
+    assert goes(where, Rules(unreferenced=True)).keys() == {REFERENCE.reference_id}
+
+
+def test_registrations_of_runs_that_are_gone_go_but_for_the_latest(where, monkeypatch, tmp_path):
+    """It says when the reference was last used."""
+    store = Store([where], REFERENCE)
+    store.publish([scored(1)])
+    (tmp_path / "there").mkdir()
+    for day, run in enumerate(("there", "a", "b", "c")):
+        days_pass(monkeypatch, day)
+        store.register(tmp_path / run)
+    days_pass(monkeypatch, 10)
+    before = parts_of(where, {}, {})[0]
+    (removal,) = removals_by(Rules(), [before])[0]
+    assert len(removal.entries) == 2
+    assert remove(removal)
+    assert {run.name for run in registered(store.places[0], store.places[0].entries())} == {"there", "c"}
+    assert parts_of(where, {}, {})[0].last_used == before.last_used
+
+
+@pytest.mark.parametrize("used", ["NaN", "1e40", "-1e40", "-Infinity", "4e9"])
+def test_a_registration_by_a_clock_that_was_wrong_counts_from_when_it_was_written(where, monkeypatch, used):
+    store = Store([where], REFERENCE)
+    store.publish([scored(1)])
+    store.places[0].write("runs/x.json", f'{{"host": "h", "directory": "/r", "used": {used}}}'.encode())
+    days_pass(monkeypatch, 60)
+    (part,) = parts_of(where, {}, {})
+    assert abs(part.last_used - NOW) < DAY
+    stage.gc(where, Rules(quota=0, even_used=True), apply=False)
 
 
 def test_what_is_unused_is_named_and_deleted_on_demand(where, monkeypatch, capsys, tmp_path):
@@ -568,7 +646,51 @@ def test_a_claim_whose_process_is_gone_counts_no_longer(tmp_path, ended, monkeyp
         assert claimed(place, place.entries()) == {"a", "b"}
         days_pass(monkeypatch, 0.1)
     assert claimed(place, place.entries()) == set()
+    assert len(place.entries()) == 1  # who looks removes nothing
+    sweep(place, place.entries())
     assert place.entries() == []
+
+
+def test_a_group_that_a_dead_process_claimed_is_merged(where, monkeypatch):
+    store = Store([where], REFERENCE)
+    publish_in_order(store, 3)
+    (group,) = groups_of(store.places[0], store.places[0].entries())
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.places[0]), "remove", lambda *_: None)  # killed before it could
+        with claiming(store.places[0], group) as ours:
+            assert ours
+    assert list(compact_small(store, store.places[0].entries())) == []  # this process lives
+    (claim,) = [name for name in names(store) if name.startswith(FOLDER)]
+    store.places[0].write(claim, store.places[0].read(claim).replace(b"%d" % os.getpid(), b"%d" % (2**22 + 1)))
+    assert [rows for _, rows in compact_small(store, store.places[0].entries())] == [9]
+    assert not [name for name in names(store) if name.startswith(FOLDER)]
+
+
+def test_without_apply_nothing_changes_whatever_could_go(where, monkeypatch):
+    store = Store([where], REFERENCE)
+    publish_in_order(store, 3)
+    damage(store, shards(store)[0])
+    for name in (f"{FOLDER}x.json", "corrupt/scores-x.parquet", f"{durable.TEMPORARY}1-scores.parquet"):
+        store.places[0].write(name, b"half")
+    dead = {"machine": durable.machine(), "pid": 2**22 + 1, "names": ["a"]}
+    store.places[0].write(f"{FOLDER}dead.json", json.dumps(dead).encode())
+    days_pass(monkeypatch, 5)
+    before = [(entry.name, entry.bytes, store.places[0].read(entry.name)) for entry in store.places[0].entries()]
+    for rules in (Rules(), Rules(unreferenced=True), Rules(within=0.0), Rules(quota=0, even_used=True)):
+        stage.gc(where, rules, apply=False)
+    assert [
+        (entry.name, entry.bytes, store.places[0].read(entry.name)) for entry in store.places[0].entries()
+    ] == before
+
+
+def test_what_is_set_aside_stays_for_a_day_however_old_it_was(tmp_path):
+    store = Store([str(tmp_path)], REFERENCE)
+    store.publish([scored(1)])
+    (name,) = shards(store)
+    damage(store, name)
+    os.utime(tmp_path / REFERENCE.reference_id / name, (NOW - 30 * DAY, NOW - 30 * DAY))
+    assert store.places[0].set_aside(name)
+    assert goes(str(tmp_path)) == {}
 
 
 def test_a_claim_that_nobody_can_read_is_of_nothing(where):

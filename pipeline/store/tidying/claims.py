@@ -36,16 +36,19 @@ def claiming(place: Place, names: Sequence[str]) -> Iterator[bool]:
 
 
 def claimed(place: Place, entries: Iterable[Entry]) -> set[str]:
-    """The files that processes claim by claims among the entries of a place; claims that count no longer are removed."""
+    """The files that processes claim by claims among the entries of a place. Nothing is removed: who looks may only look."""
     names: set[str] = set()
     for entry in entries:
         if entry.name.startswith(FOLDER):
-            theirs = _names(place, entry)
-            if theirs is None:
-                place.remove(entry.name)
-            else:
-                names.update(theirs)
+            names.update(_names(place, entry) or ())
     return names
+
+
+def sweep(place: Place, entries: Iterable[Entry]) -> None:
+    """Remove those of the claims among the entries of a place that count no longer. Raises RefscoreError if the place refuses."""
+    for entry in entries:
+        if entry.name.startswith(FOLDER) and _names(place, entry) is None:
+            place.remove(entry.name)
 
 
 def _names(place: Place, entry: Entry) -> list[str] | None:

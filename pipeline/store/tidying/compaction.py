@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from pipeline.store.lookup import Lookup
 from pipeline.store.places import Entry, Place
 from pipeline.store.shard import ShardFacts, Unsound, check_shard, facts_of, open_shard, published_at, shard_problem
 from pipeline.store.store import Store, open_place, read_reference
-from pipeline.store.tidying.claims import claimed, claiming
+from pipeline.store.tidying.claims import claimed, claiming, sweep
 from pipeline.store.tidying.inventory import REQUESTS, shard_entries
 
 SMALL_BYTES = 32 * 2**20
@@ -53,10 +53,11 @@ def compact_small(store: Store, entries: Iterable[Entry]) -> Iterator[tuple[int,
     """Merge the small shards among the entries of the store's first place, group by group: of each its shards, and the rows of
     the merged one, None if another process works at it. Raises RefscoreError if the place refuses.
     """
-    place = store.places[0]
+    place, entries = store.places[0], list(entries)
     groups = groups_of(place, entries)
     if groups:
         _must_be_removable(place)
+        sweep(place, entries)
     for group in groups:
         with claiming(place, group) as ours:
             rows = compact(store, group) if ours else None
@@ -149,8 +150,7 @@ def _publish(store: Store, shards: list[_Shard]) -> tuple[int, str]:
     """Publish those rows that a reader gets from these shards and from no other; how many they are, and the new shard's name."""
     keys = pa.concat_arrays([shard.keys for shard in shards])
     kept = np.zeros(len(keys), dtype=bool)
-    # of a key that stands in two of them the first is held; of one that was published earlier elsewhere, none
-    kept[Lookup(store.places[:1], keys).held_by(shard.path for shard in shards)] = True
+    kept[_ours(store.places[0], keys, {shard.path.name for shard in shards})] = True
     if not kept.any():
         return 0, ""
     circumstances = {repr(one): one for shard in shards for one in shard.about.get("circumstances", [])}
@@ -161,6 +161,27 @@ def _publish(store: Store, shards: list[_Shard]) -> tuple[int, str]:
     }
     parts = partial(_parts, shards, kept)
     return int(kept.sum()), store.publish_parts(parts, about, sum(shard.size for shard in shards))
+
+
+def _ours(place: Place, keys: pa.FixedSizeBinaryArray, names: Collection[str]) -> np.ndarray:
+    """Positions of the rows of the shards `names`, whose keys these are, that a reader gets from these and from no other.
+
+    Of a key that stands in two of them the first is got; of one that was published earlier elsewhere, none. That it stands
+    elsewhere is seen there: a wrong index must not make it be removed here. Raises Unsound if one of the shards is gone.
+    """
+    lookup, seen = Lookup([place], keys), np.empty(0, dtype=np.int64)
+    while True:
+        ours = lookup.held_by(map(Path, names))
+        elsewhere = np.setdiff1d(lookup.held, ours)
+        if np.isin(elsewhere, seen).all():
+            break
+        for _ in lookup.rows(elsewhere):
+            pass
+        seen = elsewhere
+    if len(lookup.missing) and not set(names) <= set(place.listed().shards):
+        raise Unsound("a shard is gone that was to be merged")
+    # an index may hide what is here all the same
+    return np.concatenate([ours, lookup.missing])
 
 
 def _parts(shards: list[_Shard], kept: np.ndarray) -> Iterator[pa.Table]:

@@ -1,7 +1,7 @@
 """What of a store may go: leftovers, references that nobody uses, what was not used for long, what a quota has no room for.
 
 What is younger than a day is in use: somebody may be scoring. A reference was last used when a run last used it, here or
-registered at the place, or when something was last published to it.
+registered at the place, or when something was last published to it; one that was adopted, when the one that adopts it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.artifacts import durable
 from pipeline.errors import ConfigError
-from pipeline.store.places import Entry, Place, is_url
+from pipeline.store.places import ADOPTION, Entry, Place, is_url
 from pipeline.store.registrations import DAY, registered
 from pipeline.store.tidying.claims import FOLDER as CLAIMS
 from pipeline.store.tidying.inventory import REQUESTS, references, shard_entries
@@ -32,13 +32,17 @@ JOB = "job-"
 
 @dataclass(frozen=True)
 class Part:
-    """One reference's part of a store, as it was listed; `last_used` in seconds since 1970, `runs` those that may need it."""
+    """One reference's part of a store, as it was listed; `last_used` in seconds since 1970, `runs` those that may need it, `young`
+    if somebody may be scoring. `gone` are files of registrations of runs that are no more.
+    """
 
     reference_id: str
     place: Place
     entries: list[Entry]
     last_used: float
     runs: list[str]
+    young: bool
+    gone: list[str]
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,13 @@ def parts_of(store: str, used: Mapping[str, list[str]], last: Mapping[str, str])
     """
     places = references(store)
     linked = {name for name in places if not is_url(store) and Path(places[name].name).is_symlink()}
-    return [
-        _part(name, place, used.get(name, []), last.get(name, ""))
-        for name, place in places.items()
-        if name not in linked
-    ]
+    return _with_adopting(
+        [
+            _part(name, place, used.get(name, []), last.get(name, ""))
+            for name, place in places.items()
+            if name not in linked
+        ]
+    )
 
 
 def removals_by(rules: Rules, parts: list[Part]) -> tuple[list[Removal], list[Part]]:
@@ -94,19 +100,19 @@ def removals_by(rules: Rules, parts: list[Part]) -> tuple[list[Removal], list[Pa
 
 def _leftovers(_: Rules, parts: list[Part]) -> list[Removal]:
     left = [(part, _abandoned(part)) for part in parts]
-    why = "left by killed processes, or damaged and set aside, more than a day ago"
+    why = "left by killed processes or runs that are gone, or damaged and set aside, more than a day ago"
     return [Removal(part, entries, why, whole=False) for part, entries in left if entries]
 
 
 def _unreferenced(rules: Rules, parts: list[Part]) -> list[Removal]:
-    unused = [part for part in parts if rules.unreferenced and not part.runs and not _is_young(part)]
+    unused = [part for part in parts if rules.unreferenced and not part.runs and not part.young]
     return [Removal(part, part.entries, "used by no run") for part in unused]
 
 
 def _outdated(rules: Rules, parts: list[Part]) -> list[Removal]:
     if rules.within is None:
         return []
-    old = [part for part in parts if not _is_used(part, rules.within) and not _is_young(part)]
+    old = [part for part in parts if not _is_used(part, rules.within) and not part.young]
     return [Removal(part, part.entries, f"not used {_since(part)}") for part in old]
 
 
@@ -118,7 +124,7 @@ def _beyond_quota(rules: Rules, parts: list[Part]) -> list[Removal]:
     removals = []
     for part in sorted(parts, key=attrgetter("last_used")):
         spared = part.runs if rules.within is None else _is_used(part, rules.within)
-        if excess <= 0 or _is_young(part) or (spared and not rules.even_used):
+        if excess <= 0 or part.young or (spared and not rules.even_used):
             continue
         removal = Removal(part, part.entries, f"more than the quota, and not used {_since(part)}")
         if removal.bytes > excess:
@@ -133,16 +139,23 @@ def bytes_of(parts: Iterable[Part]) -> int:
     return sum(entry.bytes for part in parts for entry in part.entries)
 
 
-def remove(removal: Removal) -> None:
-    """Remove the files; a whole reference's description goes last, unless something was published meanwhile.
+def remove(removal: Removal) -> bool:
+    """Remove the files, a whole reference's description last; whether that was done: leftovers apart, nothing is removed of a
+    reference that somebody has used since it was listed.
 
     Raises RefscoreError if the place refuses; what is left then is left.
     """
-    place = removal.part.place
+    part, place = removal.part, removal.part.place
+    if not all(_is_leftover(part, entry) for entry in removal.entries):
+        listed = {(entry.name, entry.changed) for entry in part.entries}
+        others = (entry for entry in place.entries() if not _is_leftover(part, entry))
+        if any((entry.name, entry.changed) not in listed for entry in others):
+            return False
     with ThreadPoolExecutor(REQUESTS) as pool:
         list(pool.map(place.remove, (entry.name for entry in removal.entries if entry.name != _DESCRIPTION)))
     if removal.whole and {entry.name for entry in place.entries()} <= {_DESCRIPTION}:
         place.remove(_DESCRIPTION)
+    return True
 
 
 def seconds_in(text: str) -> float:
@@ -171,7 +184,27 @@ def _part(reference_id: str, place: Place, used_here: list[str], last_here: str)
     with suppress(ValueError):
         times.append(datetime.fromisoformat(last_here).timestamp())
     runs = {*used_here, *(registration.name for registration in registrations if registration.in_use())}
-    return Part(reference_id, place, entries, max(times, default=0.0), sorted(runs))
+    latest = max(registrations, key=attrgetter("used"), default=None)  # says when the reference was last used
+    gone = [one.file for one in registrations if one is not latest and not one.in_use()]
+    young = any(_age(entry) < DAY for entry in entries)
+    return Part(reference_id, place, entries, max(times, default=0.0), sorted(runs), young, gone)
+
+
+def _with_adopting(parts: list[Part]) -> list[Part]:
+    """The parts; one that was adopted is used by whom the one that adopts it is used, and as lately."""
+    adopting: dict[str, list[Part]] = {}
+    for part in parts:
+        for adopted in (found[1] for entry in part.entries if (found := ADOPTION.fullmatch(entry.name))):
+            adopting.setdefault(adopted, []).append(part)
+    return [
+        replace(
+            part,
+            last_used=max(one.last_used for one in (part, *adopting.get(part.reference_id, []))),
+            runs=sorted({run for one in (part, *adopting.get(part.reference_id, [])) for run in one.runs}),
+            young=any(one.young for one in (part, *adopting.get(part.reference_id, []))),
+        )
+        for part in parts
+    ]
 
 
 def _staying(parts: list[Part], removals: list[Removal]) -> list[Part]:
@@ -204,15 +237,20 @@ def _abandoned(part: Part) -> list[Entry]:
     changed: dict[str, float] = {}
     for entry in part.entries:
         changed[_together(entry)] = max(changed.get(_together(entry), 0.0), entry.changed)
-    return [entry for entry in part.entries if _is_left(entry) and time.time() - changed[_together(entry)] > DAY]
+    return [
+        entry
+        for entry in part.entries
+        if _is_leftover(part, entry) and (entry.name in part.gone or time.time() - changed[_together(entry)] > DAY)
+    ]
+
+
+def _is_leftover(part: Part, entry: Entry) -> bool:
+    """Whether an entry may have been left, by what it is called: it is no use of the reference, if nothing else is."""
+    return entry.name in part.gone or (_is_left(entry) and _age(entry) > DAY)
 
 
 def _together(entry: Entry) -> str:
     return entry.name.split("/")[0] if entry.name.startswith(JOB) else entry.name
-
-
-def _is_young(part: Part) -> bool:
-    return any(_age(entry) < DAY for entry in part.entries)
 
 
 def _age(entry: Entry) -> float:
