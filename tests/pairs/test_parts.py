@@ -243,6 +243,21 @@ def test_ranges_have_each_line_once(monkeypatch, size):
         Path("d.jsonl").write_bytes(Path("d.jsonl").read_bytes().removeprefix(b"\xef\xbb\xbf"))
 
 
+def test_a_line_longer_than_a_range_leaves_ranges_without_a_row(monkeypatch):
+    rows = preference_rows(12)
+    rows[5]["chosen"] += "x" * 5000
+    path = write_rows(Path("d.jsonl"), rows)
+    path.write_text(path.read_text() + "\n" * 3000)
+    whole = rows_of(table_of())
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(assembly, "WINDOW", 4)
+    found = assembled()
+    bounds = [(first, end) for first, end, _ in found.windows()]
+    assert rows_of(found.table) == whole
+    assert [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+    assert len(found.table.parts) > 9
+
+
 def test_ranges_of_a_table_are_its_row_groups(monkeypatch):
     rows = preference_rows(50)
     pq.write_table(pa.Table.from_pylist(rows), "d.parquet", row_group_size=6)
