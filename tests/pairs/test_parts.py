@@ -125,6 +125,27 @@ def test_another_tokenizer_or_template_makes_another_part():
     assert tokenizer_digest(make_tiny_tokenizer()) == digests[0]
 
 
+def test_a_template_that_writes_the_day_makes_another_part_each_day(monkeypatch):
+    of_days, of_none = make_tiny_tokenizer(), make_tiny_tokenizer()
+    of_days.chat_template += "{{ strftime_now('%d %b %Y') }}"
+    today = [tokenizer_digest(of_days), tokenizer_digest(of_none)]
+    monkeypatch.setattr(making, "strftime", lambda _: "2100-01-01")
+    assert tokenizer_digest(of_days) != today[0]
+    assert tokenizer_digest(of_none) == today[1]
+
+
+@pytest.mark.parametrize(("kind", "said"), [("parquet", "said"), ("keys", "22 keys of 12 rows")])
+def test_a_kept_file_that_lacks_something_is_said(kind, said):
+    write_rows(Path("d.jsonl"), preference_rows(12))
+    table_of()
+    (kept,) = (durable.CACHE / "tokenised").glob(f"*.{kind}")
+    rows = pq.read_table(kept).replace_schema_metadata(None)
+    kept.unlink()
+    pq.write_table(rows.slice(0, 22), kept, store_schema=False)
+    with pytest.raises(DataError, match=f"is damaged .*{said}.*remove data/cache/tokenised"):
+        table_of()
+
+
 def test_a_tokenizer_that_is_a_program_of_its_own_is_asked_each_time(made):
     from transformers import PreTrainedTokenizerFast
 

@@ -369,4 +369,6 @@ def _keys_of(path: Path | None, rows: int, sides: int) -> np.ndarray:
         keys = pq.read_table(path, page_checksum_verification=True)["key"]
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
+    if len(keys) != rows * sides:
+        raise damaged(path, ValueError(f"{len(keys)} keys of {rows} rows"))
     return bytes_of(keys).reshape(rows, 32 * sides)
