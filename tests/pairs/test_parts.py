@@ -125,6 +125,27 @@ def test_another_tokenizer_or_template_makes_another_part():
     assert tokenizer_digest(make_tiny_tokenizer()) == digests[0]
 
 
+def test_a_template_that_writes_the_day_makes_another_part_each_day(monkeypatch):
+    of_days, of_none = make_tiny_tokenizer(), make_tiny_tokenizer()
+    of_days.chat_template += "{{ strftime_now('%d %b %Y') }}"
+    today = [tokenizer_digest(of_days), tokenizer_digest(of_none)]
+    monkeypatch.setattr(making, "strftime", lambda _: "2100-01-01")
+    assert tokenizer_digest(of_days) != today[0]
+    assert tokenizer_digest(of_none) == today[1]
+
+
+@pytest.mark.parametrize(("kind", "said"), [("parquet", "said"), ("keys", "22 keys of 12 rows")])
+def test_a_kept_file_that_lacks_something_is_said(kind, said):
+    write_rows(Path("d.jsonl"), preference_rows(12))
+    table_of()
+    (kept,) = (durable.CACHE / "tokenised").glob(f"*.{kind}")
+    rows = pq.read_table(kept).replace_schema_metadata(None)
+    kept.unlink()
+    pq.write_table(rows.slice(0, 22), kept, store_schema=False)
+    with pytest.raises(DataError, match=f"is damaged .*{said}.*remove data/cache/tokenised"):
+        table_of()
+
+
 def test_a_tokenizer_that_is_a_program_of_its_own_is_asked_each_time(made):
     from transformers import PreTrainedTokenizerFast
 
@@ -241,6 +262,21 @@ def test_ranges_have_each_line_once(monkeypatch, size):
         assert sum(one.bytes for one in found) == pytest.approx(Path("d.jsonl").stat().st_size, abs=len(found))
         assert len(found) == 1 or all(one.part for one in found)
         Path("d.jsonl").write_bytes(Path("d.jsonl").read_bytes().removeprefix(b"\xef\xbb\xbf"))
+
+
+def test_a_line_longer_than_a_range_leaves_ranges_without_a_row(monkeypatch):
+    rows = preference_rows(12)
+    rows[5]["chosen"] += "x" * 5000
+    path = write_rows(Path("d.jsonl"), rows)
+    path.write_text(path.read_text() + "\n" * 3000)
+    whole = rows_of(table_of())
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(assembly, "WINDOW", 4)
+    found = assembled()
+    bounds = [(first, end) for first, end, _ in found.windows()]
+    assert rows_of(found.table) == whole
+    assert [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+    assert len(found.table.parts) > 9
 
 
 def test_ranges_of_a_table_are_its_row_groups(monkeypatch):

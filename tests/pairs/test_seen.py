@@ -1,10 +1,13 @@
 """The set of digests on disk holds what a set of Python's holds, however many runs it has and however alike digests begin."""
 
+import errno
+import os
 import random
 
 import numpy as np
 import pytest
 
+from pipeline.errors import RefscoreError
 from pipeline.pairs.tokenised import seen
 from pipeline.pairs.tokenised.seen import DigestSet
 
@@ -70,3 +73,17 @@ def test_digests_that_part_in_their_last_byte_are_two(where):
     assert digests.add(as_array([other, other], 32)).tolist() == [True, False]
     assert digests.holds(as_array([one, other], 32)).tolist() == [False, True]
     assert digests.add(as_array([one, other, one], 32)).tolist() == [True, False, False]
+
+
+def test_a_full_disk_is_said_before_anything_is_written_to_it(monkeypatch):
+    """A mapped file that finds no room for what is written to it would end the process."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(seen, "_IN_MEMORY", 4)
+    digests = DigestSet()
+    digests.add(as_array([bytes([number] * 32) for number in range(4)], 32))
+    with pytest.raises(RefscoreError, match=r"no space left to write .*: about 256 bytes are needed"):
+        digests.add(as_array([bytes([number] * 32) for number in range(4, 8)], 32))

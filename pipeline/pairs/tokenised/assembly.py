@@ -337,7 +337,7 @@ class _Rows:
             cut_off=numbers("cut_off"),
             labels=pc.fill_null(figures["label"].cast(pa.int8()), -1).to_numpy() if has_labels else nothing - 1,
             margins=figures["margin"].is_valid().to_numpy() if has_margins else nothing,
-            keys=_keys_of(keys, len(figures)),
+            keys=_keys_of(keys, len(figures), len(sides)),
             words=figures.select(["reason", "detail", "judge"]),
         )
 
@@ -361,7 +361,7 @@ def bytes_of(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
     return np.frombuffer(array.buffers()[1], np.uint8)[width * array.offset :][: width * len(array)].reshape(-1, width)
 
 
-def _keys_of(path: Path | None, rows: int) -> np.ndarray:
+def _keys_of(path: Path | None, rows: int, sides: int) -> np.ndarray:
     """Keys of each row, one after the other [rows, 32 x sides]."""
     if path is None:
         return np.zeros((rows, 0), np.uint8)
@@ -369,4 +369,6 @@ def _keys_of(path: Path | None, rows: int) -> np.ndarray:
         keys = pq.read_table(path, page_checksum_verification=True)["key"]
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
-    return bytes_of(keys).reshape(rows, -1)
+    if len(keys) != rows * sides:
+        raise damaged(path, ValueError(f"{len(keys)} keys of {rows} rows"))
+    return bytes_of(keys).reshape(rows, 32 * sides)

@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from time import strftime
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -149,6 +150,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
         return None
     settings = [type(tokenizer).__name__, chat_template_digest(tokenizer), tokenizer.split_special_tokens]
+    # a template that writes the day into prompts makes other ones tomorrow
+    settings += [strftime("%F")] if "strftime_now" in str(tokenizer.chat_template) else []
     settings += [tokenizer.special_tokens_map, getattr(tokenizer, "add_bos_token", None)]
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{settings}".encode()).hexdigest()
 

@@ -118,7 +118,7 @@ def figures_of(path: Path, wanted: Data) -> tuple[pa.Table, dict[str, Any]]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read([name for name in names if name not in texts])
-            return table.combine_chunks(), json.loads(file.metadata.metadata[_SAID])
+            return table.combine_chunks(), json.loads((file.metadata.metadata or {})[_SAID])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise damaged(path, error) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -102,5 +103,8 @@ def _merged(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _in_file(shape: tuple[int, int]) -> np.ndarray:
     place = Path(scratch_place() or tempfile.gettempdir())
-    with explaining_disk(place / "digests"), tempfile.TemporaryFile(dir=place) as file:
-        return np.memmap(file, np.uint64, "w+", shape=shape)
+    size = 8 * shape[0] * shape[1]
+    with explaining_disk(place / "digests", size), tempfile.TemporaryFile(dir=place) as file:
+        # what a mapped file finds no room for, once it is written, would end the process without a word
+        os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, np.uint64, "r+", shape=shape)
