@@ -7,7 +7,6 @@ name which is published again is. Shards carry the sha256 of their bytes in thei
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
@@ -29,9 +28,6 @@ from pipeline.store.index.indexes import FOLDER, Files, Indexes
 from pipeline.store.shard import OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
-
-# what a file system answers that has no hard links, or has them not here
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL)
 
 
 def is_url(place: str) -> bool:
@@ -256,7 +252,7 @@ class LocalPlace:
                 log.warning("%s was damaged: the same rows, published again, take its place", final)
                 _copy(file, final)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in durable.NO_LINKS:
                 raise
             if not _same_bytes(final, file):
                 _copy(file, final)
