@@ -81,12 +81,12 @@ def next_attempt(job: Job, group: str) -> Attempt:
 @contextmanager
 def planning(job: Job, reference_id: str) -> Iterator[None]:
     """Make the job, and leave word within the block that this process lives: without it nobody would know that no more comes."""
-    note = {"reference_id": reference_id, "who": asdict(this_process("plans a job"))}
-    job.begin(**note)
+    note: dict[str, Any] = {"who": asdict(this_process("plans a job")), "beat": 0}
+    job.begin(reference_id, **note)
 
     def live() -> None:
-        note["beat"] = note.get("beat", 0) + 1
-        job.put(PLAN, note)
+        note["beat"] += 1
+        job.put(PLAN, {"reference_id": reference_id, **note})
 
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(ended, live), name="signs of life", daemon=True)

@@ -6,6 +6,7 @@ of each group. No process that scores plans again.
     claims/00000000.1.json     the first attempt at it: whose, and a beat while that process lives
     done/00000000.json         what came of it
     complete.json              no further group comes
+    starts/ ready/             of workers that Ray starts: begun to start an engine, and done so
 
 A claim and a result are files that must not exist yet: two processes that want the same one cannot both have it. Who looks finds
 a file whole or not at all; one that is damaged says nothing.
@@ -63,7 +64,7 @@ class Job:
 
     def begin(self, reference_id: str, **facts: Any) -> None:
         """Make the job; `facts` stand in its plan too. Raises ConfigError if one is there."""
-        for name in ("missing", "claims", "done"):
+        for name in ("missing", "claims", "done", "starts", "ready"):
             with self._explaining():
                 self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
         if not self.put_new(PLAN, {"reference_id": reference_id, **facts}):

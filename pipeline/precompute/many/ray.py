@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -43,8 +44,12 @@ log = logging.getLogger(__name__)
 
 # seconds between two looks for the next group
 _LOOK = 0.3
+# workers that died while they started an engine, where none has started one
+_DIED_AT_START = 3
 # groups in a row over which workers do nothing but die
 _LOST_IN_A_ROW = 3
+# characters of a path after which the names of sockets below it, 107 at most, still find room
+_SHORT = 25
 # bytes of names and results in flight
 _OBJECTS = 2**27
 
@@ -73,15 +78,16 @@ class ScoringActor:
                     f"a Ray worker finds reference {here[:12]} where {wanted['reference_id'][:12]} is to be scored"
                 )
             engine = Growing(opened, wanted["limit"])
+            self._job = Job(wanted["job"])
             minutes = minutes_until_it_hangs(opened.config)
             try:
-                self._engine_thread.submit(engine.ready, wanted["longest"]).result(60 * minutes)
+                with _noted(self._job, wanted["workers"]):
+                    self._engine_thread.submit(engine.ready, wanted["longest"]).result(60 * minutes)
             except TimeoutError:
                 raise RefscoreError(
                     f"an engine did not start within {minutes:g} minutes in a Ray worker: reference.hangs_after says how long one "
                     "waits"
                 ) from None
-            self._job = Job(wanted["job"])
             self._worker = Worker(self._job, target_of(opened), engine)
         except Exception as error:  # noqa: BLE001  # it is answered
             self._problem = _as_answered(error)
@@ -107,6 +113,22 @@ class ScoringActor:
                 result = self._worker.publish(taken, scores)
                 break
         return result
+
+
+@contextmanager
+def _noted(job: Job, workers: int) -> Iterator[None]:
+    """Leave word that an engine starts, and that it has. Raises RefscoreError if workers do nothing but die over that: Ray would
+    start them for ever.
+    """
+    if not job.names("ready") and (died := len(job.names("starts")) - workers) >= _DIED_AT_START:
+        raise RefscoreError(
+            f"{died} workers and more died while they started an engine, and none has started one: too little memory? Lower "
+            "reference.workers, or set reference.max_batched_tokens or reference.kv_cache_gib"
+        )
+    name = f"{this_process('').token}.json"
+    job.put_new(f"starts/{name}", {})
+    yield
+    job.put_new(f"ready/{name}", {})
 
 
 def _as_answered(error: Exception) -> RefscoreError:
@@ -144,7 +166,7 @@ def score_shards(
     with _job(target) as job, _cluster(config) as ray, _written(job, chain([first], shards)):
         wanted = {
             "job": job.place, "reference_id": target.reference.identity.reference_id, "limit": limit,
-            "longest": int(lengths_in(first).max()),
+            "longest": int(lengths_in(first).max()), "workers": config.workers,
         }  # fmt: skip
         lost = _Lost()
         try:
@@ -261,12 +283,16 @@ def _cluster(config: ReferenceConfig) -> Iterator[Any]:
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ours = not ray.is_initialized()
+    # what Ray writes of a session stays otherwise, some MB each
+    place = _ray_place() if ours and config.launcher == "local" else None
     if ours:
         quiet = {"log_to_driver": False, "include_dashboard": False, "configure_logging": False}
         if config.launcher == "ray":
             ray.init(**quiet)
         else:
-            ray.init(address="local", num_cpus=len(processors()), object_store_memory=_OBJECTS, **quiet)
+            ray.init(
+                address="local", num_cpus=len(processors()), object_store_memory=_OBJECTS, _temp_dir=place, **quiet
+            )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -278,6 +304,15 @@ def _cluster(config: ReferenceConfig) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+        if place:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _ray_place() -> str | None:
+    """A directory for the working files of a Ray of our own; None if Ray is told one, or could not name its sockets there."""
+    if os.environ.get("RAY_TMPDIR") or len(tempfile.gettempdir()) > _SHORT:
+        return None
+    return tempfile.mkdtemp(prefix="ray-")
 
 
 @contextmanager
