@@ -28,7 +28,7 @@ def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> Non
         return
     started = time.monotonic()
     rows, nats, tokens = 0, 0.0, 0
-    with RowScorer(config) as scorer, durable.replacing(out) as temporary:
+    with RowScorer(config, console.working) as scorer, durable.replacing(out) as temporary:
         about = {"reference_id": scorer.identity.reference_id, "dtype": scorer.identity.numerics.dtype}
         with parquet_writer(temporary, SCORED, about) as writer:
             for table in scorer.tables(data):

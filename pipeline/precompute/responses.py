@@ -33,6 +33,7 @@ from pipeline.pairs.splits import prompt_text
 from pipeline.precompute.launch import score_windows
 from pipeline.precompute.plan import Window
 from pipeline.precompute.score import check_scores, table_of
+from pipeline.progress import SILENT, Listener
 from pipeline.store.adoption import serve_from_adopted
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
@@ -43,11 +44,12 @@ _AT_ONCE = 8192
 class RowScorer:
     """Scores the rows of files with the columns prompt and response, in nats, through the store; a context manager.
 
-    The engine starts with the first sequence that the store lacks, and stops on leaving the context.
+    The engine starts with the first sequence that the store lacks, and stops on leaving the context. `listener` hears how actors of
+    Ray get on.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, listener: Listener = SILENT) -> None:
+        self._config, self._listener = config, listener
         self._reference = reference = open_reference(config.reference)
         # said before any row is read: new responses have no score that was imported
         must_compute(reference.numerics)
@@ -74,7 +76,9 @@ class RowScorer:
         before: dict[bytes, bool] = {}
         if self._reference.config.in_actors:
             windows = self._windows(source, before)
-            outcome = score_windows(self._reference, windows, limit=self._config.data.max_length)
+            outcome = score_windows(
+                self._reference, windows, listener=self._listener, limit=self._config.data.max_length
+            )
             self._quarantined |= outcome.quarantined
         for part in self._parts(source):
             yield self._scored(part, before)
