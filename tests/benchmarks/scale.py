@@ -41,7 +41,12 @@ SLOPES = {
     "index bytes": Slope(41, "bytes per sequence", "the index on the disk", "make bench-store"),
     "join": Slope(31.8, "us per pair", "scores into pairs.parquet", "make bench-store"),
     "store": Slope(4.1, "bytes per response token", "the store in float32", "refscore store ls"),
-    "requests": Slope(1.6, "requests per 1,000 shards", "a plan's questions to S3, beside two", "make bench-store"),
+    "requests": Slope(
+        1, "request per 1,000 shards", "a plan's listing of shards at S3, beside two", "make bench-store"
+    ),
+    "index requests": Slope(
+        16, "MiB per request", "a plan's fetching of the index, beside 16 for its files", "make bench-store"
+    ),
 }
 
 
@@ -70,7 +75,7 @@ def _row(sequences: int, gpus: int) -> str:
         _size(sequences * RESPONSE_TOKENS * slope["store"]),
         _size(sequences * slope["index bytes"]),
         f"{shards:,.0f}",
-        f"{2 + shards * slope['requests'] / 1000:,.0f}",
+        f"{18 + shards * slope['requests'] / 1000 + sequences * slope['index bytes'] / (slope['index requests'] * 2**20):,.0f}",
         _time(sequences * TOKENS / TOKENS_PER_SECOND / gpus),
         _time(pairs * slope["join"] / 1e6),
     ]

@@ -13,6 +13,7 @@ from pipeline.precompute.launch import score_windows
 from pipeline.precompute.plan import Window, make_plan
 from pipeline.precompute.score import windows_of
 from tests.conftest import experiment, preference_rows, write_rows
+from tests.precompute.scoring import not_in_an_index
 
 
 class Heard:
@@ -63,6 +64,8 @@ def test_scores_are_stored_before_the_last_row_is_read(plan, tmp_path):
 
     outcome = score_windows(plan.reference, windows())
     assert outcome.sequences == 24
+    # all that was published stands in an index by now
+    assert not not_in_an_index(plan.store)
     assert not len(plan.store.lookup(plan.keys).missing)
 
 

@@ -28,7 +28,7 @@ from pipeline.precompute.plan import make_plan
 from pipeline.precompute.score import Target, shards_of, sorted_shards
 from pipeline.progress import SILENT
 from tests.conftest import experiment, preference_rows, write_rows
-from tests.precompute.scoring import tables_of
+from tests.precompute.scoring import not_in_an_index, tables_of
 
 
 @pytest.fixture(params=["directory", "URL"])
@@ -439,6 +439,8 @@ def test_groups_are_not_counted_for_every_one_that_is_done(job, plan, monkeypatc
 def test_processes_that_claim_score_all_and_find_it_done(job, plan):
     one = score_claimed(plan.reference, job, None, SILENT)
     assert (one.own, one.groups, one.sequences, one.left_out) == (job.groups(), job.groups(), 16, {})
+    # and nobody need read a shard to know
+    assert not not_in_an_index(plan.store)
     other = score_claimed(plan.reference, job, None, SILENT)
     assert (other.own, other.groups) == (0, job.groups())
     assert not missing_keys(plan)

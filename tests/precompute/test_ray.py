@@ -56,6 +56,10 @@ DRIVER = """
         of_ray, place = [], cluster._ray_place
         cluster._ray_place = lambda: of_ray.append(place()) or of_ray[0]
         outcome = score_windows(plan.reference, windows_of(plan))
+        # the actor that lived has added what it published to the index
+        place = plan.store.places[0]
+        left = place.indexes.covering(place.listed().indexes, place.listed().shards)[1]
+        assert len(left) < len(place.listed().shards) / 2, len(left)
         again = make_plan(config)
         assert not len(again.missing), len(again.missing)
         assert not list(Path("data/cache/work").glob("*/job-*"))

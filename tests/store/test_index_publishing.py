@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import RefscoreError
 from pipeline.store.index import publishing
 from pipeline.store.index.index_file import IndexFile, LocalBytes, write_index
+from pipeline.store.index.merging import covering_all, merged_file
 from pipeline.store.shard import shard_files
 from pipeline.store.store import Store
 from pipeline.store.tidying.compaction import compact_small, groups_of
@@ -46,13 +47,15 @@ def opened_by(store, truth, monkeypatch):
     return len(opened)
 
 
-def test_what_was_published_is_known_without_a_shard_being_opened(store, monkeypatch):
+def test_what_was_published_is_known_without_a_shard_being_opened(store, monkeypatch, caplog):
     truth = publish(store, 21)
     assert opened_by(store, truth, monkeypatch) == 1  # which waits, as two are worth a file here
     truth |= publish(store, 1, 21) | publish(store, 1, 22)
     store.finish()
     assert opened_by(store, truth, monkeypatch) == 0
     assert found_in(again(store), truth) == len(truth)
+    # each row stands where the index says: else that would be refused, and made again
+    assert "is wrong" not in caplog.text
 
 
 def test_a_publisher_that_is_killed_leaves_its_last_few_shards_uncovered(store, monkeypatch):
@@ -66,6 +69,7 @@ def test_a_publisher_that_is_killed_leaves_its_last_few_shards_uncovered(store, 
 def test_many_rows_are_worth_a_file_as_many_shards_are(store, monkeypatch):
     monkeypatch.setattr(publishing, "WORTH_SHARDS", 1000)
     monkeypatch.setattr(publishing, "WORTH_ROWS", 30)
+    monkeypatch.setattr(publishing, "_FEW", 1000)
     publish(store, 3)
     assert not index_files(store)
     publish(store, 1, 3)
@@ -95,6 +99,20 @@ def test_index_files_stay_few_and_speak_of_each_shard_once(store):
     assert len({shard.name for file in files for shard in file.shards}) == 256
 
 
+def test_what_stands_in_two_files_stands_once_in_the_one_that_they_become(store, monkeypatch):
+    """As it is if two publishers merged the same files at one moment."""
+    truth = publish(store, 6)
+    two = covering_all([IndexFile(path.name, LocalBytes(path)) for path in index_files(store)[:2]])
+    path, name = merged_file(two, lambda: store.places[0].directory / "both", IndexFile.between)
+    path.rename(path.with_name("index") / name)
+    assert found_in(again(store), truth) == len(truth)
+    truth |= publish(store, 2, 6)
+    (path,) = index_files(store)
+    file = IndexFile(path.name, LocalBytes(path))
+    assert (file.size, len(file.shards)) == (8 * 9, 8)
+    assert opened_by(store, truth, monkeypatch) == 0
+
+
 def test_files_that_are_large_are_left_to_those_who_look_keys_up(store, monkeypatch):
     publish(store, 8)
     (large,) = index_files(store)
@@ -104,7 +122,7 @@ def test_files_that_are_large_are_left_to_those_who_look_keys_up(store, monkeypa
     assert len(index_files(store)) < 12
 
 
-@pytest.mark.parametrize("refusal", [OSError(28, "No space left on device"), RefscoreError("Access Denied")])
+@pytest.mark.parametrize("refusal", [OSError(28, "No space left"), RefscoreError("Access Denied"), ValueError("?")])
 def test_where_no_index_can_be_written_shards_are_published_all_the_same(store, monkeypatch, refusal, caplog):
     caplog.set_level(logging.INFO)
 
@@ -121,6 +139,18 @@ def test_where_no_index_can_be_written_shards_are_published_all_the_same(store, 
     # and the next ones stand in an index
     publish(store, 2, 6)
     assert index_files(store)
+
+
+def test_where_the_index_cannot_be_listed_what_comes_is_a_file_of_its_own(store, monkeypatch):
+    def refuse(*_):
+        raise RefscoreError("Access Denied")
+
+    truth = publish(store, 6)
+    with monkeypatch.context() as refusing:
+        refusing.setattr("pipeline.store.local_places.LocalPlace.index_files", refuse)
+        truth |= publish(store, 2, 6)
+    assert len(index_files(store)) == 4
+    assert opened_by(store, truth, monkeypatch) == 0
 
 
 def test_where_files_cannot_be_merged_what_comes_is_a_file_of_its_own(store, monkeypatch):
@@ -182,10 +212,11 @@ def test_threads_share_a_publisher(store, monkeypatch):
 def test_what_a_reader_indexed_meanwhile_is_not_indexed_again(store, monkeypatch):
     monkeypatch.setattr(publishing, "WORTH_SHARDS", 16)
     truth = publish(store, 5)
-    assert len(store.lookup(keys_array(list(truth))).missing) == 0
-    (before,) = index_files(store)
+    for _ in range(2):
+        assert len(store.lookup(keys_array(list(truth))).missing) == 0
+    publish(store, 3, 5)
     store.finish()
-    assert index_files(store) == [before]
+    assert sorted(IndexFile(path.name, LocalBytes(path)).size for path in index_files(store)) == [3 * 9, 5 * 9]
 
 
 def test_a_compaction_and_copies_leave_nothing_to_read_either(store, tmp_path, monkeypatch):

@@ -117,7 +117,11 @@ class Indexes:
     def refuse(self, file: IndexFile, problem: str, *, lies: bool = False) -> None:
         """Use a file no more, and remove it if that can be done; one that `lies` in the next processes neither."""
         log.warning(
-            "the index %s/%s is wrong (%s): it is not used, and made again", self._place.name, file.name, problem
+            "the index %s/%s/%s is wrong (%s): it is not used, and made again if the place can be written",
+            self._place.name,
+            FOLDER,
+            file.name,
+            problem,
         )
         self.leave_out(file)
         if not removed(self._place, file.name) and lies:

@@ -41,7 +41,7 @@ from pipeline.store.index.merging import (
     reading,
     removed,
 )
-from pipeline.store.shard import ShardFacts, Unsound, facts_of, key_words, open_shard
+from pipeline.store.shard import ShardFacts, facts_of, key_words, open_shard
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Additions:
         try:
             with open_shard(shard) as file:
                 facts, words = facts_of(name, file), key_words(file.read(columns=["key"]))
-        except (OSError, RefscoreError, Unsound) as problem:
+        except Exception as problem:  # noqa: BLE001  # the shard is published, whatever this is
             log.info("%s is not added to an index (%s)", name, first_line(problem))
             return False
         with self._changing:
@@ -95,7 +95,7 @@ class Additions:
         working: list[Path] = []
         try:
             self._write(waiting, opened, working)
-        except (OSError, RefscoreError) as problem:
+        except Exception as problem:  # noqa: BLE001  # likewise
             shards, place = len(waiting), self._place.name
             log.info(
                 "no index of %d shards is made at %s (%s): who asks reads them", shards, place, first_line(problem)
@@ -121,15 +121,15 @@ class Additions:
         write_index(path, shards, [by_key(entries)] if len(entries) else [])
         del entries
         with alone(self._place) as nobody_else:
-            there = self._place.index_files() if nobody_else else {}
             before: list[IndexFile] = []
             try:
+                there = self._place.index_files() if nobody_else else {}
                 files = [file for other in _alike(there, path.stat().st_size) if (file := opened(other))]
                 if files:
                     sources = covering_all([IndexFile(name, LocalBytes(path)), *files])
                     path, name = merged_file(sources, new, reading(self._place))
                     before = files
-            except (OSError, WrongIndex) as problem:
+            except (OSError, RefscoreError, WrongIndex) as problem:
                 # another publisher was here, a file is damaged, or the disk full: what comes is a file of its own
                 log.debug("index files at %s are not merged (%s)", self._place.name, first_line(problem))
             self._place.put(path, f"{FOLDER}/{name}")
