@@ -509,6 +509,9 @@ def test_groups_are_of_neighbours_in_time_and_no_larger_than_they_may(where, mon
     monkeypatch.setattr(compaction, "MERGED_BYTES", 2**40)
     monkeypatch.setattr(compaction, "MERGED_ROWS", 10)
     assert [len(group) for group in groups_of(store.places[0], store.places[0].entries())] == [3, 3]
+    monkeypatch.setattr(compaction, "MERGED_ROWS", 2**40)
+    monkeypatch.setattr(compaction, "MERGED_SHARDS", 4)
+    assert [len(group) for group in groups_of(store.places[0], store.places[0].entries())] == [4, 2]
     monkeypatch.setattr(compaction, "SMALL_BYTES", 10)
     assert groups_of(store.places[0], store.places[0].entries()) == []
 
@@ -707,6 +710,25 @@ def test_where_nothing_can_be_removed_nothing_is_merged(bucket, monkeypatch):  #
     with pytest.raises(RefscoreError, match=r"not merged where the small ones cannot be removed.*Access Denied"):
         list(compact_small(store, store.places[0].entries()))
     assert len(shards(store)) == 3
+
+
+def test_a_reference_that_cannot_be_merged_keeps_no_other_from_it(where, monkeypatch, capsys):
+    stores = [Store([where], one) for one in sorted((REFERENCE, OTHER), key=lambda one: one.reference_id)]
+    for store in stores:
+        publish_in_order(store, 2)
+    place, write = type(stores[0].places[0]), type(stores[0].places[0]).write
+
+    def refuse(self, name, content):
+        if self.name == stores[0].places[0].name:
+            raise RefscoreError("it may not be written")
+        write(self, name, content)
+
+    monkeypatch.setattr(place, "write", refuse)
+    for command in (lambda: stage.compact(where), lambda: stage.gc(where, Rules(), apply=True)):
+        with pytest.raises(RefscoreError, match="of 1 references could not be merged"):
+            command()
+        assert "not merged: it may not be written" in capsys.readouterr().out
+        assert [len(shards(store)) for store in stores] == [2, 1]
 
 
 def test_a_directory_that_is_described_as_another_is_not_merged(where, capsys):
