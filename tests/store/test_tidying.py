@@ -302,6 +302,10 @@ def test_a_reference_that_another_adopts_is_used_as_that_one_is(where, monkeypat
     by.note(f"adopted-{REFERENCE.reference_id}.json", {})
     days_pass(monkeypatch, 60)
     assert goes(where, Rules(unreferenced=True)).keys() == {REFERENCE.reference_id, OTHER.reference_id}
+    with monkeypatch.context() as patch:  # adopted today, by a reference that no run uses yet
+        patch.setattr(retention, "_age", lambda entry: 0 if entry.name.startswith("adopted-") else 60 * DAY)
+        for rules in (Rules(unreferenced=True), Rules(within=3 * DAY), Rules(quota=0)):
+            assert goes(where, rules) == {}
     (tmp_path / "run").mkdir()
     by.register(tmp_path / "run")
     days_pass(monkeypatch, 62)
@@ -421,6 +425,21 @@ def test_a_quota_takes_what_was_used_least_recently_and_no_more(where, monkeypat
     stage.gc(where, Rules(quota=0, within=70 * DAY), apply=True)
     assert f"exceeded by {total:,} bytes of what stays, as it is in use" in " ".join(capsys.readouterr().out.split())
     assert len(references(where)) == 2
+
+
+def test_what_was_published_first_goes_first(tmp_path, monkeypatch):
+    store = Store([str(tmp_path)], REFERENCE)
+    for number in range(6):
+        store.publish([scored(number)])
+    named = shards(store)
+    order = [named[number] for number in (3, 0, 5, 1, 4, 2)]
+    for days, name in enumerate(order):
+        os.utime(tmp_path / REFERENCE.reference_id / name, (NOW - (30 - days) * DAY,) * 2)
+    os.utime(tmp_path / REFERENCE.reference_id / "reference.json", (NOW - 20 * DAY,) * 2)
+    (part,) = parts_of(str(tmp_path), {}, {})
+    size = sum(entry.bytes for entry in shard_entries(part.entries) if entry.name in order[:2])
+    gone = goes(str(tmp_path), Rules(quota=retention.bytes_of([part]) - size))
+    assert gone == {REFERENCE.reference_id: order[:2]}
 
 
 def entries_of(parts, identity):
