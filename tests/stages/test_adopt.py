@@ -131,6 +131,14 @@ def test_what_is_damaged_is_not_in_the_sample(tmp_path, config, updated):
     assert f"adopted   scores of {old[:12]}" in said
 
 
+def test_the_sample_is_of_pairs_that_were_scored_whole(tmp_path, tiny_model, old):
+    rows = preference_rows(12)
+    others = [{**row, "rejected": f"{row['rejected']} no"} for row in rows[:5]]
+    half = experiment(tmp_path, tiny_model, write_rows(tmp_path / "half.jsonl", [*others, *rows[5:]]))
+    said = refscore_here(tmp_path, "store", "adopt", old, "--config", half, "--sample", 12)
+    assert "it computed no more than 7 pairs of this data" in said
+
+
 def test_an_explanation_names_the_way_out(tmp_path, config, old):
     said = refscore_here(tmp_path, "store", "explain", "--config", config)
     assert "numerics: engine_version 'transformers 4.0" in said
