@@ -108,6 +108,10 @@ def test_other_commands_take_over_what_was_adopted(tmp_path, config, old):
     out = tmp_path / "scores.parquet"
     said = refscore_here(tmp_path, "score", asked, "--out", out, "--config", config)
     assert "15 rows: 0 hits, 12 adopted, 2 scored, 0 with a problem" in said
+    assert f"12 of these sequences were computed by {old[:12]}, which was adopted" in said
+    said = refscore_here(tmp_path, "score", asked, "--out", tmp_path / "again.parquet", "--config", config)
+    assert "15 rows: 14 hits, 0 scored" in said
+    assert f"12 of these sequences were computed by {old[:12]}, which was adopted" in said
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     pairs = pl.read_parquet(tmp_path / "data/runs/old/pairs.parquet")
     known = dict(zip(pairs["chosen"], pairs["ref_chosen_logps"], strict=True))
