@@ -40,6 +40,8 @@ def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> Non
                 console.say(
                     f"{rows} rows: {scorer.hits} hits, {adopted}{scorer.scored} scored, {scorer.dropped} with a problem"
                 )
+    for by, count in scorer.computed_by.items():
+        console.say(f"adopted   {count} of these sequences were computed by {by[:12]}, which was adopted")
     mean = f", {nats / tokens:.4f} nats per token" if tokens else ""
     _must_be_finite(scorer.not_finite, out)
     console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - started)})")

@@ -6,6 +6,7 @@ store. A row that cannot be scored keeps its place, with its problem instead of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -60,6 +61,8 @@ class RowScorer:
         self._engine = Growing(reference, config.data.max_length)
         self._quarantined: dict[bytes, str] = {}
         self.hits = self.adopted = self.scored = self.dropped = 0
+        # of how many sequences adopted references computed the scores, now or before, by their ids
+        self.computed_by: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +116,7 @@ class RowScorer:
             self._score({key: asked[key] for key in left["key"].to_pylist()})
             lookup = self._store.lookup(part.wanted)
         self.scored, self.adopted = self.scored + sum(known), self.adopted + len(known) - sum(known)
+        self.computed_by.update({by: len(held) for by, held in lookup.held_from_adopted().items()})
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
             scored_row(item, self._or_quarantined(item, encoding, key), scores.get(key))
