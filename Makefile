@@ -67,13 +67,13 @@ check: .venv/.test ## lint and strict types
 tutorials: .venv/.test ## every tutorial of docs/tutorials, word for word, on a tiny model
 	@REFSCORE_TUTORIALS=1 .venv/bin/python -m pytest tests/test_tutorials.py
 
-test-devices: .venv/.test ## training in 1, 2 and 4 processes: every objective, resumed, killed (gloo on CPU)
-	@REFSCORE_DEVICES=1 .venv/bin/python -m pytest tests/training/test_devices.py tests/faults/test_devices.py tests/planning/test_many_devices.py
+test-devices: .venv/.test ## training in 1, 2 and 4 processes: every objective, resumed, killed (gloo on CPU); vLLM over two
+	@REFSCORE_DEVICES=1 .venv/bin/python -m pytest tests/training/test_devices.py tests/faults/test_devices.py tests/planning/test_many_devices.py tests/engines/test_vllm_scorer.py
 
 gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory, speed; reduced on a CPU; data/gpu-check.md
 	@.venv/bin/python -m tests.gpu_check --minutes $(MINUTES)
 
-faults: .venv/.test ## the fault tests alone; writes the table in tests/faults/README.md
+faults: .venv/.test ## the fault tests alone, and actors of Ray that are killed; writes the table in tests/faults/README.md
 	@REFSCORE_FAULTS=1 REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults tests/rollouts/test_kills.py tests/precompute/test_ray.py
 
 architectures: .venv/.test ## which families of models are read how; writes the table in tests/architectures.md

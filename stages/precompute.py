@@ -31,6 +31,10 @@ def main(config: Config, run: Run, *, plan_only: bool, plan_to: str | None = Non
 
     `plan_to`: what is missing is written there instead, for processes of `refscore score-missing`.
     """
+    if plan_only and plan_to:
+        raise ConfigError(
+            "--plan shows what would be scored, --plan-to writes it for 'refscore score-missing': give one"
+        )
     if reference_free(config.train):
         if plan_to:
             raise ConfigError(

@@ -84,6 +84,8 @@ def gc(store: str, rules: Rules, *, apply: bool) -> None:
     if not apply:
         console.say(f"nothing was changed: --apply removes {files:,} files of {size:,} bytes, and merges small shards")
         return
+    if not removals and not any(groups.values()):
+        console.say("nothing to remove, and no small shards to merge")
     for removal in removals:
         name = removal.part.place.name
         try:
@@ -100,7 +102,10 @@ def gc(store: str, rules: Rules, *, apply: bool) -> None:
 
 def compact(store: str) -> None:
     """Merge the small shards of every reference; several processes share the work."""
-    _compact_all(store, parts_of(store, *uses_of_references()))
+    parts = parts_of(store, *uses_of_references())
+    if not any(groups_of(part.place, part.entries) for part in parts):
+        console.say("no small shards to merge")
+    _compact_all(store, parts)
 
 
 def verify(store: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.forked import run
+
 # set before any test imports torch or vLLM, as the command line does
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -245,7 +247,9 @@ def refscore_here(where: Path, *arguments: object, code: int = 0) -> str:
 
 
 IN_TURN = """
-import json, sys
+import json, os, sys
+os.dup2(1, 2)
+sys.stderr = sys.stdout
 from stages.cli import main
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["refscore", *arguments]
@@ -262,10 +266,7 @@ def refscore_in_turn(where: Path, *commands: tuple[object, ...]) -> list[tuple[i
     Returns every command's exit code, and stdout and stderr together.
     """
     arguments = json.dumps([[*map(str, command)] for command in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, arguments], cwd=where, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    done = run(where, IN_TURN, arguments)
     assert "Traceback" not in done.stdout, done.stdout
     said = re.split(r"^ENDED (\d+)\n", done.stdout, flags=re.MULTILINE)
     assert len(said) == 2 * len(commands) + 1, done.stdout

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 GPUS = (1, 8, 64)
 SEQUENCES = (10**6, 10**8, 10**9)
-# of one sequence: prompt and response together, the response alone
+# of one sequence: prompt and response together, the response alone; and of a pair, whose prompt is one
 TOKENS, RESPONSE_TOKENS = 400, 200
+PAIR = TOKENS + RESPONSE_TOKENS
+# of the pairs of HH that `make bench-plan` tokenises: a prompt of 119, two responses of 44
+MEASURED_PAIR = 207
 # an assumption: half of what an H100's matrix units could do for 8 billion weights in bfloat16
 TOKENS_PER_SECOND = 31_000
 # planning runs on one machine, of at most so many GPUs
@@ -32,14 +35,21 @@ class Slope:
 
 # 2026-11-29, two processors, alone
 SLOPES = {
-    "tokenise": Slope(608, "us of a processor per pair", "rows to token ids, parts and keys", "make bench-plan"),
+    "tokenise": Slope(
+        608, "us of a processor per pair of 207 tokens", "rows to token ids, parts and keys", "make bench-plan"
+    ),
     "again": Slope(12.5, "us per pair", "the next plan, from the cache", "make bench-plan"),
-    "cache": Slope(755, "bytes per pair", "the cache of token ids, texts and keys on the disk", "make bench-plan"),
-    "plan memory": Slope(570, "bytes per pair", "memory of a plan beyond its first 0.3 GiB", "make bench-plan"),
-    "lookup": Slope(0.86, "us per key asked", "a plan's question to an indexed store", "make bench-store"),
-    "index": Slope(0.73, "us per key stored", "making the index", "make bench-store"),
+    "cache": Slope(
+        755, "bytes per pair of 207 tokens", "the cache of token ids, texts and keys on the disk", "make bench-plan"
+    ),
+    # before the figures of a plan lay in mapped files: now the most that it can take
+    "plan memory": Slope(
+        570, "bytes per pair", "memory of a plan beyond its first 0.3 GiB, at most", "make bench-plan"
+    ),
+    "lookup": Slope(1.4, "us per key asked", "a plan's question to an indexed store", "make bench-store"),
+    "index": Slope(0.83, "us per key stored", "making the index", "make bench-store"),
     "index bytes": Slope(41, "bytes per sequence", "the index on the disk", "make bench-store"),
-    "join": Slope(31.8, "us per pair", "scores into pairs.parquet", "make bench-store"),
+    "join": Slope(31.8, "us per pair of 200 tokens a response", "scores into pairs.parquet", "make bench-store"),
     "store": Slope(4.1, "bytes per response token", "the store in float32", "refscore store ls"),
     "requests": Slope(
         1, "request per 1,000 shards", "a plan's listing of shards at S3, beside two", "make bench-store"
@@ -55,8 +65,8 @@ def tables() -> str:
     slopes = ["| | | measured by |", "| --- | ---: | --- |"]
     slopes += [f"| {slope.says} | {slope.value:g} {slope.unit} | `{slope.command}` |" for slope in SLOPES.values()]
     lines = [
-        "| sequences | GPUs | tokenise | next plan | its memory | cache | store | index | shards | its requests to S3 | score | join |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| sequences | GPUs | tokenise | next plan | its memory | cache | store | index | shards | its requests to S3 | score | join | its file |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [_row(sequences, gpus) for sequences in SEQUENCES for gpus in GPUS]
     return "\n".join([*slopes, "", *lines])
@@ -65,19 +75,23 @@ def tables() -> str:
 def _row(sequences: int, gpus: int) -> str:
     slope = {name: one.value for name, one in SLOPES.items()}
     pairs, shards = sequences / 2, sequences * TOKENS / TOKENS_PER_SHARD
+    # as if all that a pair takes grew with its tokens
+    longer = PAIR / MEASURED_PAIR
     cells = [
         f"{sequences:,}",
         str(gpus),
-        _time(pairs * slope["tokenise"] / 1e6 / (min(gpus, GPUS_PER_MACHINE) * PROCESSORS_PER_GPU)),
+        _time(longer * pairs * slope["tokenise"] / 1e6 / (min(gpus, GPUS_PER_MACHINE) * PROCESSORS_PER_GPU)),
         _time((pairs * slope["again"] + sequences * slope["lookup"]) / 1e6),
         _size(0.3 * 2**30 + pairs * slope["plan memory"]),
-        _size(pairs * slope["cache"]),
+        _size(longer * pairs * slope["cache"]),
         _size(sequences * RESPONSE_TOKENS * slope["store"]),
         _size(sequences * slope["index bytes"]),
         f"{shards:,.0f}",
         f"{18 + shards * slope['requests'] / 1000 + sequences * slope['index bytes'] / (slope['index requests'] * 2**20):,.0f}",
         _time(sequences * TOKENS / TOKENS_PER_SECOND / gpus),
         _time(pairs * slope["join"] / 1e6),
+        # by construction: float32 values of every response, in a mapped file while it joins
+        _size(sequences * RESPONSE_TOKENS * 4),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from pipeline.judges.open import JudgeContext, open_judge
 from pipeline.models.load import Named, load_tokenizer
 from pipeline.models.locate import merge_adapter
 from tests.conftest import ROOT, make_tiny_model, make_tiny_tokenizer
+from tests.forked import MODULE, run
 
 pytestmark = pytest.mark.engine
 
@@ -48,13 +47,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def found(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("found") / "found.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engines.in_vllm", models, out],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(ROOT, MODULE, "tests.engines.in_vllm", models, out)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

@@ -1,5 +1,6 @@
 """Real vLLM on the edge cases of sharing: every value equals the plain forward's, however the prompts are read."""
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import PROCESSORS, ROOT
 from tests.engines.sequences import edge_cases, plain_logps
+from tests.forked import MODULE, run
 
 pytestmark = pytest.mark.engine
 CASES = edge_cases(32)
@@ -19,9 +21,8 @@ CASES = edge_cases(32)
 def scored(tiny_model, tmp_path_factory):
     """What vLLM gave in each way, in one process of its own."""
     target = tmp_path_factory.mktemp("scored") / "logps.npz"
-    subprocess.run(
-        [sys.executable, "-m", "tests.engines.vllm_worker", str(tiny_model), str(target)], cwd=ROOT, check=True
-    )
+    done = run(ROOT, MODULE, "tests.engines.vllm_worker", tiny_model, target)
+    assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(target))
 
 
@@ -88,6 +89,7 @@ def test_an_engine_that_was_stopped_leaves_no_weights_and_no_cache(scored):
 
 @pytest.mark.usefixtures("all_processors")
 @pytest.mark.skipif(len(PROCESSORS) < 2, reason="two processes need two processors")
+@pytest.mark.skipif(not os.environ.get("REFSCORE_DEVICES"), reason="half a minute for one assert: make test-devices")
 def test_a_model_that_is_spread_over_two_processes_gives_the_same_scores(tiny_model, scored, tmp_path):
     """Sums over the halves of a layer come in another order, so the last bits differ."""
     command = [sys.executable, "-m", "tests.engines.vllm_spread", str(tiny_model), str(tmp_path / "logps.npy")]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from tests.faults.conftest import build, child
+from tests.faults.conftest import PREAMBLE, build
+from tests.forked import run
 
 SOURCE = (Path(__file__).parent.parent.parent / "pipeline" / "training" / "checkpoint.py").read_text()
 POINTS = re.findall(r'reached\("(checkpoint: [^"]+)"\)', SOURCE)
@@ -19,11 +20,8 @@ POINTS = re.findall(r'reached\("(checkpoint: [^"]+)"\)', SOURCE)
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, case, point):
     root = tmp_path / "checkpoints"
     save_checkpoint(root, 2, "t", *build(2.0), keep=1)
-    done = child(
-        "from pipeline.training.checkpoint import save_checkpoint\ndie_at(sys.argv[2])\nsave_checkpoint(Path(sys.argv[1]), 4, 't', *build(4.0), keep=1)",
-        root,
-        point,
-    )
+    saving = "from pipeline.training.checkpoint import save_checkpoint\ndie_at(sys.argv[2])\nsave_checkpoint(Path(sys.argv[1]), 4, 't', *build(4.0), keep=1)"
+    done = run(tmp_path, PREAMBLE + saving, root, point)
     assert done.returncode == -signal.SIGKILL, done.stderr
     newest = newest_checkpoint(root)
     assert newest.step in (2, 4)

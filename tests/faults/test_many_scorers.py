@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import polars as pl
 
-from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.faults.conftest import EVERYTHING
+from tests.forked import Forked, run
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-SCORERS = 3 if EVERYTHING else 2
+SCORERS, ROWS = (3, 60) if EVERYTHING else (2, 30)
 SMALL = ["--config", "experiment.yaml", "--set", "reference.tokens_per_shard=150"]
 # the engine takes its time, so that there is a middle
 SCORE = """
@@ -23,7 +20,7 @@ import sys, time
 from pipeline.engines.transformers import TransformersScorer
 inner = TransformersScorer.score
 def slowly(self, sequences):
-    time.sleep(0.5)
+    time.sleep(0.2)
     return inner(self, sequences)
 TransformersScorer.score = slowly
 from stages.cli import main
@@ -33,15 +30,12 @@ main()
 
 def ready(where, tiny_model):
     where.mkdir(exist_ok=True)
-    experiment(where, tiny_model, write_rows(where / "d.jsonl", preference_rows(60)))
+    experiment(where, tiny_model, write_rows(where / "d.jsonl", preference_rows(ROWS)))
     return where
 
 
 def start(where, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCORE, *arguments, *SMALL],
-        cwd=where, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return Forked(where, SCORE, *arguments, *SMALL)
 
 
 def wait_for(what, seconds=300):
@@ -69,7 +63,7 @@ def test_one_of_them_killed_loses_no_score_and_scores_none_twice(tmp_path, tiny_
 
     wait_for(in_the_middle)
     scorers[0].kill()
-    said = [scorer.communicate(timeout=300)[0] for scorer in scorers]
+    said = ["".join(scorer.communicate(timeout=300)) for scorer in scorers]
     assert [scorer.returncode for scorer in scorers] == [-signal.SIGKILL] + [0] * (SCORERS - 1), said
     assert "Traceback" not in "".join(said)
     # what it had in hand was taken over
@@ -78,7 +72,7 @@ def test_one_of_them_killed_loses_no_score_and_scores_none_twice(tmp_path, tiny_
     assert {path.stem for path in done.iterdir()} == groups
     refscore_here(alone, "precompute", *SMALL, "--run", "r")
     assert scores_of(where).equals(scores_of(alone))
-    assert "120 hits, 0 misses" in refscore_here(where, "precompute", *SMALL, "--run", "r")
+    assert f"{2 * ROWS} hits, 0 misses" in refscore_here(where, "precompute", *SMALL, "--run", "r")
     case(f"one of {SCORERS} processes killed that score one plan")
 
 
@@ -88,13 +82,13 @@ def test_one_that_is_interrupted_gives_up_what_it_has_and_the_next_takes_it_at_o
     scorer = start(where, "score-missing", "job")
     wait_for(lambda: len(list((where / "job/done").iterdir())) > 1)
     scorer.send_signal(signal.SIGTERM)
-    said = scorer.communicate(timeout=120)[0]
+    said = "".join(scorer.communicate(timeout=120))
     assert scorer.returncode == 1, said
     assert "the same command goes on from there" in said
     states = [path.read_text() for path in (where / "job/claims").iterdir()]
     assert any('"given up"' in text for text in states)
     refscore_here(where, "score-missing", "job", *SMALL)
-    assert len(scores_of(where)) == 120
+    assert len(scores_of(where)) == 2 * ROWS
     # nothing was wrong with what it gave up: it is scored whole, not prompt by prompt
     assert not any('"failures": 1' in path.read_text() for path in (where / "job/done").iterdir())
     case("a process that scores a written plan is stopped by SIGTERM")
@@ -122,14 +116,11 @@ def test_a_prompt_that_kills_its_process_twice_is_left_out_and_the_job_goes_on(t
     codes, said = [], ""
     while 0 not in codes:
         assert len(codes) < 5
-        done = subprocess.run(
-            [sys.executable, "-c", POISONED, json.dumps(poison), "score-missing", "job", *SMALL],
-            cwd=where, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
+        done = run(where, POISONED, json.dumps(poison), "score-missing", "job", *SMALL)
         codes.append(done.returncode)
         said = done.stdout
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
-    assert "2 sequences of 120 are not stored" in said
+    assert f"2 sequences of {2 * ROWS} are not stored" in said
     assert said.count("while it scored this prompt, 2 times") == 2
-    assert len(scores_of(where)) == 118
+    assert len(scores_of(where)) == 2 * ROWS - 2
     case("a prompt that kills the process that scores it")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.faults.conftest import EVERYTHING
+from tests.forked import COMMAND, Forked, run
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
 # how long each step took is not the same twice
 SETTLED = pl.exclude("step_seconds", "tokens_per_second", "peak_memory_gib")
 RESULTS = {"precompute": "pairs.parquet", "train": "metrics.parquet", "eval": "judgements.parquet"}
@@ -65,11 +64,8 @@ SOME = {("precompute", "writing the pairs", "SIGTERM"), ("train", "writing a che
 
 def refscore(where, stage, moment=None, number=signal.SIGTERM):
     """Run a stage of run `r` in a process of its own, which signals itself at a moment."""
-    code = ["-c", STOPPING, *moment, str(int(number))] if moment else ["-m", "stages.cli"]
-    done = subprocess.run(
-        [sys.executable, *code, stage, "--config", "experiment.yaml", "--run", "r"],
-        cwd=where, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300,
-    )  # fmt: skip
+    code = (STOPPING, *moment, int(number)) if moment else (COMMAND,)
+    done = run(where, *code, stage, "--config", "experiment.yaml", "--run", "r")
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     assert "a bug in refscore" not in done.stderr
     return done
@@ -213,11 +209,7 @@ def test_a_disk_that_cannot_be_written_is_a_message(where, case, small_disk, sta
 
 def test_of_two_writers_at_once_one_is_refused(inputs, where, case):
     run_through(where, before("train"))
-    command = [sys.executable, "-m", "stages.cli", "train", "--config", "experiment.yaml", "--run", "r"]
-    both = [
-        subprocess.Popen(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        for _ in range(2)
-    ]
+    both = [Forked(where, COMMAND, "train", "--config", "experiment.yaml", "--run", "r") for _ in range(2)]
     said = [one.communicate(timeout=300)[1] for one in both]
     codes = [one.returncode for one in both]
     assert sorted(codes) == [0, 1], said

@@ -165,6 +165,8 @@ def test_a_place_that_cannot_be_reached_says_what_to_look_at(bucket, monkeypatch
     with pytest.raises(ConfigError, match=r"data\.path nosuch://x/d\.jsonl: .*extra 's3'"):
         open_parts("nosuch://x/d.jsonl", DataConfig(path="x"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    # it would wait longer each time it asks once more
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(DataError, match="check the URL, the network and the credentials"):
         open_parts(f"{bucket}/d.jsonl", DataConfig(path="x"))

@@ -1,15 +1,14 @@
 """SIGKILL at named moments of `refscore rollout`: at most one shard is lost, and what comes out is what comes out undisturbed."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from tests.conftest import ROOT, experiment, make_tiny_tokenizer, preference_rows, write_rows
+from tests.conftest import experiment, make_tiny_tokenizer, preference_rows, write_rows
+from tests.forked import run
 
 # samples and rewards are counted in files, which outlive the process; it kills itself at the n-th call that has the text
 CHILD = """
@@ -66,10 +65,7 @@ PROMPTS, SAMPLES, PER_SHARD = 12, 3, 4
 
 def rollout(where, *moment):
     """Run the command in a process of its own; its exit code and what it said."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *(moment or ("never",) * 4), "rollout", "--config", "experiment.yaml", "--run", "r"],
-        cwd=where, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
-    )  # fmt: skip
+    done = run(where, CHILD, *(moment or ("never",) * 4), "rollout", "--config", "experiment.yaml", "--run", "r")
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 

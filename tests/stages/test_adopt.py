@@ -9,12 +9,12 @@ import pytest
 
 from pipeline.artifacts.tables import read_about
 from pipeline.engines import protocol
+from tests import forked
 from tests.conftest import (
     experiment,
     make_tiny_model,
     preference_rows,
     refscore_here,
-    refscore_in_turn,
     write_rows,
 )
 
@@ -257,7 +257,7 @@ def test_an_id_that_two_references_begin_with_is_refused(tmp_path, config, old):
 @pytest.mark.engine
 def test_scores_of_vllm_stand_for_those_of_transformers(tmp_path, config):
     vllm = ["--config", config, "--set", "reference.engine=vllm", "--run", "old"]
-    ((_, _),) = refscore_in_turn(tmp_path, ("precompute", *vllm))
+    forked.refscore(tmp_path, "precompute", *vllm)
     old = stage_of(tmp_path, "old")["reference_id"]
     said = refscore_here(tmp_path, "store", "adopt", old, "--config", config)
     assert "Earlier minus today, 12 pairs" in said

@@ -58,8 +58,8 @@ def test_help_answers_without_torch(command):
         "try: main()\n"
         "finally: print('LOADED', {'torch', 'vllm', 'transformers', 'polars'} & sys.modules.keys())"
     )
-    best = min(timed(code, *command, "--help") for _ in range(2))
-    assert best < 1.5
+    # once more where something else on the machine was in the way
+    assert timed(code, *command, "--help") < 1.5 or timed(code, *command, "--help") < 1.5
 
 
 def timed(code, *arguments):

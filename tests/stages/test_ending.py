@@ -11,7 +11,8 @@ import pytest
 from pipeline.artifacts import durable
 from pipeline.errors import RefscoreError
 from stages import ending
-from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore_here, write_rows
+from tests import forked
+from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
 from tests.stages.test_cli import COMMANDS
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -86,7 +87,7 @@ def test_a_shell_is_told_how_to_complete(tmp_path):
 
 def test_a_quiet_training_says_nothing_and_its_log_everything(tmp_path, config):
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
-    assert refscore(tmp_path, "train", "--config", config, "--run", "r", "-q") == ""
+    assert forked.refscore(tmp_path, "train", "--config", config, "--run", "r", "-q") == ""
     log = (tmp_path / "data/runs/r/log.txt").read_text()
     times = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  ", log, re.MULTILINE)
     assert len(times) == len(log.splitlines())
@@ -128,12 +129,8 @@ main()
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stopped_training_says_from_which_step_it_goes_on_and_does(tmp_path, config, name):
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
-    command = ["train", "--config", str(config), "--run", "r"]
-    done = subprocess.run(
-        # as from a terminal: these tests may have been started with nohup
-        [sys.executable, "-c", "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)" + STOPPED.format(signal=name), *command],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120,
-    )  # fmt: skip
+    command = ["train", "--config", config, "--run", "r"]
+    done = forked.run(tmp_path, STOPPED.format(signal=name), *command)
     how = "interrupted" if name == "SIGINT" else f"stopped by {name}"
     assert (done.returncode, done.stderr) == (1, f"error: {how}; the same command goes on from step 2\n")
     assert not list((tmp_path / "data/runs/r").rglob(".*"))
@@ -145,10 +142,9 @@ def test_a_stopped_training_says_from_which_step_it_goes_on_and_does(tmp_path, c
 
 def test_what_is_started_with_nohup_goes_on_when_its_terminal_goes(tmp_path, config):
     refscore_here(tmp_path, "precompute", "--config", config, "--run", "r")
-    done = subprocess.run(
-        [sys.executable, "-c", "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + STOPPED.format(signal="SIGHUP").replace("(5)", "(0)"), "train", "--config", str(config), "--run", "r"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120,
-    )  # fmt: skip
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    stopped = STOPPED.format(signal="SIGHUP").replace("(5)", "(0)")
+    done = forked.run(tmp_path, ignored + stopped, "train", "--config", config, "--run", "r")
     assert done.returncode == 0, done.stderr
 
 

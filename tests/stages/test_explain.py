@@ -193,6 +193,9 @@ def test_gc_merges_small_shards(where):
     refscore_here(where, "precompute", *options)
     assert len(list(where.glob("data/store/*/scores-*"))) > 3
     assert "merged" in refscore_here(where, "store", "gc", "--apply")
+    # who asks for nothing is told that it was nothing
+    assert "nothing to remove, and no small shards to merge" in refscore_here(where, "store", "gc", "--apply")
+    assert "no small shards to merge" in refscore_here(where, "store", "compact")
     assert len(list(where.glob("data/store/*/scores-*"))) == 1
     assert "16 hits, 0 misses" in explain(where)
 

@@ -6,12 +6,14 @@ import re
 import polars as pl
 import pytest
 
+import stages.iterate
 import stages.sweep
 from pipeline.artifacts.grid import grid
 from pipeline.artifacts.schemas import JUDGEMENTS, KL, SAMPLES
 from pipeline.artifacts.tables import read_table
 from pipeline.pairs.splits import prompt_id_of
-from tests.conftest import experiment, preference_rows, refscore, refscore_here, write_rows
+from tests import forked
+from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.engines.sampling import sample_here
 
 pytestmark = pytest.mark.engine
@@ -33,7 +35,18 @@ def looped(tmp_path_factory, tiny_model):
         generate={"max_tokens": 48, "temperature": 1.0, "pair_samples": 8, "pair_judge": SHORT},
         judge=["implicit", SHORT, "rule:no_repetition"],
     )
-    return where, config, refscore(where, "iterate", "--config", config, "--run", "it", "--rounds", "2")
+    said = []
+
+    def step(stage, config, run, overrides):
+        """Those that start vLLM in a process of their own, as it is; the others, whose imports take most of their time, here."""
+        sets = [part for override in overrides for part in ("--set", override)]
+        runs = forked.refscore if stage in ("pairs", "eval") else refscore_here
+        said.append(runs(where, stage, "--config", config, "--run", run, *sets))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.iterate, "step", step)
+        said.append(refscore_here(where, "iterate", "--config", config, "--run", "it", "--rounds", "2"))
+    return where, config, "".join(said)
 
 
 @pytest.fixture

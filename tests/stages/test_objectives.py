@@ -1,14 +1,13 @@
 """Experiments without a reference, sick trainings, and reward models, through the command line."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
+from tests.forked import run
 
 
 @pytest.fixture
@@ -97,11 +96,8 @@ def test_a_reward_model_is_trained_and_vllm_reads_its_scores(tmp_path, config):
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = [float(model(input_ids=torch.tensor([ids])).logits) for ids in sequences]
-    done = subprocess.run(
-        [sys.executable, "-c", CLASSIFY, directory, json.dumps(sequences)],
-        env={**__import__("os").environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = run(tmp_path, CLASSIFY, directory, json.dumps(sequences), **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     scores = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SCORES"))[7:])
     assert scores == pytest.approx(expected, abs=1e-4)

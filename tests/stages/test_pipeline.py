@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.artifacts import schemas, tables
 from pipeline.report import addresses
 from tests.conftest import ROOT, must_leave_nothing_outside, refscore_here
-from tests.stages.test_json import asked
+from tests.forked import COMMAND, MODULE
+from tests.forked import run as run_forked
 
 pytestmark = pytest.mark.engine
 
@@ -114,14 +114,7 @@ def test_nothing_is_written_outside(pipeline_run):
 
 
 def test_transformers_and_vllm_load_the_saved_model_and_agree_with_the_trainer(pipeline_run):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.stages.saved_model", "data/runs/first", "4"],
-        cwd=pipeline_run[0],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_forked(pipeline_run[0], MODULE, "tests.stages.saved_model", "data/runs/first", "4")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.split("RESULT ")[1])
     assert found["sequences"] == 8
@@ -133,8 +126,10 @@ def test_an_evaluation_as_json(pipeline_run):
     """Samples and KL are those of the run that was: no engine starts."""
     where, _ = pipeline_run
     config = where / "experiment.yaml"
-    results, said = asked(where, "eval", "--config", config, "--run", "first")
-    assert "samples   policy: " in said
+    done = run_forked(where, COMMAND, "eval", "--config", config, "--run", "first", "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert "samples   policy: " in done.stderr
     written = json.loads((where / "data/runs/first/eval.json").read_text())
     assert {name: results[name] for name in written} == written
     assert results["run"] == "first"
@@ -166,15 +161,7 @@ def test_the_notebook_of_the_pages_runs_in_one_process(pipeline_run, tmp_path, t
     ):
         assert shown in code
         code = code.replace(shown, here)
-    (where / "notebook.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "notebook.py"],
-        cwd=where,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_forked(where, code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("0 of 48 sequences are not in the store")
     assert json.loads((where / "data/runs/notebook/eval.json").read_text())["verdict"] in done.stdout

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.engines.protocol import Request
 from pipeline.engines.quarantine import score_each
 from pipeline.errors import CheckError
+from tests import forked
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
 
 ROWS = 10
@@ -92,7 +93,9 @@ def test_workers_say_it_too(tmp_path, config, all_processors):
 def test_vllm_says_it_too(tmp_path, config):
     check(
         tmp_path,
-        refscore(tmp_path, "precompute", "--config", config, "--run", "one", "--set", "reference.engine=vllm", code=4),
+        forked.refscore(
+            tmp_path, "precompute", "--config", config, "--run", "one", "--set", "reference.engine=vllm", code=4
+        ),
     )
 
 

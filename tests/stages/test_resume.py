@@ -2,13 +2,12 @@
 
 import re
 import signal
-import subprocess
-import sys
 
 import polars as pl
 import pytest
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 
 SETTLED = pl.exclude("step_seconds", "tokens_per_second", "peak_memory_gib")
@@ -75,15 +74,8 @@ def test_resuming_with_dropout_changes_no_bit(tmp_path, tiny_model):
 
 def killed_after(where, config, run, step):
     """Start training and send SIGKILL once the line of `step` was printed."""
-    child = subprocess.Popen(
-        [sys.executable, "-u", "-c", PATCHED.format(step=step), "train", "--config", str(config), "--run", run],
-        cwd=where,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output = child.communicate(timeout=120)[0]
-    assert child.returncode == -signal.SIGKILL, output
+    child = forked.run(where, PATCHED.format(step=step), "train", "--config", config, "--run", run)
+    assert child.returncode == -signal.SIGKILL, child.stdout + child.stderr
 
 
 PATCHED = """
@@ -124,19 +116,11 @@ main()
 )
 def test_interrupted_scoring_goes_on_where_the_last_shard_ended(tmp_path, config, action):
     options = ["precompute", "--config", str(config), "--set", "reference.tokens_per_shard=300"]
-    child = subprocess.run(
-        [sys.executable, "-c", SCORING.format(action=action), *options],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert "Traceback" not in child.stdout
+    child = forked.run(tmp_path, SCORING.format(action=action), *options)
+    assert "Traceback" not in child.stdout + child.stderr
     if "SIGINT" in action:
         assert child.returncode == 1
-        assert "the same command goes on from there" in child.stdout
+        assert "the same command goes on from there" in child.stderr
     else:
         assert child.returncode == -signal.SIGKILL
     shards = list(tmp_path.glob("data/store/*/scores-*.parquet"))

@@ -45,6 +45,8 @@ def test_what_does_not_fit_is_said(where):
     other = refscore_here(where, "score-missing", "job", *SMALL, "--set", "reference.dtype=bfloat16", code=2)
     assert "is a job for reference" in other
     assert "holds a job already" in refscore_here(where, "precompute", *SMALL, "--plan-to", "job", code=2)
+    assert "give one" in refscore_here(where, "precompute", *SMALL, "--plan", "--plan-to", "other", code=2)
+    assert not (where / "other").exists()
     assert "--plan-to nowhere" in refscore_here(where, "score-missing", "nowhere", *SMALL, code=3)
     free = refscore_here(where, "precompute", *SMALL, "--plan-to", "x", "--set", "train.loss_type=[simpo]", code=2)
     assert "compares nothing with the reference" in free

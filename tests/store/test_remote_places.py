@@ -19,7 +19,8 @@ from pipeline.store.index.index_file import IndexFile
 from pipeline.store.store import Store
 from pipeline.store.tidying.compaction import groups_of
 from pipeline.store.tidying.inventory import holding
-from tests.conftest import experiment, preference_rows, refscore, write_rows
+from tests.conftest import experiment, preference_rows, write_rows
+from tests.forked import refscore
 from tests.store.test_store import REFERENCE, keys, scored
 
 

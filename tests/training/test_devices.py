@@ -22,6 +22,7 @@ from pipeline.training.parallel.sharded import must_be_shardable
 from pipeline.training.parallel.world import World
 from tests.conftest import experiment, make_tiny_model, preference_rows, refscore, refscore_here, write_rows
 from tests.engines.sampling import sample_here
+from tests.forked import run
 from tests.rollouts.test_training import length_rewards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,11 +100,14 @@ def launched(where, size, *cases, code=0, **variables):
         "GLOO_SOCKET_IFNAME": "lo",
         **variables,
     }
-    command = [sys.executable, "-m", "tests.training.many", *cases]
-    if size > 1:
+    if size == 1:
+        done = run(where, "import sys\nfrom tests.training.many import main\nmain(sys.argv[1:])", *cases, **environment)
+    else:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        command = [sys.executable, *launcher, *command[1:]]
-    done = subprocess.run(command, check=False, cwd=where, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "tests.training.many", *cases],
+            check=False, cwd=where, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -143,11 +147,11 @@ def place(tmp_path_factory, tiny_model):
     write_table(samples, length_rewards(read_table(samples, ROLLOUTS)), read_about(samples))
     for size in SIZES:
         for name in CASES:
-            run = where / f"data/runs/{name}-{size}"
-            run.mkdir(parents=True)
+            directory = where / f"data/runs/{name}-{size}"
+            directory.mkdir(parents=True)
             scored = where / f"data/runs/scored-{name}/responses.parquet"
             pairs = scored if name in OF_RESPONSES else samples.with_name("pairs.parquet")
-            shutil.copy(samples if name in OF_SAMPLES else pairs, run)
+            shutil.copy(samples if name in OF_SAMPLES else pairs, directory)
         launched(where, size, *CASES)
     return where
 
@@ -225,12 +229,29 @@ def test_a_training_goes_on_in_another_number_of_processes(place, before, after)
         assert max((weights[name] - again[name]).abs().max().item() for name in weights) <= 1e-6
 
 
-def test_many_processes_agree_that_a_training_had_ended_by_itself(place):
-    directory = begun_again(place, "policy_few-2", "policy_few-ended")
-    taken = pl.read_parquet(directory / "metrics.parquet")["step"].max()
+EXPORTED = [case for case in ("few", "merged", "narrow", "reward", "untied") if case in CASES]
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """What is said where trainings that lack only their export go on, by the number of processes: each number started once."""
+    begun_again(place, "policy_few-2", "policy_few-ended")
+    said = {}
+    for size in (1, *SIZES[-1:]):
+        for case in EXPORTED:
+            begun_again(place, f"{case}-{SIZES[-1]}", f"{case}-by-{size}")
+        ended = ["policy_few=policy_few-ended"] if size == SIZES[-1] == 2 else []
+        said[size] = launched(place, size, *[f"{case}={case}-by-{size}" for case in EXPORTED], *ended)
+    if SIZES[-1] != 2:
+        said[2] = launched(place, 2, "policy_few=policy_few-ended")
+    return said
+
+
+def test_many_processes_agree_that_a_training_had_ended_by_itself(place, finished):
+    taken = pl.read_parquet(place / "data/runs/policy_few-2/metrics.parquet")["step"].max()
     assert taken < 8
     # one that goes on where another does not would wait for it
-    assert f"resuming after step {taken} " in launched(place, 2, "policy_few=policy_few-ended")
+    assert f"resuming after step {taken} from data/runs/policy_few-ended/" in finished[2]
     (before, weights), (after, again) = read(place, "policy_few-2"), read(place, "policy_few-ended")
     assert before["step"].equals(after["step"])
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -252,13 +273,13 @@ def test_state_of_eight_bits_goes_on_where_its_blocks_can_be_shared(place, case,
         assert most == 0 if before == after else most <= 1e-3
 
 
-@pytest.mark.parametrize("case", [case for case in ("few", "merged", "narrow", "reward", "untied") if case in CASES])
-def test_what_many_processes_export_is_byte_for_byte_what_one_does(place, case):
+@pytest.mark.parametrize("case", EXPORTED)
+def test_what_many_processes_export_is_byte_for_byte_what_one_does(place, finished, case):
     # from the checkpoint after the last step: the same weights
     exported = {}
     for size in {1, SIZES[-1]}:
-        directory = begun_again(place, f"{case}-{SIZES[-1]}", f"{case}-by-{size}")
-        assert "resuming after step 6 " in launched(place, size, f"{case}={directory.name}")
+        directory = place / f"data/runs/{case}-by-{size}"
+        assert f"resuming after step 6 from data/runs/{directory.name}/" in finished[size]
         exported[size] = {
             str(path.relative_to(directory)): path.read_bytes()
             for kind in ("model", "adapter")

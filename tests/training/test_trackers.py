@@ -13,7 +13,8 @@ from pipeline.artifacts.runs import Run
 from pipeline.errors import ConfigError
 from pipeline.training.records import trackers
 from pipeline.training.records.trackers import open_trackers
-from tests.conftest import ROOT, experiment, preference_rows, refscore, refscore_here, write_rows
+from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
+from tests.forked import refscore
 
 
 def trained(where, model, *report_to, code=0, command=refscore):
