@@ -28,7 +28,7 @@ def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> Non
         return
     started = time.monotonic()
     rows, nats, tokens = 0, 0.0, 0
-    with RowScorer(config) as scorer, durable.replacing(out) as temporary:
+    with RowScorer(config, console.working) as scorer, durable.replacing(out) as temporary:
         about = {"reference_id": scorer.identity.reference_id, "dtype": scorer.identity.numerics.dtype}
         with parquet_writer(temporary, SCORED, about) as writer:
             for table in scorer.tables(data):
@@ -40,6 +40,8 @@ def main(data: Path, out: Path, config: Config, top_k: int | None = None) -> Non
                 console.say(
                     f"{rows} rows: {scorer.hits} hits, {adopted}{scorer.scored} scored, {scorer.dropped} with a problem"
                 )
+    for by, count in scorer.computed_by.items():
+        console.say(f"adopted   {count} of these sequences were computed by {by[:12]}, which was adopted")
     mean = f", {nats / tokens:.4f} nats per token" if tokens else ""
     _must_be_finite(scorer.not_finite, out)
     console.say(f"scores    {out}  ({tokens} response tokens{mean}, {duration(time.monotonic() - started)})")

@@ -14,7 +14,7 @@ from pipeline.store.places import Entry
 from pipeline.store.registrations import registered
 from pipeline.store.tidying.compaction import compact_small, groups_of, identified
 from pipeline.store.tidying.inventory import holding, is_imported, references, shard_entries
-from pipeline.store.tidying.retention import Removal, Rules, bytes_of, parts_of, removals_by, remove
+from pipeline.store.tidying.retention import Part, Removal, Rules, bytes_of, parts_of, removals_by, remove
 from pipeline.store.transfer import copy_rows, copy_shards, described_references
 from stages import console
 
@@ -97,8 +97,7 @@ def gc(store: str, rules: Rules, *, apply: bool) -> None:
             console.say(f"removed {len(removal.entries):,} files of {removal.bytes:,} bytes from {name}")
         else:
             console.say(f"{name} is left: somebody has used it since it was listed")
-    for part in staying:
-        _compact(store, part.reference_id, part.entries)
+    _compact_all(store, staying)
 
 
 def compact(store: str) -> None:
@@ -106,8 +105,7 @@ def compact(store: str) -> None:
     parts = parts_of(store, *uses_of_references())
     if not any(groups_of(part.place, part.entries) for part in parts):
         console.say("no small shards to merge")
-    for part in parts:
-        _compact(store, part.reference_id, part.entries)
+    _compact_all(store, parts)
 
 
 def verify(store: str) -> None:
@@ -145,6 +143,19 @@ def _say(removal: Removal) -> None:
     )
 
 
+def _compact_all(store: str, parts: list[Part]) -> None:
+    """Merge what can be merged; raises RefscoreError in the end if a place refused."""
+    refused = 0
+    for part in parts:
+        try:
+            _compact(store, part.reference_id, part.entries)
+        except RefscoreError as problem:
+            console.say(f"not merged: {problem}")
+            refused += 1
+    if refused:
+        raise RefscoreError(f"the small shards of {refused} references could not be merged: what refused stands above")
+
+
 def _compact(store: str, reference_id: str, entries: list[Entry]) -> None:
     elsewhere = 0
     try:
@@ -157,7 +168,8 @@ def _compact(store: str, reference_id: str, entries: list[Entry]) -> None:
         console.say(f"not merged: {problem}")
     if elsewhere:
         console.say(
-            f"{elsewhere} groups of shards of {reference_id[:12]} are left to other processes, which work at them"
+            f"{elsewhere} groups of shards of {reference_id[:12]} are left: other processes work at them, or fewer than two are "
+            "sound"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.artifacts import durable
 from pipeline.artifacts.runs import Run, read_saved_config
-from pipeline.artifacts.schemas import IMPORTED_BY
+from pipeline.artifacts.schemas import COMPUTED_BY, IMPORTED_BY
 from pipeline.artifacts.tables import read_about
 from pipeline.config.experiment import Config, ReferenceConfig
 from pipeline.config.files import load_overrides
@@ -56,6 +56,9 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
 
     figures, about = sample.against(truth, config.train.beta), read_about(table)
     judged = judge(figures, str(about.get("dtype")), by_sum=bool(sample.sums))
+    computed_by = about.get(COMPUTED_BY, {})
+    for adopted, count in computed_by.items():
+        judged["verdict"] += f"; {count} sequences of the run were computed by {adopted[:12]}, which was adopted"
     if misfits:
         judged |= {"passed": False, "verdict": "; ".join([*misfits, judged["verdict"]])}
     durable.write_json(
@@ -63,6 +66,7 @@ def main(run: Run, rows: int, engines: list[str]) -> None:
         {
             **judged,
             **({IMPORTED_BY: about[IMPORTED_BY]} if IMPORTED_BY in about else {}),
+            **({COMPUTED_BY: computed_by} if computed_by else {}),
             "compared": "sums" if sample.sums else "tokens",
             sample.unit: sample.rows,
             "beta": config.train.beta,

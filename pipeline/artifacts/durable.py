@@ -25,6 +25,8 @@ CACHE = Path("data/cache")
 # numbers of the system's errors: nothing more fits; this may not be done
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# what a file system answers that has no hard links, or has them not here
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL)
 
 _WORKED_IN: set[Path] = set()
 
@@ -77,6 +79,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` durably as indented JSON (no NaN: it is not JSON)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def link_new(file: Path, path: Path) -> bool:
+    """Give a finished file a second name that nothing may stand under yet; whether nothing did.
+
+    Without hard links it is copied: who looks meanwhile may find a part of it.
+    """
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            with path.open("xb") as copy:
+                copy.write(file.read_bytes())
+        except FileExistsError:
+            return False
+    return True
 
 
 def flush(path: Path) -> None:

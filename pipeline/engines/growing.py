@@ -19,7 +19,7 @@ from pipeline.progress import SILENT, Listener, duration
 class Growing:
     """`Scorer` of a reference; a context manager. `limit`: tokens that no sequence exceeds, as far as is known.
 
-    `on_ready` is called each time the engine was started.
+    `on_ready` is called when the engine was started, and not when it was again: what was scored before counts.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Growing:
         self._stack = ExitStack()
         self._scorer: Scorer | None = None
         self._longest = 0
+        self._was_ready = False
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +60,9 @@ class Growing:
         self._longest = max(longest, self._limit or min(1 << (longest - 1).bit_length(), self._positions))
         self._scorer = scorer = self._stack.enter_context(self._reference.start(self._longest))
         self._listener.say(f"engine ready after {duration(time.monotonic() - started)}")
-        self._on_ready()
+        if not self._was_ready:
+            self._was_ready = True
+            self._on_ready()
         return scorer
 
     def close(self) -> None:

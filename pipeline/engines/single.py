@@ -40,6 +40,7 @@ class SmallerOnce:
     def __init__(self, reference: ReferenceConfig, start: Callable[[ReferenceConfig], Engine]) -> None:
         self._reference, self._start = reference, start
         self._engine = start(reference)
+        self._closed = False
         self._may_retry = True
 
     @property
@@ -75,13 +76,17 @@ class SmallerOnce:
             "set reference.max_batched_tokens=%d to begin so",
             said, tokens, self._engine.batched_tokens, tokens,
         )  # fmt: skip
-        self._engine.close()
+        self.close()
         self._engine = self._start(self._reference.model_copy(update={"max_batched_tokens": tokens}))
+        self._closed = False
         return self._asked(ask)
 
     def close(self) -> None:
         """See `Scorer.close`."""
-        self._engine.close()
+        if not self._closed:
+            # an engine whose smaller successor did not start is closed already
+            self._closed = True
+            self._engine.close()
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

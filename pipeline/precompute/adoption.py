@@ -67,18 +67,22 @@ def draw_stored(plan: Plan, adopted: ReferenceIdentity, rows: int) -> Sample:
     """
     keys = [keys_of(adopted.reference_id, table) for _, table in plan.pairs.groups(plan.pairs.ids)]
     lookup, sides = plan.store.of(adopted).lookup(pa.concat_arrays(keys)), len(plan.sides)
-    numbers, counts = np.unique(held_of_its_own(lookup) // sides, return_counts=True)
-    whole = numbers[counts == sides]
-    chosen = np.sort(np.random.default_rng(0).choice(whole, min(rows, len(whole)), replace=False))
-    positions = (sides * chosen[:, None] + np.arange(sides)).ravel()
     stored: dict[int, np.ndarray] = {}
-    for these, table in lookup.rows(positions):
-        stored |= dict(zip(these.tolist(), arrays_of(table, "logps"), strict=True))
-    if not len(whole) or len(stored) < len(positions):
-        raise DataError(
-            f"{adopted.reference_id[:12]} computed no score of this configuration's data that can be compared: name a "
-            "configuration whose data it scored, with the same tokens"
-        )
+    positions = np.empty(0, dtype=np.int64)
+    # what turns out damaged when it is read is held no longer
+    while not len(positions) or len(stored) < len(positions):
+        numbers, counts = np.unique(held_of_its_own(lookup) // sides, return_counts=True)
+        whole = numbers[counts == sides]
+        if not len(whole):
+            raise DataError(
+                f"{adopted.reference_id[:12]} computed no score of this configuration's data that can be compared: name a "
+                "configuration whose data it scored, with the same tokens"
+            )
+        chosen = np.sort(np.random.default_rng(0).choice(whole, min(rows, len(whole)), replace=False))
+        positions = (sides * chosen[:, None] + np.arange(sides)).ravel()
+        stored = {}
+        for these, table in lookup.rows(positions):
+            stored |= dict(zip(these.tolist(), arrays_of(table, "logps"), strict=True))
     requests = [plan.request(int(position)) for position in positions]
     return Sample(requests, [stored[int(position)] for position in positions], [], sides)
 

@@ -61,7 +61,10 @@ def explain(config: Config, row: int | None) -> list[str]:
         if nearest is None:
             return [*said, "no place of the store holds a reference yet: every sequence is a miss"]
         said.append(f"no score of this reference is stored; the nearest is {nearest[0][:12]}, which differs in:")
-        return [*said, *(f"  {words}" for words in nearest[1])]
+        said += [f"  {words}" for words in nearest[1]]
+        if all(words.startswith(f"{_WORDS['numerics']} engine") for words in nearest[1]):
+            said.append(f"'refscore store adopt {nearest[0][:12]}' lets its scores stand for these, if a sample agrees")
+        return said
     causes_of_misses = causes(plan, misses, remember([open_run(name) for name in existing_runs()]))
     for (cause,), rows in causes_of_misses.group_by("cause", maintain_order=True):
         shown = ", ".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,10 +16,14 @@ from pipeline.engines.growing import Growing
 from pipeline.engines.protocol import must_compute
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import DataError, RefscoreError
+from pipeline.precompute.overlap import Ahead
 from pipeline.precompute.plan import Plan, Window
 from pipeline.precompute.score import Target, lengths_in, score_shards, shards_of, target_of, windows_of
 from pipeline.progress import SILENT, Listener, Ticker
 from pipeline.store.adoption import serve_from_adopted
+
+# windows of which what is read later is taken to be like
+_LATEST = 8
 
 
 @dataclass
@@ -58,10 +63,12 @@ def score_windows(
     sequence exceeds, if that is known. Raises RefscoreError if the store cannot be written, ConfigError if scores are imported,
     CheckError for scores that cannot be true. What was published before an error or Ctrl-C stays.
     """
-    windows, outcome = iter(windows), Outcome()
-    first = next((window for window in windows if len(window.missing)), None)
-    if first is not None:
-        _score(reference, first, windows, outcome, directory, listener, limit)
+    windows, outcome, read = iter(windows), Outcome(), 0.0
+    for window in windows:
+        if len(window.missing):
+            _score(reference, window, windows, outcome, directory, listener, limit, read)
+            break
+        read = window.share
     if not outcome.sequences:
         words = f", {reference.numerics.words}" if reference.config.imported_by else ""
         listener.say(f"nothing to score: every sequence is in the store{words}; no engine is started")
@@ -78,6 +85,7 @@ def _score(
     directory: Path | None,
     listener: Listener,
     limit: int | None,
+    read: float,
 ) -> None:
     must_compute(reference.numerics)
     target = target_of(reference)
@@ -91,16 +99,18 @@ def _score(
     if first.share >= 1:
         limit = int(lengths_in(first.missing).max())
     with listener.progress("scoring", len(first.missing)) as ticker:
-        told = _Told(target, outcome, ticker)
-        shards = shards_of(reference, told.still_missing(chain([first], others)))
+        told = _Told(target, outcome, ticker, read)
+        missing = told.still_missing(chain([first], others))
         try:
             if reference.config.in_actors:
                 from pipeline.precompute.many import ray as cluster
 
+                shards = shards_of(reference, missing)
                 outcome.quarantined |= cluster.score_shards(target, shards, limit, told.on_shard, listener)
             else:
-                with Growing(reference, limit, listener, told.begin_anew) as scorer:
-                    outcome.quarantined |= score_shards(target, shards, scorer, told.on_shard)
+                # the next window is planned while all shards of this one are scored
+                with Growing(reference, limit, listener, told.begin_anew) as scorer, Ahead(missing) as planned:
+                    outcome.quarantined |= score_shards(target, shards_of(reference, planned), scorer, told.on_shard)
         except KeyboardInterrupt:
             listener.say(
                 f"stopped: {outcome.sequences} of {told.of_all} sequences are in the store; the same command goes on from there"
@@ -113,19 +123,16 @@ def _score(
 class _Told:
     """What is said of the scoring while it goes on: counts it, and forecasts from what is planned by now."""
 
-    def __init__(self, target: Target, outcome: Outcome, ticker: Ticker) -> None:
+    def __init__(self, target: Target, outcome: Outcome, ticker: Ticker, read: float) -> None:
         self._target, self._outcome, self._ticker = target, outcome, ticker
-        self._missing, self._share = 0, 0.0
+        self._missing, self._expected, self._share = 0, 0, read
+        self._latest: deque[tuple[int, float]] = deque(maxlen=_LATEST)
         self._began = time.monotonic()
 
     @property
     def of_all(self) -> str:
         """How many sequences there are to score, for people."""
         return f"{self._missing}" if self._share >= 1 else f"about {self._expected}"
-
-    @property
-    def _expected(self) -> int:
-        return round(self._missing / self._share) if self._share else self._missing
 
     def begin_anew(self) -> None:
         """The engine scores from now on."""
@@ -136,7 +143,11 @@ class _Told:
         for window in windows:
             table = serve_from_adopted(self._target.store, window.missing)
             self._outcome.adopted += len(window.missing) - len(table)
+            self._latest.append((len(table), window.share - self._share))
             self._missing, self._share = self._missing + len(table), window.share
+            # what is not read yet is like what was read last: if a run was interrupted, all before that may be in the store
+            missing, read = map(sum, zip(*self._latest, strict=True))
+            self._expected = round(self._missing + (missing / read * (1 - self._share) if read else 0))
             self._ticker.expect(self._expected, about=self._share < 1)
             yield table
 

@@ -59,8 +59,11 @@ class Ahead(Generic[_T]):
 
     def __iter__(self) -> Iterator[_T]:
         """The items in order; raises what drawing them raised."""
-        while True:
-            is_item, drawn = self._drawn.get()
+        while not self._unwanted.is_set():
+            try:
+                is_item, drawn = self._drawn.get(timeout=_LOOK)
+            except queue.Empty:
+                continue
             if is_item:
                 yield drawn  # type: ignore[misc]  # so marked by the thread
             elif isinstance(drawn, BaseException):

@@ -215,6 +215,8 @@ class Planning:
             new = self._new_of(number)
             missing = new[self._store.lookup(keys.take(pa.array(new)), listed_within=_LISTED_WITHIN).missing]
             groups = [table for _, table in groups_of(self._assembly.table, keys, missing, first)]
+            # of every window's rows and digests a little would be kept between what lives on
+            return_freed_memory()
             yield Window(pa.concat_tables([MISSING.empty_table(), *groups]), share)
 
     def plan(self) -> Plan:

@@ -6,6 +6,7 @@ store. A row that cannot be scored keeps its place, with its problem instead of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ from pipeline.pairs.splits import prompt_text
 from pipeline.precompute.launch import score_windows
 from pipeline.precompute.plan import Window
 from pipeline.precompute.score import check_scores, table_of
+from pipeline.progress import SILENT, Listener
 from pipeline.store.adoption import serve_from_adopted
 from pipeline.store.identity import ReferenceIdentity, score_key
 from pipeline.store.store import Store
@@ -43,11 +45,12 @@ _AT_ONCE = 8192
 class RowScorer:
     """Scores the rows of files with the columns prompt and response, in nats, through the store; a context manager.
 
-    The engine starts with the first sequence that the store lacks, and stops on leaving the context.
+    The engine starts with the first sequence that the store lacks, and stops on leaving the context. `listener` hears how actors of
+    Ray get on.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, listener: Listener = SILENT) -> None:
+        self._config, self._listener = config, listener
         self._reference = reference = open_reference(config.reference)
         # said before any row is read: new responses have no score that was imported
         must_compute(reference.numerics)
@@ -58,6 +61,8 @@ class RowScorer:
         self._engine = Growing(reference, config.data.max_length)
         self._quarantined: dict[bytes, str] = {}
         self.hits = self.adopted = self.scored = self.dropped = 0
+        # of how many sequences adopted references computed the scores, now or before, by their ids
+        self.computed_by: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +79,9 @@ class RowScorer:
         before: dict[bytes, bool] = {}
         if self._reference.config.in_actors:
             windows = self._windows(source, before)
-            outcome = score_windows(self._reference, windows, limit=self._config.data.max_length)
+            outcome = score_windows(
+                self._reference, windows, listener=self._listener, limit=self._config.data.max_length
+            )
             self._quarantined |= outcome.quarantined
         for part in self._parts(source):
             yield self._scored(part, before)
@@ -109,6 +116,7 @@ class RowScorer:
             self._score({key: asked[key] for key in left["key"].to_pylist()})
             lookup = self._store.lookup(part.wanted)
         self.scored, self.adopted = self.scored + sum(known), self.adopted + len(known) - sum(known)
+        self.computed_by.update({by: len(held) for by, held in lookup.held_from_adopted().items()})
         scores = {row["key"]: row for row in lookup.found().iter_rows(named=True)}
         rows = [
             scored_row(item, self._or_quarantined(item, encoding, key), scores.get(key))

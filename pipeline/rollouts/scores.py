@@ -91,9 +91,9 @@ class Scores:
         outcome = score_windows(self.model, windows, listener=listener)
         seconds = time.monotonic() - started
         self.quarantined |= outcome.quarantined
-        for shard, asked in missing.items():
-            tokens = sum(map(len, asked.values()))
-            costs.add("score", f"{self.reference_id}/{shard}", seconds * tokens / outcome.tokens, tokens)
+        tokens = {shard: sum(map(len, asked.values())) for shard, asked in missing.items()}
+        for shard, of_shard in tokens.items():
+            costs.add("score", f"{self.reference_id}/{shard}", seconds * of_shard / sum(tokens.values()), of_shard)
 
     def register(self) -> None:
         """Leave word in the store that the run uses these scores."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
@@ -24,9 +23,6 @@ from pipeline.store.places import ADOPTION, Entry, Listing, NotThere
 from pipeline.store.shard import SHARD, OpenShard, Unsound, check_shard, digest_in, open_shard, sha256_now, shard_names
 
 log = logging.getLogger(__name__)
-
-# what a file system answers that has no hard links, or has them not here
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL)
 
 
 class LocalPlace:
@@ -116,7 +112,7 @@ class LocalPlace:
                 log.warning("%s was damaged: the same rows, published again, take its place", final)
                 _copy(file, final)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in durable.NO_LINKS:
                 raise
             if not _same_bytes(final, file):
                 _copy(file, final)

@@ -50,6 +50,25 @@ def test_a_smaller_engine_takes_over_and_the_log_says_what_to_set(caplog):
     assert "set reference.max_batched_tokens=512 to begin so" in caplog.text
 
 
+def test_one_whose_smaller_engine_does_not_start_is_closed_once_and_says_why():
+    engines = []
+
+    def start(reference):
+        if engines:
+            raise RuntimeError("can't allocate memory for the smaller one either")
+        engines.append(Hungry(reference, 0, REFUSED))
+        engines[0].close = lambda: closed.append(1)
+        return engines[0]
+
+    closed = []
+    scorer = SmallerOnce(ReferenceConfig(), start)
+    with pytest.raises(RuntimeError, match="smaller one either"):
+        scorer.score([Request([1], [2])])
+    # as `start_scorer` does on the way out: an engine that was closed has nothing more to close
+    scorer.close()
+    assert closed == [1]
+
+
 def test_it_is_done_once():
     scorer, engines = started(100, error=MemoryError())
     with pytest.raises(RefscoreError, match=r"set reference.max_batched_tokens=256 or less"):

@@ -81,6 +81,85 @@ def test_what_is_to_come_is_forecast_from_what_is_read(plan):
     assert heard.lines[1].startswith("engine ready after")
 
 
+@pytest.mark.parametrize(
+    ("shares", "first_missing", "expected"),
+    [
+        # the first half is in the store, as a run was interrupted there: the rest is not
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 5, [20, 20, 20, 20, 20]),
+        # one that was interrupted soon
+        ([0.25, 0.5, 0.75, 1.0], 1, [12, 12, 12]),
+    ],
+)
+def test_what_is_to_come_is_like_what_was_read_last(plan, shares, first_missing, expected):
+    heard, (whole,) = Heard(), windows_of(plan)
+    rows = [4 if number >= first_missing else 0 for number in range(len(shares))]
+    begins = [sum(rows[:number]) for number in range(len(rows))]
+    windows = [
+        Window(whole.missing.slice(begin, count), share)
+        for begin, count, share in zip(begins, rows, shares, strict=True)
+    ]
+    score_windows(plan.reference, windows, listener=heard)
+    assert [total for total, _ in heard.expected] == expected
+
+
+def test_the_next_window_is_planned_while_the_first_shard_of_this_one_is_scored(plan, monkeypatch):
+    """Otherwise planning begins with the last but two of a window's shards, and the engine waits for what it has not done by then."""
+    first, second = in_parts(plan, [0.5, 1.0])
+    monkeypatch.setattr("pipeline.precompute.score._SHARDS_AT_LEAST", 0)
+    begun, scored, inner = threading.Event(), [], OpenedReference.start
+
+    @contextmanager
+    def waiting(reference, longest):
+        with inner(reference, longest) as scorer:
+            score = scorer.score
+
+            def when_planned(sequences):
+                scored.append(len(sequences))
+                assert begun.wait(20), "nothing is planned meanwhile"
+                return score(sequences)
+
+            monkeypatch.setattr(scorer, "score", when_planned)
+            yield scorer
+
+    monkeypatch.setattr(OpenedReference, "start", waiting)
+
+    def windows():
+        yield first
+        if len(scored) < 2:
+            begun.set()
+        yield second
+
+    before = threading.active_count()
+    assert score_windows(plan.reference, windows()).sequences == 24
+    assert len(scored) > 8
+    assert threading.active_count() == before
+
+
+def test_no_more_than_a_window_is_planned_ahead(plan, monkeypatch):
+    planned, most, inner = [], [], OpenedReference.start
+
+    @contextmanager
+    def noting(reference, longest):
+        with inner(reference, longest) as scorer:
+            score = scorer.score
+            monkeypatch.setattr(
+                scorer, "score", lambda sequences: (time.sleep(0.2), most.append(len(planned)), score(sequences))[2]
+            )
+            yield scorer
+
+    monkeypatch.setattr(OpenedReference, "start", noting)
+    monkeypatch.setattr("pipeline.precompute.score._SHARDS_AT_LEAST", 0)
+
+    def windows():
+        for number, window in enumerate(in_parts(plan, [number / 12 for number in range(1, 13)])):
+            planned.append(number)
+            yield window
+
+    score_windows(plan.reference, windows())
+    # in the engine, in two shards behind it, waiting, and in the planning thread's hands
+    assert most[0] <= 6
+
+
 def test_the_engine_is_made_for_what_is_known_to_come(plan, monkeypatch):
     asked, start = [], OpenedReference.start
 
@@ -128,14 +207,41 @@ def test_a_store_that_cannot_be_written_is_said_before_an_engine_starts(plan, mo
         score_windows(plan.reference, windows_of(plan))
 
 
-def test_what_goes_wrong_in_planning_comes_out_and_no_thread_is_left(plan):
+@pytest.mark.parametrize("stop", [RefscoreError, KeyboardInterrupt])
+def test_what_goes_wrong_in_planning_comes_out_and_no_thread_is_left(plan, stop):
     first, _ = in_parts(plan, [0.5, 1.0])
 
     def windows():
         yield first
-        raise RefscoreError("row 7 is torn")
+        raise stop("row 7 is torn")
 
+    before, heard = threading.active_count(), Heard()
+    with pytest.raises(stop, match="row 7 is torn"):
+        score_windows(plan.reference, windows(), listener=heard)
+    assert threading.active_count() == before
+    # what was planned before is scored
+    assert 24 - len(plan.store.lookup(plan.keys).missing) == 12
+    assert any("stopped: 12 of about 24 sequences" in line for line in heard.lines) == (stop is KeyboardInterrupt)
+
+
+def test_an_interrupted_engine_stops_planning_too(plan, monkeypatch):
+    first, second = in_parts(plan, [0.5, 1.0])
+    closed = threading.Event()
+
+    def windows():
+        try:
+            yield first
+            yield second
+            yield from in_parts(plan, [1.0])
+        finally:
+            closed.set()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.precompute.launch.score_shards", interrupted)
     before = threading.active_count()
-    with pytest.raises(RefscoreError, match="row 7 is torn"):
+    with pytest.raises(KeyboardInterrupt):
         score_windows(plan.reference, windows())
+    assert closed.wait(5)
     assert threading.active_count() == before

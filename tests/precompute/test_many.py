@@ -1,10 +1,16 @@
 """A job that processes share: every group is had by one of them, and what fails is tried again, by prompts, and left out by name."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +19,10 @@ import pytest
 from pipeline.artifacts.schemas import MISSING
 from pipeline.config.files import load_config
 from pipeline.errors import CheckError, ConfigError, DataError, RefscoreError
-from pipeline.precompute.many import attempts, worker
-from pipeline.precompute.many.attempts import Claims, next_attempt
+from pipeline.precompute.many import attempts, claimed, worker
+from pipeline.precompute.many.attempts import Claims, next_attempt, planning
 from pipeline.precompute.many.claimed import score_claimed, write_job
-from pipeline.precompute.many.job import Job
+from pipeline.precompute.many.job import Job, Result
 from pipeline.precompute.many.worker import Worker
 from pipeline.precompute.plan import make_plan
 from pipeline.precompute.score import Target, shards_of, sorted_shards
@@ -104,6 +110,120 @@ def test_a_job_that_is_broken_off_is_complete_with_what_was_written(plan, place)
     with pytest.raises(KeyboardInterrupt):
         write_job(plan.reference, job, shards())
     assert job.groups() == len(job.names("missing")) == 2
+
+
+PLANNER = """
+import os, sys
+from pipeline.precompute.many.attempts import planning
+from pipeline.precompute.many.job import Job
+with planning(Job(sys.argv[1]), "id"):
+    os._exit(1)
+"""
+
+
+def test_nobody_waits_for_a_plan_whose_process_is_gone(tmp_path):
+    job = Job(str(tmp_path / "job"))
+    subprocess.run([sys.executable, "-c", PLANNER, job.place], check=False)
+    assert job.groups() is None
+    with (
+        Claims(job) as claims,
+        pytest.raises(RefscoreError, match=r"planned it is gone.*with another place plans what is left"),
+    ):
+        list(claims.attempts())
+
+
+def test_a_plan_is_waited_for_as_long_as_its_process_gives_signs_of_life(job, monkeypatch):
+    monkeypatch.setattr(attempts, "_BEAT", 0.05)
+    other = Job(f"{job.place}-2")
+    with planning(other, "id"), Claims(other) as claims:
+        note = other.read("plan.json")
+        # on another machine: it cannot be asked whether it runs
+        monkeypatch.setattr(attempts, "has_ended", lambda _: None)
+        monkeypatch.setattr(attempts, "_DEAD_AFTER", 1.0)
+        for _ in range(30):
+            claims._must_be_planned()
+            time.sleep(0.05)
+        assert other.read("plan.json")["beat"] > note.get("beat", 0)
+    with Claims(other) as claims, pytest.raises(RefscoreError, match="planned it is gone"):
+        list(claims.attempts())
+
+
+def test_a_sign_of_life_that_could_not_be_left_is_left_the_next_time(job, monkeypatch, caplog):
+    monkeypatch.setattr(attempts, "_BEAT", 0.02)
+    with Claims(job) as claims:
+        (attempt,) = islice(claims.attempts(), 1)
+        told, put = threading.Event(), Job.put
+
+        def failing(job, name, content):
+            if "no space" not in caplog.text:
+                raise RefscoreError("no space left")
+            put(job, name, content)
+            told.set()
+
+        monkeypatch.setattr(Job, "put", failing)
+        assert told.wait(20)
+    assert job.read(f"claims/{attempt.group}.1.json")["beat"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null", "{", '{"who": 3}', '{"who": {"pid": 1}}', '{"state": []}'])
+def test_damaged_notes_of_a_job_say_nothing(job, content, monkeypatch):
+    for name in ("claims/00000000.1.json", "complete.json", "done/00000001.json"):
+        job._files.pipe_file(f"{job._root}/{name}", content.encode())
+    assert job.groups() is None
+    assert job.result("00000001") is None
+    monkeypatch.setattr(attempts, "_DEAD_AFTER", 0.1)
+    with Claims(job) as claims:
+        left = {attempt.group: attempt for attempt in islice(claims.attempts(), len(job.names("missing")) - 1)}
+    assert (left["00000000"].number, left["00000000"].failed_at) == (2, [])
+
+
+def test_a_note_is_whole_or_not_there(job, monkeypatch):
+    """Whoever reads it while it is written finds the one before, and never half of one."""
+    if not job._local:
+        return
+    job.put("note.json", {"beat": 1})
+    seen, write = [], Path.write_bytes
+
+    def halfway(path, content):
+        done = write(path, content[: len(content) // 2])
+        seen.append((job.read("note.json"), job.result("00000000"), job.names("done")))
+        return write(path, content) if done else done
+
+    monkeypatch.setattr(Path, "write_bytes", halfway)
+    job.put("note.json", {"beat": 2})
+    assert job.put_new("done/00000000.json", {"sequences": 1, "tokens": 1, "left_out": {}, "failures": 0})
+    assert not job.put_new("done/00000000.json", {"sequences": 2, "tokens": 1, "left_out": {}, "failures": 0})
+    assert seen[:2] == [({"beat": 1}, None, []), ({"beat": 2}, None, [])]
+    assert job.result("00000000").sequences == 1
+    assert not list(Path(job.place).glob(".tmp-*"))
+
+
+def test_where_files_cannot_be_made_on_condition_a_claim_is_still_respected(tmp_path, monkeypatch):
+    job = Job(f"memory://{tmp_path.name}/job")
+    pipe = type(job._files).pipe_file
+
+    def without_conditions(files, path, value, mode="overwrite", **rest):
+        if mode == "create":
+            raise NotImplementedError
+        return pipe(files, path, value, mode=mode, **rest)
+
+    monkeypatch.setattr(type(job._files), "pipe_file", without_conditions)
+    job.begin("id")
+    with pytest.raises(ConfigError, match="holds a job already"):
+        job.begin("id")
+    assert next_attempt(job, "00000000").number == 1
+    assert next_attempt(job, "00000000").number == 2
+
+
+def test_a_job_that_is_removed_meanwhile_is_said(tmp_path):
+    job = Job(str(tmp_path / "job"))
+    job.begin("id")
+    attempt = next_attempt(job, "00000000")
+    job.remove()
+    with pytest.raises(RefscoreError, match="cannot be read or written"):
+        attempt.publishes()
+    with pytest.raises(RefscoreError, match="cannot be read or written"):
+        job.missing("00000000")
 
 
 def test_no_job_is_said(tmp_path):
@@ -232,8 +352,35 @@ def test_what_was_published_before_a_failure_is_not_scored_again(job, plan):
     assert (result.sequences, result.left_out) == (len(taken.whole), {})
 
 
+def test_prompts_side_by_side_that_break_the_engine_are_no_fault_of_the_engine(tmp_path, tiny_model, place):
+    data = write_rows(tmp_path / "d.jsonl", preference_rows(8))
+    plan = make_plan(load_config(experiment(tmp_path, tiny_model, data), ["reference.tokens_per_shard=9999"]))
+    job = Job(place)
+    write_job(plan.reference, job, shards_of(plan.reference, tables_of(plan)))
+    prompts = list(dict.fromkeys(map(tuple, job.missing("00000000")["prompt_ids"].to_pylist())))
+    bad = set(prompts[:3])
+    # too long for it: a part of such a prompt is not
+    engine = Engine(fails=lambda request: tuple(request.prompt_ids) in bad)
+    (result,) = work(job, plan, engine)
+    assert (len(result.left_out), result.failures) == (6, 4)
+    assert len(missing_keys(plan)) == 6
+
+
+def test_what_was_published_by_a_process_that_died_before_it_said_so_is_not_scored_again(job, plan):
+    one = Worker(job, Target(plan.reference, plan.store), Engine())
+    taken = one.take(next_attempt(job, "00000000"))
+    scores = one.score(taken)
+    taken.attempt.publishes()
+    Target(plan.reference, plan.store).publish(taken.rows, scores)
+    engine = Engine()
+    (result,) = work(job, plan, engine, ["00000000"])
+    assert (engine.asked, result.sequences, result.failures) == ([], len(taken.whole), 0)
+
+
 def test_an_engine_that_breaks_down_over_everything_stops_the_process(job, plan):
-    with pytest.raises(RefscoreError, match=r"broke down 3 times in a row \(device-side assert\)"):
+    with pytest.raises(
+        RefscoreError, match=r"broke down 3 times in a row \(device-side assert\), and over a single token"
+    ):
         work(job, plan, Engine(fails=lambda _: True))
     assert len(missing_keys(plan)) == 16
 
@@ -245,6 +392,50 @@ def test_scores_that_cannot_be_true_stop_the_process(job, plan, monkeypatch):
         work(job, plan, engine)
 
 
+class Heard:
+    """A listener that keeps what it hears of progress."""
+
+    def __init__(self):
+        self.begun, self.ticks = [], []
+
+    def say(self, text): ...
+
+    @contextmanager
+    def progress(self, title, total, done=0):
+        self.begun.append((total, done))
+        self.started = time.monotonic()
+        yield self
+
+    def expect(self, total, *, about): ...
+
+    def advance(self, units, text):
+        self.ticks.append((units, text))
+
+
+def test_what_others_did_before_is_no_speed_of_this_process(job, plan, monkeypatch):
+    monkeypatch.setattr(claimed, "_LOOK", -1.0)
+    work(job, plan, Engine(), job.names("missing")[:-2])
+    heard, before = Heard(), job.groups() - 2
+    reference = replace(plan.reference, config=plan.reference.config.model_copy(update={"price_per_hour": 3.6e6}))
+    score_claimed(reference, job, None, heard)
+    assert heard.begun == [(job.groups(), before)]
+    assert [units for units, _ in heard.ticks] == [1, 1]
+    # one of two groups is done: as much again is to come
+    spent, of_all = re.search(r"([\d.]+) of about ([\d.]+) spent here", heard.ticks[0][1]).groups()
+    assert float(of_all) > 1.001 * float(spent)
+    assert re.search(r"([\d.]+) of about \1 spent here", heard.ticks[1][1])
+
+
+def test_groups_are_not_counted_for_every_one_that_is_done(job, plan, monkeypatch):
+    listed, names = [], Job.names
+    monkeypatch.setattr(Job, "names", lambda job, folder: listed.append(folder) or names(job, folder))
+    with Heard().progress("scoring", 4) as ticker:
+        told = claimed._Told(plan.reference, job, ticker, 0)
+        for _ in range(20):
+            told.on_group(Result(2, 100, {}, 0))
+    assert listed == ["done"]
+
+
 def test_processes_that_claim_score_all_and_find_it_done(job, plan):
     one = score_claimed(plan.reference, job, None, SILENT)
     assert (one.own, one.groups, one.sequences, one.left_out) == (job.groups(), job.groups(), 16, {})
@@ -253,6 +444,20 @@ def test_processes_that_claim_score_all_and_find_it_done(job, plan):
     other = score_claimed(plan.reference, job, None, SILENT)
     assert (other.own, other.groups) == (0, job.groups())
     assert not missing_keys(plan)
+
+
+def test_a_process_that_was_killed_leaves_no_word_of_an_engine_that_hung(tmp_path):
+    script = (
+        "import os, signal; from pipeline.precompute.many import worker; "
+        "guard = worker.answering(99, None); guard.__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False, cwd=tmp_path)
+    assert list(tmp_path.glob("data/cache/hung-*.txt"))
+    with worker.answering(99, None):
+        worker._sweep_hung()
+        (here,) = tmp_path.glob("data/cache/hung-*.txt")
+        assert f"-{os.getpid()}-" in here.name
+    assert not list(tmp_path.glob("data/cache/hung-*.txt"))
 
 
 HANGING = """
@@ -285,6 +490,7 @@ def test_an_engine_that_hangs_takes_its_process_with_it(job, tmp_path, how):
     )
     assert done.returncode == 1
     (where,) = tmp_path.glob("data/cache/hung-*.txt")
+    worker._sweep_hung()
     assert f"line {12 if how == 'in Python' else 14}" in where.read_text()
     note = json.loads((tmp_path / "job/claims/00000000.1.json").read_text())
     assert note["at"] == 5

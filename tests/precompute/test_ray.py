@@ -1,15 +1,23 @@
 """Two actors of a local Ray, one killed in the middle: everything is scored, with the bits of one process; and what stops them."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
+from types import SimpleNamespace
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
+from pipeline.artifacts.schemas import MISSING
 from pipeline.config.experiment import ReferenceConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RefscoreError
+from pipeline.precompute.many import ray as cluster
+from pipeline.precompute.many.job import Job, Result
 from pipeline.precompute.many.ray import threads_of_each
 from tests.conftest import ROOT, experiment, preference_rows, refscore_here, write_rows
 
@@ -45,6 +53,8 @@ DRIVER = """
             return inner(target, shards, limit, counted, listener)
 
         cluster.score_shards = killing
+        of_ray, place = [], cluster._ray_place
+        cluster._ray_place = lambda: of_ray.append(place()) or of_ray[0]
         outcome = score_windows(plan.reference, windows_of(plan))
         # the actor that lived has added what it published to the index
         place = plan.store.places[0]
@@ -53,6 +63,9 @@ DRIVER = """
         again = make_plan(config)
         assert not len(again.missing), len(again.missing)
         assert not list(Path("data/cache/work").glob("*/job-*"))
+        # nothing of Ray is left, no file and no process
+        assert of_ray[0] is None or not Path(of_ray[0]).exists()
+        assert not [one for one in psutil.Process().children(recursive=True) if one.status() != "zombie"]
         print("RESULT", len(plan.missing), outcome.sequences, len(outcome.quarantined), len(killed))
 """
 SMALL = ["--set", "reference.tokens_per_shard=150"]
@@ -128,3 +141,126 @@ def test_without_ray_several_workers_are_refused_with_the_way_out(tmp_path, tiny
     )
     assert "need Ray, which is not installed" in said
     assert "requirements/ray.txt" in said
+
+
+@pytest.mark.engine
+def test_any_responses_are_scored_in_actors_as_they_are_in_one_process(
+    tmp_path, tiny_model, all_processors, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ready(tmp_path, tiny_model, 4)
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in preference_rows(20)]
+    # one stands twice, and two have no score
+    write_rows(tmp_path / "rows.jsonl", [*rows, rows[0], {"prompt": "Hi"}, {"prompt": "Hi", "response": ""}])
+    scored, said = {}, {}
+    for workers in (1, 2):
+        out, here = f"{workers}.parquet", f"reference.store=store-{workers}"
+        arguments = ["rows.jsonl", "--config", "experiment.yaml", *SMALL, "--set", here, "--out", out]
+        arguments += ["--set", f"reference.workers={workers}"]
+        said[workers] = refscore_here(tmp_path, "score", *arguments)
+        assert "23 rows: 0 hits, 20 scored, 2 with a problem" in said[workers]
+        scored[workers] = pl.read_parquet(tmp_path / out)
+    assert "in 2 Ray actors" in said[2]
+    without = pl.exclude("logps", "logp")
+    assert scored[1].select(without).equals(scored[2].select(without))
+    assert scored[1]["logp"].to_list() == pytest.approx(scored[2]["logp"].to_list(), abs=1e-4)
+    assert "20 hits, 0 scored, 2 with a problem" in refscore_here(tmp_path, "score", *arguments)
+    assert pl.read_parquet(tmp_path / "2.parquet").equals(scored[2])
+
+
+def actor(job, **wanted):
+    reference = ReferenceConfig(model="none", engine="transformers", hangs_after=0.002).model_dump(mode="json")
+    wanted = {"job": job.place, "reference_id": "id", "limit": None, "longest": 8, "workers": 2} | wanted
+    return cluster.ScoringActor(reference, wanted, ".", 1)
+
+
+def answer(one):
+    (row,) = one(pa.table({"group": ["00000000"]})).to_pylist()
+    return json.loads(row["error"])
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    job = Job(str(tmp_path / "job"))
+    job.begin("id")
+    opened = SimpleNamespace(identity=SimpleNamespace(reference_id="id"), config=ReferenceConfig(hangs_after=0.002))
+    monkeypatch.setattr(cluster, "open_reference", lambda _: opened)
+    return job
+
+
+def test_what_a_worker_meets_at_its_start_is_answered_and_not_lost_among_errors_of_ray(job, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(cluster, "Growing", lambda *_: SimpleNamespace(ready=fails))
+    name, message = answer(actor(job))
+    assert name == "RefscoreError"
+    assert message.startswith(
+        "a Ray worker stopped (RuntimeError: no kernel image is available): what was published before"
+    )
+    assert answer(actor(job, reference_id="other"))[0] == "CheckError"
+
+
+def test_an_engine_that_hangs_at_its_start_is_noticed(job, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(cluster, "Growing", lambda *_: SimpleNamespace(ready=lambda _: over.wait(60)))
+    try:
+        assert "did not start within 0.002 minutes" in answer(actor(job))[1]
+    finally:
+        over.set()
+
+
+def test_workers_that_die_at_their_start_are_not_started_for_ever(job, monkeypatch):
+    class Died(BaseException):
+        """As a signal: nothing below says anything."""
+
+    def dies(*_):
+        raise Died
+
+    monkeypatch.setattr(cluster, "Growing", lambda *_: SimpleNamespace(ready=dies))
+    for _ in range(5):
+        with pytest.raises(Died):
+            actor(job)
+    # two may be at their start at this moment
+    assert "3 workers and more died while they started an engine" in answer(actor(job))[1]
+    job.put_new("ready/one.json", {})
+    with pytest.raises(Died):
+        actor(job)
+
+
+def test_workers_that_die_over_everything_stop_the_job():
+    lost = cluster._Lost()
+    for of_group in (2, 2, 1, 2, 2):
+        lost.must_be_few(Result(2, 50, dict.fromkeys("ab"[:of_group], "died"), failures=9))
+    # not finite is not dead
+    lost.must_be_few(Result(2, 50, {"a": "not finite", "b": "not finite"}, failures=0))
+    lost.must_be_few(Result(1, 50, {"a": "died"}, failures=2))
+    lost.must_be_few(Result(1, 50, {"a": "died"}, failures=2))
+    with pytest.raises(RefscoreError, match=r"workers died over every sequence of 3 groups in a row"):
+        lost.must_be_few(Result(1, 50, {"a": "died"}, failures=2))
+
+
+def test_a_disk_that_is_full_while_groups_are_written_stops_the_job_and_nobody_waits(job, monkeypatch):
+    def full(*_):
+        raise RefscoreError("no space left")
+
+    monkeypatch.setattr(Job, "add", full)
+    monkeypatch.setattr(Job, "put_new", full)
+
+    def read():
+        with cluster._written(job, iter([MISSING.empty_table()])):
+            return list(cluster.names_of_groups(job))
+
+    with pytest.raises(RefscoreError, match="no space left"):
+        read()
+
+
+def test_a_job_has_a_place_where_no_working_directory_can_be_made(job, monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster.durable, "scratch_place", lambda: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = SimpleNamespace(
+        reference=SimpleNamespace(config=ReferenceConfig(), identity=SimpleNamespace(reference_id="id"))
+    )
+    with cluster._job(target) as made:
+        assert made.place.startswith(f"{tmp_path}/job-")

@@ -50,7 +50,7 @@ def old(tmp_path, config, updated):
     return stage_of(tmp_path, "old")["reference_id"]
 
 
-def test_after_an_update_nothing_is_scored_again(tmp_path, config, old, monkeypatch):
+def test_after_an_update_nothing_is_scored_again(tmp_path, config, old, updated, monkeypatch):
     assert "24 misses" in refscore_here(tmp_path, "precompute", "--config", config, "--plan")
     said = refscore_here(tmp_path, "store", "adopt", old[:12], "--config", config, "--sample", 8)
     assert "Earlier minus today, 8 pairs" in said
@@ -77,6 +77,11 @@ def test_after_an_update_nothing_is_scored_again(tmp_path, config, old, monkeypa
     refscore_here(tmp_path, "export", "--run", "new", "--format", "jsonl", "--to", "exported")
     card = (tmp_path / "exported/README.md").read_text()
     assert f"by refscore; 24 sequences by another version of the engine, reference `{old}`. Its id" in card
+    monkeypatch.undo()
+    verified = refscore_here(tmp_path, "verify", "--run", "new", "--rows", 4)
+    assert f"24 sequences of the run were computed by {old[:12]}, which was adopted" in verified
+    assert json.loads((runs / "new/verify.json").read_text())["computed_by"] == {old: 24}
+    updated("5.0")
     # what was taken over is there now, and sound; it is said where it comes from
     assert "24 hits, 0 misses" in refscore_here(tmp_path, "precompute", "--config", config, "--plan")
     assert "0 damaged" in refscore_here(tmp_path, "store", "verify")
@@ -103,10 +108,47 @@ def test_other_commands_take_over_what_was_adopted(tmp_path, config, old):
     out = tmp_path / "scores.parquet"
     said = refscore_here(tmp_path, "score", asked, "--out", out, "--config", config)
     assert "15 rows: 0 hits, 12 adopted, 2 scored, 0 with a problem" in said
+    assert f"12 of these sequences were computed by {old[:12]}, which was adopted" in said
+    said = refscore_here(tmp_path, "score", asked, "--out", tmp_path / "again.parquet", "--config", config)
+    assert "15 rows: 14 hits, 0 scored" in said
+    assert f"12 of these sequences were computed by {old[:12]}, which was adopted" in said
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     pairs = pl.read_parquet(tmp_path / "data/runs/old/pairs.parquet")
     known = dict(zip(pairs["chosen"], pairs["ref_chosen_logps"], strict=True))
     assert [known[row["response"]] for row in rows[:12]] == scores["logp"][:12].to_list()
+
+
+def test_what_is_damaged_is_not_in_the_sample(tmp_path, config, updated):
+    updated("4.0")
+    small = ["--config", config, "--set", "reference.tokens_per_shard=150"]
+    refscore_here(tmp_path, "precompute", *small, "--run", "old")
+    updated("5.0")
+    old = stage_of(tmp_path, "old")["reference_id"]
+    first, *others = sorted((tmp_path / "data/store" / old).glob("scores-*.parquet"))
+    assert others
+    content = bytearray(first.read_bytes())
+    content[100] ^= 1
+    first.write_bytes(content)
+    said = refscore_here(tmp_path, "store", "adopt", old, *small, "--sample", 12)
+    assert "it computed no more than" in said
+    assert "a sample of 12 says more" in said
+    assert f"adopted   scores of {old[:12]}" in said
+
+
+def test_the_sample_is_of_pairs_that_were_scored_whole(tmp_path, tiny_model, old):
+    rows = preference_rows(12)
+    others = [{**row, "rejected": f"{row['rejected']} no"} for row in rows[:5]]
+    half = experiment(tmp_path, tiny_model, write_rows(tmp_path / "half.jsonl", [*others, *rows[5:]]))
+    said = refscore_here(tmp_path, "store", "adopt", old, "--config", half, "--sample", 12)
+    assert "it computed no more than 7 pairs of this data" in said
+
+
+def test_an_explanation_names_the_way_out(tmp_path, config, old):
+    said = refscore_here(tmp_path, "store", "explain", "--config", config)
+    assert "numerics: engine_version 'transformers 4.0" in said
+    assert f"'refscore store adopt {old[:12]}' lets its scores stand for these" in said
+    other = refscore_here(tmp_path, "store", "explain", "--config", config, "--set", "reference.dtype=bfloat16")
+    assert "store adopt" not in other
 
 
 def test_what_the_earlier_engine_never_scored_is_scored(tmp_path, tiny_model, config, old):

@@ -1,7 +1,10 @@
 """The store's commands on a bucket, as they are typed."""
 
+import json
+
 import pytest
 
+from pipeline.errors import RefscoreError
 from tests.conftest import experiment, preference_rows, refscore_here, write_rows
 from tests.store.test_remote_places import bucket, server  # noqa: F401  # fixtures
 
@@ -56,3 +59,23 @@ def test_a_bucket_that_is_not_there(tmp_path, bucket):  # noqa: F811
     for command in ("ls", "verify", "gc", "compact"):
         said = refscore_here(tmp_path, "store", command, "--store", "s3://no-such-bucket-here/x", code=3)
         assert "does not exist" in said
+
+
+def test_a_run_is_registered_before_its_data_is_read(where, bucket, monkeypatch):  # noqa: F811
+    """What it found there must stay until it has joined it, however long the reading takes."""
+
+    def registered():
+        said = refscore_here(where, "store", "ls", "--store", bucket, "--json")
+        (reference,) = json.loads(said[said.index("\n{") :])["references"]
+        return reference["runs"]
+
+    assert registered() == ["first"]
+
+    def fails(_):
+        raise RefscoreError("the data is being read")
+
+    monkeypatch.setattr("pipeline.precompute.plan.Planning._has_more", fails)
+    for command, run in ((["precompute", "--plan"], "shown"), (["precompute"], "second"), (["train"], "third")):
+        said = refscore_here(where, *command, "--config", "experiment.yaml", "--run", run, code=1)
+        assert "the data is being read" in said
+    assert registered() == ["first", "second", "third"]

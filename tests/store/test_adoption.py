@@ -27,6 +27,7 @@ from pipeline.store.shard import check_shard, shard_files
 from pipeline.store.store import Scored, Store
 from pipeline.store.tidying.compaction import compact
 from pipeline.store.transfer import copy_rows, copy_shards
+from tests.store.test_remote_places import bucket, server  # noqa: F401  # fixtures
 from tests.store.test_store import REFERENCE
 
 FIGURES = {"mean_absolute_difference": 1e-6}
@@ -308,8 +309,9 @@ def test_a_copy_says_whose_scores_it_holds(store, place, tmp_path):
         assert {by: at.tolist() for by, at in held.items()} == {OLD.reference_id: [0, 1]}
 
 
-def test_at_a_url_too(tmp_path):
-    url = f"memory://{tmp_path.name}"
+@pytest.mark.parametrize("where", ["memory", "bucket"])
+def test_at_a_url_too(tmp_path, request, where):
+    url = request.getfixturevalue("bucket") if where == "bucket" else f"memory://{tmp_path.name}"
     Store([url], OLD).publish([row(OLD, 1)])
     store = Store([url], NEW)
     adopt(store, adoption())

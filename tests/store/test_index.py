@@ -415,6 +415,18 @@ def test_an_index_of_removed_shards_is_passed_over_and_goes(store):
     assert len(index_files(store)) == 1
 
 
+def test_an_index_that_is_of_removed_shards_in_the_main_is_made_anew(store):
+    truth = filled(store)
+    for path in shard_files(store.places[0].directory)[:4]:
+        path.unlink()
+    truth |= {bytes([version]) * 32: version for version in range(2)}
+    for version in range(2):
+        store.publish_table(table_of([bytes([version]) * 32], version), [{}])
+    assert found_in(again(store), truth) == 2 * 30 + 2
+    (path,) = index_files(store)
+    assert IndexFile(path.name, LocalBytes(path)).size == 2 * 30 + 2
+
+
 def test_there_are_few_index_files_however_often_shards_come(store):
     truth = {}
     for version in range(64):

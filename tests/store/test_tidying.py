@@ -302,6 +302,10 @@ def test_a_reference_that_another_adopts_is_used_as_that_one_is(where, monkeypat
     by.note(f"adopted-{REFERENCE.reference_id}.json", {})
     days_pass(monkeypatch, 60)
     assert goes(where, Rules(unreferenced=True)).keys() == {REFERENCE.reference_id, OTHER.reference_id}
+    with monkeypatch.context() as patch:  # adopted today, by a reference that no run uses yet
+        patch.setattr(retention, "_age", lambda entry: 0 if entry.name.startswith("adopted-") else 60 * DAY)
+        for rules in (Rules(unreferenced=True), Rules(within=3 * DAY), Rules(quota=0)):
+            assert goes(where, rules) == {}
     (tmp_path / "run").mkdir()
     by.register(tmp_path / "run")
     days_pass(monkeypatch, 62)
@@ -423,6 +427,21 @@ def test_a_quota_takes_what_was_used_least_recently_and_no_more(where, monkeypat
     assert len(references(where)) == 2
 
 
+def test_what_was_published_first_goes_first(tmp_path, monkeypatch):
+    store = Store([str(tmp_path)], REFERENCE)
+    for number in range(6):
+        store.publish([scored(number)])
+    named = shards(store)
+    order = [named[number] for number in (3, 0, 5, 1, 4, 2)]
+    for days, name in enumerate(order):
+        os.utime(tmp_path / REFERENCE.reference_id / name, (NOW - (30 - days) * DAY,) * 2)
+    os.utime(tmp_path / REFERENCE.reference_id / "reference.json", (NOW - 20 * DAY,) * 2)
+    (part,) = parts_of(str(tmp_path), {}, {})
+    size = sum(entry.bytes for entry in shard_entries(part.entries) if entry.name in order[:2])
+    gone = goes(str(tmp_path), Rules(quota=retention.bytes_of([part]) - size))
+    assert gone == {REFERENCE.reference_id: order[:2]}
+
+
 def entries_of(parts, identity):
     return next(part.entries for part in parts if part.reference_id == identity.reference_id)
 
@@ -509,6 +528,9 @@ def test_groups_are_of_neighbours_in_time_and_no_larger_than_they_may(where, mon
     monkeypatch.setattr(compaction, "MERGED_BYTES", 2**40)
     monkeypatch.setattr(compaction, "MERGED_ROWS", 10)
     assert [len(group) for group in groups_of(store.places[0], store.places[0].entries())] == [3, 3]
+    monkeypatch.setattr(compaction, "MERGED_ROWS", 2**40)
+    monkeypatch.setattr(compaction, "MERGED_SHARDS", 4)
+    assert [len(group) for group in groups_of(store.places[0], store.places[0].entries())] == [4, 2]
     monkeypatch.setattr(compaction, "SMALL_BYTES", 10)
     assert groups_of(store.places[0], store.places[0].entries()) == []
 
@@ -707,6 +729,25 @@ def test_where_nothing_can_be_removed_nothing_is_merged(bucket, monkeypatch):  #
     with pytest.raises(RefscoreError, match=r"not merged where the small ones cannot be removed.*Access Denied"):
         list(compact_small(store, store.places[0].entries()))
     assert len(shards(store)) == 3
+
+
+def test_a_reference_that_cannot_be_merged_keeps_no_other_from_it(where, monkeypatch, capsys):
+    stores = [Store([where], one) for one in sorted((REFERENCE, OTHER), key=lambda one: one.reference_id)]
+    for store in stores:
+        publish_in_order(store, 2)
+    place, write = type(stores[0].places[0]), type(stores[0].places[0]).write
+
+    def refuse(self, name, content):
+        if self.name == stores[0].places[0].name:
+            raise RefscoreError("it may not be written")
+        write(self, name, content)
+
+    monkeypatch.setattr(place, "write", refuse)
+    for command in (lambda: stage.compact(where), lambda: stage.gc(where, Rules(), apply=True)):
+        with pytest.raises(RefscoreError, match="of 1 references could not be merged"):
+            command()
+        assert "not merged: it may not be written" in capsys.readouterr().out
+        assert [len(shards(store)) for store in stores] == [2, 1]
 
 
 def test_a_directory_that_is_described_as_another_is_not_merged(where, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pytest
 from pipeline.artifacts.schemas import SCORES
 from pipeline.artifacts.tables import write_parquet
 from pipeline.errors import ConfigError, DataError, RefscoreError
+from pipeline.store import transfer
 from pipeline.store.local_places import LocalPlace
 from pipeline.store.lookup import Lookup
 from pipeline.store.shard import open_shard, published_at, shard_files
@@ -102,6 +104,22 @@ def test_a_damaged_shard_is_not_copied(source, tmp_path):
     copied = copy_shards(source, str(tmp_path / "target"), [REFERENCE])[0]
     assert copied.shards == 2
     assert len(Lookup([LocalPlace(tmp_path / "target" / REFERENCE.reference_id)], keys(*ROWS)).held) == 8
+
+
+def test_a_shard_that_changes_while_it_is_copied_is_not_published(source, tmp_path, monkeypatch):
+    copy = transfer.shutil.copyfile
+
+    def changed(shard, temporary):
+        copy(shard, temporary)
+        with temporary.open("r+b") as file:
+            file.seek(100)
+            file.write(b"?")
+
+    monkeypatch.setattr(transfer.shutil, "copyfile", changed)
+    target = str(tmp_path / "target")
+    (copied,) = copy_shards(source, target, [REFERENCE])
+    assert (copied.shards, set(copied.unsound.values())) == (0, {"it changed while it was copied"})
+    assert not list(Path(target).rglob("scores-*"))
 
 
 def planted(tmp_path, table=None, content=b"", about=None):

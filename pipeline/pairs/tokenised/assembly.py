@@ -366,7 +366,7 @@ def _keys_of(path: Path | None, rows: int, sides: int) -> np.ndarray:
     if path is None:
         return np.zeros((rows, 0), np.uint8)
     try:
-        keys = pq.read_table(path, page_checksum_verification=True)["key"]
+        keys = pq.read_table(path, page_checksum_verification=True, use_threads=False)["key"]
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
     if len(keys) != rows * sides:

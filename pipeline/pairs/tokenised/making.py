@@ -35,6 +35,7 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.shelf import Shelf
 from pipeline.artifacts.tables import parquet_writer
 from pipeline.errors import RefscoreError
+from pipeline.hardware import return_freed_memory
 from pipeline.models.load import chat_template_digest
 from pipeline.pairs.reading.ranges import Range
 from pipeline.pairs.tokenised.part import CACHED, Piece, sides_of, write_part
@@ -103,6 +104,7 @@ class Maker:
         if self._workers == 1 or not isinstance(piece.range, Range):
             with _one_processor():
                 _make(made, self._how, self._tokenizer)
+            return_freed_memory()
             self._keep(made)
             return made, None
         if self._pool is None:

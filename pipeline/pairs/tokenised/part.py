@@ -117,7 +117,7 @@ def figures_of(path: Path, wanted: Data) -> tuple[pa.Table, dict[str, Any]]:
     texts = {"topic", "prompt", "prompt_ids", *(f"{side}{what}" for side in sides_of(wanted) for what in ("", "_ids"))}
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read([name for name in names if name not in texts])
+            table = file.read([name for name in names if name not in texts], use_threads=False)
             return table.combine_chunks(), json.loads((file.metadata.metadata or {})[_SAID])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise damaged(path, error) from None

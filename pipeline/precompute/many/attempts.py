@@ -10,12 +10,14 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from pipeline.artifacts.writer import Writer, has_ended, this_process
-from pipeline.precompute.many.job import Job
+from pipeline.errors import RefscoreError
+from pipeline.precompute.many.job import PLAN, Job
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,26 @@ def next_attempt(job: Job, group: str) -> Attempt:
         earlier.append(job.read(_claim(group, len(earlier) + 1)))
 
 
+@contextmanager
+def planning(job: Job, reference_id: str) -> Iterator[None]:
+    """Make the job, and leave word within the block that this process lives: without it nobody would know that no more comes."""
+    note: dict[str, Any] = {"who": asdict(this_process("plans a job")), "beat": 0}
+    job.begin(reference_id, **note)
+
+    def live() -> None:
+        note["beat"] += 1
+        job.put(PLAN, {"reference_id": reference_id, **note})
+
+    ended = threading.Event()
+    beating = threading.Thread(target=_beat, args=(ended, live), name="signs of life", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+
+
 class Claims:
     """Attempts at groups of a job, for one of several processes that know nothing of one another; a context manager.
 
@@ -87,7 +109,9 @@ class Claims:
         self._held: dict[str, Attempt] = {}
         self._seen: dict[str, tuple[dict[str, Any], float]] = {}
         self._ended = threading.Event()
-        self._beating = threading.Thread(target=self._beat, name="signs of life", daemon=True)
+        self._beating = threading.Thread(
+            target=_beat, args=(self._ended, self._live), name="signs of life", daemon=True
+        )
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -101,7 +125,10 @@ class Claims:
             attempt.give_up()
 
     def attempts(self) -> Iterator[Attempt]:
-        """One attempt after the other, until every group is done, by whomever."""
+        """One attempt after the other, until every group is done, by whomever.
+
+        Raises RefscoreError if the process that plans is gone before it was through, and all that it planned is done.
+        """
         while not self._ended.is_set():
             of_all, done, numbers = self._job.groups(), set(self._job.names("done")), self._numbers()
             if of_all is not None and len(done) >= of_all:
@@ -109,6 +136,7 @@ class Claims:
             with self._lock:
                 left = [group for group in self._job.names("missing") if group not in done and group not in self._held]
             if of_all is None and not left:
+                self._must_be_planned()
                 log.info(
                     "all that was planned by now is taken: waiting for 'refscore precompute --plan-to' to plan more"
                 )
@@ -148,24 +176,52 @@ class Claims:
             found[group] = max(found.get(group, 0), int(number))
         return found
 
+    def _must_be_planned(self) -> None:
+        """Raise RefscoreError if no more is planned, and nobody has said so."""
+        try:
+            note = self._job.read(PLAN)
+        except FileNotFoundError:
+            note = {"state": _GIVEN_UP}
+        if self._is_over(PLAN, note) and self._job.groups() is None:
+            raise RefscoreError(
+                f"what {self._job.place} holds is scored, but the process that planned it is gone before it was through: the same "
+                "'refscore precompute --plan-to' with another place plans what is left, or 'refscore precompute' scores it"
+            )
+
     def _is_over(self, name: str, note: dict[str, Any]) -> bool:
         """Whether nobody works on it: it says so, its process is gone, or it has given no sign of life for long.
 
         By this process's own clock: that of another machine may be another.
         """
-        if note.get("state") in (_FAILED, _GIVEN_UP) or (note and has_ended(Writer(**note["who"]))):
+        if note.get("state") in (_FAILED, _GIVEN_UP) or _is_gone(note):
             return True
         known = self._seen.get(name)
         if known is None or known[0] != note:
             self._seen[name] = known = (note, time.monotonic())
         return time.monotonic() - known[1] > _DEAD_AFTER
 
-    def _beat(self) -> None:
-        while not self._ended.wait(_BEAT):
-            with self._lock:
-                held = list(self._held.values())
-            for attempt in held:
-                attempt.live()
+    def _live(self) -> None:
+        with self._lock:
+            held = list(self._held.values())
+        for attempt in held:
+            attempt.live()
+
+
+def _beat(ended: threading.Event, live: Callable[[], None]) -> None:
+    while not ended.wait(_BEAT):
+        try:
+            live()
+        except RefscoreError as error:
+            # it may be written again the next time; a thread that ended would let this process pass for dead
+            log.warning("no sign of life could be left: %s", error)
+
+
+def _is_gone(note: dict[str, Any]) -> bool:
+    """Whether the process that it names has ended, as far as that can be known here."""
+    try:
+        return bool(has_ended(Writer(**note["who"])))
+    except (KeyError, TypeError):
+        return False
 
 
 def _claim(group: str, number: int) -> str:

@@ -14,12 +14,15 @@ from pipeline.engines.protocol import must_run_here
 from pipeline.engines.reference import OpenedReference
 from pipeline.errors import RefscoreError
 from pipeline.precompute.launch import spent
-from pipeline.precompute.many.attempts import Claims
+from pipeline.precompute.many.attempts import Claims, planning
 from pipeline.precompute.many.job import Job, Result
 from pipeline.precompute.many.worker import InHand, Worker
 from pipeline.precompute.overlap import overlapped
 from pipeline.precompute.score import target_of
-from pipeline.progress import Listener
+from pipeline.progress import Listener, Ticker
+
+# seconds between two counts of what others have done
+_LOOK = 5.0
 
 
 @dataclass
@@ -37,14 +40,14 @@ def write_job(reference: OpenedReference, job: Job, shards: Iterable[pa.Table]) 
 
     A job that is broken off is complete with what was written: who scores it does not wait for more.
     """
-    job.begin(reference.identity.reference_id)
     groups = sequences = 0
-    try:
-        for shard in shards:
-            job.add(groups, shard)
-            groups, sequences = groups + 1, sequences + len(shard)
-    finally:
-        job.complete(groups)
+    with planning(job, reference.identity.reference_id):
+        try:
+            for shard in shards:
+                job.add(groups, shard)
+                groups, sequences = groups + 1, sequences + len(shard)
+        finally:
+            job.complete(groups)
     return sequences
 
 
@@ -61,30 +64,20 @@ def score_claimed(reference: OpenedReference, job: Job, limit: int | None, liste
             f"the store cannot be written ({problem}): put a directory of your own first, --set "
             "'reference.store=[data/store, THIS ONE]'"
         )
+    before = len(job.names("done"))
     with (
-        listener.progress("scoring", job.groups() or 0) as ticker,
+        listener.progress("scoring", job.groups() or before, before) as ticker,
         Growing(reference, limit, listener, lambda: setattr(ticker, "started", time.monotonic())) as engine,
         Claims(job) as claims,
     ):
-        worker, own = Worker(job, target, engine), reference.config.model_copy(update={"workers": 1})
-        tokens, known, began = 0, 0, time.monotonic()
+        worker, told = Worker(job, target, engine), _Told(reference, job, ticker, before)
 
         def put_away(group: InHand, scores: list[np.ndarray] | None) -> None:
-            nonlocal tokens, known
             result = None if scores is None else worker.publish(group, scores)
             claims.end(group.attempt)
-            if result is None:
-                return
-            done.own, tokens = done.own + 1, tokens + result.tokens
-            # others go on beside this one
-            before, known, of_all = known, len(job.names("done")), job.groups()
-            ticker.expect(of_all or known, about=of_all is None)
-            now = time.monotonic()
-            seconds = now - ticker.started
-            text = f"groups  {done.own} here  {tokens / seconds:.0f} tokens/s here"
-            if own.price_per_hour and of_all:
-                text += f"  {spent(own, now - began, seconds, known / of_all)} spent here"
-            ticker.advance(known - before, text)
+            if result is not None:
+                done.own += 1
+                told.on_group(result)
 
         try:
             overlapped(map(worker.take, claims.attempts()), worker.score, put_away)
@@ -94,6 +87,33 @@ def score_claimed(reference: OpenedReference, job: Job, limit: int | None, liste
         done.groups, done.sequences = done.groups + 1, done.sequences + result.sequences
         done.left_out |= result.left_out
     return done
+
+
+class _Told:
+    """What is said of the groups, which others score beside this process. `before` were done when it began."""
+
+    def __init__(self, reference: OpenedReference, job: Job, ticker: Ticker, before: int) -> None:
+        self._alone, self._job, self._ticker = reference.config.model_copy(update={"workers": 1}), job, ticker
+        self._before = self._known = before
+        self._own = self._tokens = 0
+        self._began, self._looked = time.monotonic(), -_LOOK
+
+    def on_group(self, result: Result) -> None:
+        """One more is done here."""
+        self._own, self._tokens = self._own + 1, self._tokens + result.tokens
+        now = time.monotonic()
+        if now - self._looked < _LOOK:
+            return
+        # of many thousand groups a list is many requests
+        self._looked, before, self._known = now, self._known, len(self._job.names("done"))
+        of_all = self._job.groups()
+        self._ticker.expect(of_all or self._known, about=of_all is None)
+        seconds = now - self._ticker.started
+        text = f"groups  {self._own} here  {self._tokens / seconds:.0f} tokens/s here"
+        if self._alone.price_per_hour and of_all:
+            share = (self._known - self._before) / (of_all - self._before)
+            text += f"  {spent(self._alone, now - self._began, seconds, share)} spent here"
+        self._ticker.advance(self._known - before, text)
 
 
 def _results(job: Job) -> list[Result]:

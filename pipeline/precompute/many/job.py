@@ -1,26 +1,30 @@
 """A job: what is missing, written once, a file a group, in a directory or at a URL that every process reaches; and what became
 of each group. No process that scores plans again.
 
-    plan.json                  whose scores they are, and how long a sequence is at most
+    plan.json                  whose scores they are; who plans, and a beat while that process lives
     missing/00000000.parquet   a group: rows of MISSING that are scored and published together
     claims/00000000.1.json     the first attempt at it: whose, and a beat while that process lives
     done/00000000.json         what came of it
     complete.json              no further group comes
+    starts/ ready/             of workers that Ray starts: begun to start an engine, and done so
 
-A claim and a result are files that must not exist yet: two processes that want the same one cannot both have it.
+A claim and a result are files that must not exist yet: two processes that want the same one cannot both have it. Who looks finds
+a file whole or not at all; one that is damaged says nothing.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifacts import durable
 from pipeline.artifacts.schemas import MISSING
 from pipeline.artifacts.tables import parquet_writer
 from pipeline.errors import ConfigError, DataError, RefscoreError, first_line
@@ -58,12 +62,12 @@ class Job:
         # a local file is not made whole by writing it, and has no other form of a condition
         self._local = "file" in self._files.protocol
 
-    def begin(self, reference_id: str) -> None:
-        """Make the job. Raises ConfigError if one is there."""
-        for name in ("missing", "claims", "done"):
+    def begin(self, reference_id: str, **facts: Any) -> None:
+        """Make the job; `facts` stand in its plan too. Raises ConfigError if one is there."""
+        for name in ("missing", "claims", "done", "starts", "ready"):
             with self._explaining():
                 self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
-        if not self.put_new(PLAN, {"reference_id": reference_id}):
+        if not self.put_new(PLAN, {"reference_id": reference_id, **facts}):
             raise ConfigError(
                 f"{self.place} holds a job already: score it with 'refscore score-missing', remove it, or name another place"
             )
@@ -73,16 +77,22 @@ class Job:
         sink = pa.BufferOutputStream()
         with parquet_writer(sink, MISSING, {"tokens": tokens_in(shard)}) as writer:
             writer.write_table(shard, row_group_size=max(1, len(shard)))
-        path = f"{self._root}/missing/{self.group(number)}.parquet"
-        temporary = f"{self._root}/.tmp-{number}" if self._local else path
-        with self._explaining():
-            self._files.pipe_file(temporary, sink.getvalue().to_pybytes())
-            if self._local:
-                self._files.mv(temporary, path)
+        self._put(f"missing/{self.group(number)}.parquet", sink.getvalue().to_pybytes())
 
     def complete(self, groups: int) -> None:
         """No further group comes."""
         self.put_new(COMPLETE, {"groups": groups})
+
+    def withdraw(self) -> None:
+        """No further group comes, and that could not be written: nobody is to wait for one."""
+        with suppress(RefscoreError), self._explaining():
+            self._files.rm_file(f"{self._root}/{PLAN}")
+
+    def withdrawn(self) -> bool:
+        """Whether it was withdrawn, or removed."""
+        with self._explaining():
+            self._files.invalidate_cache()
+            return not self._files.exists(f"{self._root}/{PLAN}")
 
     def group(self, number: int) -> str:
         """A group's name."""
@@ -107,7 +117,7 @@ class Job:
         """How many groups there are; None while more may come."""
         try:
             return int(self.read(COMPLETE)["groups"])
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
             return None
 
     def missing(self, group: str) -> pa.Table:
@@ -132,35 +142,40 @@ class Job:
         return sorted(str(path).rsplit("/", 1)[-1].rpartition(".")[0] for path in paths)
 
     def read(self, name: str) -> dict[str, Any]:
-        """The content of a file of the job; empty while it is being written. Raises FileNotFoundError."""
-        with self._explaining():
+        """The content of a file of the job; empty if it is damaged. Raises FileNotFoundError."""
+        content = None
+        with self._explaining(), suppress(FileNotFoundError):
             content = self._files.cat_file(f"{self._root}/{name}")
+        if content is None:
+            raise FileNotFoundError(f"{self.place}/{name}")
         try:
-            return dict(json.loads(content))
+            read = json.loads(content)
         except ValueError:
             return {}
+        return read if isinstance(read, dict) else {}
 
     def put_new(self, name: str, content: dict[str, Any]) -> bool:
         """Write a file that must not exist yet; whether it did not."""
         path, text = f"{self._root}/{name}", json.dumps(content).encode()
         with self._explaining():
+            if self._local:
+                with self._written(text) as temporary:
+                    return durable.link_new(temporary, Path(path))
             try:
-                if self._local:
-                    with open(path, "xb") as file:  # noqa: PTH123  # as the other file systems name it
-                        file.write(text)
-                else:
-                    self._files.pipe_file(path, text, mode="create")
+                self._files.pipe_file(path, text, mode="create")
             except FileExistsError:
                 return False
             except NotImplementedError:
-                # a place without conditional writes: two that take the same group score it twice, and one of both counts
+                # a place without conditional writes: two that take a group at one moment score it twice, and one of both counts
+                self._files.invalidate_cache()
+                if self._files.exists(path):
+                    return False
                 self._files.pipe_file(path, text)
         return True
 
     def put(self, name: str, content: dict[str, Any]) -> None:
         """Write a file that is this process's own."""
-        with self._explaining():
-            self._files.pipe_file(f"{self._root}/{name}", json.dumps(content).encode())
+        self._put(name, json.dumps(content).encode())
 
     def finish(self, group: str, result: Result) -> Result:
         """Record what came of a group; returns what is recorded, which another process may have done before."""
@@ -178,11 +193,31 @@ class Job:
         with self._explaining():
             self._files.rm(self._root, recursive=True)
 
+    def _put(self, name: str, content: bytes) -> None:
+        path = f"{self._root}/{name}"
+        with self._explaining():
+            if self._local:
+                with self._written(content) as temporary:
+                    temporary.replace(path)
+            else:
+                self._files.pipe_file(path, content)
+
+    @contextmanager
+    def _written(self, content: bytes) -> Iterator[Path]:
+        """A file with the content, where nobody looks; it is gone afterwards."""
+        temporary = durable.temporary_beside(Path(self._root) / "file")
+        try:
+            temporary.write_bytes(content)
+            yield temporary
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, FileExistsError, NotImplementedError, RefscoreError):
+        except RefscoreError:
             raise
         except Exception as error:  # noqa: BLE001  # each backend of fsspec has errors of its own
             raise RefscoreError(

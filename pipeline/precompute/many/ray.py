@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +34,7 @@ from pipeline.errors import CheckError, ConfigError, RefscoreError, first_line
 from pipeline.hardware import processors
 from pipeline.precompute.many.attempts import next_attempt
 from pipeline.precompute.many.job import Job, Result
-from pipeline.precompute.many.worker import Worker
+from pipeline.precompute.many.worker import Worker, minutes_until_it_hangs
 from pipeline.precompute.score import Target, lengths_in, target_of
 from pipeline.progress import SILENT, Listener
 from pipeline.store.places import is_url
@@ -42,6 +44,12 @@ log = logging.getLogger(__name__)
 
 # seconds between two looks for the next group
 _LOOK = 0.3
+# workers that died while they started an engine, where none has started one
+_DIED_AT_START = 3
+# groups in a row over which workers do nothing but die
+_LOST_IN_A_ROW = 3
+# characters of a path after which the names of sockets below it, 107 at most, still find room
+_SHORT = 25
 # bytes of names and results in flight
 _OBJECTS = 2**27
 
@@ -70,11 +78,19 @@ class ScoringActor:
                     f"a Ray worker finds reference {here[:12]} where {wanted['reference_id'][:12]} is to be scored"
                 )
             engine = Growing(opened, wanted["limit"])
-            self._engine_thread.submit(engine.ready, wanted["longest"]).result()
             self._job = Job(wanted["job"])
+            minutes = minutes_until_it_hangs(opened.config)
+            try:
+                with _noted(self._job, wanted["workers"]):
+                    self._engine_thread.submit(engine.ready, wanted["longest"]).result(60 * minutes)
+            except TimeoutError:
+                raise RefscoreError(
+                    f"an engine did not start within {minutes:g} minutes in a Ray worker: reference.hangs_after says how long one "
+                    "waits"
+                ) from None
             self._worker = Worker(self._job, target_of(opened), engine)
-        except RefscoreError as error:
-            self._problem = error
+        except Exception as error:  # noqa: BLE001  # it is answered
+            self._problem = _as_answered(error)
 
     def __del__(self) -> None:
         # Ray lets go of an actor for which nothing is left
@@ -90,9 +106,9 @@ class ScoringActor:
             if self._problem is not None:
                 raise self._problem
             return {"result": json.dumps(asdict(self._scored(group)))}
-        except RefscoreError as error:
-            self._problem = error
-            return {"error": json.dumps([type(error).__name__, str(error)])}
+        except Exception as error:  # noqa: BLE001  # it is answered
+            self._problem = _as_answered(error)
+            return {"error": json.dumps([type(self._problem).__name__, str(self._problem)])}
 
     def _scored(self, group: str) -> Result:
         while (result := self._job.result(group)) is None:
@@ -102,6 +118,32 @@ class ScoringActor:
                 result = self._worker.publish(taken, scores)
                 break
         return result
+
+
+@contextmanager
+def _noted(job: Job, workers: int) -> Iterator[None]:
+    """Leave word that an engine starts, and that it has. Raises RefscoreError if workers do nothing but die over that: Ray would
+    start them for ever.
+    """
+    if not job.names("ready") and (died := len(job.names("starts")) - workers) >= _DIED_AT_START:
+        raise RefscoreError(
+            f"{died} workers and more died while they started an engine, and none has started one: too little memory? Lower "
+            "reference.workers, or set reference.max_batched_tokens or reference.kv_cache_gib"
+        )
+    name = f"{this_process('').token}.json"
+    job.put_new(f"starts/{name}", {})
+    yield
+    job.put_new(f"ready/{name}", {})
+
+
+def _as_answered(error: Exception) -> RefscoreError:
+    """Ray would say of an error where it came up, and not what it is."""
+    if isinstance(error, RefscoreError):
+        return error
+    return RefscoreError(
+        f"a Ray worker stopped ({type(error).__name__}: {first_line(error)}): what was published before stays, and the same "
+        "command goes on from there"
+    )
 
 
 _ANSWERS = pa.schema([("result", pa.string()), ("error", pa.string())])
@@ -129,10 +171,12 @@ def score_shards(
     with _job(target) as job, _cluster(config) as ray, _written(job, chain([first], shards)):
         wanted = {
             "job": job.place, "reference_id": target.reference.identity.reference_id, "limit": limit,
-            "longest": int(lengths_in(first).max()),
+            "longest": int(lengths_in(first).max()), "workers": config.workers,
         }  # fmt: skip
+        lost = _Lost()
         try:
             for result in _results(ray, target.reference, wanted):
+                lost.must_be_few(result)
                 quarantined |= {bytes.fromhex(key): why for key, why in result.left_out.items()}
                 if result.failures:
                     log.warning(
@@ -146,6 +190,22 @@ def score_shards(
                 "reference.workers, or set reference.max_batched_tokens"
             ) from None
     return quarantined
+
+
+class _Lost:
+    """Groups in a row of which no sequence was scored, as workers died over each."""
+
+    def __init__(self) -> None:
+        self._groups = 0
+
+    def must_be_few(self, result: Result) -> None:
+        """Raises RefscoreError if it is no fault of the sequences."""
+        self._groups = self._groups + 1 if result.failures and len(result.left_out) == result.sequences else 0
+        if self._groups >= _LOST_IN_A_ROW:
+            raise RefscoreError(
+                f"workers died over every sequence of {self._groups} groups in a row: too little memory for one? Set "
+                "reference.max_batched_tokens, or fewer reference.workers. What was published before stays"
+            )
 
 
 def _results(ray: Any, reference: OpenedReference, wanted: dict[str, Any]) -> Iterator[Result]:
@@ -206,7 +266,7 @@ def names_of_groups(job: Job) -> Iterator[pa.Table]:
         if job.has(number):
             yield pa.table({"group": [job.group(number)]})
             number += 1
-        elif job.groups() == number:
+        elif job.groups() == number or job.withdrawn():
             return
         else:
             time.sleep(_LOOK)
@@ -228,12 +288,16 @@ def _cluster(config: ReferenceConfig) -> Iterator[Any]:
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ours = not ray.is_initialized()
+    # what Ray writes of a session stays otherwise, some MB each
+    place = _ray_place() if ours and config.launcher == "local" else None
     if ours:
         quiet = {"log_to_driver": False, "include_dashboard": False, "configure_logging": False}
         if config.launcher == "ray":
             ray.init(**quiet)
         else:
-            ray.init(address="local", num_cpus=len(processors()), object_store_memory=_OBJECTS, **quiet)
+            ray.init(
+                address="local", num_cpus=len(processors()), object_store_memory=_OBJECTS, _temp_dir=place, **quiet
+            )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -245,6 +309,15 @@ def _cluster(config: ReferenceConfig) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+        if place:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _ray_place() -> str | None:
+    """A directory for the working files of a Ray of our own; None if Ray is told one, or could not name its sockets there."""
+    if os.environ.get("RAY_TMPDIR") or len(tempfile.gettempdir()) > _SHORT:
+        return None
+    return tempfile.mkdtemp(prefix="ray-")
 
 
 @contextmanager
@@ -255,14 +328,14 @@ def _job(target: Target) -> Iterator[Job]:
         (store, *_) = _absolute(config.store)
         place = f"{store}/{target.reference.identity.reference_id}/{JOB}{this_process('').token}"
     else:
-        place = f"{durable.scratch_place()}/{JOB}{this_process('').token}"
+        place = f"{durable.scratch_place() or tempfile.gettempdir()}/{JOB}{this_process('').token}"
     job = Job(place)
     job.begin(target.reference.identity.reference_id)
     try:
         yield job
     finally:
         # an actor of a cluster may still be writing to it
-        with suppress(RefscoreError, FileNotFoundError):
+        with suppress(RefscoreError):
             job.remove()
 
 
@@ -272,15 +345,19 @@ def _written(job: Job, shards: Iterator[pa.Table]) -> Iterator[None]:
     unwanted = threading.Event()
 
     def write() -> None:
-        number = longest = 0
+        number = 0
         try:
             for shard in shards:
                 if unwanted.is_set():
                     return
                 job.add(number, shard)
-                number, longest = number + 1, max(longest, int(lengths_in(shard).max()))
+                number += 1
         finally:
-            job.complete(number)
+            try:
+                job.complete(number)
+            except RefscoreError:
+                job.withdraw()
+                raise
 
     with ThreadPoolExecutor(1, thread_name_prefix="planning") as pool:
         writing = pool.submit(write)

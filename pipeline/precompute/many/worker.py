@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -22,18 +22,20 @@ from pipeline.artifacts import durable
 from pipeline.artifacts.tables import arrays_of
 from pipeline.config.experiment import ReferenceConfig
 from pipeline.engines.growing import Growing
+from pipeline.engines.protocol import Request
 from pipeline.engines.quarantine import score_each
 from pipeline.errors import RefscoreError, first_line
 from pipeline.hardware import device_kind, return_freed_memory
 from pipeline.precompute.many.attempts import Attempt
 from pipeline.precompute.many.job import Job, Result
 from pipeline.precompute.score import Target, lengths_in, requests_in, tokens_in
+from pipeline.progress import duration
 
 log = logging.getLogger(__name__)
 
 # after so many failures what is left of a group is left out whole
 _MOST_FAILURES = 8
-# failures in a row, without one sequence scored between them, that are no fault of a sequence
+# failures in a row, without one sequence scored between them, after which it is asked whether the engine scores anything
 _IN_A_ROW = 3
 # minutes without an answer after which an engine hangs, unless the configuration says how many
 _HANGS_AFTER = {"cpu": 240.0, "cuda": 30.0}
@@ -58,13 +60,15 @@ class Worker:
         self._job, self._target, self._engine = job, target, engine
         self._seconds = 60 * minutes_until_it_hangs(target.reference.config)
         self._failures = 0
+        _sweep_hung()
 
     def take(self, attempt: Attempt) -> InHand:
-        """Read the group; after a failure without what is published by now, and without what cannot be scored."""
+        """Read the group; after another attempt without what is published by now, after a failure without what cannot be scored."""
         whole = rows = self._job.missing(attempt.group)
         left_out: dict[str, str] = {}
-        if attempt.failed_at:
+        if attempt.number > 1:
             rows = rows.take(pa.array(self._target.store.lookup(rows["key"].combine_chunks()).missing))
+        if attempt.failed_at:
             bad = _prompts_at(whole, attempt.failed_at)
             every = len(attempt.failed_at) > _MOST_FAILURES
             fails = [every or prompt in bad for prompt in _prompts(rows)]
@@ -84,30 +88,43 @@ class Worker:
             if len(group.rows):
                 with answering(self._seconds, group.attempt):
                     self._engine.ready(int(lengths_in(group.rows).max()))
-            for first, part in _parts(group):
+            for first, part in _parts(group) if len(group.rows) else ():
                 group.attempt.scores(first)
                 with answering(self._seconds, group.attempt):
                     scores += score_each(self._engine, requests_in(part))
                 self._failures = 0
         except RefscoreError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # engines have errors of their own
             self._failures += 1
             group.attempt.failed()
             log.warning(
                 "the engine broke down (%s): it is started again, and the group scored again", first_line(error)
             )
-            if self._failures >= _IN_A_ROW:
-                raise RefscoreError(
-                    f"the engine broke down {_IN_A_ROW} times in a row ({first_line(error)}): nothing of these groups is stored. "
-                    "'refscore doctor' looks at this machine; reference.engine=transformers is another engine"
-                ) from error
             self._engine.close()
+            if self._failures >= _IN_A_ROW:
+                self._must_score_something(group, error)
+                self._failures = 0
             return None
         finally:
             # activations of ever other sizes leave holes that glibc keeps
             return_freed_memory()
         return scores
+
+    def _must_score_something(self, group: InHand, error: Exception) -> None:
+        """Raise RefscoreError if the engine, started anew, scores not even a token: then it is no fault of the sequences."""
+        (row,) = group.rows.slice(0, 1).to_pylist()
+        try:
+            with answering(self._seconds, group.attempt):
+                self._engine.ready(int(lengths_in(group.rows).max()))
+                self._engine.score([Request(row["prompt_ids"][:1], row["response_ids"][:1])])
+        except RefscoreError:
+            raise
+        except Exception:  # noqa: BLE001  # of whatever kind: the first one is said
+            raise RefscoreError(
+                f"the engine broke down {_IN_A_ROW} times in a row ({first_line(error)}), and over a single token too: nothing of "
+                "these groups is stored. 'refscore doctor' looks at this machine; reference.engine=transformers is another engine"
+            ) from error
 
     def publish(self, group: InHand, scores: list[np.ndarray]) -> Result:
         """Publish the scores and record that the group is done."""
@@ -134,7 +151,7 @@ def answering(seconds: float, attempt: Attempt) -> Iterator[None]:
 
     Where it hung is written to a file in data/cache.
     """
-    path = durable.CACHE / f"hung-{os.getpid()}.txt"
+    path = durable.CACHE / f"hung-{os.getpid()}-{durable.machine()}.txt"
     durable.make_directory(path.parent)
     with path.open("w", encoding="utf-8") as file:
         timer = threading.Timer(seconds, _end, [seconds, attempt, file])
@@ -150,12 +167,21 @@ def answering(seconds: float, attempt: Attempt) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _sweep_hung() -> None:
+    """Remove the files of processes of this machine that were killed while their engine was at work: they did not hang."""
+    for path in durable.CACHE.glob(f"hung-*-{durable.machine()}.txt"):
+        pid = path.name.split("-")[1]
+        with suppress(OSError):
+            if not path.stat().st_size and not durable.lives(int(pid)):
+                path.unlink()
+
+
 def _end(seconds: float, attempt: Attempt, file: TextIO) -> None:
     faulthandler.dump_traceback(file)
     log.error(
-        "the engine has not answered for %.0f minutes and counts as hung: this process ends, and what it had in hand is scored "
-        "again (%s says where it hung; reference.hangs_after is how long one waits)",
-        seconds / 60, file.name,
+        "the engine has not answered for %s and counts as hung: this process ends, and what it had in hand is scored again (%s "
+        "says where it hung; reference.hangs_after is how long one waits)",
+        duration(seconds), file.name,
     )  # fmt: skip
     attempt.failed()
     os._exit(1)

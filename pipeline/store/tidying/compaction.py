@@ -34,8 +34,8 @@ from pipeline.store.tidying.claims import claimed, claiming, sweep
 from pipeline.store.tidying.inventory import REQUESTS, shard_entries
 
 SMALL_BYTES = 32 * 2**20
-# of a merged shard at most; its keys are held in memory
-MERGED_BYTES, MERGED_ROWS = 256 * 2**20, 2**20
+# of a merged shard at most; its keys are held in memory, and what each of the small ones says of itself
+MERGED_BYTES, MERGED_ROWS, MERGED_SHARDS = 256 * 2**20, 2**20, 4096
 # what shards that are merged need not say alike
 _OF_EACH = ("published", "circumstances")
 
@@ -223,7 +223,8 @@ def _filled(shards: list[_Small]) -> list[list[str]]:
     groups: list[list[str]] = []
     size = rows = 0
     for shard in shards:
-        if not groups or size + shard.bytes > MERGED_BYTES or rows + shard.facts.rows > MERGED_ROWS:
+        full = not groups or len(groups[-1]) == MERGED_SHARDS
+        if full or size + shard.bytes > MERGED_BYTES or rows + shard.facts.rows > MERGED_ROWS:
             groups.append([])
             size = rows = 0
         groups[-1].append(shard.facts.name)
