@@ -74,7 +74,7 @@ gpu-check: .venv/.test ## the first thing to run on a GPU: right numbers, memory
 	@.venv/bin/python -m tests.gpu_check --minutes $(MINUTES)
 
 faults: .venv/.test ## the fault tests alone, and actors of Ray that are killed; writes the table in tests/faults/README.md
-	@REFSCORE_FAULTS=1 REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults tests/rollouts/test_kills.py tests/precompute/test_ray.py
+	@REFSCORE_FAULTS=1 REFSCORE_WRITE_FAULT_TABLE=1 .venv/bin/python -m pytest tests/faults tests/rollouts/test_kills.py tests/precompute/test_ray.py tests/stages/test_quarantine.py
 
 architectures: .venv/.test ## which families of models are read how; writes the table in tests/architectures.md
 	@REFSCORE_WRITE_ARCHITECTURES=1 .venv/bin/python -m pytest tests/forward/test_architectures.py

@@ -1,6 +1,7 @@
 """One sequence without a finite score is left out by name; the job goes on, and its exit code says so."""
 
 import math
+import os
 import re
 
 import polars as pl
@@ -82,6 +83,10 @@ def test_processes_that_claim_say_which_and_the_joining_run_says_it_too(tmp_path
     check(tmp_path, said)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("REFSCORE_FAULTS"),
+    reason="Ray is started once in precompute/test_ray: make faults; processes that claim share the job",
+)
 def test_workers_say_it_too(tmp_path, config, all_processors):
     check(
         tmp_path,
