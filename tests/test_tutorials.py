@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, make_tiny_model, preference_rows, write_rows
+from tests.forked import run
 
 PAGES = sorted((ROOT / "docs/tutorials").glob("*.md"))
 WHOLE = bool(os.environ.get("REFSCORE_TUTORIALS"))
@@ -65,11 +66,8 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     assert times == 1
     # its tokens are short: more of them stand in a pair than the demo's limit allows
     code = code.replace('"data.max_rows=24"', '"data.max_rows=24", "data.max_length=1024"')
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = run(tmp_path, code)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 of" not in done.stdout.splitlines()[0]
     assert (tmp_path / "data/runs/notebook/report.html").is_file()
 

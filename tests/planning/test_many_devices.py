@@ -26,7 +26,7 @@ from tests.training.policy import config_of, policy_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = bool(os.environ.get("REFSCORE_DEVICES"))
-HELD = [("train.precision=bfloat16",), *([(), ("policy.lora={r: 4}",)] if EVERYTHING else [])]
+HELD = [("train.precision=bfloat16",), (), ("policy.lora={r: 4}",)]
 
 
 @pytest.mark.parametrize("devices", [2, 3])
@@ -78,6 +78,9 @@ def test_a_step_of_several_passes_is_seen(tmp_path, tiny_model):
         assert outlook(config, plan, "cuda", devices).accumulated == several
 
 
+@pytest.mark.skipif(
+    not EVERYTHING, reason="each starts torchrun anew: make test-devices; others compare with figures by hand"
+)
 @pytest.mark.parametrize("settings", HELD, ids=str)
 def test_a_simulated_step_holds_what_one_of_two_processes_holds(tiny_model, settings):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

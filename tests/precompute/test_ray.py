@@ -85,7 +85,7 @@ def scores_of(where):
 @pytest.mark.engine
 @pytest.mark.skipif(
     not EVERYTHING,
-    reason="a minute each: make faults; of make test, stages/test_quarantine has two actors, many/test_many lost ones",
+    reason="a minute each: make faults; two actors are in stages/test_quarantine, claims that are taken over in test_many",
 )
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_a_lost_worker_loses_no_score(tmp_path, tiny_model, all_processors, engine):

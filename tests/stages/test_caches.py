@@ -91,9 +91,10 @@ def test_who_has_no_home_needs_none(tmp_path, monkeypatch):
         locate(ReferenceConfig(model="tests/absent"))
 
 
-def test_scoring_and_training_leave_nothing_outside(tmp_path, tiny_model):
+def test_scoring_a_folder_leaves_nothing_outside(tmp_path, tiny_model):
+    """And training: tests/stages/test_pipeline.py."""
     shutil.copytree(tiny_model, tmp_path / "model")
     # a folder, which the library for data sets reads
     folder = write_rows(tmp_path / "folder/train.jsonl", preference_rows(12)).parent
     config = experiment(tmp_path, tmp_path / "model", folder)
-    must_leave_nothing_outside(tmp_path, run_stages(tmp_path, config, "r", "precompute", "train"))
+    must_leave_nothing_outside(tmp_path, run_stages(tmp_path, config, "r", "precompute"))
