@@ -256,6 +256,17 @@ def test_a_disk_that_is_full_while_groups_are_written_stops_the_job_and_nobody_w
         read()
 
 
+def test_a_cluster_that_is_not_there_is_said(monkeypatch):
+    def refuses(**_):
+        raise ConnectionError("Failed to connect to GCS")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(sys.modules["ray"], "init", refuses)
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS names \(127\.0\.0\.1:1\) cannot be used \(Failed to connect"):  # noqa: SIM117
+        with cluster._cluster(ReferenceConfig(launcher="ray")):
+            pass
+
+
 def test_a_job_has_a_place_where_no_working_directory_can_be_made(job, monkeypatch, tmp_path):
     monkeypatch.setattr(cluster.durable, "scratch_place", lambda: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -293,7 +293,14 @@ def _cluster(config: ReferenceConfig) -> Iterator[Any]:
     if ours:
         quiet = {"log_to_driver": False, "include_dashboard": False, "configure_logging": False}
         if config.launcher == "ray":
-            ray.init(**quiet)
+            try:
+                ray.init(**quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                address = os.environ.get("RAY_ADDRESS", "not set")
+                raise ConfigError(
+                    f"reference.launcher=ray: the cluster that RAY_ADDRESS names ({address}) cannot be used ({first_line(error)}): "
+                    "start it or correct the address, or leave reference.launcher away"
+                ) from None
         else:
             ray.init(
                 address="local", num_cpus=len(processors()), object_store_memory=_OBJECTS, _temp_dir=place, **quiet
