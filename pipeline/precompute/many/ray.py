@@ -293,8 +293,8 @@ def _cluster(config: ReferenceConfig) -> Iterator[Any]:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 address = os.environ.get("RAY_ADDRESS", "not set")
                 raise ConfigError(
-                    f"reference.launcher=ray: the cluster that RAY_ADDRESS names ({address}) cannot be used ({first_line(error)}): start "
-                    "it or correct the address, or leave reference.launcher away"
+                    f"reference.launcher=ray: the cluster that RAY_ADDRESS names ({address}) cannot be used ({first_line(error)}): "
+                    "start it or correct the address, or leave reference.launcher away"
                 ) from None
         else:
             ray.init(
