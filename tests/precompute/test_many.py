@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -415,15 +414,15 @@ class Heard:
 def test_what_others_did_before_is_no_speed_of_this_process(job, plan, monkeypatch):
     monkeypatch.setattr(claimed, "_LOOK", -1.0)
     work(job, plan, Engine(), job.names("missing")[:-2])
-    heard, before = Heard(), job.groups() - 2
+    heard, before, shares = Heard(), job.groups() - 2, []
+    monkeypatch.setattr(claimed, "spent", lambda *asked: shares.append(asked[-1]) or "0.1 of about 0.2")
     reference = replace(plan.reference, config=plan.reference.config.model_copy(update={"price_per_hour": 3.6e6}))
     score_claimed(reference, job, None, heard)
     assert heard.begun == [(job.groups(), before)]
     assert [units for units, _ in heard.ticks] == [1, 1]
-    # one of two groups is done: as much again is to come
-    spent, of_all = re.search(r"([\d.]+) of about ([\d.]+) spent here", heard.ticks[0][1]).groups()
-    assert float(of_all) > 1.001 * float(spent)
-    assert re.search(r"([\d.]+) of about \1 spent here", heard.ticks[1][1])
+    # of the two that were left
+    assert shares == [0.5, 1.0]
+    assert all(text.endswith("0.1 of about 0.2 spent here") for _, text in heard.ticks)
 
 
 def test_groups_are_not_counted_for_every_one_that_is_done(job, plan, monkeypatch):
