@@ -7,7 +7,7 @@ import time
 from pipeline.config.experiment import Config
 from pipeline.engines.reference import open_reference
 from pipeline.errors import ConfigError
-from pipeline.precompute.many.claimed import score_claimed
+from pipeline.precompute.many.claimed import score_claimed, written_place
 from pipeline.precompute.many.job import Job
 from pipeline.progress import duration
 from stages import console
@@ -26,6 +26,12 @@ def main(place: str, config: Config) -> None:
             "planned it, and the same versions of engine and model. 'refscore store explain' says what differs"
         )
     console.say(f"reference {here[:12]}  {reference.numerics.words}")
+    planned, store = job.store(), written_place(reference)
+    if planned not in (None, store):
+        console.say(
+            f"store     {store}, while the plan was made against {planned}: if these are two, 'refscore precompute' finds nothing "
+            "of this there"
+        )
     done = score_claimed(reference, job, config.data.max_length, console.working)
     console.say(f"done      {done.own} groups here, {done.groups} in all ({duration(time.monotonic() - started)})")
     for key, why in done.left_out.items():

@@ -52,3 +52,10 @@ def test_what_does_not_fit_is_said(where):
     assert "compares nothing with the reference" in free
     imported = ["--set", "reference.engine=imported", "--set", "reference.imported_by=a"]
     assert "none can be computed" in refscore_here(where, "precompute", *SMALL, *imported, "--plan-to", "x", code=2)
+
+
+def test_another_store_than_the_plans_is_said(where, job):
+    elsewhere = ["--set", "reference.store=other"]
+    said = refscore_here(where, "score-missing", "job", *SMALL, *elsewhere)
+    assert f"store     {where}/other, while the plan was made against {where}/data/store" in said
+    assert "while" not in job + refscore_here(where, "score-missing", "job", *SMALL)

@@ -79,9 +79,11 @@ def next_attempt(job: Job, group: str) -> Attempt:
 
 
 @contextmanager
-def planning(job: Job, reference_id: str) -> Iterator[None]:
-    """Make the job, and leave word within the block that this process lives: without it nobody would know that no more comes."""
-    note: dict[str, Any] = {"who": asdict(this_process("plans a job")), "beat": 0}
+def planning(job: Job, reference_id: str, **facts: Any) -> Iterator[None]:
+    """Make the job, and leave word within the block that this process lives: without it nobody would know that no more comes.
+    `facts` stand in its plan too.
+    """
+    note: dict[str, Any] = {**facts, "who": asdict(this_process("plans a job")), "beat": 0}
     job.begin(reference_id, **note)
 
     def live() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipeline.precompute.many.worker import InHand, Worker
 from pipeline.precompute.overlap import overlapped
 from pipeline.precompute.score import target_of
 from pipeline.progress import Listener, Ticker
+from pipeline.store.places import is_url
 
 # seconds between two counts of what others have done
 _LOOK = 5.0
@@ -41,7 +43,7 @@ def write_job(reference: OpenedReference, job: Job, shards: Iterable[pa.Table]) 
     A job that is broken off is complete with what was written: who scores it does not wait for more.
     """
     groups = sequences = 0
-    with planning(job, reference.identity.reference_id):
+    with planning(job, reference.identity.reference_id, store=written_place(reference)):
         try:
             for shard in shards:
                 job.add(groups, shard)
@@ -49,6 +51,12 @@ def write_job(reference: OpenedReference, job: Job, shards: Iterable[pa.Table]) 
         finally:
             job.complete(groups)
     return sequences
+
+
+def written_place(reference: OpenedReference) -> str:
+    """The place that scores of the reference are published to, as every process of this machine would name it."""
+    first = reference.config.store[0]
+    return first if is_url(first) else str(Path(first).resolve())
 
 
 def score_claimed(reference: OpenedReference, job: Job, limit: int | None, listener: Listener) -> Done:

@@ -113,6 +113,13 @@ class Job:
                 f"{self.place} holds no job: 'refscore precompute --plan-to {self.place}' writes one"
             ) from None
 
+    def store(self) -> str | None:
+        """The store that its plan was made against, if it says so."""
+        try:
+            return str(self.read(PLAN)["store"])
+        except (FileNotFoundError, KeyError):
+            return None
+
     def groups(self) -> int | None:
         """How many groups there are; None while more may come."""
         try:
