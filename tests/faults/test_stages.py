@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import polars as pl
@@ -34,7 +35,7 @@ def counting(*args, **kwargs):
     seen[0] += 1
     if any(when in text for text in due):
         os.kill(os.getpid(), int(number))
-        time.sleep(5)
+        time.sleep(5 * (int(number) != signal.SIGSTOP))
     return inner(*args, **kwargs)
 setattr(owner, name, counting)
 from stages.cli import main
@@ -207,14 +208,25 @@ def test_a_disk_that_cannot_be_written_is_a_message(where, case, small_disk, sta
     case(f"read-only disk in {stage}")
 
 
+def state_of(pid):
+    """What a process does, in a letter."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_of_two_writers_at_once_one_is_refused(inputs, where, case):
     run_through(where, before("train"))
-    both = [Forked(where, COMMAND, "train", "--config", "experiment.yaml", "--run", "r") for _ in range(2)]
-    said = [one.communicate(timeout=300)[1] for one in both]
-    codes = [one.returncode for one in both]
-    assert sorted(codes) == [0, 1], said
-    refused = said[codes.index(1)]
-    assert f"run 'r' is being written by process {both[codes.index(0)].pid} on " in refused
+    command = ("train", "--config", "experiment.yaml", "--run", "r")
+    first = Forked(where, STOPPING, *MOMENTS["train"]["taking a step"], int(signal.SIGSTOP), *command)
+    while first.returncode is None and state_of(first.pid) != "T":
+        time.sleep(0.05)
+    try:
+        refused = run(where, COMMAND, *command)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert refused.returncode == 1
+    assert f"run 'r' is being written by process {first.pid} on " in refused.stderr
+    said = first.communicate(timeout=300)
+    assert first.returncode == 0, said
     assert result(where, "train").equals(result(inputs, "train"))
     log = (Path(where) / "data/runs/r/log.txt").read_text()
     assert log.count("$ refscore train") == 1
