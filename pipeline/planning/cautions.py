@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config.experiment import Config
 from pipeline.models.configuration import position_limit
 from pipeline.pairs.kinds import UNITS
+from pipeline.pairs.tokenised.making import DAY
 from pipeline.precompute.plan import Plan
 
 # fewer held-out pairs than this give intervals that say little
@@ -33,6 +34,7 @@ def cautions(config: Config, plan: Plan) -> list[str]:
         *_one_sided(plan),
         *_imbalance(config, plan),
         *_control_tokens(config, plan),
+        *_dated(config, plan),
     ]
 
 
@@ -191,3 +193,12 @@ def _control_tokens(config: Config, plan: Plan) -> list[str]:
         if named
         else []
     )
+
+
+def _dated(config: Config, plan: Plan) -> list[str]:
+    """What is said of a template that writes the day into prompts, as that of Llama 3.2 does."""
+    template = plan.reference.tokenizer.chat_template if config.data.template == "chat" else None
+    if DAY not in str(template):
+        return []
+    said = f"the chat template writes the day into prompts ({DAY}), so what is scored today is not found tomorrow"
+    return [f"{said}: copy the model's folder and write a fixed day into the chat template there"]

@@ -1,6 +1,7 @@
 """What a plan warns of: each with its number and what to set, and nothing where there is nothing to say."""
 
 import re
+import shutil
 
 import pytest
 
@@ -140,3 +141,16 @@ def test_prompts_that_are_read_alone(tmp_path, tiny_model):
     assert re.search(r"most as prompt_too_long: data.max_length=\d+ would keep 95%", said)
     (said,) = warnings(tmp_path, tiny_model, broken[:60], on_samples, "data.eval_fraction=0")
     assert said.startswith("no prompt is held out")
+
+
+def test_a_template_that_writes_the_day_is_warned_of(tmp_path, tiny_model):
+    model = tmp_path / "dated"
+    shutil.copytree(tiny_model, model)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') if messages else '' }}" + template.read_text())
+    (said,) = warnings(tmp_path, model, SOUND)
+    assert said.startswith(
+        "the chat template writes the day into prompts (strftime_now), so what is scored today is not found"
+    )
+    plain = ("data.template=none",)
+    assert not any("the day" in warning for warning in warnings(tmp_path, model, SOUND, *plain))

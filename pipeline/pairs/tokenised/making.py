@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# what a chat template calls to write the day
+DAY = "strftime_now"
 _KEY = pa.schema([("key", pa.binary(32))])
 KeysOf = Callable[[pa.Table], pa.FixedSizeBinaryArray]
 
@@ -153,7 +155,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     settings = [type(tokenizer).__name__, chat_template_digest(tokenizer), tokenizer.split_special_tokens]
     # a template that writes the day into prompts makes other ones tomorrow
-    settings += [strftime("%F")] if "strftime_now" in str(tokenizer.chat_template) else []
+    settings += [strftime("%F")] if DAY in str(tokenizer.chat_template) else []
     settings += [tokenizer.special_tokens_map, getattr(tokenizer, "add_bos_token", None)]
     return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{settings}".encode()).hexdigest()
 
