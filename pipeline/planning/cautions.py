@@ -109,20 +109,34 @@ def _contradictions(plan: Plan) -> list[str]:
         return []
     if twice:
         said.append(f"{twice} of {read} rows ({twice / read:.0%}) say what another row says, and are read once")
-    # sums of 64 bits of both keys, weighed so that they differ with the order
+    # 64 bits of each key
     buffer = plan.keys.buffers()[1]
     words = np.frombuffer(buffer, "<u8").reshape(-1, 4)[plan.keys.offset :][: len(plan.keys), 0]
     if plan.data != "pairs":
         return [*said, *_both_labels(plan, words)]
-    chosen, rejected = words[::2], words[1::2]
-    opposite = np.isin(chosen * np.uint64(3) + rejected, rejected * np.uint64(3) + chosen)
-    if opposite.any():
-        rows = ", ".join(map(str, pairs.source_rows()[opposite][:2]))
+    opposite = _opposite(words[::2], words[1::2])
+    if len(opposite):
+        rows = ", ".join(map(str, pairs.source_rows()[opposite[:2]]))
         said.append(
-            f"{int(opposite.sum())} pairs contradict one another: the same two responses, the other one chosen (rows {rows}). "
+            f"{len(opposite)} pairs contradict one another: the same two responses, the other one chosen (rows {rows}). "
             "Nothing can be learned from them: remove one of each"
         )
     return said
+
+
+def _opposite(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """Numbers of the pairs that stand among the pairs the other way round too."""
+    # whichever is chosen, the sum is the same: the few whose sum stands twice are compared
+    sums = chosen + rejected
+    ordered = np.sort(sums)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(twice):
+        return np.empty(0, np.int64)
+    places = np.searchsorted(twice, sums)
+    some = np.flatnonzero(twice[np.minimum(places, len(twice) - 1)] == sums)
+    chosen, rejected = chosen[some], rejected[some]
+    found: np.ndarray = some[np.isin(chosen * np.uint64(3) + rejected, rejected * np.uint64(3) + chosen)]
+    return found
 
 
 def _both_labels(plan: Plan, words: np.ndarray) -> list[str]:
