@@ -36,9 +36,9 @@ class Slope:
 # 2026-11-29, two processors, alone
 SLOPES = {
     "tokenise": Slope(
-        608, "us of a processor per pair of 207 tokens", "rows to token ids, parts and keys", "make bench-plan"
+        509, "us of a processor per pair of 207 tokens", "rows to token ids, parts and keys", "make bench-plan"
     ),
-    "again": Slope(12.5, "us per pair", "the next plan, from the cache", "make bench-plan"),
+    "again": Slope(11.1, "us per pair", "the next plan, from the cache", "make bench-plan"),
     "cache": Slope(
         755, "bytes per pair of 207 tokens", "the cache of token ids, texts and keys on the disk", "make bench-plan"
     ),
@@ -49,7 +49,7 @@ SLOPES = {
     "lookup": Slope(1.4, "us per key asked", "a plan's question to an indexed store", "make bench-store"),
     "index": Slope(0.83, "us per key stored", "making the index", "make bench-store"),
     "index bytes": Slope(41, "bytes per sequence", "the index on the disk", "make bench-store"),
-    "join": Slope(31.8, "us per pair of 200 tokens a response", "scores into pairs.parquet", "make bench-store"),
+    "join": Slope(27.1, "us per pair of 200 tokens a response", "scores into pairs.parquet", "make bench-store"),
     "store": Slope(4.1, "bytes per response token", "the store in float32", "refscore store ls"),
     "requests": Slope(
         1, "request per 1,000 shards", "a plan's listing of shards at S3, beside two", "make bench-store"

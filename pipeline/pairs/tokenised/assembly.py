@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # rows of the sources that are looked at between two windows
-WINDOW = 4_096
+WINDOW = 2_048
 # beside the reasons of `Selection`: a row was dropped before it was looked up
 _BEFORE = -1
 
