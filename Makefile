@@ -119,7 +119,7 @@ bench-memory: .venv/.test ## peak memory of stage one against the number of rows
 	@.venv/bin/python -m tests.benchmarks.memory
 
 bench-plan: .venv/.test ## planning a million pairs: processor time, wall time, memory; with two processes; a second time
-	@.venv/bin/python -m tests.benchmarks.planning --rows $(or $(ROWS),1000000)
+	@.venv/bin/python -m tests.benchmarks.planning --rows $(or $(ROWS),1000000) $(if $(SHORT),--short)
 
 bench-pairs: .venv/.test ## a training's pairs, up to a million: time to open, memory per pair
 	@.venv/bin/python -m tests.benchmarks.pairs

@@ -2,8 +2,8 @@
 
 Rows are real preference pairs, each as often as is needed, with a number in the prompt so that no two are alike. Every figure is
 of fresh processes; memory is the largest sum of the proportional shares (PSS) of all of them, looked at five times a second, and
-the part of it that is no file's: pages of mapped files go first if memory is short. `--rows` twice, and the difference of what is
-no file's in "one process, again" is what memory grows by.
+the part of it that is no file's: pages of mapped files go first if memory is short. SHORT=1 with two numbers of ROWS tells what
+memory grows by: the difference of what is no file's in "one process, again".
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ SOURCE = SHARED / "hh_harmless_400.jsonl"
 MODEL = "embedded:smollm2-135m-instruct"
 
 
-def write(path: Path, number: int) -> None:
-    """Write `number` rows."""
+def write(path: Path, number: int, *, short: bool = False) -> None:
+    """Write `number` rows; `short`: of a few tokens each, so that what memory grows by is soon seen."""
+    if short:
+        with path.open("w", encoding="utf-8") as file:
+            for at in range(number):
+                file.write(json.dumps({"prompt": f"{at}", "chosen": "yes", "rejected": "no"}) + "\n")
+        return
     rows = [json.loads(line) for line in SOURCE.read_text(encoding="utf-8").splitlines()]
     with path.open("w", encoding="utf-8") as file:
         for at, row in enumerate(islice(cycle(rows), number)):
@@ -40,6 +45,7 @@ def write(path: Path, number: int) -> None:
 def plan(path: str, workers: int) -> None:
     """Plan and print the figures of this process and of those that it started."""
     from pipeline.config.files import load_overrides
+    from pipeline.planning.cautions import warnings_of
     from pipeline.precompute.plan import Planning
 
     begun = time.monotonic()
@@ -50,6 +56,8 @@ def plan(path: str, workers: int) -> None:
     next(planning.windows())
     first = time.monotonic() - begun
     made = planning.plan()
+    # as every command does that plans
+    warnings_of(config, made)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(
         json.dumps(
@@ -100,20 +108,21 @@ def measure(where: Path, data: Path, workers: int, what: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--one")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     if options.one:
         plan(options.one, options.workers)
         return
-    if not SOURCE.is_file():
+    if not (options.short or SOURCE.is_file()):
         sys.exit(f"{SOURCE} is not there: real preference pairs are not part of the project, so nothing is measured")
     print(
         "| plan | pairs | processor time | wall time | first window | memory | of no file |\n|---|--:|--:|--:|--:|--:|--:|"
     )
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
         data = Path(place) / "rows.jsonl"
-        write(data, options.rows)
+        write(data, options.rows, short=options.short)
         for workers, plans in ((1, ("one process", "one process, again")), (2, ("two processes",))):
             with tempfile.TemporaryDirectory(dir=place) as where:
                 (Path(where) / "data").mkdir()

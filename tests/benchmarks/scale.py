@@ -42,9 +42,12 @@ SLOPES = {
     "cache": Slope(
         755, "bytes per pair of 207 tokens", "the cache of token ids, texts and keys on the disk", "make bench-plan"
     ),
-    # before the figures of a plan lay in mapped files: now the most that it can take
+    # of a first plan, from one to two million pairs; of the next one 44
     "plan memory": Slope(
-        570, "bytes per pair", "memory of a plan beyond its first 0.3 GiB, at most", "make bench-plan"
+        77,
+        "bytes per pair",
+        "memory of a plan beyond its first 0.3 GiB, without pages of files",
+        "make bench-plan SHORT=1",
     ),
     "lookup": Slope(1.4, "us per key asked", "a plan's question to an indexed store", "make bench-store"),
     "index": Slope(0.83, "us per key stored", "making the index", "make bench-store"),
