@@ -47,6 +47,7 @@ def test_what_does_not_fit_is_said(where):
     assert "holds a job already" in refscore_here(where, "precompute", *SMALL, "--plan-to", "job", code=2)
     assert "give one" in refscore_here(where, "precompute", *SMALL, "--plan", "--plan-to", "other", code=2)
     assert not (where / "other").exists()
+    assert "d.jsonl is a file" in refscore_here(where, "precompute", *SMALL, "--plan-to", "d.jsonl", code=2)
     assert "--plan-to nowhere" in refscore_here(where, "score-missing", "nowhere", *SMALL, code=3)
     free = refscore_here(where, "precompute", *SMALL, "--plan-to", "x", "--set", "train.loss_type=[simpo]", code=2)
     assert "compares nothing with the reference" in free

@@ -64,6 +64,10 @@ class Job:
 
     def begin(self, reference_id: str, **facts: Any) -> None:
         """Make the job; `facts` stand in its plan too. Raises ConfigError if one is there."""
+        if self._local and Path(self._root).is_file():
+            raise ConfigError(
+                f"{self.place} is a file: a job is a directory, so name one that does not exist yet, or a URL"
+            )
         for name in ("missing", "claims", "done", "starts", "ready"):
             with self._explaining():
                 self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
