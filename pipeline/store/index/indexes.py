@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _TIMES = 4
 # so often is an index file looked for that is listed
 _TRIES = 5
-# notes of files that told lies and could not be removed
+# notes of index files that were wrong and could not be removed
 _REFUSED = durable.CACHE / "refused"
 
 

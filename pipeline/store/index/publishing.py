@@ -45,7 +45,7 @@ from pipeline.store.shard import ShardFacts, facts_of, key_words, open_shard
 
 log = logging.getLogger(__name__)
 
-# so many shards are worth a file where a publisher ends
+# so many shards are worth a file when a publisher ends
 _FEW = 4
 # files of about one size that become one
 _ALIKE = 8
